@@ -1,0 +1,104 @@
+"""What attention over the paged cache needs to know about a step, and what a backend must do.
+
+A backend owns the layout inside a layer's share of a block. It knows no layers, weights or positions' meaning.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quire.attention.shapes import CacheShape
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """A step's sequences laid end to end: T positions of S sequences, prefill chunks and decodes alike.
+
+    Sequence s owns rows query_starts[s] .. query_starts[s + 1]; they are the last positions of its
+    lengths[s] positions. Rows past query_starts[S] are padding: written nowhere, attended by nothing.
+    """
+
+    positions: Tensor  # [T] int64
+    slot_mapping: Tensor  # [T] int64: block * block_size + offset, where the position's KV goes; -1: nowhere
+    query_starts: Tensor  # [S + 1] int32
+    lengths: Tensor  # [S] int32: positions with KV, this step's included
+    block_tables: Tensor  # [S, max_blocks] int32
+    max_query: int  # the longest chunk, on the host
+    max_length: int  # the longest sequence, on the host
+
+
+def ragged(
+    starts: Sequence[int],
+    counts: Sequence[int],
+    tables: Sequence[Sequence[int]],
+    block_size: int,
+    device: torch.device | str = "cpu",
+) -> Ragged:
+    """Lay out chunks: sequence i computes positions starts[i] .. starts[i] + counts[i] - 1 in blocks tables[i]."""
+    positions, slots, ends, width = [], [], [0], max(map(len, tables), default=1)
+    for start, count, table in zip(starts, counts, tables, strict=True):
+        for position in range(start, start + count):
+            positions.append(position)
+            slots.append(table[position // block_size] * block_size + position % block_size)
+        ends.append(ends[-1] + count)
+    lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+    padded = [[*table, *[0] * (width - len(table))] for table in tables]
+    return Ragged(
+        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        query_starts=torch.tensor(ends, dtype=torch.int32, device=device),
+        lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+        block_tables=torch.tensor(padded, dtype=torch.int32, device=device).reshape(len(tables), width),
+        max_query=max(counts, default=0),
+        max_length=max(lengths, default=0),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's keys and values in the pool, as the backend that made it lays them out."""
+
+    k: Tensor
+    v: Tensor
+    shape: CacheShape
+    handle: Any = None  # whatever else the backend wants to have at hand
+
+
+class Backend(Protocol):
+    """Attention over the paged cache on one kind of device."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why this backend cannot run, or None if it can."""
+
+    def views(self, pool: Tensor, offset: int, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
+        """One layer's cache in `pool` [num_blocks, block_bytes] uint8, its share starting at byte `offset`."""
+
+    def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
+        """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None where the value is in the key) at the step's slots."""
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: LayerCache,
+        step: Ragged,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of q [T, H, Dk] over what its sequences have cached -> [T, H, Dv].
+
+        Heads h * H / Hkv .. (h + 1) * H / Hkv - 1 share key head h. A position sees the last `window`
+        positions, itself included. Scores pass through softcap * tanh(score / softcap). `sinks` [H] float32
+        are logits that take part in the softmax and have no value (Xiao et al. 2023).
+        """

@@ -1,0 +1,142 @@
+"""Attention on a CPU, by the C++ kernel that reads the cache's pages where they lie (kernels/cpu/attention.cpp)."""
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from quire.attention.base import LayerCache, Ragged
+from quire.attention.shapes import DIM_STEP, CacheShape
+from quire.kernels.cpu.native import isa, load
+
+PAGE_TOKENS = 16
+UNIT_BYTES = 4
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("k", "v")],
+        *[(name, c_int64) for name in ("block_stride", "num_kv_heads", "k_dim", "v_dim")],
+        *[(name, c_int64) for name in ("k_stored", "v_stored", "pages_per_block")],
+        *[(name, c_int32) for name in ("is_bf16", "isa")],
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("query_starts", "lengths", "tables", "slots")],
+        *[(name, c_int64) for name in ("num_sequences", "max_blocks", "num_tokens", "num_threads")],
+    ]
+
+
+class Cpu:
+    """Pages of 16 tokens, keys and values interleaved for dot products without reductions.
+
+    A position's result is the same bits whatever shares its batch and however its prompt was cut into chunks.
+    """
+
+    name = "cpu"
+
+    def __init__(self, block_size: int = PAGE_TOKENS, level: int | None = None):
+        """`level`: the instruction set (see native.isa); None for the best there is."""
+        self.block_size = block_size
+        self.level = isa() if level is None else level
+        self._library, self._reason = load()
+        self._laid_out: tuple[Ragged | None, _Step] = (None, _Step())
+        if self._library is not None:
+            query = (c_void_p, c_int64, c_int64, c_void_p)
+            self._library.quire_attend.argtypes = (
+                *(c_void_p, c_void_p, *query, c_float, c_float, c_int64, c_void_p),
+            )
+            self._library.quire_write.argtypes = (*[c_void_p] * 3, c_int64, c_void_p, c_int64)
+
+    def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        if self._library is None:
+            return self._reason
+        if device.type != "cpu":
+            return f"it needs a CPU, and the device is {device}"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"it computes float32 and bfloat16, and the cache is {dtype}"
+        if self.block_size % PAGE_TOKENS:
+            return f"its blocks hold multiples of {PAGE_TOKENS} tokens, and block_size is {self.block_size}"
+        return None
+
+    def views(self, pool: Tensor, offset: int, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
+        """k [num_blocks, Hkv, pages, units, 16, per_unit], v [num_blocks, Hkv, pages, token units, Dv, per_unit]."""
+        heads, pages, per_unit = shape.num_kv_heads, self.block_size // PAGE_TOKENS, UNIT_BYTES // dtype.itemsize
+
+        def view(start: int, *page: int) -> Tensor:
+            count = heads * self.block_size * page[0] * page[1] * per_unit // PAGE_TOKENS
+            flat = pool[:, start : start + count * dtype.itemsize].view(dtype)
+            return flat.unflatten(1, (heads, pages, *page, per_unit))
+
+        k = view(offset, shape.k_stored // per_unit, PAGE_TOKENS)
+        v = k
+        if not shape.v_in_k:
+            start = offset + shape.k_bytes(self.block_size, dtype.itemsize)
+            v = view(start, PAGE_TOKENS // per_unit, shape.v_stored)
+        handle = _Cache(
+            k=k.data_ptr(),
+            v=None if shape.v_in_k else v.data_ptr(),
+            block_stride=pool.stride(0) // UNIT_BYTES,
+            num_kv_heads=heads,
+            k_dim=shape.k_dim,
+            v_dim=shape.v_dim,
+            k_stored=shape.k_stored,
+            v_stored=-(-shape.v_dim // DIM_STEP) * DIM_STEP,
+            pages_per_block=pages,
+            is_bf16=dtype is torch.bfloat16,
+            isa=self.level,
+        )
+        return LayerCache(k, v, shape, ctypes.byref(handle))
+
+    def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
+        assert self._library is not None
+        k, v = _packed(k), v if v is None else _packed(v)
+        self._library.quire_write(
+            *(cache.handle, self._layout(step), k.data_ptr(), k.stride(0)),
+            *((None, 0) if v is None else (v.data_ptr(), v.stride(0))),
+        )
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: LayerCache,
+        step: Ragged,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        assert self._library is not None
+        q = _packed(q)
+        tokens, heads, _ = q.shape
+        out = torch.empty((tokens, heads, cache.shape.v_dim), dtype=q.dtype)
+        self._library.quire_attend(
+            *(cache.handle, self._layout(step), q.data_ptr(), heads, q.stride(0), out.data_ptr()),
+            *(scale, softcap or 0.0, window or 0, None if sinks is None else sinks.data_ptr()),
+        )
+        return out
+
+    def _layout(self, step: Ragged) -> object:
+        """The step as the kernels take it; made once, since all layers ask for the same one."""
+        if self._laid_out[0] is not step:
+            native = _Step(
+                query_starts=step.query_starts.data_ptr(),
+                lengths=step.lengths.data_ptr(),
+                tables=step.block_tables.data_ptr(),
+                slots=step.slot_mapping.data_ptr(),
+                num_sequences=step.lengths.shape[0],
+                max_blocks=step.block_tables.stride(0),
+                num_tokens=step.positions.shape[0],
+                num_threads=torch.get_num_threads(),
+            )
+            self._laid_out = (step, native)
+        return ctypes.byref(self._laid_out[1])
+
+
+def _packed(x: Tensor) -> Tensor:
+    """x [T, H, D] with the heads of a position side by side; positions may be further apart."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

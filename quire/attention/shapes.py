@@ -1,0 +1,72 @@
+"""How many bytes the KV cache takes, from a spec alone. Knows no tensors and no device.
+
+A block holds `block_size` tokens of every layer, contiguously; a layer's share starts at a multiple of 64 bytes:
+
+    block: | layer 0: K, V | layer 1: K, V | ... |
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from quire.models.spec import MLA, Attention, Decoder
+
+ALIGNMENT_BYTES = 64
+DIM_STEP = 16  # stored head dimensions are multiples of this, so that kernels need no tails
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What one layer stores per token: a key of `k_dim` and a value of `v_dim` for each of its heads."""
+
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    v_in_k: bool = False  # the value is the key's first v_dim elements (latent attention) and takes no room
+
+    @property
+    def k_stored(self) -> int:
+        return _round_up(self.k_dim, DIM_STEP)
+
+    @property
+    def v_stored(self) -> int:
+        return 0 if self.v_in_k else _round_up(self.v_dim, DIM_STEP)
+
+    def k_bytes(self, block_size: int, itemsize: int) -> int:
+        """Bytes of a block's keys in this layer, rounded up to the alignment; its values follow them."""
+        return _round_up(self.num_kv_heads * block_size * self.k_stored * itemsize, ALIGNMENT_BYTES)
+
+    def num_bytes(self, block_size: int, itemsize: int) -> int:
+        """Bytes of this layer's share of a block."""
+        v_bytes = self.num_kv_heads * block_size * self.v_stored * itemsize
+        return self.k_bytes(block_size, itemsize) + _round_up(v_bytes, ALIGNMENT_BYTES)
+
+
+def cache_shape(mixer: Attention | MLA) -> CacheShape:
+    """What a mixer caches per token."""
+    if isinstance(mixer, MLA):
+        return CacheShape(1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank, v_in_k=True)
+    return CacheShape(mixer.num_kv_heads, mixer.head_dim, mixer.head_dim)
+
+
+def cache_shapes(spec: Decoder) -> tuple[CacheShape, ...]:
+    """What each layer caches per token."""
+    return tuple(cache_shape(block.mixer) for block in spec.blocks)
+
+
+def _ends(spec: Decoder, block_size: int, itemsize: int) -> Iterator[int]:
+    return accumulate((s.num_bytes(block_size, itemsize) for s in cache_shapes(spec)), initial=0)
+
+
+def layer_offsets(spec: Decoder, block_size: int, itemsize: int) -> tuple[int, ...]:
+    """Where each layer's share of a block starts, in bytes."""
+    return tuple(_ends(spec, block_size, itemsize))[:-1]
+
+
+def block_bytes(spec: Decoder, block_size: int, itemsize: int) -> int:
+    """Bytes of one block of all layers; `itemsize` is the bytes of one cached number."""
+    return tuple(_ends(spec, block_size, itemsize))[-1]

@@ -1,0 +1,81 @@
+"""From what a user calls a model to a folder on this machine. Reads no tensors, runs nothing it downloads."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from quire.errors import ModelError
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*"]
+LARGE = ["*.safetensors"]
+NEVER = ["*/*.safetensors", "consolidated*", "*.bin", "*.pt", "*.pth", "*.py", "onnx/*", "original/*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine. `revision` is the commit it was downloaded at; None for a local folder."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Source:
+    """Find a model: a folder, or a Hugging Face repository, downloaded if need be and pinned to a commit.
+
+    Args:
+        revision: branch, tag or commit of a repository; not for folders.
+        weights: whether to download weights or only the files that describe the model.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ModelError(f"{folder} has no config.json; is it the folder of a model?")
+        return Source(model, folder)
+    if folder.exists():
+        raise ModelError(f"{folder} is a file; pass the folder that holds it and its config.json")
+    if not REPOSITORY.fullmatch(model) or ".." in model:
+        raise ModelError(f"{model} does not exist, and is no name of a Hugging Face repository (owner/name)")
+    return _download(model, revision, weights)
+
+
+def _download(model: str, revision: str | None, weights: bool) -> Source:
+    """Imports the hub's client only here, because most starts do not need it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:  # from the cache if the hub cannot be reached or HF_HUB_OFFLINE is set
+        folder = Path(
+            snapshot_download(model, revision=revision, allow_patterns=SMALL, ignore_patterns=NEVER)
+        )
+        commit = folder.name  # branches move between the two downloads
+        if weights:
+            snapshot_download(model, revision=commit, allow_patterns=LARGE, ignore_patterns=NEVER)
+    except GatedRepoError:
+        advice = f"accept its terms at https://huggingface.co/{model} and set HF_TOKEN"
+        raise ModelError(f"{model} is gated: {advice}") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{model} has no revision {revision!r} on huggingface.co") from None
+    except RepositoryNotFoundError:
+        advice = "a private one needs HF_TOKEN"
+        raise ModelError(
+            f"{model} is neither a folder nor a repository on huggingface.co; {advice}"
+        ) from None
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{model} is neither a folder nor in the cache, and huggingface.co cannot be reached; "
+            "download it where there is a network, and unset HF_HUB_OFFLINE if it is set"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(f"{model} cannot be downloaded: {error}") from error
+    return Source(model, folder, commit)

@@ -1,0 +1,62 @@
+"""`quire chat`: a conversation in the terminal; or over a pipe, one line for each of the user's turns."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from quire.cli.options import add_config_options, add_sampling_options, config_options, sampling_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MAX_TOKENS = 1024
+HELP = "/reset forgets the conversation, /quit ends it."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = HELP
+    add_config_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="What the model is told before the conversation.")
+    add_sampling_options(parser, max_tokens=MAX_TOKENS)
+
+
+def main(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from quire.cli.terminal import write_stream
+    from quire.errors import InvalidRequest
+    from quire.llm import LLM
+
+    screen = Console(stderr=True, highlight=False)
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(opening)
+    with LLM(**{"disable_log_stats": True, **config_options(args)}) as llm:
+        if sys.stdin.isatty():
+            screen.print(f"[dim]{HELP}[/dim]")
+        while (words := read_turn(screen)) is not None:
+            if words == "/reset":
+                messages = list(opening)
+            if not words or words == "/reset":
+                continue
+            messages.append({"role": "user", "content": words})
+            try:
+                prompt = llm.engine.inputs.chat_prompt(messages, None, add_generation_prompt=True)
+                answer, stats = write_stream(llm, prompt, sampling_options(args), chat=True)
+            except InvalidRequest as error:  # a conversation that has become too long, for example
+                messages.pop()
+                screen.print(f"error: {error}", markup=False, style="red")
+                continue
+            messages.append({"role": "assistant", "content": answer})
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            screen.print(f"[dim]{stats}[/dim]")
+    return 0
+
+
+def read_turn(screen: "Console") -> str | None:
+    """What the user said; None when there is no more."""
+    try:
+        words = screen.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
+    except EOFError:
+        return None
+    return None if words.strip() == "/quit" else words.strip()

@@ -1,0 +1,41 @@
+"""`quire inspect`: what a network is, how two differ, or which there are. Reads config.json, no weights."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quire.models.spec import Decoder
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="Folder or Hugging Face id; lists families if not given."
+    )
+    parser.add_argument(
+        "other", metavar="OTHER", nargs="?", help="Print only how this one differs from the first."
+    )
+    parser.add_argument("--revision", metavar="X", help="Branch, tag or commit of Hugging Face ids.")
+
+
+def main(args: argparse.Namespace) -> int:
+    from quire.models.describe import describe, difference
+    from quire.models.registry import families
+
+    if args.model is None:
+        text = "\n".join(families())
+    elif args.other is None:
+        text = describe(_spec(args.model, args))
+    else:
+        text = difference(_spec(args.model, args), _spec(args.other, args)) or "no difference"
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    return 0
+
+
+def _spec(model: str, args: argparse.Namespace) -> "Decoder":
+    from quire.checkpoint.source import resolve
+    from quire.models.registry import decoder_spec
+    from quire.text.files import read_json
+
+    folder = resolve(model, args.revision, weights=False).folder
+    return decoder_spec(read_json(folder / "config.json"))[0]

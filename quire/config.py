@@ -1,0 +1,122 @@
+"""Every option there is, as one frozen value. Nothing here is derived: `resolve.py` fills in what is None."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quire.errors import ConfigError
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with its documentation; the command line and the docs are generated from these."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of an engine. Names follow vLLM's where the meaning is the same; None means derived.
+
+    Raises:
+        ConfigError: a value is outside its range; the message names the range.
+    """
+
+    model: str = option("", "Folder of a Hugging Face checkpoint, or a Hugging Face id.")
+    revision: str | None = option(None, "Branch, tag or commit of a Hugging Face id.")
+    tokenizer: str | None = option(None, "Folder or id of the tokenizer, if not the model's.")
+    skip_tokenizer_init: bool = option(False, "Serve token ids only; prompts and outputs have no text.")
+    chat_template: str | None = option(None, "Path of a Jinja chat template, or the template itself.")
+    generation_config: str = option(
+        "auto",
+        "Where default sampling values come from: the model's generation_config.json, or nowhere.",
+        choices=("auto", "none"),
+    )
+    override_generation_config: Mapping[str, Any] | None = option(
+        None, "Default sampling values (JSON) that replace the model's."
+    )
+    hf_overrides: Mapping[str, Any] | None = option(None, "Keys (JSON) that replace those of config.json.")
+    load_format: str = option(
+        "auto",
+        "auto: safetensors. dummy: random weights, the same for the same seed, for speed tests.",
+        choices=("auto", "dummy"),
+    )
+    device: str = option("auto", "auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda"))
+    dtype: str = option(
+        "auto",
+        "Type of weights and activations; auto takes the checkpoint's, with float16 and float32 as bfloat16"
+        " where the device has no fast path for them.",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    attention_backend: str = option(
+        "auto", "How attention over the paged cache is computed.", choices=("auto", "cpu", "reference")
+    )
+    num_threads: int | None = option(None, "CPU threads for tensor work; None takes one per physical core.")
+    max_model_len: int | None = option(None, "Most tokens of a request, prompt and output together.")
+    max_num_seqs: int | None = option(None, "Most sequences that run at once.")
+    max_num_batched_tokens: int | None = option(None, "Most tokens that one step computes.")
+    max_token_gap_ms: float | None = option(
+        None,
+        "Target for the time between two tokens of a stream: long prompts are computed in pieces that keep to"
+        " it. 0: no target.",
+    )
+    async_scheduling: bool | None = option(
+        None, "Plan the next step before the last one's tokens are known; on where the device runs asynchronously."
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "Share of the device's memory (RAM on a CPU) that weights, cache and work space may fill."
+    )
+    kv_cache_memory_bytes: int | None = option(None, "Bytes of the KV cache; replaces the share above.")
+    block_size: int | None = option(None, "Tokens of a KV block; None is the attention backend's choice.")
+    enable_prefix_caching: bool = option(True, "Keep the KV of finished requests for prompts that begin alike.")
+    max_logprobs: int = option(20, "Most log probabilities a token may be asked for; -1 allows the whole vocabulary.")
+    seed: int = option(0, "Seeds requests that bring none, and dummy weights.")
+    disable_log_stats: bool = option(False, "Do not log throughput and cache use every ten seconds.")
+    trace_file: str | None = option(None, "Record the scheduler's events for `quire replay`.")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            choices = f.metadata["choices"]
+            value = getattr(self, f.name)
+            if choices and value not in choices:
+                raise ConfigError(f"{f.name} is {value!r}; it must be one of {', '.join(choices)}")
+        self._at_least("max_model_len", 1)
+        self._at_least("max_num_seqs", 1)
+        self._at_least("max_num_batched_tokens", 1)
+        self._at_least("num_threads", 1)
+        self._at_least("block_size", 1)
+        self._at_least("kv_cache_memory_bytes", 1)
+        self._at_least("max_token_gap_ms", 0)
+        self._at_least("max_logprobs", -1)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
+            )
+
+    def _at_least(self, name: str, low: float) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
+            raise ConfigError(f"{name} is {value!r}; it must be at least {low}")
+
+    @classmethod
+    def of(cls, **options: Any) -> "Config":
+        """As the constructor, with a message that names close options when one is unknown."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3)
+                hint = f"; did you mean {' or '.join(close)}?" if close else "; see `quire run --help`"
+                raise ConfigError(f"there is no option {name!r}{hint}")
+        if not options.get("model"):
+            raise ConfigError("model is empty; give the folder of a checkpoint or a Hugging Face id")
+        return cls(**options)
+
+    def as_json(self) -> str:
+        """The options that are not at their defaults, as JSON."""
+        changed = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+        }
+        return json.dumps(changed, default=dict)

@@ -1,0 +1,153 @@
+"""The half of the engine that knows the device: scheduler, step loop and runner. Knows token ids, no text."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable
+
+from quire.engine.events import Submission, TokenEvent
+from quire.engine.metrics import StepStats
+from quire.errors import InvalidRequest
+from quire.runner.runner import Runner, Sampling
+from quire.sampling.philox import fold
+from quire.scheduler.loop import Loop
+from quire.scheduler.plan import Emitted
+from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.sequence import NewSequence, SequenceStats
+from quire.types import SamplingParams
+
+
+class EngineCore:
+    """Runs submissions step by step. All of it happens in the caller's thread."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        depth: int,
+        seed: int,
+        fingerprint: bytes,
+        share_across_requests: bool,
+        clock: Callable[[], float],
+    ):
+        self.scheduler, self.runner, self.clock = scheduler, runner, clock
+        self.loop: Loop[None] = Loop(scheduler, runner, depth=depth, now=clock, masks=lambda plan: None)
+        self.seed, self.fingerprint, self.share_across_requests = seed, fingerprint, share_across_requests
+        self.ids, self.ordinals = itertools.count(), itertools.count()
+        self.owner: dict[int, tuple[str, int]] = {}  # sequence -> request and index
+        self.members: dict[str, dict[int, int]] = {}  # request -> index -> sequence
+        self.progress: dict[int, SequenceStats] = {}  # sequence -> what the scheduler says of it
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, runs or is in flight."""
+        return self.loop.idle
+
+    def add(self, submission: Submission) -> None:
+        """Queue a request's sequences: all of them, or none.
+
+        Raises:
+            InvalidRequest: it can never fit into the cache.
+        """
+        params = submission.params
+        ordinal = next(self.ordinals)
+        base = params.seed if params.seed is not None else fold(self.seed, ordinal)
+        root = self._cache_root(submission, ordinal)
+        members = self.members[submission.request_id] = {}
+        stops = frozenset(params.stop_token_ids or ()) | submission.eos_token_ids
+        for index in range(params.n):
+            seq = next(self.ids)
+            seed = base if index == 0 else fold(base, index)
+            self.runner.register(seq, Sampling(params, seed, stops, submission.bad_words))
+            self.owner[seq], members[index] = (submission.request_id, index), seq
+            try:
+                self.progress[seq] = self.scheduler.add(
+                    _sequence(seq, submission, params, root), self.clock()
+                )
+            except InvalidRequest:
+                self.abort(submission.request_id)
+                raise
+            if params.prompt_logprobs is not None:  # the prompt is scored once; the others share its blocks
+                params = dataclasses.replace(params, prompt_logprobs=None, skip_reading_prefix_cache=False)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Stop computing a request, or one of its sequences; unknown ones are ignored."""
+        members = self.members.get(request_id, {})
+        for seq in [members[index]] if index in members else [] if index is not None else list(members.values()):
+            self.scheduler.abort(seq)
+            self._forget(seq)
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one step; return what became known."""
+        events = [self._event(e) for e in self.loop.step() if e.seq in self.owner]
+        for event in events:
+            if event.finish:
+                self._forget(self.members[event.request_id][event.index])
+        return events
+
+    def stats(self) -> StepStats:
+        """How the scheduler and the cache stand."""
+        scheduler = self.scheduler
+        return StepStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            used_blocks=scheduler.pool.num_used,
+            num_blocks=scheduler.pool.num_blocks,
+            batched_tokens=scheduler.batched_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            cache_queries=scheduler.cache_queries,
+            cache_hits=scheduler.cache_hits,
+        )
+
+    def _cache_root(self, submission: Submission, ordinal: int) -> bytes:
+        """What two requests must have in common before equal tokens mean equal KV."""
+        root = hashlib.blake2b(self.fingerprint, digest_size=16)
+        root.update(b"\0".join((submission.tenant.encode(), submission.cache_salt.encode())))
+        if not self.share_across_requests:
+            root.update(ordinal.to_bytes(8, "little"))
+        return root.digest()
+
+    def _event(self, emitted: Emitted) -> TokenEvent:
+        request_id, index = self.owner[emitted.seq]
+        seq, progress = emitted.seq, self.progress[emitted.seq]
+        params, scores = self.runner.sampling[seq].params, self.runner.logprobs[seq]
+        scored = params.logprobs is not None and emitted.token is not None
+        prompt_scored = params.prompt_logprobs is not None
+        return TokenEvent(
+            request_id=request_id,
+            index=index,
+            token=emitted.token,
+            logprobs=scores.popleft() if scored else None,
+            finish=emitted.finish,
+            stop_token=emitted.stop_token,
+            error=emitted.error,
+            prompt_logprobs=tuple(self.runner.prompt_logprobs[seq]) if prompt_scored else None,
+            num_cached_tokens=progress.num_cached_tokens,
+            num_preemptions=progress.num_preemptions,
+            seated_s=progress.seated_s,
+        )
+
+    def _forget(self, seq: int) -> None:
+        request_id, index = self.owner.pop(seq)
+        members = self.members[request_id]
+        del members[index]
+        if not members:
+            del self.members[request_id]
+        self.progress.pop(seq, None)
+        self.runner.forget(seq)
+
+
+def _sequence(seq: int, submission: Submission, params: SamplingParams, root: bytes) -> NewSequence:
+    return NewSequence(
+        id=seq,
+        prompt=submission.prompt_token_ids,
+        max_tokens=submission.max_tokens,
+        stop_token_ids=frozenset(params.stop_token_ids or ()),
+        eos_token_ids=submission.eos_token_ids,
+        min_tokens=params.min_tokens,
+        priority=submission.priority,
+        tenant=submission.tenant,
+        cache_root=root,
+        read_cache=not params.skip_reading_prefix_cache,
+    )

@@ -1,0 +1,171 @@
+"""From what users send to requests of token ids: tokenize, fill in defaults, refuse what cannot work."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quire.engine.events import Submission
+from quire.errors import InvalidRequest, PromptTooLong
+from quire.text.chat import ChatTemplate
+from quire.text.tokenizer import Tokenizer, bad_word_ids
+from quire.types import Prompt, Request, SamplingParams
+
+MAX_SALT_CHARS = 128
+
+
+class InputProcessor:
+    """Turns prompts into requests. One per model; holds no state of any request."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        *,
+        vocab_size: int,
+        max_length: int,
+        max_logprobs: int,
+        eos_token_ids: frozenset[int],
+        defaults: Mapping[str, Any],
+    ):
+        self.tokenizer, self.template = tokenizer, template
+        self.vocab_size, self.max_length, self.max_logprobs = vocab_size, max_length, max_logprobs
+        self.eos_token_ids, self.defaults = eos_token_ids, dict(defaults)
+
+    def default_params(self) -> SamplingParams:
+        """What a request without sampling parameters gets: the model's own defaults."""
+        return SamplingParams(**self.defaults)
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        tenant: str = "",
+        arrival_s: float = 0.0,
+        add_special_tokens: bool = True,
+    ) -> Request:
+        """Check one prompt and its parameters.
+
+        Raises:
+            InvalidRequest: empty, too long, or a token id or parameter that this model cannot take.
+        """
+        text, tokens, salt = self._read(prompt, add_special_tokens)
+        self._check_prompt(tokens)
+        self._check_params(params)
+        return Request(
+            id=request_id,
+            prompt_token_ids=tuple(tokens),
+            params=params,
+            prompt=text,
+            priority=priority,
+            tenant=tenant,
+            cache_salt=salt,
+            arrival_s=arrival_s,
+        )
+
+    def submission(self, request: Request) -> Submission:
+        """The request as the engine core takes it."""
+        params, room = request.params, self.max_length - len(request.prompt_token_ids)
+        words = bad_word_ids(self._tokenizer("bad_words"), params.bad_words) if params.bad_words else []
+        return Submission(
+            request_id=request.id,
+            prompt_token_ids=request.prompt_token_ids,
+            params=params,
+            max_tokens=min(room, params.max_tokens or room),
+            eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
+            bad_words=tuple(tuple(w) for w in words),
+            priority=request.priority,
+            tenant=request.tenant,
+            cache_salt=request.cache_salt,
+        )
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], template: ChatTemplate | None, **options: Any) -> str:
+        """Render a conversation; `template` replaces the model's."""
+        chosen = template or self.template
+        if chosen is None:
+            raise InvalidRequest(
+                "this model has no chat template; pass chat_template, or use generate() with a plain prompt",
+                param="messages",
+            )
+        return chosen.render(messages, **options)
+
+    def _tokenizer(self, param: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidRequest(
+                f"{param} needs a tokenizer, and the engine was started with skip_tokenizer_init; use token ids",
+                param=param,
+            )
+        return self.tokenizer
+
+    def _read(self, prompt: Prompt, add_special_tokens: bool) -> tuple[str | None, Sequence[int], str]:
+        if isinstance(prompt, str):
+            return prompt, self._encode(prompt, add_special_tokens), ""
+        if isinstance(prompt, Mapping):
+            known = {"prompt", "prompt_token_ids", "cache_salt"}
+            if unknown := sorted(set(prompt) - known):
+                raise InvalidRequest(f"prompt has unknown keys {unknown}; known are {sorted(known)}", param="prompt")
+            text, tokens, salt = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("cache_salt", "")
+            if not isinstance(salt, str) or len(salt) > MAX_SALT_CHARS:
+                raise InvalidRequest(f"cache_salt must be a string of at most {MAX_SALT_CHARS} characters")
+            if tokens is None:
+                if not isinstance(text, str):
+                    raise InvalidRequest("prompt needs the key 'prompt' (text) or 'prompt_token_ids'", param="prompt")
+                tokens = self._encode(text, add_special_tokens)
+            return text, tokens, salt
+        if isinstance(prompt, list | tuple):
+            return None, prompt, ""
+        raise InvalidRequest(
+            f"prompt is a {type(prompt).__name__}; it must be text, a list of token ids, or a dict with 'prompt' or"
+            " 'prompt_token_ids'",
+            param="prompt",
+        )
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        tokenizer = self._tokenizer("prompt")
+        most = tokenizer.max_chars(self.max_length)
+        if len(text) > most:
+            raise PromptTooLong(
+                f"the prompt has {len(text)} characters, and the {self.max_length} tokens of this model's context"
+                f" hold at most {most}; shorten the prompt or raise max_model_len",
+                num_tokens=-(-len(text) * self.max_length // most),
+                limit=self.max_length,
+            )
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _check_prompt(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
+        for token in tokens:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise InvalidRequest(f"the prompt holds {token!r}, which is not a token id", param="prompt")
+            if not 0 <= token < self.vocab_size:
+                raise InvalidRequest(
+                    f"the prompt holds token id {token}; this model's ids are 0 to {self.vocab_size - 1}", param="prompt"
+                )
+        if len(tokens) >= self.max_length:
+            raise PromptTooLong(
+                f"the prompt has {len(tokens)} tokens; with at least one token of output that exceeds the context of"
+                f" {self.max_length}; shorten the prompt or raise max_model_len",
+                num_tokens=len(tokens),
+                limit=self.max_length,
+            )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            self._tokenizer("stop" if params.stop else "bad_words")
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = self.vocab_size if getattr(params, name) == -1 else getattr(params, name)
+            if asked is not None and self.max_logprobs != -1 and asked > self.max_logprobs:
+                raise InvalidRequest(
+                    f"{name} asks for {asked} log probabilities a token; the engine's max_logprobs is"
+                    f" {self.max_logprobs}",
+                    param=name,
+                )
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token in getattr(params, name) or ():
+                if token >= self.vocab_size:
+                    raise InvalidRequest(
+                        f"{name} holds token id {token}; this model's ids are 0 to {self.vocab_size - 1}", param=name
+                    )
+

@@ -1,0 +1,269 @@
+// Attention over pages of 16 tokens, for one instruction set. See attention.cpp for the layout.
+
+#include "vectors.inl"
+
+// A unit is 4 bytes: one float, or a pair of bf16 that are multiplied together and added.
+struct FloatUnits {
+  typedef float Element;
+  static constexpr int PER_UNIT = 1;
+  static inline Floats step(Floats sum, Ints b, int32_t a) {
+    float f;
+    memcpy(&f, &a, 4);
+    return sum + (Floats)b * f;
+  }
+  static inline void store_weights(float* p, Floats x) { store(p, x); }
+  static inline Ints first_only(Ints b) { return b; }
+};
+
+struct Bf16Units {
+  typedef Bf16 Element;
+  static constexpr int PER_UNIT = 2;
+  static inline Floats step(Floats sum, Ints b, int32_t a) {
+#if QUIRE_ISA >= 3
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(a));
+#else
+    int32_t first = a << 16, second = a & 0xffff0000;
+    float f, g;
+    memcpy(&f, &first, 4);
+    memcpy(&g, &second, 4);
+    sum = sum + (Floats)(b << 16) * f;
+    return sum + (Floats)(b & (int32_t)0xffff0000) * g;
+#endif
+  }
+  static inline void store_weights(Bf16* p, Floats x) { store(p, x); }
+  static inline Ints first_only(Ints b) { return b & 0xffff; }
+};
+
+#if QUIRE_ISA >= 2
+constexpr int ROWS = 4, COLUMNS = 4;  // a block of sums fits in registers
+#elif QUIRE_ISA == 1
+constexpr int ROWS = 2, COLUMNS = 2;
+#else
+constexpr int ROWS = 1, COLUMNS = 2;
+#endif
+
+constexpr int PAGES = TILE / LANES;
+constexpr float LOWEST = -1e30f;
+
+// sums[r][c] += a[r][s] * b[c][s * stride ...] over `steps` units, in order; touches `ahead` on the way.
+template <class E, int R, int C>
+static inline void products(Floats (&sums)[R][C], const int32_t* const* a, const int32_t* const* b, int64_t steps,
+                            int64_t stride, const char* ahead, int64_t ahead_step) {
+  for (int64_t s = 0; s < steps; s++) {
+    if (ahead) {
+      for (int64_t i = 0; i < ahead_step; i += 64) __builtin_prefetch(ahead + s * ahead_step + i);
+    }
+    for (int c = 0; c < C; c++) {
+      Ints column = load_units(b[c] + s * stride);
+      for (int r = 0; r < R; r++) sums[r][c] = E::step(sums[r][c], column, a[r][s]);
+    }
+  }
+}
+
+template <class E>
+struct Task {
+  typedef typename E::Element Element;
+  const Cache& cache;
+  const Step& step;
+  const Query& query;
+  const Item& item;
+  char* memory;
+
+  int64_t rows, k_units, v_stored, first, begin, end;
+  int32_t *q, *weights, *v_tile;
+  float *acc, *scores, *most, *rescale;
+  Floats* total;
+  int64_t *limit, *low;
+  const int32_t* table;
+  const int32_t *k_page[PAGES], *v_page[PAGES];
+
+  template <class T>
+  T* take(int64_t count) {
+    T* p = (T*)memory;
+    memory += (count * (int64_t)sizeof(T) + 63) & ~(int64_t)63;
+    return p;
+  }
+
+  void start() {
+    const int64_t group = item.head_end - item.head_start;
+    rows = (item.token_end - item.token_start) * group;
+    k_units = cache.k_stored / E::PER_UNIT;
+    v_stored = cache.v_stored;
+    q = take<int32_t>(rows * k_units);
+    weights = take<int32_t>(rows * TILE / E::PER_UNIT);
+    v_tile = cache.v ? nullptr : take<int32_t>(TILE / E::PER_UNIT * v_stored);
+    acc = take<float>(rows * v_stored);
+    most = take<float>(rows);
+    rescale = take<float>(rows);
+    total = take<Floats>(rows);
+    limit = take<int64_t>(rows);
+    low = take<int64_t>(rows);
+    table = step.tables + item.sequence * step.max_blocks;
+    const int64_t start = step.query_starts[item.sequence], stop = step.query_starts[item.sequence + 1];
+    first = step.lengths[item.sequence] - (stop - start);
+    memset(acc, 0, rows * v_stored * sizeof(float));
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t token = item.token_start + r / group, head = item.head_start + r % group;
+      const Element* source = (const Element*)query.q + (start + token) * query.q_stride + head * cache.k_dim;
+      Element* row = (Element*)(q + r * k_units);
+      memcpy(row, source, cache.k_dim * sizeof(Element));
+      memset((void*)(row + cache.k_dim), 0, (cache.k_stored - cache.k_dim) * sizeof(Element));
+      limit[r] = first + token + 1;
+      low[r] = query.window && limit[r] > query.window ? limit[r] - query.window : 0;
+      most[r] = query.sinks ? query.sinks[head] : LOWEST;
+      total[r] = Floats{};
+      if (query.sinks) total[r][0] = 1.0f;
+    }
+    begin = low[0] / TILE * TILE;
+    end = limit[rows - 1];
+  }
+
+  const int32_t* page(const void* base, int64_t index, int64_t page_units) const {
+    const int64_t block = table[index / cache.pages_per_block], inside = index % cache.pages_per_block;
+    return (const int32_t*)base + block * cache.block_stride +
+           (item.kv_head * cache.pages_per_block + inside) * page_units;
+  }
+
+  // Pages before the windows and after the end may belong to others: a needed one stands in, its scores masked.
+  void find_pages(int64_t tile) {
+    const int64_t oldest = tile > low[0] ? tile : low[0];
+    for (int64_t p = 0; p < PAGES; p++) {
+      const int64_t at = tile + p * LANES, index = (at + LANES > oldest && at < end ? at : oldest) / LANES;
+      k_page[p] = page(cache.k, index, k_units * LANES);
+      if (cache.v) v_page[p] = page(cache.v, index, v_stored * LANES / E::PER_UNIT);
+    }
+    if (!cache.v) transpose_values();
+  }
+
+  // The values inside keys [unit][token] as [token unit][dim].
+  void transpose_values() {
+    for (int64_t p = 0; p < PAGES; p++) {
+      int32_t* to = v_tile + p * (LANES / E::PER_UNIT) * v_stored;
+      v_page[p] = to;
+      for (int64_t u = 0; u < v_stored / E::PER_UNIT; u++) {
+        const int32_t* from = k_page[p] + u * LANES;
+        if (E::PER_UNIT == 1) {
+          for (int t = 0; t < LANES; t++) to[t * v_stored + u] = from[t];
+        } else {
+          for (int t = 0; t < LANES / 2; t++) {
+            const uint32_t even = from[2 * t], odd = from[2 * t + 1];
+            to[t * v_stored + 2 * u] = (even & 0xffff) | odd << 16;
+            to[t * v_stored + 2 * u + 1] = even >> 16 | (odd & 0xffff0000);
+          }
+        }
+      }
+    }
+  }
+
+  // Scores, maxima and weights of rows r .. r + R - 1 over the tile.
+  template <int R>
+  void score(int64_t tile, int64_t r) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const int32_t* a[R];
+    for (int i = 0; i < R; i++) a[i] = q + (r + i) * k_units;
+    Floats s[R][PAGES];
+    for (int p = 0; p < PAGES; p += COLUMNS) {
+      Floats part[R][COLUMNS] = {};
+      const char* ahead = r == 0 && cache.v ? (const char*)v_page[p] : nullptr;
+      products<E, R, COLUMNS>(part, a, k_page + p, k_units, LANES, ahead, 64);
+      for (int i = 0; i < R; i++)
+        for (int c = 0; c < COLUMNS; c++) s[i][p + c] = part[i][c];
+    }
+    for (int i = 0; i < R; i++) {
+      const int64_t row = r + i;
+      const int32_t from = (int32_t)(low[row] - tile), to = (int32_t)(limit[row] - tile);
+      Ints seen[PAGES];
+      Floats top = fill(LOWEST);
+      for (int p = 0; p < PAGES; p++) {
+        const Ints token = lane + p * LANES;
+        seen[p] = (token >= from) & (token < to);
+        Floats x = s[i][p] * query.scale;
+        if (query.softcap != 0.0f) x = tanh(x / query.softcap) * query.softcap;
+        s[i][p] = seen[p] ? x : fill(LOWEST);
+        top = larger(s[i][p], top);
+      }
+      const float tallest = largest(top), now = tallest > most[row] ? tallest : most[row];
+      rescale[row] = exp(fill(most[row] - now))[0];
+      most[row] = now;
+      Floats sums = total[row] * rescale[row];
+      Element* out = (Element*)weights + row * TILE;
+      for (int p = 0; p < PAGES; p++) {
+        const Floats w = seen[p] ? exp(s[i][p] - now) : Floats{};
+        sums = sums + w;
+        E::store_weights(out + p * LANES, w);
+      }
+      total[row] = sums;
+    }
+  }
+
+  // acc = acc * rescale + weights @ values, for rows r .. and dimensions d ..; `tokens` of the tile exist.
+  template <int R, int C>
+  void accumulate(int64_t tile, int64_t r, int64_t d, int64_t tokens) {
+    constexpr int PAGE_UNITS = LANES / E::PER_UNIT;
+    Floats sums[R][C];
+    for (int i = 0; i < R; i++)
+      for (int c = 0; c < C; c++) sums[i][c] = load(acc + (r + i) * v_stored + d + c * LANES) * rescale[r + i];
+    for (int64_t p = low[0] > tile ? (low[0] - tile) / LANES : 0; p * LANES < tokens; p++) {
+      const int64_t here = tokens - p * LANES < LANES ? tokens - p * LANES : LANES, whole = here / E::PER_UNIT;
+      const int32_t *a[R], *b[C];
+      for (int i = 0; i < R; i++) a[i] = weights + (r + i) * TILE / E::PER_UNIT + p * PAGE_UNITS;
+      for (int c = 0; c < C; c++) b[c] = v_page[p] + d + c * LANES;
+      products<E, R, C>(sums, a, b, whole, v_stored, nullptr, 0);
+      if (whole * E::PER_UNIT < here) {  // the other half of the last pair was never written: it may be NaN
+        for (int c = 0; c < C; c++) {
+          const Ints column = E::first_only(load_units(b[c] + whole * v_stored));
+          for (int i = 0; i < R; i++) sums[i][c] = E::step(sums[i][c], column, a[i][whole]);
+        }
+      }
+    }
+    for (int i = 0; i < R; i++)
+      for (int c = 0; c < C; c++) store(acc + (r + i) * v_stored + d + c * LANES, sums[i][c]);
+  }
+
+  template <int R>
+  void rows_of_tile(int64_t tile, int64_t r) {
+    score<R>(tile, r);
+    const int64_t tokens = end - tile < TILE ? end - tile : TILE;
+    int64_t d = 0;
+    for (; d + COLUMNS * LANES <= v_stored; d += COLUMNS * LANES) accumulate<R, COLUMNS>(tile, r, d, tokens);
+    for (; d < v_stored; d += LANES) accumulate<R, 1>(tile, r, d, tokens);
+  }
+
+  void run() {
+    start();
+    for (int64_t tile = begin; tile < end; tile += TILE) {
+      find_pages(tile);
+      for (int64_t r = 0; r < rows; r += ROWS) {
+        const int64_t count = rows - r < ROWS ? rows - r : ROWS;
+        if (limit[r + count - 1] <= tile || low[r] >= tile + TILE) continue;
+        if (count == 1) rows_of_tile<1>(tile, r);
+        if (ROWS > 1 && count == 2) rows_of_tile<ROWS < 2 ? 1 : 2>(tile, r);
+        if (ROWS > 2 && count == 3) rows_of_tile<ROWS < 3 ? 1 : 3>(tile, r);
+        if (ROWS > 2 && count == 4) rows_of_tile<ROWS < 4 ? 1 : 4>(tile, r);
+      }
+    }
+    finish();
+  }
+
+  void finish() {
+    const int64_t group = item.head_end - item.head_start;
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t token = step.query_starts[item.sequence] + item.token_start + r / group;
+      const int64_t head = item.head_start + r % group;
+      Element* out = (Element*)query.out + (token * query.num_heads + head) * cache.v_dim;
+      const Floats inverse = fill(1.0f / sum(total[r]));
+      int64_t d = 0;
+      for (; d + LANES <= cache.v_dim; d += LANES) store(out + d, load(acc + r * v_stored + d) * inverse);
+      if (d < cache.v_dim) store_some(out + d, load(acc + r * v_stored + d) * inverse, cache.v_dim - d);
+    }
+  }
+};
+
+static inline void attend_item(const Cache& cache, const Step& step, const Query& query, const Item& item,
+                               char* memory) {
+  if (cache.is_bf16) {
+    Task<Bf16Units>{cache, step, query, item, memory}.run();
+  } else {
+    Task<FloatUnits>{cache, step, query, item, memory}.run();
+  }
+}

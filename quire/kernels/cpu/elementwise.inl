@@ -1,0 +1,111 @@
+// Row-wise operations for one instruction set. See elementwise.cpp.
+
+#include "vectors.inl"
+
+// f(values, i, n) for each 16 (or, at the end, n < 16) elements of a row.
+#define FOR_LANES(i, n, size) \
+  for (int64_t i = 0, n = LANES; (n = (size) - i < LANES ? (size) - i : LANES), i < (size); i += LANES)
+
+template <class T>
+static inline Floats get(const T* p, int64_t n) {
+  return n == LANES ? load(p) : load_some(p, n);
+}
+
+template <class T>
+static inline void put(T* p, Floats x, int64_t n) {
+  if (n == LANES) {
+    store(p, x);
+  } else {
+    store_some(p, x, n);
+  }
+}
+
+template <class T>
+static inline float inverse_rms(const T* x, int64_t size, float eps) {
+  Floats squares = {};
+  FOR_LANES(i, n, size) {
+    const Floats v = get(x + i, n);
+    squares = squares + v * v;
+  }
+  return 1.0f / sqrtf(sum(squares) / size + eps);
+}
+
+template <class T>
+static inline void rms_norm_row(T* out, const T* x, const T* weight, int64_t size, float eps, float offset) {
+  const float inverse = inverse_rms(x, size, eps);
+  FOR_LANES(i, n, size) {
+    Floats v = get(x + i, n) * inverse;
+    if (weight) v = v * (get(weight + i, n) + offset);
+    put(out + i, v, n);
+  }
+}
+
+// One head, in place: normalise by weight where given, then rotate the first 2 * half elements.
+template <class T>
+static inline void norm_rope_head(T* x, const float* weight, int64_t size, float eps, const float* cos,
+                                  const float* sin, int64_t half) {
+  if (weight) {
+    const float inverse = inverse_rms(x, size, eps);
+    FOR_LANES(i, n, half) {
+      const Floats a = get(x + i, n) * inverse * get(weight + i, n);
+      const Floats b = get(x + half + i, n) * inverse * get(weight + half + i, n);
+      const Floats c = get(cos + i, n), s = get(sin + i, n);
+      put(x + i, a * c - b * s, n);
+      put(x + half + i, b * c + a * s, n);
+    }
+    const int64_t turned = 2 * half;
+    FOR_LANES(i, n, size - turned) {
+      put(x + turned + i, get(x + turned + i, n) * inverse * get(weight + turned + i, n), n);
+    }
+    return;
+  }
+  FOR_LANES(i, n, half) {
+    const Floats a = get(x + i, n), b = get(x + half + i, n), c = get(cos + i, n), s = get(sin + i, n);
+    put(x + i, a * c - b * s, n);
+    put(x + half + i, b * c + a * s, n);
+  }
+}
+
+static inline Floats activate(Floats x, int32_t kind) {
+  if (kind == SILU) return x / (exp(-x) + 1.0f);
+  const Floats inner = (x + x * x * x * 0.044715f) * 0.7978845608f;
+  return x * 0.5f * (tanh(inner) + 1.0f);
+}
+
+template <class T>
+static inline void act_mul_row(T* out, const T* gate, const T* up, int64_t size, int32_t kind) {
+  FOR_LANES(i, n, size) put(out + i, activate(get(gate + i, n), kind) * get(up + i, n), n);
+}
+
+static inline void rms_norm(const RmsNorm& a, int64_t row) {
+  if (a.is_bf16) {
+    rms_norm_row((Bf16*)a.out + row * a.size, (const Bf16*)a.x + row * a.stride, (const Bf16*)a.weight, a.size,
+                 a.eps, a.offset);
+  } else {
+    rms_norm_row((float*)a.out + row * a.size, (const float*)a.x + row * a.stride, (const float*)a.weight, a.size,
+                 a.eps, a.offset);
+  }
+}
+
+static inline void norm_rope(const NormRope& a, int64_t row) {
+  const float *cos = a.cos + a.positions[row] * a.half, *sin = a.sin + a.positions[row] * a.half;
+  for (int64_t h = 0; h < a.num_heads; h++) {
+    const int64_t at = row * a.stride + h * a.size;
+    const float* weight = a.weight ? a.weight + h * a.size : nullptr;
+    if (a.is_bf16) {
+      norm_rope_head((Bf16*)a.x + at, weight, a.size, a.eps, cos, sin, a.half);
+    } else {
+      norm_rope_head((float*)a.x + at, weight, a.size, a.eps, cos, sin, a.half);
+    }
+  }
+}
+
+static inline void act_mul(const ActMul& a, int64_t row) {
+  if (a.is_bf16) {
+    const Bf16* x = (const Bf16*)a.x + row * 2 * a.size;
+    act_mul_row((Bf16*)a.out + row * a.size, x, x + a.size, a.size, a.kind);
+  } else {
+    const float* x = (const float*)a.x + row * 2 * a.size;
+    act_mul_row((float*)a.out + row * a.size, x, x + a.size, a.size, a.kind);
+  }
+}

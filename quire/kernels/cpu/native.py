@@ -1,0 +1,40 @@
+"""Loads the C++ kernels: one shared library with a plain C ABI, called through ctypes.
+
+torch is imported first, so that the library shares torch's OpenMP runtime and its threads.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch  # noqa: F401  (before the library: see above)
+
+from quire.log import logger
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason why there is none."""
+    files = sorted(Path(__file__).parent.glob("*.so"))
+    if not files:
+        return None, "the C++ kernels were not built; install a C++ compiler and reinstall quire"
+    try:
+        return ctypes.CDLL(str(files[0])), ""
+    except OSError as error:
+        return None, f"{files[0].name} cannot be loaded: {error}"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None; what is lost then is logged, once."""
+    found, reason = load()
+    if found is None:
+        logger.warning("CPU attention and norms run in plain torch, several times slower: %s", reason)
+    return found
+
+
+@functools.cache
+def isa() -> int:
+    """The best instruction set here: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16 (isa.h)."""
+    found, _ = load()
+    return 0 if found is None else found.quire_isa()

@@ -1,0 +1,88 @@
+"""What every operation computes, in plain torch: float32 inside, the input's dtype outside."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire.kernels.dispatch import op
+
+
+@op
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+    """x / rms(x) * (weight + offset) over the last dimension. x [..., D], weight [D] or [H, D]."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * (weight.float() + offset)).to(x.dtype)
+
+
+@op
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+    """(x - mean) / std * (weight + offset) + bias over the last dimension. x [..., D]."""
+    y = x.float()
+    y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * (weight.float() + offset)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@op
+def norm_rope(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool
+) -> Tensor:
+    """RMS-normalise each head by weight [H, D] float32, where given, then rotate its first 2 * R dimensions.
+
+    x [T, H, D]; cos and sin [max_length, R] float32; positions [T]. A kernel may work in place.
+    """
+    y = x.float()
+    if weight is not None:
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight
+    cos, sin = cos[positions][:, None], sin[positions][:, None]
+    turned, rest = y.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), -1)
+    if interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, -1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((turned, rest), -1).to(x.dtype)
+
+
+def _activate(x: Tensor, kind: str) -> Tensor:
+    match kind:
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_pytorch_tanh" | "gelu_new":
+            return F.gelu(x, approximate="tanh")
+        case "relu":
+            return F.relu(x)
+        case "relu2":
+            return F.relu(x).square()
+    raise ValueError(f"unknown activation {kind!r}")
+
+
+@op
+def act(x: Tensor, kind: str) -> Tensor:
+    """An activation by its Hugging Face name."""
+    return _activate(x.float(), kind).to(x.dtype)
+
+
+@op
+def act_mul(x: Tensor, kind: str) -> Tensor:
+    """act(gate) * up. x [..., 2 * I]: gate, then up -> [..., I]."""
+    gate, up = x.chunk(2, -1)
+    return (_activate(gate.float(), kind) * up.float()).to(x.dtype)
+
+
+@op
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias. x [..., inputs], weight [outputs, inputs]."""
+    return F.linear(x, weight, bias)
+
+
+@op
+def pack_linear(weight: Tensor) -> Tensor:
+    """A weight [outputs, inputs] in the form that `linear` computes fastest with; never changes the argument."""
+    return weight

@@ -1,0 +1,104 @@
+"""Multi-head, grouped-query and multi-query attention over the paged cache."""
+
+import torch
+from torch import Tensor, nn
+
+from quire.attention.base import LayerCache, Ragged
+from quire.kernels import ops
+from quire.layers.base import Build, Weights
+from quire.layers.linear import Linear
+from quire.layers.norm import Norm
+from quire.models import spec
+
+
+class Attention(nn.Module):
+    """q, k, v in one product; norms and rotation; write; attend; output.
+
+    RMS norms per head directly before a rotation are one operation with it; other norms run by themselves.
+    """
+
+    def __init__(self, s: spec.Attention, build: Build):
+        super().__init__()
+        self.spec, self.build = s, build
+        q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        self.qkv = Linear(build.dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, build, bias=s.bias)
+        self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias)
+        self.norms = _qk_norms(s, build)
+        self.rope = build.ropes.table(s.rope) if s.rope else None
+        self.scale = s.head_dim**-0.5 if s.scale is None else s.scale
+        self.sinks: Tensor | None = None
+        per_head_rms = s.qk_norm is not None and s.qk_norm.kind == "rms" and not s.qk_norm.bias
+        self.fused = bool(per_head_rms and s.qk_norm_span != "full" and s.rope and not s.norm_after_rope)
+        self.head_weights: Tensor | None = None  # [H + Hkv, D] float32, where fused
+
+    def load(self, weights: Weights, name: str) -> None:
+        s = self.spec
+        self.qkv.load(weights, name)
+        self.out.load(weights, name)
+        for part, norm in self.norms.items():
+            norm.load(weights, f"{name}.{part}")
+        if s.sinks:
+            self.sinks = self.build.pull(weights, f"{name}.sinks", s.num_heads, dtype=torch.float32)
+        if self.fused:
+            counts = {"q_norm": s.num_heads, "k_norm": s.num_kv_heads}
+            rows = [_head_weight(self.norms[part], count) for part, count in counts.items()]
+            self.head_weights = torch.cat(rows).to(self.build.device)
+
+    def forward(self, x: Tensor, step: Ragged, cache: LayerCache) -> Tensor:
+        """x [T, dim] -> [T, dim]."""
+        s, backend = self.spec, self.build.backend
+        num_qk = s.num_heads + s.num_kv_heads
+        heads = self.qkv(x).unflatten(-1, (num_qk + s.num_kv_heads, s.head_dim))
+        q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
+        backend.write(cache, k, heads.narrow(1, num_qk, s.num_kv_heads), step)
+        y = backend.attend(
+            q, cache, step, scale=self.scale, window=s.window, softcap=s.softcap, sinks=self.sinks
+        )
+        return self.out(y.flatten(1))
+
+    def _place(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise and rotate qk [T, H + Hkv, D]."""
+        s = self.spec
+        eps = s.qk_norm.eps if s.qk_norm else 0.0
+        alone = self.norms and not self.fused
+        if alone and not s.norm_after_rope:
+            qk = self._norm(qk)
+        if self.rope:
+            assert s.rope is not None
+            qk = ops.norm_rope(qk, self.head_weights, eps, *self.rope, positions, s.rope.interleaved)
+        if alone and s.norm_after_rope:
+            qk = self._norm(qk)
+        return qk.narrow(1, 0, s.num_heads), qk.narrow(1, s.num_heads, s.num_kv_heads)
+
+    def _norm(self, qk: Tensor) -> Tensor:
+        s = self.spec
+        q, k = qk.split((s.num_heads, s.num_kv_heads), 1)
+        if s.qk_norm_span == "full":
+            q, k = q.flatten(1), k.flatten(1)
+        q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
+        return torch.cat((q.view(len(qk), -1, s.head_dim), k.view(len(qk), -1, s.head_dim)), 1)
+
+
+def _qk_norms(s: spec.Attention, build: Build) -> nn.ModuleDict:
+    if s.qk_norm is None:
+        return nn.ModuleDict()
+
+    def shape(heads: int) -> tuple[int, ...]:
+        spans = {"head": (s.head_dim,), "full": (heads * s.head_dim,), "heads": (heads, s.head_dim)}
+        return spans[s.qk_norm_span]
+
+    return nn.ModuleDict(
+        {
+            "q_norm": Norm(s.qk_norm, shape(s.num_heads), build),
+            "k_norm": Norm(s.qk_norm, shape(s.num_kv_heads), build),
+        }
+    )
+
+
+def _head_weight(norm: nn.Module, num_heads: int) -> Tensor:
+    """A norm's weight and offset as [num_heads, D] float32."""
+    assert isinstance(norm, Norm)
+    dim = norm.shape[-1]
+    if norm.weight is None:
+        return torch.ones(num_heads, dim)
+    return (norm.weight.float() + norm.spec.offset).expand(num_heads, dim)

@@ -1,0 +1,84 @@
+"""A decoder-only network: embedding, blocks, final norm, head."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quire.attention.base import Backend, LayerCache, Ragged
+from quire.attention.shapes import cache_shapes, layer_offsets
+from quire.kernels import ops
+from quire.layers.base import Build, Weights
+from quire.layers.block import Block
+from quire.layers.linear import Linear
+from quire.layers.norm import Norm
+from quire.layers.rope import RopeTables
+from quire.models import spec
+
+
+class Decoder(nn.Module):
+    """Computes a spec over the paged cache. Holds no weights until `load`."""
+
+    def __init__(
+        self,
+        s: spec.Decoder,
+        *,
+        backend: Backend,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        max_length: int | None = None,
+    ):
+        """`max_length`: the longest sequence that will come; None for the model's own limit."""
+        super().__init__()
+        self.spec, self.backend = s, backend
+        device = torch.device(device)
+        ropes = RopeTables(max_length or s.max_length, device)
+        self.build = Build(s.dim, dtype, device, backend, ropes)
+        self.embed_scale = torch.tensor(s.embed_scale, dtype=dtype).item()  # Gemma's is rounded so
+        self.layers = nn.ModuleList(Block(block, self.build) for block in s.blocks)
+        self.norm = Norm(s.norm, (s.dim,), self.build)
+        self.head = Linear(s.dim, {"lm_head": s.vocab_size}, self.build, bias=s.head_bias)
+        self.embedding: Tensor | None = None  # [vocab_size, dim]
+        self.positions: Tensor | None = None  # [num_positions, dim]
+
+    def load(self, weights: Weights) -> None:
+        """Pull every weight, layer by layer, so that at most one layer is held twice."""
+        s, build = self.spec, self.build
+        self.embedding = build.pull(weights, "embed_tokens.weight", s.vocab_size, s.dim)
+        if s.num_positions:
+            self.positions = build.pull(weights, "embed_positions.weight", s.num_positions, s.dim)
+        for i, layer in enumerate(self.layers):
+            layer.load(weights, f"layers.{i}")
+        self.norm.load(weights, "norm")
+        self.head.load(weights, "", shared=self.embedding if s.tied else None)
+
+    def caches(self, pool: Tensor) -> list[LayerCache]:
+        """Each layer's view of `pool` [num_blocks, block_bytes] uint8."""
+        dtype, shapes = self.build.dtype, cache_shapes(self.spec)
+        offsets = layer_offsets(self.spec, self.backend.block_size, dtype.itemsize)
+        return [
+            self.backend.views(pool, offset, shape, dtype)
+            for offset, shape in zip(offsets, shapes, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor, step: Ragged, caches: Sequence[LayerCache]) -> Tensor:
+        """token_ids [T] int64 -> hidden [T, dim], the final norm applied."""
+        assert self.embedding is not None
+        x = F.embedding(token_ids, self.embedding)
+        if self.embed_scale != 1.0:
+            x = x * self.embed_scale
+        if self.positions is not None:
+            x = x + F.embedding(step.positions + self.spec.position_offset, self.positions)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, step, cache)
+        return self.norm(x)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, dim] -> [R, vocab_size] float32."""
+        s, y = self.spec, self.head(hidden).float()
+        if s.logit_scale != 1.0:
+            y = y * s.logit_scale
+        return y if s.logit_softcap is None else s.logit_softcap * torch.tanh(y / s.logit_softcap)

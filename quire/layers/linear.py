@@ -1,0 +1,47 @@
+"""Matrix products with weights, several side by side in one where they share an input."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quire.kernels import ops
+from quire.layers.base import Build, Weights
+
+
+class Linear(nn.Module):
+    """One weight [sum of parts, inputs]; each part is pulled by its own name: q_proj, k_proj, v_proj.
+
+    After loading, the weight is in whatever form the device's fastest kernel wants (`ops.pack_linear`).
+    """
+
+    def __init__(self, inputs: int, parts: Mapping[str, int], build: Build, *, bias: bool = False):
+        super().__init__()
+        self.inputs, self.parts, self.build, self.has_bias = inputs, dict(parts), build, bias
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def load(self, weights: Weights, name: str, shared: Tensor | None = None) -> None:
+        """Pull `{name}.{part}.weight` and bias for every part; `shared` is a weight that is there already."""
+        if self.has_bias:
+            parts = self.parts.items()
+            self.bias = torch.cat([self.build.pull(weights, _join(name, p, "bias"), n) for p, n in parts])
+        self.weight = ops.pack_linear(self._pull(weights, name) if shared is None else shared)
+
+    def _pull(self, weights: Weights, name: str) -> Tensor:
+        build = self.build
+        weight = torch.empty(sum(self.parts.values()), self.inputs, dtype=build.dtype, device=build.device)
+        start = 0
+        for part, outputs in self.parts.items():
+            source = weights.tensor(_join(name, part, "weight"), shape=(outputs, self.inputs))
+            weight[start : start + outputs].copy_(source)
+            start += outputs
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, inputs] -> [T, sum of parts]."""
+        return ops.linear(x, self.weight, self.bias)
+
+
+def _join(*names: str) -> str:
+    return ".".join(filter(None, names))

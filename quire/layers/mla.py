@@ -1,0 +1,69 @@
+"""Multi-head latent attention (DeepSeek-V2), absorbed: queries and outputs move to the latent space.
+
+The cache holds one latent and one rotated key per token:  | latent: kv_rank | key: rope_dim |
+A head's score is q_nope @ W_uk . latent + q_rope . key, and its value W_uv @ latent.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from quire.attention.base import LayerCache, Ragged
+from quire.kernels import ops
+from quire.layers.base import Build, Weights
+from quire.layers.linear import Linear
+from quire.layers.norm import Norm
+from quire.models import spec
+
+
+class MLA(nn.Module):
+    """Attends with one key head of kv_rank + rope_dim shared by all heads."""
+
+    def __init__(self, s: spec.MLA, build: Build):
+        super().__init__()
+        self.spec, self.build = s, build
+        q = s.num_heads * (s.nope_dim + s.rope_dim)
+        latent = {"kv_a_proj_with_mqa": s.kv_rank + s.rope_dim}
+        if s.q_rank:
+            self.down = Linear(build.dim, {"q_a_proj": s.q_rank} | latent, build)
+            self.q_norm: Norm | None = Norm(s.norm, (s.q_rank,), build)
+            self.q_up: Linear | None = Linear(s.q_rank, {"q_b_proj": q}, build)
+        else:
+            self.down = Linear(build.dim, {"q_proj": q} | latent, build)
+            self.q_norm = self.q_up = None
+        self.kv_norm = Norm(s.norm, (s.kv_rank,), build)
+        self.out = Linear(s.num_heads * s.v_dim, {"o_proj": build.dim}, build)
+        self.rope = build.ropes.table(s.rope)
+        self.scale = (s.nope_dim + s.rope_dim) ** -0.5 if s.scale is None else s.scale
+        self.up_k: Tensor | None = None  # [H, nope_dim, kv_rank]
+        self.up_v: Tensor | None = None  # [H, kv_rank, v_dim]
+
+    def load(self, weights: Weights, name: str) -> None:
+        s = self.spec
+        self.down.load(weights, name)
+        if self.q_norm is not None and self.q_up is not None:
+            self.q_norm.load(weights, f"{name}.q_a_layernorm")
+            self.q_up.load(weights, name)
+        self.kv_norm.load(weights, f"{name}.kv_a_layernorm")
+        self.out.load(weights, name)
+        rows = s.num_heads * (s.nope_dim + s.v_dim)
+        up = self.build.pull(weights, f"{name}.kv_b_proj.weight", rows, s.kv_rank)
+        up_k, up_v = up.unflatten(0, (s.num_heads, -1)).split((s.nope_dim, s.v_dim), 1)
+        self.up_k, self.up_v = up_k.contiguous(), up_v.transpose(1, 2).contiguous()
+
+    def forward(self, x: Tensor, step: Ragged, cache: LayerCache) -> Tensor:
+        """x [T, dim] -> [T, dim]."""
+        s, backend = self.spec, self.build.backend
+        assert self.up_k is not None and self.up_v is not None
+        both = self.down(x)
+        q, latent = both.split((both.shape[-1] - s.kv_rank - s.rope_dim, s.kv_rank + s.rope_dim), -1)
+        if self.q_norm is not None and self.q_up is not None:
+            q = self.q_up(self.q_norm(q))
+        q_nope, q_rope = q.unflatten(-1, (s.num_heads, -1)).split((s.nope_dim, s.rope_dim), -1)
+        latent, k_rope = latent.split((s.kv_rank, s.rope_dim), -1)
+        rotated = ops.norm_rope(
+            torch.cat((q_rope, k_rope[:, None]), 1), None, 0.0, *self.rope, step.positions, s.rope.interleaved
+        )
+        backend.write(cache, torch.cat((self.kv_norm(latent), rotated[:, -1]), -1)[:, None], None, step)
+        absorbed = torch.bmm(q_nope.transpose(0, 1), self.up_k).transpose(0, 1)  # [T, H, kv_rank]
+        y = backend.attend(torch.cat((absorbed, rotated[:, :-1]), -1), cache, step, scale=self.scale)
+        return self.out(torch.bmm(y.transpose(0, 1), self.up_v).transpose(0, 1).flatten(1))

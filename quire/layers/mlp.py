@@ -1,0 +1,28 @@
+"""Feed-forward layers."""
+
+from torch import Tensor, nn
+
+from quire.kernels import ops
+from quire.layers.base import Build, Weights
+from quire.layers.linear import Linear
+from quire.models import spec
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)), gate and up in one product; or down(act(up(x)))."""
+
+    def __init__(self, s: spec.MLP, build: Build):
+        super().__init__()
+        self.spec = s
+        gate = {"gate_proj": s.hidden} if s.gated else {}
+        self.up = Linear(build.dim, gate | {"up_proj": s.hidden}, build, bias=s.bias)
+        self.down = Linear(s.hidden, {"down_proj": build.dim}, build, bias=s.bias)
+
+    def load(self, weights: Weights, name: str) -> None:
+        self.up.load(weights, name)
+        self.down.load(weights, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, dim] -> [T, dim]."""
+        activate = ops.act_mul if self.spec.gated else ops.act
+        return self.down(activate(self.up(x), self.spec.act))

@@ -1,0 +1,1 @@
+"""What each network is, as data. Nothing in this package imports torch."""

@@ -1,0 +1,265 @@
+"""From config.json's usual keys to the pieces of a spec. What a family does differently it passes by name.
+
+Keys without a default are required. Defaults are those of Hugging Face's config classes, for keys
+that published checkpoints leave out. Nothing here knows a particular architecture.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from quire.errors import ModelError, UnsupportedModel
+from quire.log import logger
+from quire.models.hf import HF
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, MoE, Norm, Rope
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def activation(c: HF, name: str) -> str:
+    """Our name of an activation function."""
+    c.refuse(name not in ACTIVATIONS, f"activation {name!r} (known: {', '.join(ACTIVATIONS)})")
+    return ACTIVATIONS[name]
+
+
+def head_dim(c: HF) -> int:
+    """An equal share of hidden_size unless the config says otherwise."""
+    return c.head_dim or _share(c.count("hidden_size"), c.count("num_attention_heads"))
+
+
+def plain_head_dim(c: HF) -> int:
+    """An equal share of hidden_size, for architectures that know no head_dim."""
+    return _share(c.count("hidden_size", "n_embd"), c.count("num_attention_heads", "n_head"))
+
+
+def _share(hidden_size: int, num_heads: int) -> int:
+    if hidden_size % num_heads:
+        raise ModelError(
+            f"config.json: hidden_size {hidden_size} is not a multiple of {num_heads} attention heads"
+        )
+    return hidden_size // num_heads
+
+
+def attention(c: HF, **changes: Any) -> Attention:
+    """Grouped-query attention with the usual keys.
+
+    No bias is assumed: a family that knows `attention_bias` passes what it means.
+    """
+    base: dict[str, Any] = {
+        "num_heads": c.count("num_attention_heads"),
+        "num_kv_heads": changes.get("num_kv_heads") or c.count("num_key_value_heads"),
+        "head_dim": changes.get("head_dim") or head_dim(c),
+    }
+    if "rope" not in changes:
+        base["rope"] = rope(c, base["head_dim"])
+    found = Attention(**{**base, **changes})
+    if found.num_heads % found.num_kv_heads:
+        raise ModelError(
+            f"config.json: {found.num_heads} attention heads are not a multiple of "
+            f"{found.num_kv_heads} key-value heads"
+        )
+    return found
+
+
+def kv_heads(c: HF) -> int:
+    """As many as query heads if the config does not group them, for architectures older than that idea."""
+    return c.num_key_value_heads or c.count("num_attention_heads")
+
+
+def multi_head(num_heads: int, size: int, rotary: Rope | None, **changes: Any) -> Attention:
+    """Attention of architectures that know no key-value heads."""
+    changes = {"num_kv_heads": num_heads, **changes}
+    return Attention(num_heads=num_heads, head_dim=size, rope=rotary, **changes)
+
+
+def mlp(c: HF, **changes: Any) -> MLP:
+    """A gated layer of intermediate_size without biases."""
+    act = activation(c, changes.pop("act", None) or c.text("hidden_act"))
+    hidden = changes.pop("hidden", None) or c.count("intermediate_size")
+    return MLP(hidden=hidden, act=act, **changes)
+
+
+def pre_norm(mixer: Attention | MLA, feed_forward: MLP | MoE, norm: Norm, **changes: Any) -> Block:
+    return Block(mixer=mixer, mlp=feed_forward, attn_norm=norm, mlp_norm=norm, **changes)
+
+
+def decoder(c: HF, block: Block | Callable[[int], Block], norm: Norm, **changes: Any) -> Decoder:
+    """The usual skeleton around one block, repeated, or a function from the layer's index to its block."""
+    num_layers = changes.pop("num_layers", None) or c.count("num_hidden_layers")
+    blocks = (block,) * num_layers if isinstance(block, Block) else tuple(map(block, range(num_layers)))
+    base = {
+        "vocab_size": c.count("vocab_size"),
+        "dim": changes.get("dim") or c.count("hidden_size"),
+        "max_length": changes.get("max_length") or max_length(c),
+        "tied": bool(c.get("tie_word_embeddings", False)),
+    }
+    return Decoder(blocks=blocks, norm=norm, **{**base, **changes})
+
+
+def layer_types(c: HF, usual: Callable[[int], bool]) -> list[bool]:
+    """For each layer, whether its attention is local. `usual` answers for configs that do not list it."""
+    num_layers = c.count("num_hidden_layers")
+    kinds = c.layer_types
+    if kinds is None:
+        return [usual(i) for i in range(num_layers)]
+    unknown = sorted(set(map(str, kinds)) - set(LAYER_TYPES))
+    c.refuse(bool(unknown), f"layer_types entry {', '.join(unknown)} (known: {', '.join(LAYER_TYPES)})")
+    if len(kinds) < num_layers:
+        raise ModelError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
+    return [kind == "sliding_attention" for kind in kinds[:num_layers]]
+
+
+def rope(c: HF, dim: int, *, local: bool = False, partial: float | None = None, **changes: Any) -> Rope:
+    """Rotary embedding of `dim`-dimensional heads, from the new `rope_parameters` or the old separate keys.
+
+    Args:
+        local: the layer is local, where the config has parameters per layer type.
+        partial: the default of `partial_rotary_factor`; None if the architecture rotates whole heads.
+        changes: fields of Rope; `theta` is the default for configs that do not say.
+    """
+    default_theta = changes.pop("theta", 10000.0)
+    found = rope_parameters(c, local)
+    factor = (
+        found.get("partial_rotary_factor") or c.partial_rotary_factor or (1.0 if partial is None else partial)
+    )
+    c.refuse(partial is None and factor != 1.0, f"partial_rotary_factor={factor}")
+    c.refuse("mrope_section" in found, "rotary embedding by sections (mrope_section)")
+    rotated = int(dim * factor)
+    c.refuse(rotated % 2 == 1, f"rotary embedding of an odd number of dimensions ({rotated})")
+    theta = found.get("rope_theta") or c.rope_theta or default_theta
+    scaling, stretch = _scaling(c, found, rotated)
+    return Rope(dim=rotated, theta=theta * stretch, scaling=scaling, **changes)
+
+
+def rope_parameters(c: HF, local: bool = False) -> Mapping[str, Any]:
+    """The config's parameters for this kind of layer, as written. `rope_scaling` spares local layers."""
+    found = c.rope_parameters or (None if local else c.rope_scaling) or {}
+    if any(isinstance(value, Mapping) for value in found.values()):
+        kind = "sliding_attention" if local else "full_attention"
+        if not isinstance(found.get(kind), Mapping):
+            raise ModelError(f"config.json: rope_parameters has {', '.join(found)} but no {kind}")
+        found = found[kind]
+        if not found.get("rope_theta"):
+            raise ModelError(f"config.json: rope_parameters of {kind} has no rope_theta")
+    return found
+
+
+def _scaling(c: HF, found: Mapping[str, Any], dim: int) -> tuple[Mapping[str, object] | None, float]:
+    """What stretches the context, complete with every default, and a factor on theta."""
+    kind = found.get("rope_type") or found.get("type") or "default"
+    match kind:
+        case "default":
+            return None, 1.0
+        case "linear":
+            return {"rope_type": "linear", "factor": _needed(found, "factor")}, 1.0
+        case "dynamic" if found.get("alpha"):  # HunYuan's; unlike the usual kind it does not depend on length
+            return None, found["alpha"] ** (dim / (dim - 2))
+        case "dynamic":
+            logger.warning(
+                "rope_scaling 'dynamic' changes with a sequence's length, which cached keys cannot follow; "
+                "it is left out, which is exact up to max_position_embeddings"
+            )
+            return None, 1.0
+        case "llama3":
+            keys = ("factor", "low_freq_factor", "high_freq_factor")
+            needed = {key: _needed(found, key) for key in keys}
+            return {"rope_type": kind, **needed, "original_max_position_embeddings": _original(c, found)}, 1.0
+        case "yarn":
+            return _yarn(c, found), 1.0
+        case "longrope" | "su":
+            return _longrope(c, found, dim), 1.0
+    raise UnsupportedModel(
+        f"{c.architecture}: rope_type {kind!r} in config.json is not supported "
+        "(known: default, linear, dynamic, llama3, yarn, longrope)"
+    )
+
+
+def _needed(found: Mapping[str, Any], key: str) -> Any:
+    if found.get(key) is None:
+        raise ModelError(f"config.json: the rope parameters have no {key}, which their rope_type needs")
+    return found[key]
+
+
+def _original(c: HF, found: Mapping[str, Any]) -> int:
+    """The length the model was trained for before its context was stretched."""
+    length = c.original_max_position_embeddings or found.get("original_max_position_embeddings")
+    return int(length or c.count("max_position_embeddings"))
+
+
+def _yarn(c: HF, found: Mapping[str, Any]) -> Mapping[str, object]:
+    """Peng et al. 2023. `attention_factor` multiplies cos and sin."""
+    original = _original(c, found)
+    factor = found.get("factor") or c.count("max_position_embeddings") / original
+    gain = found.get("attention_factor")
+    if gain is None:
+        both = found.get("mscale") and found.get("mscale_all_dim")
+        gain = (
+            yarn_mscale(factor, found["mscale"]) / yarn_mscale(factor, found["mscale_all_dim"])
+            if both
+            else yarn_mscale(factor, 1.0)
+        )
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": found.get("beta_fast") or 32,
+        "beta_slow": found.get("beta_slow") or 1,
+        "truncate": found.get("truncate", True),
+        "attention_factor": gain,
+    }
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _longrope(c: HF, found: Mapping[str, Any], dim: int) -> Mapping[str, object]:
+    """Ding et al. 2024: one divisor per frequency, short up to the original length and long beyond."""
+    original = _original(c, found)
+    factor = found.get("factor") or c.count("max_position_embeddings") / original
+    gain = found.get("attention_factor")
+    if gain is None:
+        gain = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    divisors = {key: tuple(_needed(found, key)) for key in ("short_factor", "long_factor")}
+    for key, values in divisors.items():
+        if len(values) != dim // 2:
+            raise ModelError(
+                f"config.json: {key} has {len(values)} entries; {dim} rotated dimensions need {dim // 2}"
+            )
+    return {
+        "rope_type": "longrope",
+        **divisors,
+        "original_max_position_embeddings": original,
+        "attention_factor": gain,
+    }
+
+
+def max_length(c: HF) -> int:
+    """Positions the model was made for, YaRN's stretching included."""
+    length = c.count("max_position_embeddings")
+    found = c.rope_parameters or c.rope_scaling or {}
+    if (found.get("rope_type") or found.get("type")) == "yarn" and found.get("factor"):
+        length = max(length, int(_original(c, found) * found["factor"]))
+    return length
+
+
+def window(c: HF, local: bool = True) -> int | None:
+    """Positions a local layer's token sees; null and 0 mean all."""
+    return c.get("sliding_window", 4096) or None if local else None
+
+
+def biases(c: HF, *, out: bool = True) -> dict[str, bool]:
+    """What `attention_bias` means where it covers q, k and v, and the output too unless `out` is false."""
+    return {"bias": bool(c.attention_bias), "out_bias": bool(c.attention_bias) and out}

@@ -1,0 +1,98 @@
+"""DeepSeek V3 and R1, Kimi K2: latent attention, grouped sigmoid routing, shared experts; and dots.llm1."""
+
+from quire.models.common import (
+    attention,
+    biases,
+    decoder,
+    layer_types,
+    mlp,
+    pre_norm,
+    rope,
+    rope_parameters,
+    window,
+    yarn_mscale,
+)
+from quire.models.hf import HF
+from quire.models.names import LLAMA, Names
+from quire.models.spec import MLA, Block, Decoder, MoE, Norm
+
+LATENT_EPS = 1e-6  # the norms of latents do not follow rms_norm_eps
+
+
+def deepseek_v3(c: HF) -> tuple[Decoder, Names]:
+    c.refuse_if_set("attention_bias")
+    c.skip("head_dim", "qk_head_dim", "num_key_value_heads")  # follow from the other sizes
+    norm, rope_dim, nope_dim = (
+        Norm(eps=c.number("rms_norm_eps")),
+        c.count("qk_rope_head_dim"),
+        c.count("qk_nope_head_dim"),
+    )
+    mla = MLA(
+        num_heads=c.count("num_attention_heads"),
+        q_rank=c.stated("q_lora_rank"),
+        kv_rank=c.count("kv_lora_rank"),
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        v_dim=c.count("v_head_dim"),
+        rope=rope(c, rope_dim, interleaved=bool(c.get("rope_interleave", True))),
+        norm=Norm(eps=LATENT_EPS),
+        scale=_stretched_scale(c, nope_dim + rope_dim),
+    )
+    moe, dense = grouped_experts(c), mlp(c)
+
+    def block(i: int) -> Block:
+        return pre_norm(mla, dense if is_dense(c, i) else moe, norm)
+
+    renames = (*LLAMA, (r"\.shared_experts\.", ".shared."))
+    return decoder(c, block, norm), Names(renames=renames, ignored=mtp_layers(c))
+
+
+def dots1(c: HF) -> tuple[Decoder, Names]:
+    norm, sliding = Norm(eps=c.number("rms_norm_eps")), window(c)
+    local = layer_types(c, lambda i: sliding is not None and i >= c.get("max_window_layers", 62))
+    moe, dense = grouped_experts(c), mlp(c)
+
+    def block(i: int) -> Block:
+        mixer = attention(c, qk_norm=norm, window=sliding if local[i] else None, **biases(c))
+        return pre_norm(mixer, dense if is_dense(c, i) else moe, norm)
+
+    return decoder(c, block, norm), Names(renames=(*LLAMA, (r"\.shared_experts\.", ".shared.")))
+
+
+def grouped_experts(c: HF) -> MoE:
+    """Routing by sigmoid scores plus a correction, within the best groups of experts (DeepSeek-AI 2024)."""
+    c.refuse((kind := c.get("scoring_func", "sigmoid")) != "sigmoid", f"scoring_func={kind!r}")
+    c.refuse((kind := c.get("topk_method", "noaux_tc")) != "noaux_tc", f"topk_method={kind!r}")
+    num_shared, hidden = c.stated("n_shared_experts"), c.count("moe_intermediate_size")
+    return MoE(
+        num_experts=c.count("n_routed_experts", "num_experts"),
+        top_k=c.count("num_experts_per_tok"),
+        expert=mlp(c, hidden=hidden),
+        score="sigmoid",
+        renorm=bool(c.need("norm_topk_prob")),
+        scale=c.number("routed_scaling_factor"),
+        groups=c.count("n_group"),
+        top_groups=c.count("topk_group"),
+        correction=True,
+        shared=mlp(c, hidden=hidden * num_shared) if num_shared else None,
+    )
+
+
+def is_dense(c: HF, layer: int) -> bool:
+    """The first layers have one plain feed-forward layer instead of experts."""
+    return layer < int(c.need("first_k_dense_replace"))
+
+
+def mtp_layers(c: HF) -> tuple[str, ...]:
+    """Checkpoints append layers that predict further tokens; they are no part of the decoder."""
+    first, extra = c.count("num_hidden_layers"), c.get("num_nextn_predict_layers", c.get("num_mtp_layers", 1))
+    return tuple(rf"^layers\.{first + i}\." for i in range(extra))
+
+
+def _stretched_scale(c: HF, head_dim: int) -> float | None:
+    """YaRN sharpens attention as it stretches the context; None leaves the scale as it is."""
+    found = rope_parameters(c)
+    kind, all_dim = found.get("rope_type") or found.get("type") or "default", found.get("mscale_all_dim")
+    if kind == "default" or not all_dim:
+        return None
+    return float(head_dim**-0.5 * yarn_mscale(found["factor"], all_dim) ** 2)

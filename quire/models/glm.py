@@ -1,0 +1,36 @@
+"""GLM 4 (dense, norms around each sublayer) and GLM 4.5 (experts)."""
+
+from quire.models.common import attention, biases, decoder, head_dim, mlp, pre_norm, rope
+from quire.models.deepseek import grouped_experts, is_dense, mtp_layers
+from quire.models.hf import HF
+from quire.models.names import LLAMA, Names, Split
+from quire.models.spec import Block, Decoder, Norm
+
+
+def glm4(c: HF) -> tuple[Decoder, Names]:
+    norm, size = Norm(eps=c.number("rms_norm_eps")), c.count("head_dim")
+    rotary = rope(c, size, partial=0.5, interleaved=True)
+    attn = attention(c, rope=rotary, head_dim=size, bias=bool(c.get("attention_bias", True)))
+    block = pre_norm(attn, mlp(c), norm, attn_post_norm=norm, mlp_post_norm=norm)
+    renames = (
+        (r"\.post_self_attn_layernorm\.", ".attn_post_norm."),
+        (r"\.post_mlp_layernorm\.", ".mlp_post_norm."),
+        *LLAMA,
+    )
+    f = c.count("intermediate_size")
+    splits = {"gate_up_proj": Split({"gate_proj": f, "up_proj": f})}
+    return decoder(c, block, norm), Names(renames=renames, splits=splits)
+
+
+def glm4_moe(c: HF) -> tuple[Decoder, Names]:
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    rotary = rope(c, head_dim(c), partial=0.5)
+    qk_norm = norm if c.use_qk_norm else None
+    mixer = attention(c, rope=rotary, qk_norm=qk_norm, **biases(c, out=False))
+    moe, dense = grouped_experts(c), mlp(c)
+
+    def block(i: int) -> Block:
+        return pre_norm(mixer, dense if is_dense(c, i) else moe, norm)
+
+    renames = (*LLAMA, (r"\.shared_experts\.", ".shared."))
+    return decoder(c, block, norm), Names(renames=renames, ignored=mtp_layers(c))

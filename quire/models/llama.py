@@ -1,0 +1,97 @@
+"""Llama and the models that are Llama with one thing changed."""
+
+from quire.models.common import (
+    attention,
+    biases,
+    decoder,
+    head_dim,
+    kv_heads,
+    layer_types,
+    mlp,
+    pre_norm,
+    rope,
+    window,
+)
+from quire.models.hf import HF
+from quire.models.names import LLAMA, Names
+from quire.models.spec import Block, Decoder, Norm
+
+
+def llama(c: HF) -> tuple[Decoder, Names]:
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    block = pre_norm(attention(c, num_kv_heads=kv_heads(c), **biases(c)), mlp(c, bias=bool(c.mlp_bias)), norm)
+    return decoder(c, block, norm), Names(renames=LLAMA)
+
+
+def mistral(c: HF) -> tuple[Decoder, Names]:
+    """Every layer is local, unless sliding_window is null; an absent one means 4096."""
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    block = pre_norm(attention(c, window=window(c)), mlp(c), norm)
+    return decoder(c, block, norm), Names(renames=LLAMA)
+
+
+def arcee(c: HF) -> tuple[Decoder, Names]:
+    """The feed-forward layer is not gated."""
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    feed_forward = mlp(c, gated=False, bias=bool(c.mlp_bias))
+    return decoder(
+        c, pre_norm(attention(c, num_kv_heads=kv_heads(c), **biases(c)), feed_forward, norm), norm
+    ), Names(renames=LLAMA)
+
+
+def smollm3(c: HF) -> tuple[Decoder, Names]:
+    """Every fourth layer has no rotary embedding (Yang et al. 2025)."""
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    interval = c.get("no_rope_layer_interval", 4)
+    has_rope = c.no_rope_layers or [(i + 1) % interval for i in range(c.count("num_hidden_layers"))]
+    sliding = c.sliding_window if c.use_sliding_window else None
+    local = layer_types(c, lambda i: sliding is not None and not has_rope[i])
+    rotary = rope(c, head_dim(c), theta=2_000_000.0)
+    feed_forward = mlp(c, bias=bool(c.mlp_bias))
+
+    def block(i: int) -> Block:
+        mixer = attention(
+            c, rope=rotary if has_rope[i] else None, window=sliding if local[i] else None, **biases(c)
+        )
+        return pre_norm(mixer, feed_forward, norm)
+
+    tied = bool(c.get("tie_word_embeddings", True))
+    return decoder(c, block, norm, tied=tied), Names(renames=LLAMA)
+
+
+def seed_oss(c: HF) -> tuple[Decoder, Names]:
+    """The output projection has a bias of its own setting."""
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    attn = attention(
+        c,
+        head_dim=c.count("head_dim"),
+        bias=bool(c.get("attention_bias", True)),
+        out_bias=bool(c.attention_out_bias),
+    )
+    return decoder(c, pre_norm(attn, mlp(c, bias=bool(c.mlp_bias)), norm), norm), Names(renames=LLAMA)
+
+
+def hunyuan(c: HF) -> tuple[Decoder, Names]:
+    """Queries and keys are normalised after the rotary embedding."""
+    c.refuse_if_set("use_cla")
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    attn = attention(c, num_kv_heads=kv_heads(c), qk_norm=norm, norm_after_rope=True, **biases(c))
+    renames = (*LLAMA, (r"\.query_layernorm\.", ".q_norm."), (r"\.key_layernorm\.", ".k_norm."))
+    return decoder(c, pre_norm(attn, mlp(c), norm), norm), Names(renames=renames)
+
+
+def ernie(c: HF) -> tuple[Decoder, Names]:
+    """Rotary embedding of neighbouring dimensions; one setting for every bias."""
+    norm, bias, size = Norm(eps=c.number("rms_norm_eps")), bool(c.use_bias), c.count("head_dim")
+    rotary = rope(c, size, theta=500_000.0, interleaved=True)
+    attn = attention(c, rope=rotary, head_dim=size, bias=bias, out_bias=bias)
+    tied = bool(c.get("tie_word_embeddings", True))
+    return decoder(c, pre_norm(attn, mlp(c, bias=bias), norm), norm, tied=tied), Names(renames=LLAMA)
+
+
+def helium(c: HF) -> tuple[Decoder, Names]:
+    """Rotary embedding of neighbouring dimensions; the output projection never has a bias."""
+    norm, size = Norm(eps=c.number("rms_norm_eps")), c.count("head_dim")
+    rotary = rope(c, size, theta=100_000.0, interleaved=True)
+    attn = attention(c, rope=rotary, head_dim=size, **biases(c, out=False))
+    return decoder(c, pre_norm(attn, mlp(c, bias=bool(c.mlp_bias)), norm), norm), Names(renames=LLAMA)

@@ -1,0 +1,93 @@
+"""OLMo 1, 2, 3 and OLMoE, and EXAONE 4, whose norms follow the sublayers as OLMo 2's do."""
+
+from quire.models.common import (
+    attention,
+    biases,
+    decoder,
+    head_dim,
+    kv_heads,
+    layer_types,
+    mlp,
+    pre_norm,
+    rope,
+    window,
+)
+from quire.models.hf import HF
+from quire.models.names import LLAMA, Names
+from quire.models.spec import Attention, Block, Decoder, MoE, Norm
+
+POST_NORM = (
+    (r"^model\.", ""),
+    (r"\.self_attn\.", ".mixer."),
+    (r"\.post_attention_layernorm\.", ".attn_post_norm."),
+    (r"\.post_feedforward_layernorm\.", ".mlp_post_norm."),
+)
+
+
+def olmo(c: HF) -> tuple[Decoder, Names]:
+    """Layer norms without parameters."""
+    c.refuse_if_set("clip_qkv")
+    norm = Norm(kind="layer", eps=1e-5, weight=False)
+    return decoder(
+        c, pre_norm(attention(c, num_kv_heads=kv_heads(c), **biases(c)), mlp(c), norm), norm
+    ), Names(renames=LLAMA)
+
+
+def olmo2(c: HF) -> tuple[Decoder, Names]:
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    block = _post_norm(
+        c, attention(c, qk_norm=norm, qk_norm_span="full", num_kv_heads=kv_heads(c), **biases(c)), norm
+    )
+    return decoder(c, block, norm), Names(renames=POST_NORM)
+
+
+def olmo3(c: HF) -> tuple[Decoder, Names]:
+    """Three of four layers are local; only the others' rotary embedding is stretched."""
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    local = layer_types(c, lambda i: (i + 1) % 4 != 0)
+
+    def block(i: int) -> Block:
+        rotary = rope(c, head_dim(c), local=local[i], theta=500_000.0)
+        own = {"qk_norm": norm, "qk_norm_span": "full", "num_kv_heads": kv_heads(c), **biases(c)}
+        return _post_norm(c, attention(c, rope=rotary, window=window(c, local[i]), **own), norm)
+
+    return decoder(c, block, norm), Names(renames=POST_NORM)
+
+
+def exaone4(c: HF) -> tuple[Decoder, Names]:
+    """Where some layers are local, the others have no rotary embedding."""
+    norm, sliding = Norm(eps=c.number("rms_norm_eps")), window(c)
+    pattern = c.get("sliding_window_pattern", 4)
+    c.refuse(
+        not c.layer_types and not isinstance(pattern, int),
+        f"sliding_window_pattern={pattern!r} without layer_types",
+    )
+    local = layer_types(c, lambda i: sliding is not None and (i + 1) % pattern != 0)
+    rotary = rope(c, head_dim(c))
+
+    def block(i: int) -> Block:
+        here = rotary if local[i] or sliding is None else None
+        mixer = attention(c, rope=here, window=window(c, local[i]), qk_norm=norm)
+        return _post_norm(c, mixer, norm)
+
+    return decoder(c, block, norm), Names(renames=POST_NORM)
+
+
+def olmoe(c: HF) -> tuple[Decoder, Names]:
+    """Every layer has experts of intermediate_size; q and k are normalised over all heads together."""
+    c.refuse_if_set("clip_qkv")
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    moe = MoE(
+        num_experts=c.count("num_experts", "num_local_experts"),
+        top_k=c.count("num_experts_per_tok"),
+        expert=mlp(c),
+        renorm=bool(c.norm_topk_prob),
+    )
+    attn = attention(c, qk_norm=norm, qk_norm_span="full", num_kv_heads=kv_heads(c), **biases(c))
+    return decoder(c, pre_norm(attn, moe, norm), norm), Names(renames=LLAMA)
+
+
+def _post_norm(c: HF, mixer: Attention, norm: Norm) -> Block:
+    return Block(
+        mixer=mixer, mlp=mlp(c), attn_norm=None, mlp_norm=None, attn_post_norm=norm, mlp_post_norm=norm
+    )

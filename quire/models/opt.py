@@ -1,0 +1,40 @@
+"""OPT: learned positions that start at 2."""
+
+from quire.models.common import activation, decoder, multi_head, plain_head_dim, pre_norm
+from quire.models.hf import HF
+from quire.models.names import Names
+from quire.models.spec import MLP, Decoder, Norm
+
+
+def opt(c: HF) -> tuple[Decoder, Names]:
+    dim, heads, bias = (
+        c.count("hidden_size"),
+        c.count("num_attention_heads"),
+        bool(c.get("enable_bias", True)),
+    )
+    c.refuse(not c.get("do_layer_norm_before", True), "do_layer_norm_before=False")
+    c.refuse((c.word_embed_proj_dim or dim) != dim, f"word_embed_proj_dim={c.word_embed_proj_dim}")
+    c.refuse_if_set("_remove_final_layer_norm")
+    affine = bool(c.get("layer_norm_elementwise_affine", True))
+    norm = Norm(kind="layer", eps=1e-5, weight=affine, bias=affine)
+    attn = multi_head(heads, plain_head_dim(c), None, bias=bias, out_bias=bias)
+    act = activation(c, c.text("activation_function"))
+    feed_forward = MLP(hidden=c.count("ffn_dim"), act=act, gated=False, bias=bias)
+    offset = 2
+    positions = {"num_positions": c.count("max_position_embeddings") + offset, "position_offset": offset}
+    tied = bool(c.get("tie_word_embeddings", True))
+    return decoder(c, pre_norm(attn, feed_forward, norm), norm, tied=tied, **positions), Names(
+        renames=RENAMES
+    )
+
+
+RENAMES = (
+    (r"^(model\.)?decoder\.", ""),
+    (r"^final_layer_norm\.", "norm."),
+    (r"\.self_attn_layer_norm\.", ".attn_norm."),
+    (r"\.final_layer_norm\.", ".mlp_norm."),
+    (r"\.fc1\.", ".mlp.up_proj."),
+    (r"\.fc2\.", ".mlp.down_proj."),
+    (r"\.self_attn\.out_proj\.", ".mixer.o_proj."),
+    (r"\.self_attn\.", ".mixer."),
+)

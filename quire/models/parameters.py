@@ -1,0 +1,135 @@
+"""Which parameters a network has, and what they and their cache weigh. Knows shapes, not tensors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, MoE, Norm
+
+Shape = tuple[int, ...]
+Named = Iterator[tuple[str, Shape]]
+
+
+def parameter_shapes(spec: Decoder) -> Named:
+    """Every parameter of a network by its name, in the order in which a forward pass meets them."""
+    yield "embed_tokens.weight", (spec.vocab_size, spec.dim)
+    if spec.num_positions:
+        yield "embed_positions.weight", (spec.num_positions, spec.dim)
+    for i, block in enumerate(spec.blocks):
+        yield from _within(f"layers.{i}", block_shapes(block, spec.dim))
+    yield from _within("norm", _norm(spec.norm, (spec.dim,)))
+    if not spec.tied:
+        yield "lm_head.weight", (spec.vocab_size, spec.dim)
+    if spec.head_bias:
+        yield "lm_head.bias", (spec.vocab_size,)
+
+
+def block_shapes(block: Block, dim: int) -> Named:
+    """The parameters of one layer."""
+    yield from _within("attn_norm", _norm(block.attn_norm, (dim,)))
+    mixer = _attention(block.mixer, dim) if isinstance(block.mixer, Attention) else _mla(block.mixer, dim)
+    yield from _within("mixer", mixer)
+    yield from _within("attn_post_norm", _norm(block.attn_post_norm, (dim,)))
+    yield from _within("mlp_norm", _norm(block.mlp_norm, (dim,)))
+    yield from _within("mlp", _moe(block.mlp, dim) if isinstance(block.mlp, MoE) else _mlp(block.mlp, dim))
+    yield from _within("mlp_post_norm", _norm(block.mlp_post_norm, (dim,)))
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters of a network. `active` are those that one token passes through: top_k of the experts."""
+
+    total: int
+    active: int
+
+
+def num_parameters(spec: Decoder) -> Count:
+    """Counts a tied head once, and as active."""
+    outside = sum(prod(shape) for name, shape in parameter_shapes(spec) if not name.startswith("layers."))
+    total = active = outside
+    for block in spec.blocks:
+        here = sum(prod(shape) for _, shape in block_shapes(block, spec.dim))
+        total += here
+        active += here - _idle(block.mlp, spec.dim)
+    return Count(total, active)
+
+
+def kv_values_per_token(block: Block) -> int:
+    """Numbers that one layer caches for one token."""
+    mixer = block.mixer
+    if isinstance(mixer, MLA):
+        return mixer.kv_rank + mixer.rope_dim
+    return 2 * mixer.num_kv_heads * mixer.head_dim
+
+
+def kv_bytes_per_token(spec: Decoder, value_bytes: int = 2) -> int:
+    """Bytes of cache that one more token needs, as long as it is within every layer's window."""
+    return sum(kv_values_per_token(block) for block in spec.blocks) * value_bytes
+
+
+def _idle(mlp: MLP | MoE, dim: int) -> int:
+    if not isinstance(mlp, MoE):
+        return 0
+    return (mlp.num_experts - mlp.top_k) * sum(prod(shape) for _, shape in _mlp(mlp.expert, dim))
+
+
+def _within(prefix: str, named: Named) -> Named:
+    for name, shape in named:
+        yield f"{prefix}.{name}", shape
+
+
+def _norm(norm: Norm | None, shape: Shape) -> Named:
+    if norm and norm.weight:
+        yield "weight", shape
+    if norm and norm.bias:
+        yield "bias", shape
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool = False) -> Named:
+    yield f"{name}.weight", (rows, columns)
+    if bias:
+        yield f"{name}.bias", (rows,)
+
+
+def _attention(s: Attention, dim: int) -> Named:
+    for name, heads in (("q", s.num_heads), ("k", s.num_kv_heads), ("v", s.num_kv_heads)):
+        yield from _linear(f"{name}_proj", heads * s.head_dim, dim, s.bias)
+    for name, heads in (("q", s.num_heads), ("k", s.num_kv_heads)):
+        spans = {"head": (s.head_dim,), "full": (heads * s.head_dim,), "heads": (heads, s.head_dim)}
+        yield from _within(f"{name}_norm", _norm(s.qk_norm, spans[s.qk_norm_span]))
+    if s.sinks:
+        yield "sinks", (s.num_heads,)
+    yield from _linear("o_proj", dim, s.num_heads * s.head_dim, s.out_bias)
+
+
+def _mla(s: MLA, dim: int) -> Named:
+    q = s.num_heads * (s.nope_dim + s.rope_dim)
+    if s.q_rank:
+        yield from _linear("q_a_proj", s.q_rank, dim)
+        yield from _within("q_a_layernorm", _norm(s.norm, (s.q_rank,)))
+        yield from _linear("q_b_proj", q, s.q_rank)
+    else:
+        yield from _linear("q_proj", q, dim)
+    yield from _linear("kv_a_proj_with_mqa", s.kv_rank + s.rope_dim, dim)
+    yield from _within("kv_a_layernorm", _norm(s.norm, (s.kv_rank,)))
+    yield from _linear("kv_b_proj", s.num_heads * (s.nope_dim + s.v_dim), s.kv_rank)
+    yield from _linear("o_proj", dim, s.num_heads * s.v_dim)
+
+
+def _mlp(s: MLP, dim: int) -> Named:
+    if s.gated:
+        yield from _linear("gate_proj", s.hidden, dim, s.bias)
+    yield from _linear("up_proj", s.hidden, dim, s.bias)
+    yield from _linear("down_proj", dim, s.hidden, s.bias)
+
+
+def _moe(s: MoE, dim: int) -> Named:
+    yield from _linear("gate", s.num_experts, dim, s.router_bias)
+    if s.correction:
+        yield "gate.e_score_correction_bias", (s.num_experts,)
+    for i in range(s.num_experts):
+        yield from _within(f"experts.{i}", _mlp(s.expert, dim))
+    if s.shared:
+        yield from _within("shared", _mlp(s.shared, dim))
+    if s.shared_gate:
+        yield from _linear("shared_expert_gate", 1, dim)

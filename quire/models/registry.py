@@ -1,0 +1,103 @@
+"""Which function describes which architecture. A family's module is imported when one of its models is."""
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from quire.errors import UnsupportedModel
+from quire.log import logger
+from quire.models.hf import HF
+from quire.models.names import Names
+from quire.models.spec import Decoder
+
+FAMILIES: Mapping[str, str] = {  # architecture -> module.function
+    "ArceeForCausalLM": "llama.arcee",
+    "Cohere2ForCausalLM": "cohere.cohere2",
+    "CohereForCausalLM": "cohere.cohere",
+    "DeepseekV3ForCausalLM": "deepseek.deepseek_v3",
+    "Dots1ForCausalLM": "deepseek.dots1",
+    "Ernie4_5ForCausalLM": "llama.ernie",
+    "Exaone4ForCausalLM": "olmo.exaone4",
+    "FalconForCausalLM": "falcon.falcon",
+    "GPT2LMHeadModel": "gpt.gpt2",
+    "GPTJForCausalLM": "gpt.gptj",
+    "GPTNeoXForCausalLM": "gpt.gpt_neox",
+    "Gemma2ForCausalLM": "gemma.gemma2",
+    "Gemma3ForCausalLM": "gemma.gemma3",
+    "GemmaForCausalLM": "gemma.gemma",
+    "Glm4ForCausalLM": "glm.glm4",
+    "Glm4MoeForCausalLM": "glm.glm4_moe",
+    "GraniteForCausalLM": "granite.granite",
+    "HeliumForCausalLM": "llama.helium",
+    "HunYuanDenseV1ForCausalLM": "llama.hunyuan",
+    "LlamaForCausalLM": "llama.llama",
+    "MistralForCausalLM": "llama.mistral",
+    "MixtralForCausalLM": "mixtral.mixtral",
+    "NemotronForCausalLM": "nemotron.nemotron",
+    "OPTForCausalLM": "opt.opt",
+    "Olmo2ForCausalLM": "olmo.olmo2",
+    "Olmo3ForCausalLM": "olmo.olmo3",
+    "OlmoForCausalLM": "olmo.olmo",
+    "OlmoeForCausalLM": "olmo.olmoe",
+    "Phi3ForCausalLM": "phi.phi3",
+    "PhiForCausalLM": "phi.phi",
+    "Qwen2ForCausalLM": "qwen.qwen",
+    "Qwen2MoeForCausalLM": "qwen.qwen2_moe",
+    "Qwen3ForCausalLM": "qwen.qwen",
+    "Qwen3MoeForCausalLM": "qwen.qwen3_moe",
+    "SeedOssForCausalLM": "llama.seed_oss",
+    "SmolLM3ForCausalLM": "llama.smollm3",
+    "StableLmForCausalLM": "stablelm.stablelm",
+    "Starcoder2ForCausalLM": "starcoder.starcoder2",
+}
+Family = Callable[[HF], tuple[Decoder, Names]]
+
+
+def families() -> list[str]:
+    """Every architecture there is, by Hugging Face's class name."""
+    return sorted(FAMILIES)
+
+
+def family(architecture: str) -> Family:
+    """The function that describes an architecture.
+
+    Raises:
+        UnsupportedModel: there is none; the message lists the closest names.
+    """
+    if architecture not in FAMILIES:
+        close = difflib.get_close_matches(architecture, FAMILIES, n=3, cutoff=0.6)
+        hint = f" The closest are {', '.join(close)}." if close else ""
+        raise UnsupportedModel(
+            f"no family describes {architecture}.{hint} If the model computes the same as one of the "
+            f"{len(FAMILIES)} that are described (`quire inspect` lists them), write that name into "
+            "architectures in its config.json; otherwise it needs a function in quire/models."
+        )
+    module, name = FAMILIES[architecture].split(".")
+    found: Family = getattr(importlib.import_module(f"quire.models.{module}"), name)
+    return found
+
+
+def decoder_spec(config: Mapping[str, object]) -> tuple[Decoder, Names]:
+    """The network that a config.json describes, and how its checkpoint spells the parameters.
+
+    Warns once about keys that the family does not read and that might mean something.
+
+    Raises:
+        UnsupportedModel: nobody knows the architecture, or it asks for something its family cannot honour.
+        ModelError: a required key is missing or wrong.
+    """
+    c = HF(config)
+    describe = family(c.architecture)
+    if quantization := c.quantization_config:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise UnsupportedModel(
+            f"{c.architecture}: quantization_config with quant_method={method!r} in config.json is not "
+            "supported; use the model's bfloat16 or float16 checkpoint"
+        )
+    spec, names = describe(c)
+    if ignored := ", ".join(f"{key}={value!r:.60}" for key, value in c.unread()):
+        logger.warning("config.json: %s does not know %s; ignored", c.architecture, ignored)
+    if spec.tied:  # some checkpoints store the shared matrix twice
+        names = replace(names, ignored=(*names.ignored, r"^lm_head\.weight$"))
+    return spec, names

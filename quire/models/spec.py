@@ -1,0 +1,125 @@
+"""What a network is, as plain data: it can be printed, compared, sliced and measured anywhere.
+
+A spec knows no device, parallelism, quantization, cache or loading. A field enters when two families need it.
+Parameter names follow from the structure (`layers.3.mixer.q_proj.weight`); `names.py` maps checkpoints onto them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """RMS norm (Zhang and Sennrich 2019) or layer norm; computed in float32."""
+
+    kind: str = "rms"  # rms | layer
+    eps: float = 1e-6
+    bias: bool = False
+    weight: bool = True
+    offset: float = 0.0  # Gemma and Nemotron store weight - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021) over the first `dim` dimensions of each head."""
+
+    dim: int
+    theta: float = 10000.0
+    interleaved: bool = False  # GPT-J pairs (0, 1), (2, 3), ...; otherwise halves
+    scaling: Mapping[str, object] | None = None  # Hugging Face's rope parameters, "rope_type" first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Multi-head, grouped-query or multi-query attention, causal. Parameters: {q,k,v,o}_proj, {q,k}_norm, sinks."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope | None
+    bias: bool = False  # of q, k and v
+    out_bias: bool = False
+    qk_norm: Norm | None = None
+    qk_norm_span: str = (
+        "head"  # what one norm sees: head | full (all heads) | heads (a head; a weight per head)
+    )
+    norm_after_rope: bool = False
+    window: int | None = None  # positions a token sees, itself included
+    scale: float | None = None  # None: head_dim ** -0.5
+    softcap: float | None = None
+    sinks: bool = False  # a learned logit per head that takes part in the softmax only
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLA:
+    """Multi-head latent attention (DeepSeek-V2). The cache holds the latent and one rotated key per token."""
+
+    num_heads: int
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    rope: Rope
+    norm: Norm
+    scale: float | None = None  # None: (nope_dim + rope_dim) ** -0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP:
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
+
+    hidden: int
+    act: str = "silu"  # silu | gelu | gelu_pytorch_tanh | gelu_new | relu | relu2
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoE:
+    """Sparse experts behind a router. Parameters: gate, experts.N.{gate,up,down}_proj, shared.*, shared_expert_gate."""
+
+    num_experts: int
+    top_k: int
+    expert: MLP
+    score: str = "softmax"  # softmax | sigmoid | softmax_topk (softmax over the chosen logits)
+    renorm: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    correction: bool = False  # e_score_correction_bias picks the experts, not their weights
+    router_bias: bool = False
+    shared: MLP | None = None
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One layer. Sequential: h = x + post(attn(pre(x))); h + post(mlp(pre(h))). See `parallel` for the other."""
+
+    mixer: Attention | MLA
+    mlp: MLP | MoE
+    attn_norm: Norm | None
+    mlp_norm: Norm | None
+    attn_post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
+    parallel: bool = False  # x + attn(n(x)) + mlp(n(x)); without mlp_norm the two share one norm
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A decoder-only language model. Parameters: embed_tokens, embed_positions, layers.N.*, norm, lm_head."""
+
+    vocab_size: int
+    dim: int
+    max_length: int  # positions the model was made for
+    blocks: tuple[Block, ...]
+    norm: Norm
+    embed_scale: float = 1.0
+    num_positions: int = 0  # rows of learned absolute positions, if any
+    position_offset: int = 0  # OPT starts at 2
+    tied: bool = False  # the head is the embedding
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None

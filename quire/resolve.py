@@ -1,0 +1,174 @@
+"""From what the user said, the network and the machine to every option's value, with the reason for each. Pure."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quire.attention.shapes import block_bytes
+from quire.config import Config
+from quire.errors import CapacityError, ConfigError
+from quire.models.parameters import num_parameters
+from quire.models.spec import MLP, Decoder, MoE
+
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+MAX_SEQS = {"cpu": 256, "cuda": 1024}
+BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+CPU_CACHE_SHARE = 0.5  # of the memory that is left: other programs live here too
+SPARE_BLOCKS = 32_768  # for the prefix cache; a small model could otherwise fill the machine with it
+ONLINE_GAP_MS = {"cpu": 250.0, "cuda": 50.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Facts about the device. Bytes of memory; `fast_dtypes` have kernels of their own, best first."""
+
+    device: str  # cpu | cuda
+    total_bytes: int
+    available_bytes: int
+    num_cores: int
+    fast_dtypes: tuple[str, ...]
+    block_size: int  # what the attention backend prefers
+    asynchronous: bool  # the device computes while the host goes on
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Where the memory goes, in bytes."""
+
+    weight_bytes: int
+    work_bytes: int
+    cache_bytes: int
+    block_bytes: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A config without None where a value is needed, the memory plan, and why: option -> reason."""
+
+    config: Config
+    memory: Memory
+    reasons: Mapping[str, str]
+
+
+def resolve_dtype(config: Config, checkpoint_dtype: str | None, machine: Machine) -> tuple[str, str]:
+    """The type of weights and activations, and why."""
+    if config.dtype != "auto":
+        return config.dtype, "asked for"
+    if checkpoint_dtype in machine.fast_dtypes:
+        return checkpoint_dtype, "the checkpoint's"
+    best = machine.fast_dtypes[0]
+    return best, f"the checkpoint says {checkpoint_dtype}, and {best} is what a {machine.device} computes fast"
+
+
+def resolve(
+    config: Config, spec: Decoder, machine: Machine, *, checkpoint_dtype: str | None, offline: bool
+) -> Resolved:
+    """Fill in everything that was not said.
+
+    Args:
+        checkpoint_dtype: what config.json calls the weights' type, if it does.
+        offline: nobody reads tokens as they come, so no gap between them has to be kept.
+
+    Raises:
+        ConfigError: a value contradicts the model.
+        CapacityError: the weights, or one request of the asked length, do not fit.
+    """
+    reasons: dict[str, str] = {}
+    dtype, reasons["dtype"] = resolve_dtype(config, checkpoint_dtype, machine)
+    block_size = config.block_size or machine.block_size
+    batched = config.max_num_batched_tokens or BATCHED_TOKENS[machine.device]
+    max_seqs = config.max_num_seqs or min(MAX_SEQS[machine.device], batched)
+    if config.max_num_batched_tokens is None:
+        reasons["max_num_batched_tokens"] = f"default on a {machine.device}"
+    length = _length(config, spec)
+    weights = num_parameters(spec).total * ITEM_BYTES[dtype]
+    work = _work_bytes(spec, batched, min(max_seqs, batched))
+    per_block = block_bytes(spec, block_size, ITEM_BYTES[dtype])
+    budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, machine, weights, work)
+    wanted = max_seqs * -(-length // block_size) + (SPARE_BLOCKS if config.enable_prefix_caching else 0)
+    num_blocks = min(budget // per_block, wanted)
+    if num_blocks == wanted and config.kv_cache_memory_bytes is None:
+        reasons["kv_cache_memory_bytes"] = f"{max_seqs} sequences of {length} tokens, and finished ones to reuse"
+    length, why = _fitting_length(config, length, num_blocks * block_size, per_block // block_size)
+    reasons["max_model_len"] = why
+    depth_two = machine.asynchronous if config.async_scheduling is None else config.async_scheduling
+    resolved = dataclasses.replace(
+        config,
+        device=machine.device,
+        dtype=dtype,
+        block_size=block_size,
+        max_num_seqs=max_seqs,
+        max_num_batched_tokens=batched,
+        max_model_len=length,
+        kv_cache_memory_bytes=num_blocks * per_block,
+        async_scheduling=depth_two,
+        max_token_gap_ms=_gap(config, machine, offline, reasons),
+        num_threads=config.num_threads or machine.num_cores,
+    )
+    return Resolved(resolved, Memory(weights, work, num_blocks * per_block, per_block, num_blocks), reasons)
+
+
+def _length(config: Config, spec: Decoder) -> int:
+    if config.max_model_len is None:
+        return spec.max_length
+    if config.max_model_len > spec.max_length:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; this model was made for at most {spec.max_length} positions"
+        )
+    return config.max_model_len
+
+
+def _work_bytes(spec: Decoder, batched_tokens: int, num_rows: int) -> int:
+    """Activations of the largest step and its logits, in float32 to be on the safe side."""
+    widest = max(3 * spec.dim, *(_widest(block.mlp) for block in spec.blocks))
+    return 4 * (batched_tokens * (2 * spec.dim + 2 * widest) + 3 * num_rows * spec.vocab_size)
+
+
+def _widest(mlp: MLP | MoE) -> int:
+    match mlp:
+        case MLP(hidden=hidden):
+            return 2 * hidden
+        case MoE(expert=expert, shared=shared, top_k=top_k):
+            return 2 * (expert.hidden * top_k + (shared.hidden if shared else 0))
+
+
+def _cache_budget(config: Config, machine: Machine, weights: int, work: int) -> tuple[int, str]:
+    left = min(int(machine.total_bytes * config.gpu_memory_utilization), machine.available_bytes) - weights - work
+    if left <= 0:
+        raise CapacityError(
+            f"the weights take {weights / 2**30:.2f} GiB and work space {work / 2**30:.2f} GiB; of"
+            f" {machine.total_bytes / 2**30:.1f} GiB only {machine.available_bytes / 2**30:.1f} GiB are free at a"
+            f" share of {config.gpu_memory_utilization}. Free memory, or lower max_num_batched_tokens or max_num_seqs"
+        )
+    if config.kv_cache_memory_bytes is not None:
+        if config.kv_cache_memory_bytes > left:
+            raise CapacityError(
+                f"kv_cache_memory_bytes asks for {config.kv_cache_memory_bytes / 2**30:.2f} GiB;"
+                f" {left / 2**30:.2f} GiB are left beside the weights"
+            )
+        return config.kv_cache_memory_bytes, "asked for"
+    if machine.device == "cpu":
+        return int(left * CPU_CACHE_SHARE), f"{CPU_CACHE_SHARE:.0%} of the memory left beside the weights"
+    return left, "the memory left beside the weights"
+
+
+def _fitting_length(config: Config, length: int, room: int, token_bytes: int) -> tuple[int, str]:
+    if length <= room:
+        return length, "asked for" if config.max_model_len else "what the model was made for"
+    if config.max_model_len is not None or room < 1:
+        raise CapacityError(
+            f"one request of {length} tokens needs {length * token_bytes / 2**30:.2f} GiB of KV cache, and there is"
+            f" room for {room} tokens; lower max_model_len or raise kv_cache_memory_bytes"
+        )
+    return room, f"the model was made for {length}, and the KV cache has room for {room}"
+
+
+def _gap(config: Config, machine: Machine, offline: bool, reasons: dict[str, str]) -> float:
+    if config.max_token_gap_ms is not None:
+        return config.max_token_gap_ms
+    if offline:
+        reasons["max_token_gap_ms"] = "nobody reads along, so prompts are computed in the largest pieces"
+        return 0.0
+    reasons["max_token_gap_ms"] = f"default on a {machine.device}"
+    return ONLINE_GAP_MS[machine.device]

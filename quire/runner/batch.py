@@ -1,0 +1,67 @@
+"""From a plan to the tensors of a step. Knows no network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.attention.base import Ragged
+from quire.runner.state import SlotState
+from quire.scheduler.plan import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step's input: the T positions of all its work, one piece of work after another.
+
+    `last_rows` are the rows of work that samples; `slots` and `sample_positions` say, on the device and for each of
+    these rows, whose successor is sampled and where it goes.
+    """
+
+    token_ids: Tensor  # [T] int64
+    ragged: Ragged
+    starts: np.ndarray  # [S + 1] first row of each piece of work
+    sampling: tuple[Work, ...]
+    last_rows: Tensor  # [R] int64
+    slots: Tensor  # [R] int64
+    sample_positions: Tensor  # [R] int64
+
+
+def make_batch(work: Sequence[Work], state: SlotState, block_size: int) -> Batch:
+    """Gather what the work covers; one upload of indices, the tokens themselves are on the device already."""
+    device = state.tokens.device
+    counts = np.array([w.count for w in work])
+    begins = np.array([w.start for w in work])
+    slots = np.array([w.slot for w in work])
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - begins, counts)
+    lengths = begins + counts
+    sampling = [i for i, w in enumerate(work) if w.samples]
+
+    def upload(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    row_slots, at = upload(np.repeat(slots, counts)), upload(positions)
+    max_length = int(lengths.max())
+    tables = state.tables[upload(slots), : -(-max_length // block_size)]
+    blocks = state.tables[row_slots, at // block_size].long()
+    ragged = Ragged(
+        positions=at,
+        slot_mapping=blocks * block_size + at % block_size,
+        query_starts=upload(starts.astype(np.int32)),
+        lengths=upload(lengths.astype(np.int32)),
+        block_tables=tables,
+        max_query=int(counts.max()),
+        max_length=max_length,
+    )
+    return Batch(
+        token_ids=state.tokens[row_slots, at].long(),
+        ragged=ragged,
+        starts=starts,
+        sampling=tuple(work[i] for i in sampling),
+        last_rows=upload(starts[1:][sampling] - 1),
+        slots=upload(slots[sampling]),
+        sample_positions=upload(lengths[sampling]),
+    )

@@ -1,0 +1,82 @@
+"""Log probabilities that requests ask for: of the chosen token and of the k likeliest. Knows no sampling parameters.
+
+They are the log-softmax of the model's logits as they came, before rules, penalties, temperature and filters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quire.types import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log probabilities of Q rows that ask for the same k. Column 0 is the chosen token, 1 + i the i-th likeliest."""
+
+    rows: tuple[int, ...]  # their indices in the batch
+    token_ids: Tensor  # [Q, 1 + k] int64
+    logprobs: Tensor  # [Q, 1 + k] float32
+    ranks: Tensor  # [Q] int64, of the chosen: 1 + how many tokens are likelier
+
+    def to_lists(self) -> list[TokenLogprobs]:
+        """Plain values for each row, in one transfer."""
+        return unpack(self.pack().cpu(), [self.shape])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.token_ids.shape[0], self.token_ids.shape[1])
+
+    def pack(self) -> Tensor:
+        """All values in one int32 tensor [Q * (2 * (1 + k) + 1)]; the floats keep their bits."""
+        floats = self.logprobs.contiguous().view(torch.int32)
+        return torch.cat((self.token_ids.flatten().int(), floats.flatten(), self.ranks.int()))
+
+
+def unpack(packed: Tensor, shapes: Sequence[tuple[int, int]]) -> list[TokenLogprobs]:
+    """The rows of several `Logprobs.pack()` results, joined in a tensor on the host, given their (Q, 1 + k)."""
+    found = []
+    start = 0
+    for num_rows, width in shapes:
+        ids, floats, ranks = packed[start : start + num_rows * (2 * width + 1)].split(
+            [num_rows * width, num_rows * width, num_rows]
+        )
+        start += num_rows * (2 * width + 1)
+        values = floats.view(torch.float32).view(num_rows, width).tolist()
+        found += map(_report, ids.view(num_rows, width).tolist(), values, ranks.tolist())
+    return found
+
+
+def _report(ids: list[int], logprobs: list[float], rank: int) -> TokenLogprobs:
+    """Drops the second mention of the chosen token, so that ids are unique."""
+    others = [i for i in range(1, len(ids)) if ids[i] != ids[0]]
+    return TokenLogprobs(
+        [ids[0], *(ids[i] for i in others)], [logprobs[0], *(logprobs[i] for i in others)], [rank, *others]
+    )
+
+
+def compute(logits: Tensor, chosen: Tensor, k: int, rows: Sequence[int]) -> Logprobs:
+    """Log probabilities of `chosen` [Q] and of the k likeliest tokens (-1: all) under raw `logits` [Q, V]."""
+    k = logits.shape[1] if k < 0 else min(k, logits.shape[1])
+    logits = logits.float()
+    greatest = logits.amax(-1, keepdim=True)
+    # As log_softmax rounds: subtracting the logarithm of the sum last keeps precision when logits are large.
+    log_sum = (logits - greatest).exp_().sum(-1, keepdim=True).log_()
+    score = logits.gather(1, chosen[:, None])
+    ids, values = chosen[:, None], score
+    if k:
+        top = logits.topk(k)
+        ids, values = torch.cat((ids, top.indices), 1), torch.cat((values, top.values), 1)
+    ranks = (logits > score).sum(-1) + 1
+    return Logprobs(tuple(rows), ids, values - greatest - log_sum, ranks)
+
+
+def prompt_logprobs(logits: Tensor, next_token_ids: Tensor, k: int) -> Logprobs:
+    """Log probabilities of the tokens that follow in a prompt, for a chunk of N positions.
+
+    `logits` [N, V] are the model's at those positions, `next_token_ids` [N] (int64) what the prompt has after them,
+    `k` as in `SamplingParams.prompt_logprobs`.
+    """
+    return compute(logits, next_token_ids, k, range(len(next_token_ids)))

@@ -1,0 +1,154 @@
+"""Chooses the next token of every row of a batch. Knows slots and parameters, not models, blocks or schedules.
+
+The order is vLLM's:
+
+    raw log probabilities
+    allowed_token_ids, bad_words, min_tokens, logit_bias
+    penalties: repetition (prompt and outputs), frequency, presence (outputs)
+    greedy rows: argmax
+    others:      temperature, min_p, top_k, top_p, then Gumbel-max
+
+Nothing here waits for a device. The noise is keyed by (seed, position), so a sequence draws the same tokens in any
+batch, in any slot, and after any preemption or replay.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.sampling.draw import draw
+from quire.sampling.logprobs import Logprobs, compute, unpack
+from quire.sampling.penalties import Penalties
+from quire.sampling.rules import Rules
+from quire.sampling.slots import SlotParams, Uses, upload
+from quire.types import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class HostSampled:
+    """`Sampled` as plain values. `bad` rows failed: their token means nothing."""
+
+    token_ids: list[int]
+    bad: list[bool]
+    logprobs: list[TokenLogprobs | None]  # None for rows that did not ask
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The tokens of a batch of R rows, on the device."""
+
+    token_ids: Tensor  # [R] int64; 0 in bad rows
+    bad: Tensor  # [R] bool: the row's logits hold NaN or infinity, or nothing that may be sampled
+    logprobs: tuple[Logprobs, ...]  # one for each k that some row asks for
+
+    def pack(self) -> Tensor:
+        """All values in one int32 tensor, to be copied to the host at once."""
+        parts = [self.token_ids.int(), self.bad.int(), *(group.pack() for group in self.logprobs)]
+        return torch.cat(parts)
+
+    def unpack(self, packed: Tensor) -> HostSampled:
+        """Plain values from a copy of `pack()` on the host."""
+        num_rows = len(self.token_ids)
+        token_ids, bad = packed[:num_rows].tolist(), packed[num_rows : 2 * num_rows].tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * num_rows
+        rows = [row for group in self.logprobs for row in group.rows]
+        reports = unpack(packed[2 * num_rows :], [group.shape for group in self.logprobs])
+        for row, report in zip(rows, reports, strict=True):
+            logprobs[row] = report
+        return HostSampled(token_ids, [flag != 0 for flag in bad], logprobs)
+
+    def to_host(self) -> HostSampled:
+        """Plain values; waits for the device."""
+        return self.unpack(self.pack().cpu())
+
+
+class Sampler:
+    """Sampling state of all slots. Not thread-safe: one step loop drives it."""
+
+    def __init__(self, vocab_size: int, num_slots: int, device: torch.device):
+        self._vocab_size = vocab_size
+        self._device = device
+        self._params = SlotParams(vocab_size, num_slots, device)
+        self._penalties = Penalties(vocab_size, num_slots, device)
+        self._rules = Rules(vocab_size, device)
+
+    def admit(
+        self,
+        slot: int,
+        params: SamplingParams,
+        *,
+        seed: int,
+        prompt: Sequence[int],
+        outputs: Sequence[int],
+        stop_token_ids: Collection[int],
+        bad_words: Sequence[Sequence[int]],
+    ) -> None:
+        """A sequence takes a slot, with the outputs it has so far (some, when it comes back from a preemption).
+
+        `seed` is a signed 64-bit integer. `stop_token_ids` are not sampled before `params.min_tokens` outputs.
+        `bad_words` are the token sequences of `params.bad_words`; ids of one token are never sampled, the last token
+        of longer ones not right after the others.
+
+        Raises:
+            InvalidRequest: a token id is outside the vocabulary; the slot is left empty.
+        """
+        self.release(slot)
+        uses = Uses(0)
+        if self._rules.admit(slot, params, len(prompt), outputs, stop_token_ids, bad_words):
+            uses |= Uses.RULES
+        if Penalties.wanted(params):
+            self._penalties.admit(slot, params, prompt, outputs)
+            uses |= Uses.PENALTIES
+        self._params.write(slot, params, seed, uses)
+
+    def release(self, slot: int) -> None:
+        """The slot's sequence is gone; releasing an empty slot does nothing."""
+        self._params.clear(slot)
+        self._penalties.release(slot)
+        self._rules.release(slot)
+
+    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int] | Tensor) -> Sampled:
+        """Choose a token for each row and count it in its slot's state.
+
+        `logits` [R, V] float32 are the model's, masked by a grammar or not; they may be overwritten. `positions` [R]
+        are the chosen tokens' indices in their sequences: prompt length for the first output. A slot appears at most
+        once.
+        """
+        at = upload(positions, torch.int64, self._device)
+        uses = self._params.uses[slots]
+        union = Uses(int(np.bitwise_or.reduce(uses, initial=0)))
+        asked = self._logprob_rows(slots) if union & Uses.LOGPROBS else {}
+        raw = {k: logits[upload(rows, torch.int64, self._device)] for k, rows in asked.items()}
+        ruled, ruled_slots = self._using(uses, Uses.RULES, slots)
+        penalised, penalised_slots = self._using(uses, Uses.PENALTIES, slots)
+        if ruled:
+            self._rules.apply(logits, ruled, ruled_slots, at)
+        if penalised:
+            self._penalties.apply(logits, penalised, penalised_slots)
+        controls = self._params.controls(upload(slots, torch.int64, self._device), at, union)
+        token_ids, bad = draw(logits, controls)
+        if penalised:
+            self._penalties.count(penalised, penalised_slots, token_ids, bad)
+        if ruled:
+            self._rules.note(ruled, ruled_slots, token_ids)
+        groups = [
+            compute(raw[k], token_ids[upload(rows, torch.int64, self._device)], k, rows)
+            for k, rows in asked.items()
+        ]
+        return Sampled(token_ids, bad, tuple(groups))
+
+    def _logprob_rows(self, slots: Sequence[int]) -> dict[int, list[int]]:
+        """The rows that ask for log probabilities, by how many."""
+        asked: dict[int, list[int]] = {}
+        wanted = self._params.num_logprobs[slots]
+        for row in np.flatnonzero(wanted >= -1).tolist():
+            asked.setdefault(int(wanted[row]), []).append(row)
+        return asked
+
+    def _using(self, uses: np.ndarray, flag: Uses, slots: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The rows whose slot uses something, and their slots."""
+        rows = np.flatnonzero(uses & flag).tolist()
+        return rows, [slots[row] for row in rows]

@@ -1,0 +1,88 @@
+"""Every slot's sampling numbers, on the device: rows of a batch select them by index. Knows no logits."""
+
+import math
+from collections.abc import Sequence
+from enum import IntFlag
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.sampling.draw import Controls
+from quire.sampling.filters import Filters
+from quire.types import SamplingParams
+
+NO_LOGPROBS = -2  # -1 asks for the whole vocabulary
+
+
+class Uses(IntFlag):
+    """What a slot needs besides an argmax. A batch pays for the union over its rows."""
+
+    RANDOM = 1
+    FILTERS = 2
+    PENALTIES = 4
+    RULES = 8
+    LOGPROBS = 16
+
+
+def upload(values: Sequence[int] | Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor on the device; the host does not wait for the copy."""
+    if isinstance(values, Tensor):
+        return values.to(device, dtype, non_blocking=True)
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class SlotParams:
+    """The parameters of `num_slots` slots: written on the host, sent to the device in one piece when they change."""
+
+    def __init__(self, vocab_size: int, num_slots: int, device: torch.device):
+        self._vocab_size = vocab_size
+        self._device = device
+        self.uses = np.zeros(num_slots, np.uint8)
+        self.num_logprobs = np.full(num_slots, NO_LOGPROBS, np.int64)
+        # Columns: 1 / temperature, log(min_p), top_p; seed, top_k.
+        self._host_floats = torch.zeros(num_slots, 3)
+        self._host_ints = torch.zeros(num_slots, 2, dtype=torch.int64)
+        self._floats = self._host_floats.to(device)  # on a CPU these share the host's memory
+        self._ints = self._host_ints.to(device)
+        self._changed: set[int] = set()
+
+    def write(self, slot: int, params: SamplingParams, seed: int, extra: Uses) -> None:
+        """Set a slot's numbers. `extra`: what it uses beyond temperature, filters and log probabilities."""
+        uses = extra
+        row = (0.0, -math.inf, 1.0)
+        top_k = self._vocab_size
+        if not params.is_greedy:
+            uses |= Uses.RANDOM
+            if 0 < params.top_k < self._vocab_size:
+                top_k = params.top_k
+            log_min_p = math.log(params.min_p) if params.min_p > 0 else -math.inf
+            row = (1 / params.temperature, log_min_p, params.top_p)
+            if params.min_p > 0 or params.top_p < 1 or top_k < self._vocab_size:
+                uses |= Uses.FILTERS
+        if params.logprobs is not None:
+            uses |= Uses.LOGPROBS
+        self.num_logprobs[slot] = NO_LOGPROBS if params.logprobs is None else params.logprobs
+        self.uses[slot] = uses
+        self._host_floats[slot] = torch.tensor(row)
+        self._host_ints[slot] = torch.tensor((seed, top_k))
+        self._changed.add(slot)
+
+    def clear(self, slot: int) -> None:
+        self.uses[slot] = 0
+        self.num_logprobs[slot] = NO_LOGPROBS
+
+    def controls(self, slots: Tensor, positions: Tensor, union: Uses) -> Controls:
+        """How to draw for the slots [R] at the positions [R], gathered on the device; `union` of what they use."""
+        if self._changed and self._device.type != "cpu":
+            changed = sorted(self._changed)
+            rows = upload(changed, torch.int64, self._device)
+            self._floats[rows] = upload(self._host_floats[changed].pin_memory(), torch.float32, self._device)
+            self._ints[rows] = upload(self._host_ints[changed].pin_memory(), torch.int64, self._device)
+        self._changed.clear()
+        scale, log_min_p, top_p = self._floats[slots].unbind(1)
+        seeds, top_k = self._ints[slots].unbind(1)
+        filters = Filters(log_min_p, top_k, top_p)
+        all_greedy, any_filter = not union & Uses.RANDOM, bool(union & Uses.FILTERS)
+        return Controls(scale, filters, seeds, positions, all_greedy, any_filter)

@@ -1,0 +1,64 @@
+"""What a step and a sequence may be, and whether a sequence fits. Knows no state."""
+
+from dataclasses import dataclass
+
+from quire.errors import ConfigError, InvalidRequest, PromptTooLong
+from quire.scheduler.sequence import NewSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """A scheduler's settings.
+
+    Raises:
+        ConfigError: a limit that would keep some sequence waiting for ever.
+    """
+
+    max_batched_tokens: int  # positions in a step
+    max_seqs: int  # sequences with a slot
+    drafts: int = 0  # positions that verify drafts, for each sequence and step
+    max_length: int | None = None  # prompt and output of a sequence
+    max_gap_s: float | None = None  # between a sequence's tokens, as far as smaller prefills can help
+    min_prefill_tokens: int = 16  # positions of prefill in a step, whatever the gap
+
+    def __post_init__(self) -> None:
+        numbers = (
+            ("max_seqs", self.max_seqs, 1),
+            ("drafts", self.drafts, 0),
+            ("min_prefill_tokens", self.min_prefill_tokens, 1),
+        )
+        for name, value, low in numbers:
+            if value < low:
+                raise ConfigError(f"{name} is {value}; it must be at least {low}")
+        if self.max_batched_tokens < self.max_seqs:
+            raise ConfigError(
+                f"max_batched_tokens {self.max_batched_tokens} is below max_seqs {self.max_seqs}, so some sequences "
+                "would have to skip steps; raise the first or lower the second"
+            )
+        if self.max_gap_s is not None and not self.max_gap_s > 0:
+            raise ConfigError(f"max_gap_s is {self.max_gap_s}; it must be above 0, or None for no limit")
+
+    def check(self, new: NewSequence, num_blocks: int, block_size: int) -> None:
+        """Refuse a sequence that can never run.
+
+        Raises:
+            InvalidRequest: it has no prompt or no output, or more tokens than a sequence may have or the cache holds.
+        """
+        num_prompt, total = len(new.prompt), len(new.prompt) + new.max_tokens
+        if not num_prompt:
+            raise InvalidRequest("the prompt has no tokens; it must have at least 1", param="prompt")
+        if new.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens is {new.max_tokens}; it must be at least 1", param="max_tokens")
+        for limit, what in (
+            (self.max_length, "a sequence may have at most {0} tokens (max_model_len)"),
+            (num_blocks * block_size + 1, "the KV cache holds {0}"),  # the last token is never computed
+        ):
+            if limit is not None and total > limit:
+                rule = (
+                    f"{num_prompt} prompt tokens and {new.max_tokens} output tokens, but {what.format(limit)}"
+                )
+                if num_prompt >= limit:
+                    raise PromptTooLong(f"{rule}; shorten the prompt", num_tokens=num_prompt, limit=limit)
+                raise InvalidRequest(
+                    f"{rule}; shorten the prompt or ask for at most {limit - num_prompt}", param="max_tokens"
+                )

@@ -1,0 +1,373 @@
+"""Decides what each step computes. Pure: no tensors, no clock, no randomness, no I/O.
+
+A step computes some positions of some sequences; prompts and outputs are not told apart. Devices carry out plans in
+order, so a block or a slot may be handed to any later plan. `schedule` may run again before `commit` has told it the
+sampled values: it plans with counts, and the newest token stays on the device. Drafted tokens make the counts upper
+bounds until they are committed; the device knows the truth.
+"""
+
+from array import array
+from itertools import islice
+
+from quire.errors import InvalidRequest
+from quire.scheduler.blocks import BlockPool
+from quire.scheduler.cost import StepCost
+from quire.scheduler.limits import Limits
+from quire.scheduler.plan import Emitted, Plan, Result, Start, Work
+from quire.scheduler.policy import Queue, Tenants
+from quire.scheduler.seats import Seats
+from quire.scheduler.sequence import Holding, NewSequence, Sequence, SequenceStats, State
+from quire.scheduler.sharing import Sharing
+
+__all__ = ["NewSequence", "Scheduler", "SequenceStats"]
+
+
+class Scheduler:
+    """`schedule` and `commit` in turn, or plans ahead of commits; plans with work are committed in order, once each.
+
+    Attributes:
+        num_preemptions: how often a sequence lost its seat and had to be computed again.
+        cache_queries: prompt tokens of the sequences seated so far.
+        cache_hits: those of them that the cache held.
+        batched_tokens: positions in the latest step.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_batched_tokens: int,
+        max_seqs: int,
+        drafts: int = 0,
+        max_length: int | None = None,
+        max_gap_s: float | None = None,
+        min_prefill_tokens: int = 16,
+    ):
+        self.pool, self.cost = pool, StepCost()
+        self.limits = Limits(
+            max_batched_tokens=max_batched_tokens,
+            max_seqs=max_seqs,
+            drafts=drafts,
+            max_length=max_length,
+            max_gap_s=max_gap_s,
+            min_prefill_tokens=min_prefill_tokens,
+        )
+        self.seqs: dict[int, Sequence] = {}
+        self.queue, self.tenants, self.sharing, self.seats = Queue(), Tenants(), Sharing(), Seats(max_seqs)
+        self.num_preemptions = self.cache_queries = self.cache_hits = self.batched_tokens = 0
+        self._num_steps = self._num_arrivals = 0
+        self._ended: dict[int, Sequence] = {}  # since the latest `schedule`
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have a seat."""
+        return self.seats.num_taken
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have none."""
+        return len(self.seqs) - self.seats.num_taken
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits or runs, and the device has heard of every end."""
+        return not self.seqs and not self.seats.has_ends
+
+    def cached_tokens(self, id: int) -> int:
+        """Prompt tokens that the cache held at first; also of a sequence that ended since the latest `schedule`."""
+        return (self.seqs.get(id) or self._ended[id]).stats.num_cached_tokens
+
+    def add(self, new: NewSequence, now: float) -> SequenceStats:
+        """Queue a sequence; what is returned is kept up to date until it ends.
+
+        Raises:
+            InvalidRequest: it can never run.
+        """
+        self.limits.check(new, self.pool.num_blocks, self.pool.block_size)
+        if new.id in self.seqs:
+            raise InvalidRequest(f"sequence id {new.id} is in use; take another one")
+        self._num_arrivals += 1
+        seq = Sequence(
+            id=new.id,
+            new=new,
+            tenant=self.tenants.join(new.tenant),
+            rank=(new.priority, self._num_arrivals),
+            stops=new.eos_token_ids | new.stop_token_ids,
+            limit=len(new.prompt) + new.max_tokens - 1,
+            tokens=array("q", new.prompt),
+            stats=SequenceStats(now),
+        )
+        self.seqs[new.id] = seq
+        self.queue.push(seq)
+        return seq.stats
+
+    def abort(self, id: int) -> None:
+        """End a sequence now, even while plans with it are in flight; unknown ones are ignored."""
+        if (seq := self.seqs.get(id)) is not None:
+            self._finish(seq)
+
+    def schedule(self, now: float) -> Plan:
+        """Plan the next step: seats first, then every running sequence's newest token, then prefills."""
+        self._ended.clear()
+        self._fill_seats(now)
+        work: list[Work] = []
+        starts: list[Start] = []
+        self.batched_tokens = self._plan_decodes(work)
+        if self.seats.prefilling:
+            self.batched_tokens += self._plan_prefills(work, starts)
+        ends = self.seats.collect_ends()
+        if work or ends:
+            self._num_steps += 1
+        if work:
+            self.cost.begin(self._num_steps, self.batched_tokens, now)
+        return Plan(self._num_steps, tuple(work), tuple(starts), ends)
+
+    def commit(self, plan: Plan, result: Result, now: float) -> list[Emitted]:
+        """Learn what a plan sampled. Sequences in `result.errors` end without another token."""
+        self.cost.end(plan.step, now)
+        emitted: list[Emitted] = []
+        for id, error in result.errors.items():
+            if (seq := self.seqs.get(id)) is not None:
+                self.pool.forget(seq.kv.blocks)  # what they hold may be why it failed
+                self._finish(seq)
+                emitted.append(Emitted(id, None, "error", error=error))
+        for w, tokens in zip(plan.work, result.tokens, strict=True):
+            if (seq := self.seqs.get(w.seq)) is None:
+                continue  # ended while this ran
+            if w.samples:
+                seq.pending -= w.drafts + 1
+                seq.tokens.extend(tokens)
+            if w.epoch != seq.epoch:
+                if seq.state is State.RETURNING and not seq.pending:
+                    self._enqueue(seq)
+            elif w.samples:
+                seq.planned -= w.drafts + 1 - len(tokens)
+                if len(seq.tokens) > seq.kv.next_full:
+                    self._publish(seq, len(seq.tokens) - 1)
+            elif w.start + w.count >= seq.kv.next_full:
+                self._publish(seq, w.start + w.count)
+            if len(tokens) == 1 and tokens[0] not in seq.stops and len(seq.tokens) <= seq.limit:
+                emitted.append(Emitted(w.seq, tokens[0]))
+            elif tokens:
+                self._emit(seq, tokens, emitted)
+        return emitted
+
+    def _emit(self, seq: Sequence, tokens: tuple[int, ...], emitted: list[Emitted]) -> None:
+        """Hand out tokens, the last of which may be the sequence's last; drafts accepted beyond that are dropped."""
+        num_outputs = len(seq.tokens) - len(tokens) - len(seq.new.prompt)
+        for num, token in enumerate(tokens, num_outputs + 1):
+            finish, stop = None, None
+            if token in seq.stops and num >= seq.new.min_tokens:
+                finish, stop = "stop", None if token in seq.new.eos_token_ids else token
+            elif num == seq.new.max_tokens:
+                finish = "length"
+            emitted.append(Emitted(seq.id, token, finish, stop))
+            if finish:
+                self._finish(seq)
+                return
+
+    # Seats
+
+    def _fill_seats(self, now: float) -> None:
+        """Seat waiting sequences while the step has room for their prefills."""
+        seats = self.seats
+        decodes = len(seats.decoding)
+        share = self._prefill_share(decodes + min(decodes * self.limits.drafts, self._draft_room(True)))
+        while (seq := self.queue.first()) is not None:
+            priority = seq.rank[0]
+            if seats.is_full and seats.worst.rank[0] <= priority:
+                break
+            if sum(s.num_to_prefill for s in seats.prefilling if s.rank[0] <= priority) >= share:
+                break
+            hit, key = self._lookup(seq)
+            if key is not None:
+                self.queue.remove(seq)
+                seq.state = State.PARKED
+                self.sharing.park(seq, key)
+            elif not seats.is_full and self._num_lacking(seq, hit) <= 0:
+                self.queue.remove(seq)
+                self._seat(seq, hit, now)
+            elif not self._make_way(seq, hit):
+                break
+
+    def _lookup(self, seq: Sequence) -> tuple[list[int], bytes | None]:
+        """Blocks that hold the sequence's beginning, and the key to wait for if others are computing what follows."""
+        if not seq.new.read_cache:
+            return [], None
+        last = (len(seq.tokens) - 1) // self.pool.block_size  # at least one position is left to compute
+        self.pool.extend_keys(seq.kv.keys, seq.new.cache_root, seq.tokens, last)
+        hit = self.pool.match(islice(seq.kv.keys, last))
+        return hit, self.sharing.awaited(seq, len(hit), last)
+
+    def _num_lacking(self, seq: Sequence, hit: list[int]) -> int:
+        """Blocks to be freed before the sequence may have its seat. With no others running it never lacks any."""
+        pool = self.pool
+        needed = pool.blocks_for(len(seq.tokens)) - len(hit) + pool.num_idle(hit)
+        return needed + self.seats.num_taken * self._headroom - pool.num_free
+
+    @property
+    def _headroom(self) -> int:
+        """Blocks kept free for the next outputs of each running sequence."""
+        return self.pool.blocks_for(1 + self.limits.drafts)
+
+    def _seat(self, seq: Sequence, hit: list[int], now: float) -> None:
+        """Let a sequence run on the blocks found and new ones for all its known tokens."""
+        pool, kv, size = self.pool, seq.kv, self.pool.block_size
+        pool.hold(hit)
+        new = pool.take(pool.blocks_for(len(seq.tokens)) - len(hit))
+        assert new is not None
+        kv.blocks = hit + new
+        kv.capacity, kv.num_published = len(kv.blocks) * size, len(hit)
+        seq.planned = len(hit) * size
+        kv.next_full = seq.planned + size
+        num_full = len(seq.tokens) // size
+        pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, num_full)
+        self.sharing.claim(seq, num_full)
+        self.seats.enter(seq)
+        if seq.stats.seated_s is None:
+            seq.stats.seated_s, seq.stats.num_cached_tokens = now, seq.planned
+            self.cache_queries += len(seq.tokens)
+            self.cache_hits += seq.planned
+
+    def _make_way(self, seq: Sequence, hit: list[int]) -> bool:
+        """Preempt sequences of lower priority, the worst first, if that gives `seq` its seat; whether it does."""
+        lacking, holders, kept = self._num_lacking(seq, hit), dict[int, int](), set(hit)
+        victims: list[Sequence] = []
+        for victim in self.seats.worse_than(seq.rank[0]):
+            victims.append(victim)
+            lacking -= self._headroom
+            for block in victim.kv.blocks:
+                holders[block] = holders.get(block, self.pool.refs[block]) - 1
+                lacking -= not holders[block] and block not in kept
+            if lacking <= 0:
+                break
+        else:
+            return False
+        for victim in victims:
+            self._preempt(victim)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take a sequence's seat and blocks away; it computes its tokens again later."""
+        self._vacate(seq)
+        seq.epoch += 1
+        seq.stats.num_preemptions += 1
+        self.num_preemptions += 1
+        if seq.pending:
+            seq.state = State.RETURNING  # the device forgets its newest token: wait until the host knows it
+        else:
+            self._enqueue(seq)
+
+    def _finish(self, seq: Sequence) -> None:
+        if seq.state is State.QUEUED:
+            self.queue.remove(seq)
+        elif seq.state is State.PARKED:
+            self.sharing.leave(seq)
+        elif seq.state is not State.RETURNING:
+            self._vacate(seq)
+        seq.state = State.FINISHED
+        self.tenants.leave(seq.tenant)
+        self._ended[seq.id] = self.seqs.pop(seq.id)
+
+    def _vacate(self, seq: Sequence) -> None:
+        self.seats.leave(seq)
+        self._settle(seq, seq.kv.num_published, seq.kv.num_claimed)
+        self.pool.release(seq.kv.blocks)
+        seq.kv, seq.planned = Holding(keys=seq.kv.keys), 0
+
+    def _enqueue(self, seq: Sequence) -> None:
+        seq.state = State.QUEUED
+        self.queue.push(seq)
+
+    def _settle(self, seq: Sequence, first: int, last: int) -> None:
+        """Wake those who wait for these blocks of the sequence."""
+        for waiter in self.sharing.settle(seq, first, last):
+            self._enqueue(waiter)
+
+    def _publish(self, seq: Sequence, num_computed: int) -> None:
+        """Make the blocks findable that computed positions have filled."""
+        kv, size = seq.kv, self.pool.block_size
+        first, full = kv.num_published, num_computed // size
+        self.pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, full)
+        for i in range(first, full):
+            self.pool.publish(kv.keys[i], kv.blocks[i])
+        kv.num_published, kv.next_full = full, (full + 1) * size
+        self._settle(seq, first, full)
+
+    # Work
+
+    def _draft_room(self, prefilling: bool) -> int:
+        """Positions of a step that drafts may have: not those of other sequences, nor all that a prefill could use."""
+        spare = self.limits.max_batched_tokens - self.limits.max_seqs
+        return spare // 2 if prefilling else spare
+
+    def _prefill_share(self, num_decodes: int) -> int:
+        """Positions of a step that prefills may have beside those of decoding sequences."""
+        limits = self.limits
+        left = limits.max_batched_tokens - num_decodes
+        if num_decodes and limits.max_gap_s is not None:
+            most = self.cost.most_tokens(limits.max_gap_s)
+            if most is not None:
+                left = min(left, max(most - num_decodes, limits.min_prefill_tokens))
+        return left
+
+    def _plan_decodes(self, work: list[Work]) -> int:
+        """Plan the newest token of every decoding sequence, and drafts after it; return how many positions."""
+        most, total = self.limits.drafts, 0
+        room = self._draft_room(bool(self.seats.prefilling)) if most else 0
+        for seq in self.seats.decoding:  # preempting shortens the list, but only from its end
+            start, capacity = seq.planned, seq.kv.capacity
+            if start >= seq.limit:
+                continue  # its last token is on its way
+            drafts = min(most, room, seq.limit - start - 1) if room else 0
+            new_blocks: tuple[int, ...] = ()
+            if start + drafts >= capacity:
+                if drafts and self.pool.blocks_for(start + 1 + drafts - capacity) > self.pool.num_free:
+                    drafts = max(capacity - start - 1, 0)  # nobody is preempted for a guess
+                if start + drafts >= capacity:
+                    if (extended := self._extend(seq, start + 1 + drafts)) is None:
+                        continue
+                    new_blocks = extended
+            exact = not most or not seq.pending
+            seq.planned = start + 1 + drafts
+            seq.pending += 1 + drafts
+            seq.tenant.served += 1
+            room -= drafts
+            total += 1 + drafts
+            work.append(Work(seq.id, seq.slot, seq.epoch, start, exact, 1, drafts, new_blocks, True))
+        return total
+
+    def _extend(self, seq: Sequence, num_positions: int) -> tuple[int, ...] | None:
+        """Hold blocks for so many positions; None if the sequence was itself the one to be preempted for them."""
+        kv = seq.kv
+        num = self.pool.blocks_for(num_positions) - len(kv.blocks)
+        while (new := self.pool.take(num)) is None:
+            victim = self.seats.worst
+            self._preempt(victim)
+            if victim is seq:
+                return None
+        kv.blocks += new
+        kv.capacity += num * self.pool.block_size
+        return tuple(new)
+
+    def _plan_prefills(self, work: list[Work], starts: list[Start]) -> int:
+        """Plan known tokens, the best sequence's first; return how many positions."""
+        left = share = self._prefill_share(self.batched_tokens)
+        for seq in tuple(self.seats.prefilling):
+            if not left:
+                break
+            start, count = seq.planned, min(seq.num_to_prefill, left)
+            new_blocks: tuple[int, ...] = ()
+            if seq.slot < 0:
+                self.seats.take_slot(seq)
+                starts.append(Start(seq.id, seq.slot, tuple(seq.tokens), len(seq.new.prompt)))
+                new_blocks = tuple(seq.kv.blocks)
+            seq.planned += count
+            seq.tenant.served += count
+            left -= count
+            samples = not seq.num_to_prefill
+            work.append(Work(seq.id, seq.slot, seq.epoch, start, True, count, 0, new_blocks, samples))
+            if samples:
+                seq.pending = 1
+                self.seats.decode(seq)
+        return share - left

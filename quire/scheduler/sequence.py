@@ -1,0 +1,98 @@
+"""A sequence: what was asked for, how far it is, and what it holds. Knows no policy."""
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+from operator import attrgetter
+
+
+class State(Enum):
+    """Where a sequence is. Exactly the last two but one are running: they have a seat and blocks."""
+
+    QUEUED = "queued"  # may be seated when there is room
+    PARKED = "parked"  # waits for a block that a running sequence computes
+    RETURNING = "returning"  # preempted, and some of its tokens are still in flight
+    PREFILLING = "prefilling"  # has known tokens that no plan has covered
+    DECODING = "decoding"  # every plan covers its newest token
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSequence:
+    """What to compute, and when to stop.
+
+    Stop tokens and ends of sequence count only from the `min_tokens`-th output on. Sequences find each other's
+    cached blocks only under equal `cache_root`s; one with `read_cache=False` computes every position itself.
+    """
+
+    id: int  # never used twice
+    prompt: tuple[int, ...]
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    priority: int = 0  # lower runs first
+    tenant: str = ""
+    cache_root: bytes = b""
+    read_cache: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """Whose sequences share what."""
+
+    name: str
+    served: int = 0  # virtual time: positions computed
+    num_sequences: int = 0  # unfinished
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """A sequence's part of the cache."""
+
+    blocks: list[int] = field(default_factory=list)  # in the order of the positions they hold
+    capacity: int = 0  # positions that fit into them
+    num_published: int = 0  # blocks, from the first, that are full and findable
+    num_claimed: int = 0  # blocks, from the first, that others may wait for
+    next_full: int = 0  # computed positions at which there is a block to publish
+    keys: list[bytes] = field(default_factory=list)  # of full blocks by content, whatever blocks are held
+
+
+@dataclass(slots=True, eq=False)
+class SequenceStats:
+    """How a sequence fared; complete when it has ended. Times are on the caller's clock."""
+
+    added_s: float
+    seated_s: float | None = None  # first
+    num_cached_tokens: int = 0  # of the prompt, found in the cache when it was first seated
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A sequence's progress. To others than the scheduler only `id` and `stats` mean anything."""
+
+    id: int
+    new: NewSequence
+    tenant: Tenant
+    rank: tuple[int, int]  # priority and order of arrival; the highest is preempted first
+    stops: frozenset[int]  # tokens that may end it
+    limit: int  # positions ever computed: the last token of all is only read
+    tokens: array[
+        int
+    ]  # int64, what the host knows of prompt and outputs; an array, because the collector skips those
+    stats: SequenceStats
+    state: State = State.QUEUED
+    planned: int = 0  # positions that plans have covered; drafts in flight make it an upper bound
+    pending: int = 0  # tokens that plans in flight sample, at most
+    epoch: int = 0  # bumped when planned work is thrown away
+    slot: int = -1  # -1: the device does not know it
+    kv: Holding = field(default_factory=Holding)
+
+    @property
+    def num_to_prefill(self) -> int:
+        """Known tokens that no plan has covered."""
+        return len(self.tokens) - self.planned
+
+
+BY_RANK = attrgetter("rank")

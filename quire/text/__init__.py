@@ -1,0 +1,1 @@
+"""Tokenizers, chat templates and detokenization. Nothing in this package imports torch."""

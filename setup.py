@@ -1,0 +1,21 @@
+"""Builds the CPU kernels; everything else is in pyproject.toml. Without a C++ compiler, Quire installs without them."""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+KERNELS = Path("quire/kernels/cpu")
+
+setup(
+    ext_modules=[
+        Extension(
+            "quire.kernels.cpu.quire_cpu",
+            sources=sorted(str(path) for path in KERNELS.glob("*.cpp")),
+            depends=sorted(str(path) for path in (*KERNELS.glob("*.h"), *KERNELS.glob("*.inl"))),
+            language="c++",
+            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-Wno-psabi"],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,128 @@
+"""A request's tokens do not depend on when it came, what ran beside it, or how often it was preempted."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.config import Config
+from quire.engine.engine import Engine
+from quire.types import OutputKind, SamplingParams
+from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
+
+BLOCK_SIZE = 4
+
+
+def block_bytes(engine: Engine) -> int:
+    return engine.config.kv_cache_memory_bytes // engine.core.stats().num_blocks
+
+
+def make_engine(folder: str, **options: object) -> Engine:
+    base = dict(dtype="float32", device="cpu", skip_tokenizer_init=True, block_size=BLOCK_SIZE, disable_log_stats=True)
+    return Engine(Config.of(model=folder, **base | options), offline=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path: Path = tmp_path_factory.mktemp("qwen3")
+    build_hf(BY_NAME["Qwen3"], path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: str) -> Engine:
+    return make_engine(folder)
+
+
+def tokens_of(output: object) -> list[list[int]]:
+    return [o.token_ids for o in output.outputs]
+
+
+def run_alone(engine: Engine, prompt: list[int], params: SamplingParams) -> list[list[int]]:
+    engine.add(engine.inputs.request(prompt, params, request_id="alone"))
+    last = None
+    while not engine.idle:
+        for output in engine.step():
+            last = output
+    return tokens_of(last)
+
+
+params = st.builds(
+    SamplingParams,
+    n=st.integers(1, 3),
+    temperature=st.sampled_from([0.7, 1.5]),
+    top_p=st.sampled_from([1.0, 0.8]),
+    top_k=st.sampled_from([0, 5]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    presence_penalty=st.sampled_from([0.0, 0.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 1000),
+    max_tokens=st.integers(1, 12),
+    min_tokens=st.integers(0, 1),
+    stop_token_ids=st.lists(st.integers(3, VOCAB_SIZE - 1), max_size=8),
+    output_kind=st.just(OutputKind.FINAL_ONLY),
+)
+greedy = st.builds(
+    SamplingParams,
+    temperature=st.just(0.0),
+    max_tokens=st.integers(1, 12),
+    output_kind=st.just(OutputKind.FINAL_ONLY),
+)
+LONG = SamplingParams(temperature=1.0, seed=9, max_tokens=20, ignore_eos=True, repetition_penalty=1.2)
+prompts = st.lists(st.integers(3, 6), min_size=1, max_size=20)
+requests = st.lists(
+    st.tuples(prompts, params | greedy, st.integers(0, 15), st.integers(-1, 1)), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    requests,
+    st.sampled_from([1, 3, 16, 2048]),
+    st.integers(1, 6),
+    st.integers(9, 30),
+    st.booleans(),
+    st.booleans(),
+)
+def test_tokens_do_not_depend_on_company(
+    folder: str, alone: Engine, work: list, batched: int, seqs: int, blocks: int, caching: bool, overlap: bool
+) -> None:
+    want = [run_alone(alone, prompt, p) for prompt, p, _, _ in work]
+    engine = make_engine(
+        folder,
+        max_num_batched_tokens=batched,
+        max_num_seqs=min(seqs, batched),
+        kv_cache_memory_bytes=blocks * block_bytes(alone),
+        max_model_len=32,
+        enable_prefix_caching=caching,
+        async_scheduling=overlap,
+    )
+    got: dict[str, list[list[int]]] = {}
+    step, waiting = 0, sorted(enumerate(work), key=lambda item: item[1][2])
+    while waiting or not engine.idle:
+        while waiting and waiting[0][1][2] <= step:
+            i, (prompt, p, _, priority) = waiting.pop(0)
+            engine.add(engine.inputs.request(prompt, p, request_id=str(i), priority=priority))
+        got.update({output.request_id: tokens_of(output) for output in engine.step()})
+        step += 1
+        assert step < 5000, "no progress"
+    assert [got[str(i)] for i in range(len(work))] == want
+    assert engine.core.stats().used_blocks == 0
+
+
+def test_preempted_requests_end_as_if_alone(folder: str, alone: Engine) -> None:
+    prompts = [[3 + (i + j) % 9 for j in range(10)] for i in range(6)]
+    want = [run_alone(alone, p, LONG) for p in prompts]
+    for overlap in (False, True):
+        engine = make_engine(
+            folder, max_model_len=32, kv_cache_memory_bytes=14 * block_bytes(alone), async_scheduling=overlap
+        )
+        for i, prompt in enumerate(prompts):
+            engine.add(engine.inputs.request(prompt, LONG, request_id=str(i)))
+        outputs = {}
+        while not engine.idle:
+            outputs.update({o.request_id: o for o in engine.step()})
+        assert [tokens_of(outputs[str(i)]) for i in range(len(prompts))] == want
+        assert sum(o.metrics.num_preemptions for o in outputs.values()) > 0

@@ -1,0 +1,77 @@
+"""Every architecture through the whole engine, against Hugging Face: equal log probabilities, equal greedy tokens."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from quire import LLM, SamplingParams
+from tests.models.cases import CASES, VOCAB_SIZE, Case, build_hf
+
+NUM_OUTPUTS = 6
+TOLERANCE = 2e-4
+ENGINE = dict(dtype="float32", device="cpu", skip_tokenizer_init=True, disable_log_stats=True)
+BLOCKS = {1: ("reference", 4), 7: ("cpu", 16), 2048: ("cpu", 16)}  # chunk -> backend and block size
+
+
+def make_prompts(vocab_size: int) -> list[list[int]]:
+    """Sixteen prompts of mixed lengths; half of them begin alike."""
+    rng = random.Random(1)
+    shared = [rng.randrange(3, VOCAB_SIZE) for _ in range(18)]
+    lengths = [1, 2, 5, 8, 13, 17, 21, 35] * 2
+    own = [[rng.randrange(3, VOCAB_SIZE) for _ in range(n)] for n in lengths]
+    return own[:8] + [shared + tail for tail in own[8:]]
+
+
+@torch.inference_mode()
+def reference(model: torch.nn.Module, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens, and log probabilities [positions, vocab] of the whole, by one uncached forward per token."""
+    tokens = list(prompt)
+    for _ in range(NUM_OUTPUTS):
+        logits = model(torch.tensor([tokens])).logits[0]
+        tokens.append(int(logits[-1].argmax()))
+    return tokens[len(prompt) :], logits.log_softmax(-1)
+
+
+def scores(entries: list[dict], vocab_size: int) -> torch.Tensor:
+    return torch.tensor([[entry[token].logprob for token in range(VOCAB_SIZE)] for entry in entries])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_engine_equals_hugging_face(case: Case, tmp_path: Path) -> None:
+    model = build_hf(case, tmp_path)
+    prompts = make_prompts(VOCAB_SIZE)
+    want = [reference(model, p) for p in prompts]
+    greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
+    for chunk, (backend, block_size) in BLOCKS.items():
+        options = dict(max_num_batched_tokens=chunk, attention_backend=backend, block_size=block_size)
+        with LLM(str(tmp_path), **ENGINE, **options) as llm:
+            for i in (0, 5, 15):
+                alone = llm.generate(prompts[i], greedy, use_tqdm=False)
+                assert alone[0].outputs[0].token_ids == want[i][0], f"alone, chunks of {chunk}"
+            batch = llm.generate(prompts, greedy, use_tqdm=False)
+            again = llm.generate(prompts, greedy, use_tqdm=False)
+        for outputs, name in ((batch, "batch"), (again, "prefix hits")):
+            got = [o.outputs[0].token_ids for o in outputs]
+            assert got == [tokens for tokens, _ in want], f"{name}, chunks of {chunk}"
+        full_blocks = [(len(p) - 1) // block_size * block_size for p in prompts]  # one token is left to compute
+        assert [o.num_cached_tokens for o in again] == full_blocks
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_log_probabilities_equal_hugging_face(case: Case, tmp_path: Path) -> None:
+    model = build_hf(case, tmp_path)
+    prompts = make_prompts(VOCAB_SIZE)
+    params = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True, logprobs=-1, prompt_logprobs=-1)
+    with LLM(str(tmp_path), **ENGINE, max_logprobs=-1, max_num_batched_tokens=37) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        hits = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2, logprobs=-1), use_tqdm=False)
+    for prompt, output, hit in zip(prompts, outputs, hits, strict=True):
+        tokens, logprobs = reference(model, prompt)
+        assert output.outputs[0].token_ids == tokens
+        assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+        got = output.prompt_logprobs[1:] + output.outputs[0].logprobs
+        torch.testing.assert_close(scores(got, VOCAB_SIZE), logprobs, rtol=TOLERANCE, atol=TOLERANCE)
+        first = scores(hit.outputs[0].logprobs[:1], VOCAB_SIZE)
+        torch.testing.assert_close(first[0], logprobs[len(prompt) - 1], rtol=TOLERANCE, atol=TOLERANCE)

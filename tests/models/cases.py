@@ -1,0 +1,228 @@
+"""One tiny random checkpoint per architecture and variant, made by Hugging Face, with every feature forced on.
+
+All parameters and buffers are random: ones and zeros hide missing norms, biases and corrections. Dimensions differ
+pairwise, so that a transposed or swapped matrix cannot fit. Windows are shorter than prompts, caps small enough to bite.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB_SIZE, MAX_LENGTH, FIRST_TOKEN = 104, 64, 3  # tokens below the first one are special
+STD, NORM_MEAN = 0.3, 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """`values` are arguments of Hugging Face's config class; `legacy` replaces keys of the config.json it writes."""
+
+    name: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""  # class names; by default they follow from the case's name up to "-"
+    config: str = ""
+    legacy: Mapping[str, Any] = field(default_factory=dict)  # a value of None deletes the key
+
+    @property
+    def architecture(self) -> str:
+        return self.model or f"{self.name.split('-')[0]}ForCausalLM"
+
+    @property
+    def config_class(self) -> str:
+        return self.config or f"{self.name.split('-')[0]}Config"
+
+
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": MAX_LENGTH,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PLAIN = {**SIZES, "hidden_size": 128, "intermediate_size": 176, "num_attention_heads": 4}  # heads of 32
+GROUPED = {**PLAIN, "num_key_value_heads": 2}
+BASE = {**GROUPED, "head_dim": 16}  # q 64, k and v 32
+GPT = {"vocab_size": VOCAB_SIZE, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": MAX_LENGTH}
+GPT |= {key: SIZES[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+LOCAL = {"sliding_window": 5}
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
+BIASED = {"attention_bias": True, "mlp_bias": True}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.5 + 0.7 * i for i in range(8)],
+    "original_max_position_embeddings": 16,
+}
+PER_TYPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+}
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+GROUPS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+}
+LATENT = {
+    "q_lora_rank": 48,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+}
+SOFTCAPS = {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.7}
+MULTIPLIERS = {
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+}
+
+
+def _theta(value: float = 500.0, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": value, **more}}
+
+
+def _old(**more: Any) -> dict[str, Any]:
+    """config.json as transformers 4 wrote it."""
+    return {"rope_parameters": None, "layer_types": None, **more}
+
+
+CASES = (
+    Case("Llama", {**BASE, **_theta()}),
+    Case("Llama-3.1", {**BASE, "rope_parameters": LLAMA3}),
+    Case("Llama-linear", {**BASE, "rope_parameters": LINEAR}),
+    Case("Llama-yarn", {**BASE, "rope_parameters": YARN}),
+    Case("Llama-tied", {**GROUPED, **BIASED, "tie_word_embeddings": True}),
+    Case(
+        "Llama-old",
+        {**BASE, "rope_parameters": {**LINEAR, "rope_theta": 10_000.0}},
+        legacy=_old(rope_scaling={"type": "linear", "factor": 4.0}),
+    ),
+    Case("Mistral", {**BASE, **LOCAL}),
+    Case("Qwen2", {**GROUPED, **LOCAL, "use_sliding_window": True, "max_window_layers": 2}),
+    Case("Qwen2-old", {**GROUPED, **LOCAL, "use_sliding_window": True, "max_window_layers": 2}, legacy=_old()),
+    Case("Qwen3", {**BASE, **_theta(), "attention_bias": True, "tie_word_embeddings": True}),
+    Case("Qwen2Moe", {**GROUPED, **MOE, "shared_expert_intermediate_size": 56, "mlp_only_layers": [1], **LOCAL,
+                      "use_sliding_window": True, "max_window_layers": 3}),
+    Case("Qwen3Moe", {**BASE, **MOE, "norm_topk_prob": True, "decoder_sparse_step": 2, **LOCAL,
+                      "use_sliding_window": True}),
+    Case("Olmoe", {**GROUPED, "num_experts": 8, "num_experts_per_tok": 2}),
+    Case("Mixtral", {**BASE, **LOCAL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    Case("Gemma", {**BASE, "hidden_act": "gelu"}),
+    Case("Gemma2", {**BASE, **LOCAL, **SOFTCAPS}),
+    Case("Gemma3", {**BASE, **LOCAL, "query_pre_attn_scalar": 24, "final_logit_softcapping": 0.7,
+                    "rope_parameters": PER_TYPE, **MIXED}, config="Gemma3TextConfig"),
+    Case(
+        "Gemma3-old",
+        {**BASE, **LOCAL, "query_pre_attn_scalar": 24, "rope_parameters": PER_TYPE, "sliding_window_pattern": 2,
+         "tie_word_embeddings": False},
+        config="Gemma3TextConfig",
+        legacy=_old(
+            rope_theta=5000.0,
+            rope_local_base_freq=100.0,
+            rope_scaling={"rope_type": "linear", "factor": 4.0},
+            sliding_window_pattern=2,
+        ),
+    ),
+    Case("Olmo", {**GROUPED}),
+    Case("Olmo2", {**GROUPED, **_theta()}),
+    Case("Olmo3", {**GROUPED, **LOCAL, "rope_parameters": {**PER_TYPE, "sliding_attention": PER_TYPE["sliding_attention"]}}),
+    Case("Exaone4", {**BASE, **LOCAL, "sliding_window_pattern": 4}),
+    Case("Exaone4-global", {**BASE, "sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    Case("Phi", {**GROUPED, "partial_rotary_factor": 0.5}),
+    Case("Phi3", {**BASE, **LOCAL}),
+    Case("Phi3-long", {**BASE, "head_dim": 16, "rope_parameters": LONGROPE, "hidden_size": 64,
+                       "original_max_position_embeddings": 16}),
+    Case("Granite", {**GROUPED, **MULTIPLIERS, **BIASED}),
+    Case("Cohere", {**GROUPED, "use_qk_norm": True, "logit_scale": 0.25, "attention_bias": True}),
+    Case("Cohere2", {**GROUPED, **LOCAL, "logit_scale": 0.25}),
+    Case("GPT2", GPT, model="GPT2LMHeadModel"),
+    Case("GPT2-scaled", {**GPT, "scale_attn_by_inverse_layer_idx": True, "n_inner": 176}, model="GPT2LMHeadModel"),
+    Case("GPTJ", {**GPT, "rotary_dim": 8, "n_inner": 176}),
+    Case("GPTNeoX", {**PLAIN, "rotary_pct": 0.5}),
+    Case("GPTNeoX-sequential", {**PLAIN, "use_parallel_residual": False, "attention_bias": False},
+         legacy=_old(rotary_pct=0.25, rotary_emb_base=10_000)),
+    Case("Falcon", {**SIZES, "hidden_size": 128, "num_attention_heads": 4, "new_decoder_architecture": True,
+                    "num_kv_heads": 2, "ffn_hidden_size": 176}),
+    Case("Falcon-11b", {**SIZES, "hidden_size": 128, "num_attention_heads": 4, "new_decoder_architecture": True,
+                        "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    Case("Falcon-7b", {**SIZES, "hidden_size": 128, "num_attention_heads": 4, "multi_query": True, "bias": True}),
+    Case("Falcon-rw", {**SIZES, "hidden_size": 128, "num_attention_heads": 4, "multi_query": False,
+                       "parallel_attn": False, "bias": True, "tie_word_embeddings": False}),
+    Case("OPT", {**SIZES, "hidden_size": 128, "num_attention_heads": 4, "ffn_dim": 176, "word_embed_proj_dim": 128}),
+    Case("Starcoder2", {**GROUPED, **LOCAL}),
+    Case("StableLm", {**GROUPED, "use_qkv_bias": True}),
+    Case("StableLm-parallel", {**GROUPED, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+    Case("Glm4", BASE),
+    Case("Glm4Moe", {**BASE, **GROUPS, "use_qk_norm": True, "attention_bias": True}),
+    Case("Dots1", {**BASE, **GROUPS, **LOCAL, **MIXED}),
+    Case("Nemotron", {**BASE, **BIASED}),
+    Case("SmolLM3", {**GROUPED, **LOCAL, "use_sliding_window": True, "no_rope_layer_interval": 2}),
+    Case("SeedOss", {**BASE, "attention_out_bias": True}),
+    Case("HunYuanDenseV1", {**BASE, "attention_bias": True}),
+    Case("HunYuanDenseV1-alpha", {**BASE, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "alpha": 10.0,
+                                                              "factor": 1.0}}),
+    Case("Ernie4_5", {**BASE, "use_bias": True}),
+    Case("Helium", {**GROUPED, "head_dim": 32, **BIASED}),
+    Case("Arcee", {**BASE, **BIASED}),
+    Case("DeepseekV3", {**PLAIN, **GROUPS, **LATENT}),
+    Case("DeepseekV3-yarn", {**PLAIN, **GROUPS, **LATENT, "q_lora_rank": None, "rope_interleave": False,
+                             "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}}),
+)  # fmt: skip
+BY_NAME = {case.name: case for case in CASES}
+
+
+def hf_config(case: Case) -> Any:
+    config = getattr(transformers, case.config_class)(**case.values)
+    config._attn_implementation = "eager"
+    return config
+
+
+def build_hf(case: Case, folder: Path | None = None, *, seed: int = 0) -> torch.nn.Module:
+    """Hugging Face's model of a case: random, float32, eager, evaluating. Saved into `folder` if there is one."""
+    torch.manual_seed(seed)
+    model = getattr(transformers, case.architecture)(hf_config(case)).eval().float()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():  # persistent buffers too
+            if tensor.is_floating_point():
+                is_norm = name.endswith("weight") and tensor.ndim == 1  # else biases drown the input
+                tensor.normal_(mean=NORM_MEAN if is_norm else 0.0, std=STD)
+    if folder is not None:
+        model.save_pretrained(folder)
+        _make_legacy(folder / "config.json", case.legacy)
+    return model
+
+
+def _make_legacy(path: Path, changes: Mapping[str, Any]) -> None:
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in changes or value is not None}))
+
+
+def prompt(num_tokens: int, *, seed: int = 1) -> list[int]:
+    """Random tokens, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(FIRST_TOKEN, VOCAB_SIZE, (num_tokens,), generator=generator).tolist()

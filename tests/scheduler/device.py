@@ -1,0 +1,192 @@
+"""A simulated device. Its KV slots remember the prefix that wrote them, so a stale or stolen block is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from quire.scheduler.blocks import BlockPool
+from quire.scheduler.limits import Limits
+from quire.scheduler.plan import Plan, Result, Start, Work
+from quire.scheduler.sequence import NewSequence
+
+EOS, STOP, VOCAB = 7, 8, 11
+SECRET = b"tests"
+
+
+class Prefix:
+    """Tokens from a root; equal ones are one object."""
+
+    __slots__ = ("children", "mix", "parent", "token")
+
+    def __init__(self, parent: Prefix | None, token: int):
+        self.parent, self.token = parent, token
+        self.mix = ((parent.mix if parent else 1) * 1_000_003 + token * 7919 + 12345) % (2**61 - 1)
+        self.children: dict[int, Prefix] = {}
+
+    def then(self, token: int) -> Prefix:
+        if token not in self.children:
+            self.children[token] = Prefix(self, token)
+        return self.children[token]
+
+
+class Model:
+    """A deterministic language model, and a drafter that is right most of the time."""
+
+    def __init__(self) -> None:
+        self.roots: dict[bytes, Prefix] = {}
+
+    def root(self, name: bytes) -> Prefix:
+        return self.roots.setdefault(name, Prefix(None, int.from_bytes(name, "big")))
+
+    def sample(self, prefix: Prefix, seed: int) -> int:
+        return (prefix.mix ^ seed * 2_654_435_761) % 1_000_033 % VOCAB
+
+    def draft(self, prefix: Prefix, seed: int) -> int:
+        return self.sample(prefix, seed) if prefix.mix % 3 else 0
+
+    def answer(self, new: NewSequence, seed: int) -> tuple[list[int], str, int | None]:
+        """What the sequence must give: tokens, the reason of its end, and the stop token if one was it."""
+        prefix, outputs = self.root(new.cache_root), list[int]()
+        for token in new.prompt:
+            prefix = prefix.then(token)
+        while True:
+            outputs.append(token := self.sample(prefix, seed))
+            prefix = prefix.then(token)
+            if len(outputs) >= new.min_tokens and token in new.eos_token_ids:
+                return outputs, "stop", None
+            if len(outputs) >= new.min_tokens and token in new.stop_token_ids:
+                return outputs, "stop", token
+            if len(outputs) == new.max_tokens:
+                return outputs, "length", None
+
+
+@dataclass
+class Slot:
+    seq: int
+    tokens: list[int]
+    table: list[int] = field(default_factory=list)
+    computed: int = -1  # positions; -1 before the first work
+
+
+@dataclass
+class Device:
+    """Runs plans in order; `fails` maps sequences to the output whose sampling fails. Times are simulated."""
+
+    model: Model
+    limits: Limits
+    block_size: int
+    sequences: dict[int, NewSequence]
+    seeds: dict[int, int]
+    fails: dict[int, int] = field(default_factory=dict)
+    step_s: Callable[[int], float] = lambda tokens: 0.01 + 0.001 * tokens
+    now: float = 0.0
+    busy_until: float = 0.0
+    slots: dict[int, Slot] = field(default_factory=dict)
+    memory: dict[tuple[int, int], tuple[Prefix, int]] = field(default_factory=dict)
+    num_committed: int = 0  # the latest step whose result was asked for
+    num_launched: int = 0
+    ended: dict[int, int] = field(default_factory=dict)  # sequences whose last token is sampled: rows since
+    meaning: dict[bytes, Prefix] = field(default_factory=dict)
+    plans: list[Plan] = field(default_factory=list)
+
+    def clock(self) -> float:
+        return self.now
+
+    def launch(self, plan: Plan) -> None:
+        assert plan.step == self.num_launched + 1, "plans are numbered in order"
+        self.num_launched = plan.step
+        self.plans.append(plan)
+        for slot in plan.ends:
+            del self.slots[slot]
+        for start in plan.starts:
+            self._start(start)
+        num_tokens = sum(w.count + w.drafts for w in plan.work)
+        assert num_tokens <= self.limits.max_batched_tokens
+        assert len({w.seq for w in plan.work}) == len(plan.work)
+        self.errors: dict[int, str] = {}
+        self.sampled = tuple(tuple(self._run(w)) for w in plan.work)
+        if plan.work:
+            self.busy_until = max(self.now, self.busy_until) + self.step_s(num_tokens)
+
+    def sample(self, plan: Plan, masks: object) -> Callable[[], Result]:
+        result, done = Result(self.sampled, self.errors), self.busy_until
+
+        def wait() -> Result:
+            assert plan.step > self.num_committed, "results are asked for in order, once"
+            self.num_committed, self.now = plan.step, max(self.now, done)
+            return result
+
+        return wait
+
+    def _start(self, start: Start) -> None:
+        new = self.sequences[start.seq]
+        assert 0 <= start.slot < self.limits.max_seqs
+        assert start.slot not in self.slots, "the slot is in use"
+        assert start.seq not in {slot.seq for slot in self.slots.values()}, "a sequence has one slot"
+        assert start.tokens[: start.prompt_len] == new.prompt
+        self.slots[start.slot] = Slot(start.seq, list(start.tokens))
+
+    def _run(self, w: Work) -> list[int]:
+        slot, new = self.slots[w.slot], self.sequences[w.seq]
+        assert slot.seq == w.seq
+        slot.table += w.new_blocks
+        if slot.computed < 0:
+            slot.computed = w.start
+            assert w.exact
+        start = slot.computed
+        assert start == w.start if w.exact else start <= w.start
+        end = start + w.count
+        assert w.count > 0 and end <= len(slot.tokens), "computes a token nobody knows"
+        assert w.start + w.count + w.drafts <= min(
+            len(new.prompt) + new.max_tokens - 1, len(slot.table) * self.block_size
+        ), "computes a position that nobody reads, or that has no place"
+        assert w.samples == (end == len(slot.tokens))
+        assert w.samples or not w.drafts
+        if w.seq in self.ended:
+            self.ended[w.seq] += 1
+        prefix = self.model.root(new.cache_root)
+        for p in range(start):
+            stored, _ = self.memory[slot.table[p // self.block_size], p % self.block_size]
+            assert stored is prefix.then(slot.tokens[p]), "wrong or overwritten KV"
+            prefix = stored
+        for p in range(start, end):
+            prefix = self._write(slot, p, prefix.then(slot.tokens[p]))
+        slot.computed = end
+        return self._sample(w, slot, prefix) if w.samples else []
+
+    def _sample(self, w: Work, slot: Slot, prefix: Prefix) -> list[int]:
+        new, seed, sampled = self.sequences[w.seq], self.seeds[w.seq], []
+        sampled.append(self.model.sample(prefix, seed))
+        guess, accepted = prefix, True
+        for _ in range(w.drafts):
+            draft = self.model.draft(guess, seed)
+            guess = guess.then(draft)
+            position = slot.computed + len(sampled) - 1 if accepted else slot.computed + w.drafts - 1
+            self._write(slot, position, guess)
+            accepted = accepted and draft == sampled[-1]
+            if accepted:
+                sampled.append(self.model.sample(guess, seed))
+        slot.computed += len(sampled) - 1
+        slot.tokens += sampled
+        num_outputs = len(slot.tokens) - len(new.prompt)
+        outputs, _, _ = self.model.answer(new, seed)
+        if 0 < self.fails.get(w.seq, 0) <= min(num_outputs, len(outputs)):
+            self.errors[w.seq] = "the simulated device failed"
+        if num_outputs >= len(outputs):
+            self.ended.setdefault(w.seq, 0)
+        return [] if w.seq in self.errors else sampled
+
+    def _write(self, slot: Slot, position: int, prefix: Prefix) -> Prefix:
+        block = slot.table[position // self.block_size]
+        self.memory[block, position % self.block_size] = prefix, self.num_launched
+        return prefix
+
+    def check_findable(self, pool: BlockPool) -> None:
+        """A findable block is full, was written by committed plans, and means what it always meant."""
+        for key, block in pool.by_key.items():
+            entries = [self.memory[block, i] for i in range(self.block_size)]
+            assert all(step <= self.num_committed for _, step in entries), "findable before its commit"
+            assert all(b.parent is a for (a, _), (b, _) in zip(entries, entries[1:], strict=False))
+            last = entries[-1][0]
+            assert self.meaning.setdefault(key, last) is last, "a key with two meanings"
