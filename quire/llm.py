@@ -98,7 +98,7 @@ class LLM:
             InvalidRequest: as `generate`, or messages that the template refuses.
         """
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        template = None if chat_template is None else self._template(chat_template)
+        template = None if chat_template is None else ChatTemplate.of(self.get_tokenizer(), chat_template)
         prompts = [
             self.engine.inputs.chat_prompt(
                 conversation,  # type: ignore[arg-type]
@@ -155,9 +155,6 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _template(self, source: str) -> ChatTemplate:
-        return self.engine.inputs.template_from(source)
 
     def _request(self, prompt: Prompt, params: SamplingParams, priority: int, add_special_tokens: bool) -> Request:
         return self.engine.inputs.request(
@@ -227,10 +224,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if isinstance(prompts, Iterable):
-        many = list(prompts)
-        if many and all(isinstance(p, int) for p in many):
-            return [many]
-        return many
+        many: list[Any] = list(prompts)
+        return [many] if many and all(isinstance(p, int) for p in many) else many
     raise InvalidRequest(f"prompts is a {type(prompts).__name__}; it must be a prompt or a list of prompts")
 
 

@@ -23,7 +23,7 @@ def python(*words: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("name", ["offline", "concurrent"])
+@pytest.mark.parametrize("name", ["offline", "streams"])
 def test_example(tiny: str, name: str) -> None:
     found = python(f"examples/{name}.py", tiny)
     assert len(found) == 3

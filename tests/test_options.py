@@ -23,7 +23,6 @@ OPTIONS = {
     "override_generation_config",
     "hf_overrides",
     "load_format",
-    "download_dir",
     "device",
     "dtype",
     "attention_backend",

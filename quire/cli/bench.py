@@ -185,7 +185,7 @@ def _compare(backend: "Backend", work: "Workload", seconds: float, speed: "Speed
         _say(f"KV cache waste: {waste:.1f} % (the ends of last blocks of {config.block_size} tokens)")
     _say(
         f"This machine reads {speed.bytes_per_s / 1e9:.1f} GB/s and computes"
-        f" {speed.flops_per_s / 1e12:.2f} TFLOP/s in {config.dtype}. At best this takes {least:.2f} s;"
+        f" {speed.flops_per_s / 1e12:.2f} TFLOP/s in {config.dtype}. At best this takes {least:.3g} s;"
         f" {100 * least / seconds:.1f} % of that was reached"
     )
     return found

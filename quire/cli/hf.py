@@ -9,15 +9,23 @@ from typing import Any, Self
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from quire.checkpoint.files import read_config
 from quire.checkpoint.source import resolve
 from quire.cli.workload import Workload
 from quire.config import Config
 from quire.errors import ConfigError
 from quire.models.registry import decoder_spec
+from quire.platforms.base import Platform
 from quire.platforms.detect import detect
-from quire.text.files import read_json
 
 PAD = 0
+
+
+def dtype_name(asked: str, checkpoint: str, platform: Platform) -> str:
+    """The type that this engine would choose, so that both are measured with the same one."""
+    best = str(platform.default_dtype).removeprefix("torch.")
+    fast = (best, "float16", "bfloat16") if platform.name == "cuda" else (best, "float32")
+    return asked if asked != "auto" else checkpoint if checkpoint in fast else best
 
 
 class Transformers:
@@ -29,11 +37,12 @@ class Transformers:
         config = Config.of(**options)
         folder = resolve(config.model, config.revision).folder
         platform = detect(config.device)
-        dtype = platform.default_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        name = str(dtype).removeprefix("torch.")
+        raw = read_config(folder)
+        name = dtype_name(config.dtype, str(raw.get("dtype") or raw.get("torch_dtype")), platform)
+        dtype = getattr(torch, name)
         self.batch_size, self.device = batch_size, platform.device
         self.config = replace(config, device=platform.name, dtype=name, block_size=None)
-        self.spec, _ = decoder_spec(read_json(folder / "config.json"))
+        self.spec, _ = decoder_spec(raw)
         if config.load_format == "dummy":
             torch.manual_seed(config.seed)
             shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -27,15 +27,15 @@ def main(args: argparse.Namespace) -> int:
     elif args.other is None:
         text = describe(_spec(args.model, args))
     else:
-        text = difference(_spec(args.model, args), _spec(args.other, args)) or "no difference"
+        text = "\n".join(difference(_spec(args.model, args), _spec(args.other, args))) or "no difference"
     sys.stdout.write(text.rstrip("\n") + "\n")
     return 0
 
 
 def _spec(model: str, args: argparse.Namespace) -> "Decoder":
+    from quire.checkpoint.files import read_config
     from quire.checkpoint.source import resolve
     from quire.models.registry import decoder_spec
-    from quire.text.files import read_json
 
     folder = resolve(model, args.revision, weights=False).folder
-    return decoder_spec(read_json(folder / "config.json"))[0]
+    return decoder_spec(read_config(folder))[0]

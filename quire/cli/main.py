@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except QuireError as error:
+    except (QuireError, OSError) as error:  # OSError: a file that cannot be read or written
         return _report(error)
 
 
@@ -60,7 +60,7 @@ def _command(words: Sequence[str]) -> str:
     return str(parser.parse_args(words).command)
 
 
-def _report(error: QuireError) -> int:
+def _report(error: Exception) -> int:
     from quire.log import logger
 
     logger.debug("Where it happened:", exc_info=error)

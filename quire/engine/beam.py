@@ -1,6 +1,7 @@
 """Beam search over the engine: every step is one token of every beam, and the prefix cache makes that cheap."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -99,7 +100,8 @@ def _keep_best(
 
 
 def _score(search: Search, beam: BeamSearchSequence, params: BeamSearchParams) -> float:
-    return beam.cum_logprob / (len(beam.tokens) - len(search.prompt.prompt_token_ids)) ** params.length_penalty
+    length = len(beam.tokens) - len(search.prompt.prompt_token_ids)
+    return beam.cum_logprob / math.pow(length, params.length_penalty)
 
 
 def _output(engine: Engine, search: Search, params: BeamSearchParams) -> BeamSearchOutput:

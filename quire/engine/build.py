@@ -35,6 +35,8 @@ from quire.runner.state import SlotState
 from quire.sampling.sampler import Sampler
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.trace import Recorder
+from quire.text.chat import ChatTemplate
 from quire.text.generation import default_sampling, end_tokens
 from quire.text.tokenizer import Tokenizer
 
@@ -182,20 +184,13 @@ def _inputs(
     defaults = default_sampling({**generation, **(config.override_generation_config or {})})
     return InputProcessor(
         tokenizer,
-        _template(config, tokenizer),
+        None if tokenizer is None else ChatTemplate.of(tokenizer, config.chat_template),
         vocab_size=spec.vocab_size,
         max_length=config.max_model_len or spec.max_length,
         max_logprobs=config.max_logprobs,
         eos_token_ids=end_tokens(generation, raw, tokenizer),
         defaults=defaults,
     )
-
-
-def _template(config: Config, tokenizer: Tokenizer | None) -> None:
-    """The chat template that was asked for, by path or as text, or else the tokenizer's."""
-    if tokenizer is None:
-        return None
-    return None
 
 
 def _report(resolved: Resolved, spec: DecoderSpec, backend: Backend, seconds: float) -> None:

@@ -14,6 +14,7 @@ from quire.scheduler.loop import Loop
 from quire.scheduler.plan import Emitted
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import NewSequence, SequenceStats
+from quire.scheduler.trace import Recorder
 from quire.types import SamplingParams
 
 
@@ -22,7 +23,7 @@ class EngineCore:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Scheduler | Recorder,
         runner: Runner,
         *,
         depth: int,
@@ -32,7 +33,7 @@ class EngineCore:
         clock: Callable[[], float],
     ):
         self.scheduler, self.runner, self.clock = scheduler, runner, clock
-        self.loop: Loop[None] = Loop(scheduler, runner, depth=depth, now=clock, masks=lambda plan: None)
+        self.loop = Loop(scheduler, runner, depth=depth, now=clock, masks=lambda plan: None)
         self.seed, self.fingerprint, self.share_across_requests = seed, fingerprint, share_across_requests
         self.ids, self.ordinals = itertools.count(), itertools.count()
         self.owner: dict[int, tuple[str, int]] = {}  # sequence -> request and index

@@ -108,11 +108,13 @@ class InputProcessor:
             text, tokens, salt = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("cache_salt", "")
             if not isinstance(salt, str) or len(salt) > MAX_SALT_CHARS:
                 raise InvalidRequest(f"cache_salt must be a string of at most {MAX_SALT_CHARS} characters")
-            if tokens is None:
-                if not isinstance(text, str):
-                    raise InvalidRequest("prompt needs the key 'prompt' (text) or 'prompt_token_ids'", param="prompt")
-                tokens = self._encode(text, add_special_tokens)
-            return text, tokens, salt
+            if isinstance(tokens, list | tuple):
+                return text, tokens, salt
+            if tokens is not None or not isinstance(text, str):
+                raise InvalidRequest(
+                    "a prompt needs the key 'prompt' (text) or 'prompt_token_ids' (a list)", param="prompt"
+                )
+            return text, self._encode(text, add_special_tokens), salt
         if isinstance(prompt, list | tuple):
             return None, prompt, ""
         raise InvalidRequest(

@@ -94,13 +94,13 @@ class RequestState:
         self.metrics.num_preemptions = max(self.metrics.num_preemptions, event.num_preemptions)
         if event.token is not None:
             self._append(sequence, event.token, event, now)
-        stopped = sequence.detokenizer is not None and sequence.detokenizer.stopped is not None
-        if stopped:
-            sequence.finish, sequence.stop_reason = FinishReason.STOP.value, sequence.detokenizer.stopped
+        stop = sequence.detokenizer.stopped if sequence.detokenizer is not None else None
+        if stop is not None:
+            sequence.finish, sequence.stop_reason = FinishReason.STOP.value, stop
         elif event.finish:
             sequence.stop_reason = event.stop_token
             self._end(sequence, event.finish)
-        return stopped and event.finish is None
+        return stop is not None and event.finish is None
 
     def end(self, reason: FinishReason) -> None:
         """End what has not ended, with the text so far."""

@@ -12,6 +12,7 @@ from quire.models.common import (
     mlp,
     plain_head_dim,
     rope,
+    tied_by_default,
     window,
 )
 from quire.models.hf import HF
@@ -54,4 +55,4 @@ def _parallel(c: HF, mixer: Attention) -> Block:
 
 
 def _head(c: HF) -> dict[str, float]:
-    return {"logit_scale": c.number("logit_scale"), "tied": bool(c.get("tie_word_embeddings", True))}
+    return {"logit_scale": c.number("logit_scale"), "tied": tied_by_default(c)}

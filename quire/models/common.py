@@ -6,10 +6,11 @@ that published checkpoints leave out. Nothing here knows a particular architectu
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from quire.errors import ModelError, UnsupportedModel
-from quire.log import logger
+from quire.log import logger, warn_once
 from quire.models.hf import HF
 from quire.models.spec import MLA, MLP, Attention, Block, Decoder, MoE, Norm, Rope
 
@@ -25,6 +26,7 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
+MAX_LAYERS = 4096
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -98,14 +100,30 @@ def pre_norm(mixer: Attention | MLA, feed_forward: MLP | MoE, norm: Norm, **chan
 def decoder(c: HF, block: Block | Callable[[int], Block], norm: Norm, **changes: Any) -> Decoder:
     """The usual skeleton around one block, repeated, or a function from the layer's index to its block."""
     num_layers = changes.pop("num_layers", None) or c.count("num_hidden_layers")
-    blocks = (block,) * num_layers if isinstance(block, Block) else tuple(map(block, range(num_layers)))
+    c.refuse(num_layers > MAX_LAYERS, f"a depth of {num_layers} layers (the limit is {MAX_LAYERS})")
+    blocks = [block] * num_layers if isinstance(block, Block) else [block(i) for i in range(num_layers)]
+    length = changes.get("max_length") or max_length(c)
     base = {
         "vocab_size": c.count("vocab_size"),
         "dim": changes.get("dim") or c.count("hidden_size"),
-        "max_length": changes.get("max_length") or max_length(c),
+        "max_length": length,
         "tied": bool(c.get("tie_word_embeddings", False)),
     }
-    return Decoder(blocks=blocks, norm=norm, **{**base, **changes})
+    narrow = tuple(_without_wide_window(block, length) for block in blocks)
+    return Decoder(blocks=narrow, norm=norm, **{**base, **changes})
+
+
+def _without_wide_window(block: Block, length: int) -> Block:
+    """A window that no sequence can leave is none; full attention caches and batches better."""
+    mixer = block.mixer
+    if isinstance(mixer, Attention) and mixer.window and mixer.window >= length:
+        return replace(block, mixer=replace(mixer, window=None))
+    return block
+
+
+def tied_by_default(c: HF) -> bool:
+    """Whether the head is the embedding, for architectures where it is unless the config says otherwise."""
+    return bool(c.get("tie_word_embeddings", True))
 
 
 def layer_types(c: HF, usual: Callable[[int], bool]) -> list[bool]:
@@ -131,9 +149,7 @@ def rope(c: HF, dim: int, *, local: bool = False, partial: float | None = None, 
     """
     default_theta = changes.pop("theta", 10000.0)
     found = rope_parameters(c, local)
-    factor = (
-        found.get("partial_rotary_factor") or c.partial_rotary_factor or (1.0 if partial is None else partial)
-    )
+    factor = found.get("partial_rotary_factor") or c.partial_rotary_factor or partial or 1.0
     c.refuse(partial is None and factor != 1.0, f"partial_rotary_factor={factor}")
     c.refuse("mrope_section" in found, "rotary embedding by sections (mrope_section)")
     rotated = int(dim * factor)
@@ -167,18 +183,19 @@ def _scaling(c: HF, found: Mapping[str, Any], dim: int) -> tuple[Mapping[str, ob
         case "dynamic" if found.get("alpha"):  # HunYuan's; unlike the usual kind it does not depend on length
             return None, found["alpha"] ** (dim / (dim - 2))
         case "dynamic":
-            logger.warning(
+            warn_once(
+                logger,
                 "rope_scaling 'dynamic' changes with a sequence's length, which cached keys cannot follow; "
-                "it is left out, which is exact up to max_position_embeddings"
+                "it is left out, which is exact up to max_position_embeddings",
             )
             return None, 1.0
         case "llama3":
             keys = ("factor", "low_freq_factor", "high_freq_factor")
             needed = {key: _needed(found, key) for key in keys}
             return {"rope_type": kind, **needed, "original_max_position_embeddings": _original(c, found)}, 1.0
-        case "yarn":
+        case "yarn" if not found.get("short_factor"):
             return _yarn(c, found), 1.0
-        case "longrope" | "su":
+        case "longrope" | "su" | "yarn":  # early Phi 3 checkpoints call it su or yarn
             return _longrope(c, found, dim), 1.0
     raise UnsupportedModel(
         f"{c.architecture}: rope_type {kind!r} in config.json is not supported "
@@ -257,7 +274,8 @@ def max_length(c: HF) -> int:
 
 def window(c: HF, local: bool = True) -> int | None:
     """Positions a local layer's token sees; null and 0 mean all."""
-    return c.get("sliding_window", 4096) or None if local else None
+    size: int | None = c.get("sliding_window", 4096)
+    return size or None if local else None
 
 
 def biases(c: HF, *, out: bool = True) -> dict[str, bool]:

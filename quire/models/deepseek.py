@@ -22,11 +22,8 @@ LATENT_EPS = 1e-6  # the norms of latents do not follow rms_norm_eps
 def deepseek_v3(c: HF) -> tuple[Decoder, Names]:
     c.refuse_if_set("attention_bias")
     c.skip("head_dim", "qk_head_dim", "num_key_value_heads")  # follow from the other sizes
-    norm, rope_dim, nope_dim = (
-        Norm(eps=c.number("rms_norm_eps")),
-        c.count("qk_rope_head_dim"),
-        c.count("qk_nope_head_dim"),
-    )
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    rope_dim, nope_dim = c.count("qk_rope_head_dim"), c.count("qk_nope_head_dim")
     mla = MLA(
         num_heads=c.count("num_attention_heads"),
         q_rank=c.stated("q_lora_rank"),

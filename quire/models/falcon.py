@@ -1,6 +1,6 @@
 """Falcon: multi-query (7B), grouped (40B, 180B, 11B) or plain (RW) attention, fused group by group."""
 
-from quire.models.common import activation, decoder, multi_head, plain_head_dim, rope
+from quire.models.common import activation, decoder, multi_head, plain_head_dim, rope, tied_by_default
 from quire.models.hf import HF
 from quire.models.names import Names, Split
 from quire.models.spec import MLP, Block, Decoder, Norm
@@ -19,16 +19,14 @@ def falcon(c: HF) -> tuple[Decoder, Names]:
     feed_forward = MLP(hidden=c.ffn_hidden_size or 4 * dim, act=act, gated=False, bias=bias)
 
     norm = Norm(kind="layer", eps=c.number("layer_norm_epsilon"), bias=True)
-    num_norms = (c.num_ln_in_parallel_attn or (2 if grouped else 1)) if parallel else 2
-    c.refuse(
-        parallel and num_norms == 2 and not grouped,
-        "num_ln_in_parallel_attn=2 without new_decoder_architecture",
-    )
-    mlp_norm = norm if num_norms == 2 else None
-    block = Block(mixer=attn, mlp=feed_forward, attn_norm=norm, mlp_norm=mlp_norm, parallel=parallel)
+    num_norms = c.num_ln_in_parallel_attn or (2 if grouped or not parallel else 1)
+    unknown = num_norms == 2 and parallel and not grouped
+    c.refuse(unknown, "num_ln_in_parallel_attn=2 without new_decoder_architecture")
+    second = norm if num_norms == 2 or not parallel else None
+    block = Block(mixer=attn, mlp=feed_forward, attn_norm=norm, mlp_norm=second, parallel=parallel)
     kv = groups * size
     splits = {"query_key_value": Split({"q_proj": dim, "k_proj": kv, "v_proj": kv}, per_group=groups)}
-    length, tied = c.get("max_position_embeddings", 2048), bool(c.get("tie_word_embeddings", True))
+    length, tied = c.get("max_position_embeddings", 2048), tied_by_default(c)
     return decoder(c, block, norm, max_length=length, tied=tied), Names(renames=RENAMES, splits=splits)
 
 

@@ -3,7 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from quire.models.common import attention, biases, decoder, layer_types, mlp, pre_norm, rope, window
+from quire.models.common import (
+    attention,
+    biases,
+    decoder,
+    layer_types,
+    mlp,
+    pre_norm,
+    rope,
+    tied_by_default,
+    window,
+)
 from quire.models.hf import HF
 from quire.models.names import LLAMA, SANDWICH, Names
 from quire.models.spec import Block, Decoder, Norm, Rope
@@ -11,6 +21,7 @@ from quire.models.spec import Block, Decoder, Norm, Rope
 
 def gemma(c: HF) -> tuple[Decoder, Names]:
     """The first release's "gelu" means its tanh approximation."""
+    c.skip("hidden_activation")
     norm, attn = _norm(c), attention(c, **_heads(c))
     act = c.text("hidden_act")
     feed_forward = mlp(c, act="gelu_pytorch_tanh" if act == "gelu" else act)
@@ -19,6 +30,7 @@ def gemma(c: HF) -> tuple[Decoder, Names]:
 
 def gemma2(c: HF) -> tuple[Decoder, Names]:
     """Every other layer is local; attention scores and final logits are capped (Gemma Team 2024)."""
+    c.skip("hidden_act", "sliding_window_size")  # repeat hidden_activation and sliding_window
     local = layer_types(c, lambda i: i % 2 == 0)
     cap = c.get("attn_logit_softcapping", 50.0)
     blocks = {here: _sandwich(c, window=window(c, here), softcap=cap) for here in set(local)}
@@ -29,6 +41,7 @@ def gemma2(c: HF) -> tuple[Decoder, Names]:
 def gemma3(c: HF) -> tuple[Decoder, Names]:
     """Five of six layers are local, with a rotary base of their own; queries and keys are normalised."""
     c.refuse_if_set("attn_logit_softcapping")
+    c.skip("hidden_act")
     pattern, norm = c.get("sliding_window_pattern", 6), _norm(c)
     local = layer_types(c, lambda i: (i + 1) % pattern != 0)
     blocks = {
@@ -67,5 +80,5 @@ def _sandwich(c: HF, **changes: Any) -> Block:
 
 
 def _scaled(c: HF, block: Block | Callable[[int], Block], norm: Norm, **changes: Any) -> Decoder:
-    tied = bool(c.get("tie_word_embeddings", True))
-    return decoder(c, block, norm, embed_scale=c.count("hidden_size") ** 0.5, tied=tied, **changes)
+    scale = c.count("hidden_size") ** 0.5
+    return decoder(c, block, norm, embed_scale=scale, tied=tied_by_default(c), **changes)

@@ -1,6 +1,6 @@
 """GPT-2, GPT-J and GPT-NeoX (Pythia): layer norms with biases, feed-forward layers without gates."""
 
-from quire.models.common import activation, decoder, mlp, multi_head, plain_head_dim, rope
+from quire.models.common import activation, decoder, mlp, multi_head, plain_head_dim, rope, tied_by_default
 from quire.models.hf import HF
 from quire.models.names import Names, Split
 from quire.models.spec import MLP, Block, Decoder, Norm, Rope
@@ -30,8 +30,7 @@ def gpt2(c: HF) -> tuple[Decoder, Names]:
     splits = {"c_attn": Split({"q_proj": dim, "k_proj": dim, "v_proj": dim})}
     names = Names(renames=renames, splits=splits, transposed=("c_attn", "o_proj", "up_proj", "down_proj"))
     positions = c.count("n_positions")
-    tied = bool(c.get("tie_word_embeddings", True))
-    return decoder(c, block, norm, **_sizes(c), num_positions=positions, tied=tied), names
+    return decoder(c, block, norm, **_sizes(c), num_positions=positions, tied=tied_by_default(c)), names
 
 
 def gptj(c: HF) -> tuple[Decoder, Names]:

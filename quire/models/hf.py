@@ -11,7 +11,7 @@ from quire.errors import ModelError, UnsupportedModel
 
 # Keys that cannot change what the network computes: bookkeeping, training, generation and token ids.
 HARMLESS = re.compile(
-    r"_.*|.*_token_ids?|.*_token_index|.*_dropout|.*_pdrop|.*dropout.*|output_.*|summary_.*|.*_loss_coef"
+    r"_.*|.*_token_ids?|.*_token_index|.*_dropout|.*_pdrop|.*dropout.*|output_.*|summary_.*|.*_loss_coef|.*aux_loss.*|seq_aux"
     r"|architectures|model_type|auto_map|dtype|torch_dtype|transformers_version|transformers\.js_config"
     r"|use_cache|cache_implementation|initializer_range|init_std|init_method|initializer_factor|pretraining_tp"
     r"|layerdrop|router_jitter_noise|id2label|label2id|num_labels|problem_type|task_specific_params"
@@ -19,6 +19,8 @@ HARMLESS = re.compile(
     r"|return_dict_in_generate|max_window_layers|text_config|vision_config|unsloth_.*|use_flash_attn|max_length|min_length"
     r"|do_sample|temperature|top_k|top_p|n_ctx|finetuning_task|attn_implementation|scale_attn_weights|moe_layer_freq|ep_size"
 )
+
+MAX_COUNT = 2**31
 
 
 class HF:
@@ -59,8 +61,10 @@ class HF:
     def count(self, *keys: str) -> int:
         """A positive integer that must be there, under the first of these keys that is."""
         value = self.need(*keys)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"config.json: {keys[0]} is {value!r}; it must be a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_COUNT:
+            raise ModelError(
+                f"config.json: {keys[0]} is {value!r}; it must be an integer from 1 to {MAX_COUNT}"
+            )
         return value
 
     def number(self, key: str) -> float:

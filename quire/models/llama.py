@@ -10,6 +10,7 @@ from quire.models.common import (
     mlp,
     pre_norm,
     rope,
+    tied_by_default,
     window,
 )
 from quire.models.hf import HF
@@ -19,7 +20,8 @@ from quire.models.spec import Block, Decoder, Norm
 
 def llama(c: HF) -> tuple[Decoder, Names]:
     norm = Norm(eps=c.number("rms_norm_eps"))
-    block = pre_norm(attention(c, num_kv_heads=kv_heads(c), **biases(c)), mlp(c, bias=bool(c.mlp_bias)), norm)
+    attn = attention(c, num_kv_heads=kv_heads(c), **biases(c))
+    block = pre_norm(attn, mlp(c, bias=bool(c.mlp_bias)), norm)
     return decoder(c, block, norm), Names(renames=LLAMA)
 
 
@@ -33,10 +35,9 @@ def mistral(c: HF) -> tuple[Decoder, Names]:
 def arcee(c: HF) -> tuple[Decoder, Names]:
     """The feed-forward layer is not gated."""
     norm = Norm(eps=c.number("rms_norm_eps"))
-    feed_forward = mlp(c, gated=False, bias=bool(c.mlp_bias))
-    return decoder(
-        c, pre_norm(attention(c, num_kv_heads=kv_heads(c), **biases(c)), feed_forward, norm), norm
-    ), Names(renames=LLAMA)
+    attn = attention(c, num_kv_heads=kv_heads(c), **biases(c))
+    block = pre_norm(attn, mlp(c, gated=False, bias=bool(c.mlp_bias)), norm)
+    return decoder(c, block, norm), Names(renames=LLAMA)
 
 
 def smollm3(c: HF) -> tuple[Decoder, Names]:
@@ -44,19 +45,16 @@ def smollm3(c: HF) -> tuple[Decoder, Names]:
     norm = Norm(eps=c.number("rms_norm_eps"))
     interval = c.get("no_rope_layer_interval", 4)
     has_rope = c.no_rope_layers or [(i + 1) % interval for i in range(c.count("num_hidden_layers"))]
-    sliding = c.sliding_window if c.use_sliding_window else None
+    sliding = c.get("sliding_window") if c.use_sliding_window else None
     local = layer_types(c, lambda i: sliding is not None and not has_rope[i])
     rotary = rope(c, head_dim(c), theta=2_000_000.0)
     feed_forward = mlp(c, bias=bool(c.mlp_bias))
 
     def block(i: int) -> Block:
-        mixer = attention(
-            c, rope=rotary if has_rope[i] else None, window=sliding if local[i] else None, **biases(c)
-        )
-        return pre_norm(mixer, feed_forward, norm)
+        here, size = rotary if has_rope[i] else None, sliding if local[i] else None
+        return pre_norm(attention(c, rope=here, window=size, **biases(c)), feed_forward, norm)
 
-    tied = bool(c.get("tie_word_embeddings", True))
-    return decoder(c, block, norm, tied=tied), Names(renames=LLAMA)
+    return decoder(c, block, norm, tied=tied_by_default(c)), Names(renames=LLAMA)
 
 
 def seed_oss(c: HF) -> tuple[Decoder, Names]:
@@ -85,8 +83,8 @@ def ernie(c: HF) -> tuple[Decoder, Names]:
     norm, bias, size = Norm(eps=c.number("rms_norm_eps")), bool(c.use_bias), c.count("head_dim")
     rotary = rope(c, size, theta=500_000.0, interleaved=True)
     attn = attention(c, rope=rotary, head_dim=size, bias=bias, out_bias=bias)
-    tied = bool(c.get("tie_word_embeddings", True))
-    return decoder(c, pre_norm(attn, mlp(c, bias=bias), norm), norm, tied=tied), Names(renames=LLAMA)
+    block = pre_norm(attn, mlp(c, bias=bias), norm)
+    return decoder(c, block, norm, tied=tied_by_default(c)), Names(renames=LLAMA)
 
 
 def helium(c: HF) -> tuple[Decoder, Names]:

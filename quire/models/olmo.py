@@ -28,17 +28,14 @@ def olmo(c: HF) -> tuple[Decoder, Names]:
     """Layer norms without parameters."""
     c.refuse_if_set("clip_qkv")
     norm = Norm(kind="layer", eps=1e-5, weight=False)
-    return decoder(
-        c, pre_norm(attention(c, num_kv_heads=kv_heads(c), **biases(c)), mlp(c), norm), norm
-    ), Names(renames=LLAMA)
+    attn = attention(c, num_kv_heads=kv_heads(c), **biases(c))
+    return decoder(c, pre_norm(attn, mlp(c), norm), norm), Names(renames=LLAMA)
 
 
 def olmo2(c: HF) -> tuple[Decoder, Names]:
     norm = Norm(eps=c.number("rms_norm_eps"))
-    block = _post_norm(
-        c, attention(c, qk_norm=norm, qk_norm_span="full", num_kv_heads=kv_heads(c), **biases(c)), norm
-    )
-    return decoder(c, block, norm), Names(renames=POST_NORM)
+    attn = attention(c, qk_norm=norm, qk_norm_span="full", num_kv_heads=kv_heads(c), **biases(c))
+    return decoder(c, _post_norm(c, attn, norm), norm), Names(renames=POST_NORM)
 
 
 def olmo3(c: HF) -> tuple[Decoder, Names]:
@@ -58,10 +55,8 @@ def exaone4(c: HF) -> tuple[Decoder, Names]:
     """Where some layers are local, the others have no rotary embedding."""
     norm, sliding = Norm(eps=c.number("rms_norm_eps")), window(c)
     pattern = c.get("sliding_window_pattern", 4)
-    c.refuse(
-        not c.layer_types and not isinstance(pattern, int),
-        f"sliding_window_pattern={pattern!r} without layer_types",
-    )
+    unclear = not c.layer_types and not isinstance(pattern, int)
+    c.refuse(unclear, f"sliding_window_pattern={pattern!r} without layer_types")
     local = layer_types(c, lambda i: sliding is not None and (i + 1) % pattern != 0)
     rotary = rope(c, head_dim(c))
 
@@ -89,5 +84,10 @@ def olmoe(c: HF) -> tuple[Decoder, Names]:
 
 def _post_norm(c: HF, mixer: Attention, norm: Norm) -> Block:
     return Block(
-        mixer=mixer, mlp=mlp(c), attn_norm=None, mlp_norm=None, attn_post_norm=norm, mlp_post_norm=norm
+        mixer=mixer,
+        mlp=mlp(c),
+        attn_norm=None,
+        mlp_norm=None,
+        attn_post_norm=norm,
+        mlp_post_norm=norm,
     )

@@ -1,9 +1,11 @@
 """OPT: learned positions that start at 2."""
 
-from quire.models.common import activation, decoder, multi_head, plain_head_dim, pre_norm
+from quire.models.common import activation, decoder, multi_head, plain_head_dim, pre_norm, tied_by_default
 from quire.models.hf import HF
 from quire.models.names import Names
 from quire.models.spec import MLP, Decoder, Norm
+
+OFFSET = 2
 
 
 def opt(c: HF) -> tuple[Decoder, Names]:
@@ -20,10 +22,8 @@ def opt(c: HF) -> tuple[Decoder, Names]:
     attn = multi_head(heads, plain_head_dim(c), None, bias=bias, out_bias=bias)
     act = activation(c, c.text("activation_function"))
     feed_forward = MLP(hidden=c.count("ffn_dim"), act=act, gated=False, bias=bias)
-    offset = 2
-    positions = {"num_positions": c.count("max_position_embeddings") + offset, "position_offset": offset}
-    tied = bool(c.get("tie_word_embeddings", True))
-    return decoder(c, pre_norm(attn, feed_forward, norm), norm, tied=tied, **positions), Names(
+    positions = {"num_positions": c.count("max_position_embeddings") + OFFSET, "position_offset": OFFSET}
+    return decoder(c, pre_norm(attn, feed_forward, norm), norm, tied=tied_by_default(c), **positions), Names(
         renames=RENAMES
     )
 

@@ -9,9 +9,8 @@ from quire.models.spec import Block, Decoder, Norm
 def phi(c: HF) -> tuple[Decoder, Names]:
     c.refuse_if_set("qk_layernorm")
     norm = Norm(kind="layer", eps=c.number("layer_norm_eps"), bias=True)
-    attn = attention(
-        c, rope=rope(c, head_dim(c), partial=0.5), num_kv_heads=kv_heads(c), bias=True, out_bias=True
-    )
+    rotary = rope(c, head_dim(c), partial=0.5)
+    attn = attention(c, rope=rotary, num_kv_heads=kv_heads(c), bias=True, out_bias=True)
     feed_forward = mlp(c, gated=False, bias=True)
     block = Block(mixer=attn, mlp=feed_forward, attn_norm=norm, mlp_norm=None, parallel=True)
     renames = (
@@ -25,7 +24,7 @@ def phi(c: HF) -> tuple[Decoder, Names]:
 
 
 def phi3(c: HF) -> tuple[Decoder, Names]:
-    """Its first checkpoints call their rotary embedding "su" and mean longrope."""
+    """Its first checkpoints call their rotary embedding "su" or "yarn" and mean longrope."""
     c.count("original_max_position_embeddings")  # Hugging Face's own default would rarely be right
     norm, size = Norm(eps=c.number("rms_norm_eps")), head_dim(c)
     attn = attention(c, rope=rope(c, size, partial=1.0), num_kv_heads=kv_heads(c), window=c.sliding_window)

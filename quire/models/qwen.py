@@ -8,29 +8,21 @@ from quire.models.names import LLAMA, Names
 from quire.models.spec import MLP, Block, Decoder, MoE, Norm
 
 
-def qwen(c: HF) -> tuple[Decoder, Names]:
-    norm = Norm(eps=c.number("rms_norm_eps"))
-    sliding = window(c, bool(c.use_sliding_window))
-    local = layer_types(c, lambda i: sliding is not None and i >= c.get("max_window_layers", 28))
-    own: dict[str, Any] = (
-        {"bias": True} if c.architecture == "Qwen2ForCausalLM" else {"qk_norm": norm, **biases(c)}
-    )
-    if c.architecture == "Qwen3ForCausalLM":
-        own["head_dim"] = c.count("head_dim")
+def qwen2(c: HF) -> tuple[Decoder, Names]:
+    return _dense(c, bias=True), Names(renames=LLAMA)
 
-    def block(i: int) -> Block:
-        return pre_norm(attention(c, window=sliding if local[i] else None, **own), mlp(c), norm)
 
-    return decoder(c, block, norm), Names(renames=LLAMA)
+def qwen3(c: HF) -> tuple[Decoder, Names]:
+    qk_norm = Norm(eps=c.number("rms_norm_eps"))
+    return _dense(c, head_dim=c.count("head_dim"), qk_norm=qk_norm, **biases(c)), Names(renames=LLAMA)
 
 
 def qwen2_moe(c: HF) -> tuple[Decoder, Names]:
     """A shared expert behind a gate of its own sees every token."""
     norm = Norm(eps=c.number("rms_norm_eps"))
     sliding = window(c, bool(c.use_sliding_window))
-    local = layer_types(
-        c, lambda i: sliding is not None and i % 2 == 0 and i < c.get("max_window_layers", 28)
-    )
+    num_local = c.get("max_window_layers", 28) if sliding else 0
+    local = layer_types(c, lambda i: i % 2 == 0 and i < num_local)
     shared = mlp(c, hidden=c.count("shared_expert_intermediate_size"))
     moe = _experts(c, shared=shared, shared_gate=True)
     bias = bool(c.get("qkv_bias", True))
@@ -44,6 +36,7 @@ def qwen2_moe(c: HF) -> tuple[Decoder, Names]:
 
 
 def qwen3_moe(c: HF) -> tuple[Decoder, Names]:
+    c.skip("intermediate_size")  # of layers without experts, which there need not be
     norm = Norm(eps=c.number("rms_norm_eps"))
     moe, sliding = _experts(c), window(c, bool(c.use_sliding_window))
     mixer = attention(c, qk_norm=norm, window=sliding, **biases(c))
@@ -52,6 +45,18 @@ def qwen3_moe(c: HF) -> tuple[Decoder, Names]:
         return pre_norm(mixer, moe if _is_sparse(c, i) else mlp(c), norm)
 
     return decoder(c, block, norm), Names(renames=LLAMA)
+
+
+def _dense(c: HF, **own: Any) -> Decoder:
+    """Layers from max_window_layers on are local, if any are."""
+    norm, feed_forward = Norm(eps=c.number("rms_norm_eps")), mlp(c)
+    sliding = window(c, bool(c.use_sliding_window))
+    local = layer_types(c, lambda i: sliding is not None and i >= c.get("max_window_layers", 28))
+
+    def block(i: int) -> Block:
+        return pre_norm(attention(c, window=sliding if local[i] else None, **own), feed_forward, norm)
+
+    return decoder(c, block, norm)
 
 
 def _experts(c: HF, shared: MLP | None = None, shared_gate: bool = False) -> MoE:

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from quire.errors import UnsupportedModel
+from quire.errors import ModelError, UnsupportedModel
 from quire.log import logger
 from quire.models.hf import HF
 from quire.models.names import Names
@@ -42,9 +42,9 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "OlmoeForCausalLM": "olmo.olmoe",
     "Phi3ForCausalLM": "phi.phi3",
     "PhiForCausalLM": "phi.phi",
-    "Qwen2ForCausalLM": "qwen.qwen",
+    "Qwen2ForCausalLM": "qwen.qwen2",
     "Qwen2MoeForCausalLM": "qwen.qwen2_moe",
-    "Qwen3ForCausalLM": "qwen.qwen",
+    "Qwen3ForCausalLM": "qwen.qwen3",
     "Qwen3MoeForCausalLM": "qwen.qwen3_moe",
     "SeedOssForCausalLM": "llama.seed_oss",
     "SmolLM3ForCausalLM": "llama.smollm3",
@@ -95,7 +95,10 @@ def decoder_spec(config: Mapping[str, object]) -> tuple[Decoder, Names]:
             f"{c.architecture}: quantization_config with quant_method={method!r} in config.json is not "
             "supported; use the model's bfloat16 or float16 checkpoint"
         )
-    spec, names = describe(c)
+    try:
+        spec, names = describe(c)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ModelError(f"config.json: {c.architecture} cannot be described: {error}") from error
     if ignored := ", ".join(f"{key}={value!r:.60}" for key, value in c.unread()):
         logger.warning("config.json: %s does not know %s; ignored", c.architecture, ignored)
     if spec.tied:  # some checkpoints store the shared matrix twice

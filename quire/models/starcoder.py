@@ -1,6 +1,6 @@
 """StarCoder 2: layer norms and biases, a plain feed-forward layer, all layers local."""
 
-from quire.models.common import attention, decoder, mlp, pre_norm
+from quire.models.common import attention, decoder, mlp, pre_norm, tied_by_default
 from quire.models.hf import HF
 from quire.models.names import LLAMA, Names
 from quire.models.spec import Decoder, Norm
@@ -11,6 +11,5 @@ def starcoder2(c: HF) -> tuple[Decoder, Names]:
     bias = bool(c.get("use_bias", True))
     attn = attention(c, window=c.sliding_window, bias=bias, out_bias=bias)
     renames = (*LLAMA, (r"\.c_fc\.", ".up_proj."), (r"\.c_proj\.", ".down_proj."))
-    tied = bool(c.get("tie_word_embeddings", True))
-    feed_forward = mlp(c, gated=False, bias=bias)
-    return decoder(c, pre_norm(attn, feed_forward, norm), norm, tied=tied), Names(renames=renames)
+    block = pre_norm(attn, mlp(c, gated=False, bias=bias), norm)
+    return decoder(c, block, norm, tied=tied_by_default(c)), Names(renames=renames)

@@ -29,7 +29,9 @@ class SlotState:
             self.tokens[start.slot, : len(start.tokens)] = torch.from_numpy(np.array(start.tokens, dtype=np.int32))
             self.num_blocks[start.slot] = 0
             self.prompt_len[start.slot] = start.prompt_len
-        slots, columns, blocks = [], [], []
+        slots: list[int] = []
+        columns: list[int] = []
+        blocks: list[int] = []
         for work in plan.work:
             if work.new_blocks:
                 first = self.num_blocks[work.slot]

@@ -1,1 +1,1 @@
-"""From logits to tokens: rules, penalties, filters, the draw, and log probabilities. Knows no model and no schedule."""
+"""From logits to tokens: rules, penalties, filters, the draw, log probabilities. Knows no model."""

@@ -1,7 +1,7 @@
 """One token per row from processed logits: temperature, filters, Gumbel-max. Knows no slots and no requests.
 
-The token is argmax(logit / temperature + Gumbel noise) over the tokens that the filters keep: a draw from their
-softmax, exactly. The noise depends on seed, position and token alone.
+The token is argmax(logit / temperature + Gumbel noise) over the tokens that the filters keep: exactly a
+draw from their softmax. The noise depends on seed, position and token alone.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Which tokens may be drawn: min_p, top_k and top_p as one threshold per row. Knows no slots and no requests.
 
-All three keep the most likely tokens, so a filter is a number: the least scaled logit that stays. Ties with that number
-stay too, which makes the result independent of how a sort orders equal values.
+All three keep the likeliest tokens, so a filter is a number: the least scaled logit that stays. Ties with it
+stay too, so the result does not depend on how a sort orders equal values.
 """
 
 from typing import NamedTuple
@@ -26,8 +26,8 @@ class Filters(NamedTuple):
 def thresholds(scaled: Tensor, filters: Filters) -> Tensor:
     """The least value that survives min_p, then top_k, then top_p, for each row of `scaled` [R, V]: [R].
 
-    min_p keeps tokens at least min_p times as likely as the likeliest. top_k keeps the k likeliest. top_p keeps the
-    fewest likeliest tokens of what is left whose probabilities, renormalised, reach p.
+    min_p keeps tokens at least min_p times as likely as the likeliest. top_k keeps the k likeliest. top_p
+    keeps the fewest likeliest of what is left whose probabilities, renormalised, reach p.
     """
     vocab_size = scaled.shape[1]
     width = min(FIRST_LOOK, vocab_size)
@@ -49,7 +49,7 @@ def thresholds(scaled: Tensor, filters: Filters) -> Tensor:
 def _search(
     ordered: Tensor, vocab_size: int, filters: Filters, floor: Tensor, mass: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Thresholds from the W first values of each row in descending order [R, W], and whether W was enough [R].
+    """Thresholds from each row's W first values in descending order [R, W], and whether W was enough [R].
 
     `floor` [R] is min_p's threshold, `mass` [R] the sum of exp(value - greatest) over all that it keeps.
     """

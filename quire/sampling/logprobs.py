@@ -1,6 +1,6 @@
-"""Log probabilities that requests ask for: of the chosen token and of the k likeliest. Knows no sampling parameters.
+"""Log probabilities that requests ask for: of the chosen token and the k likeliest. Knows no parameters.
 
-They are the log-softmax of the model's logits as they came, before rules, penalties, temperature and filters.
+They are the log-softmax of the logits as they came, before rules, penalties, temperature and filters.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from quire.types import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log probabilities of Q rows that ask for the same k. Column 0 is the chosen token, 1 + i the i-th likeliest."""
+    """Of Q rows that ask for the same k. Column 0 is the chosen token, column i the i-th likeliest."""
 
     rows: tuple[int, ...]  # their indices in the batch
     token_ids: Tensor  # [Q, 1 + k] int64
@@ -27,6 +27,7 @@ class Logprobs:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(Q, 1 + k)"""
         return (self.token_ids.shape[0], self.token_ids.shape[1])
 
     def pack(self) -> Tensor:
@@ -36,16 +37,16 @@ class Logprobs:
 
 
 def unpack(packed: Tensor, shapes: Sequence[tuple[int, int]]) -> list[TokenLogprobs]:
-    """The rows of several `Logprobs.pack()` results, joined in a tensor on the host, given their (Q, 1 + k)."""
-    found = []
+    """The rows of several `Logprobs.pack()` joined in one tensor on the host, given their `shape`."""
+    found: list[TokenLogprobs] = []
     start = 0
     for num_rows, width in shapes:
-        ids, floats, ranks = packed[start : start + num_rows * (2 * width + 1)].split(
-            [num_rows * width, num_rows * width, num_rows]
-        )
-        start += num_rows * (2 * width + 1)
-        values = floats.view(torch.float32).view(num_rows, width).tolist()
-        found += map(_report, ids.view(num_rows, width).tolist(), values, ranks.tolist())
+        size = num_rows * width
+        ids = packed[start : start + size].view(num_rows, width)
+        floats = packed[start + size : start + 2 * size].view(torch.float32).view(num_rows, width)
+        ranks = packed[start + 2 * size : start + 2 * size + num_rows]
+        start += 2 * size + num_rows
+        found += map(_report, ids.tolist(), floats.tolist(), ranks.tolist())
     return found
 
 
@@ -76,7 +77,7 @@ def compute(logits: Tensor, chosen: Tensor, k: int, rows: Sequence[int]) -> Logp
 def prompt_logprobs(logits: Tensor, next_token_ids: Tensor, k: int) -> Logprobs:
     """Log probabilities of the tokens that follow in a prompt, for a chunk of N positions.
 
-    `logits` [N, V] are the model's at those positions, `next_token_ids` [N] (int64) what the prompt has after them,
-    `k` as in `SamplingParams.prompt_logprobs`.
+    `logits` [N, V] are the model's at those positions, `next_token_ids` [N] (int64) the prompt's tokens after
+    them, `k` as in `SamplingParams.prompt_logprobs`.
     """
     return compute(logits, next_token_ids, k, range(len(next_token_ids)))

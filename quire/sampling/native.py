@@ -17,7 +17,14 @@ def _functions() -> ctypes.CDLL | None:
     if found is not None:
         found.quire_draw.argtypes = [_POINTER, *[_LONG] * 3, *[_POINTER] * 8, _INT]
         found.quire_draw.restype = None
-        found.quire_penalise.argtypes = [_POINTER, *[_LONG] * 2, *[_POINTER] * 2, _LONG, *[_POINTER] * 2, _INT]
+        found.quire_penalise.argtypes = [
+            _POINTER,
+            *[_LONG] * 2,
+            *[_POINTER] * 2,
+            _LONG,
+            *[_POINTER] * 2,
+            _INT,
+        ]
         found.quire_penalise.restype = None
     return found
 
@@ -44,7 +51,7 @@ def draw(
 
 
 def penalise(logits: Tensor, rows: Tensor, seen: Tensor, strengths: Tensor, of: Tensor) -> bool:
-    """Penalise `logits[rows]` in place by `seen[of]` and `strengths[of]`; False without the compiled library."""
+    """Do what `quire.sampling.penalties.penalise` does; False without the compiled library."""
     functions = _functions()
     if functions is None or logits.stride(-1) != 1:
         return False

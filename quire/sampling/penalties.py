@@ -50,7 +50,9 @@ class Penalties:
 
     @staticmethod
     def wanted(params: SamplingParams) -> bool:
-        return (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1.0, 0.0, 0.0)
+        """Whether any penalty is on."""
+        penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        return penalties != (1, 0, 0)
 
     def admit(self, slot: int, params: SamplingParams, prompt: Sequence[int], outputs: Sequence[int]) -> None:
         """Start a slot's counts. Ids outside the vocabulary (placeholders of images, say) are not counted."""

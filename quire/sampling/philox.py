@@ -1,6 +1,6 @@
 """Counter-based random numbers: the same (seed, position, token) gives the same bits anywhere, in any batch.
 
-Philox4x32-10 from Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11). Knows nothing of sampling.
+Philox4x32-10 from Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11). Knows no sampling.
 
     key     = (seed low, seed high)                                 32 bits each
     counter = (token id // 4, position low, position high, 0)       word number token id % 4 is the token's
@@ -52,8 +52,8 @@ def uniform(bits: Tensor) -> Tensor:
 def gumbel(u: Tensor) -> Tensor:
     """Standard Gumbel noise from uniforms.
 
-    -log(-log(1 - u)), not -log(-log(u)): float32 is finest near 0, which then serves the upper tail. A token of
-    probability 1e-9 keeps its chance, where 24 bits near 1 would cut the noise at 16.6.
+    -log(-log(1 - u)), not -log(-log(u)): float32 is finest near 0, which then serves the upper tail. A token
+    of probability 1e-9 keeps its chance, where 24 bits near 1 would cut the noise at 16.6.
     """
     return -torch.log(-torch.log1p(-u))
 
@@ -69,9 +69,9 @@ def noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 
 def fold(seed: int, *indices: int) -> int:
-    """A seed of its own for every (seed, indices): a signed 64-bit int, hashed with SplitMix64's finalizer.
+    """A signed 64-bit seed of its own for every (seed, indices), by SplitMix64's finalizer.
 
-    `fold(seed, i)` seeds sequence `i` of a request, `fold(engine_seed, ordinal)` a request that names no seed.
+    `fold(seed, i)` may seed sequence `i` of a request, `fold(engine_seed, ordinal)` a request without a seed.
     """
     state = _mix(seed & _LOW64)
     for index in indices:

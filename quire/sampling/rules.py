@@ -1,7 +1,7 @@
 """Per-slot rules on single tokens: allowed ids, bad words, min_tokens, logit_bias. Knows no probabilities.
 
-Few requests have any, so they are kept by slot in ordinary objects and cost only the rows that have them. Everything
-that depends on generated tokens stays on the device.
+Few requests have any, so they are kept by slot in ordinary objects and cost only the rows that have them.
+What depends on generated tokens stays on the device.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -128,8 +128,8 @@ class Rules:
 
     def _repeat(self, rows: Sequence[int], ids: Sequence[Tensor]) -> Tensor:
         """Each row number as often as its tensor is long."""
-        return upload([row for row, tokens in zip(rows, ids, strict=True) for _ in range(len(tokens))],
-                      torch.int64, self._device)  # fmt: skip
+        repeated = [row for row, tokens in zip(rows, ids, strict=True) for _ in range(len(tokens))]
+        return upload(repeated, torch.int64, self._device)
 
     def _ids(self, name: str, tokens: Iterable[int]) -> Tensor:
         for token in tokens:

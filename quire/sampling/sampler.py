@@ -1,4 +1,4 @@
-"""Chooses the next token of every row of a batch. Knows slots and parameters, not models, blocks or schedules.
+"""Chooses the next token of every row of a batch. Knows slots and parameters; no models, blocks or schedules.
 
 The order is vLLM's:
 
@@ -8,8 +8,8 @@ The order is vLLM's:
     greedy rows: argmax
     others:      temperature, min_p, top_k, top_p, then Gumbel-max
 
-Nothing here waits for a device. The noise is keyed by (seed, position), so a sequence draws the same tokens in any
-batch, in any slot, and after any preemption or replay.
+Nothing here waits for a device. The noise is keyed by (seed, position), so a sequence draws the same tokens
+in any batch, in any slot, and after any preemption or replay.
 """
 
 from collections.abc import Collection, Sequence
@@ -86,11 +86,11 @@ class Sampler:
         stop_token_ids: Collection[int],
         bad_words: Sequence[Sequence[int]],
     ) -> None:
-        """A sequence takes a slot, with the outputs it has so far (some, when it comes back from a preemption).
+        """A sequence takes a slot, with the outputs it has so far: some, if it was preempted before.
 
-        `seed` is a signed 64-bit integer. `stop_token_ids` are not sampled before `params.min_tokens` outputs.
-        `bad_words` are the token sequences of `params.bad_words`; ids of one token are never sampled, the last token
-        of longer ones not right after the others.
+        `seed` is a signed 64-bit integer. `stop_token_ids` are not sampled before `params.min_tokens`
+        outputs. `bad_words` are the token sequences of `params.bad_words`: a single token is never sampled,
+        the last token of a longer one not right after the others.
 
         Raises:
             InvalidRequest: a token id is outside the vocabulary; the slot is left empty.
@@ -113,9 +113,9 @@ class Sampler:
     def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int] | Tensor) -> Sampled:
         """Choose a token for each row and count it in its slot's state.
 
-        `logits` [R, V] float32 are the model's, masked by a grammar or not; they may be overwritten. `positions` [R]
-        are the chosen tokens' indices in their sequences: prompt length for the first output. A slot appears at most
-        once.
+        `logits` [R, V] float32 are the model's, masked by a grammar or not; they may be overwritten.
+        `positions` [R] are the chosen tokens' indices in their sequences: the prompt's length for the first
+        output. A slot appears at most once.
         """
         at = upload(positions, torch.int64, self._device)
         uses = self._params.uses[slots]

@@ -25,7 +25,7 @@ class Uses(IntFlag):
     LOGPROBS = 16
 
 
-def upload(values: Sequence[int] | Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def upload(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor on the device; the host does not wait for the copy."""
     if isinstance(values, Tensor):
         return values.to(device, dtype, non_blocking=True)
@@ -34,7 +34,7 @@ def upload(values: Sequence[int] | Sequence[float] | Tensor, dtype: torch.dtype,
 
 
 class SlotParams:
-    """The parameters of `num_slots` slots: written on the host, sent to the device in one piece when they change."""
+    """The numbers of `num_slots` slots: written on the host, sent to the device together when they change."""
 
     def __init__(self, vocab_size: int, num_slots: int, device: torch.device):
         self._vocab_size = vocab_size
@@ -74,7 +74,7 @@ class SlotParams:
         self.num_logprobs[slot] = NO_LOGPROBS
 
     def controls(self, slots: Tensor, positions: Tensor, union: Uses) -> Controls:
-        """How to draw for the slots [R] at the positions [R], gathered on the device; `union` of what they use."""
+        """How to draw for slots [R] at positions [R], gathered on the device; `union` of what they use."""
         if self._changed and self._device.type != "cpu":
             changed = sorted(self._changed)
             rows = upload(changed, torch.int64, self._device)

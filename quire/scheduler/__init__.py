@@ -1,5 +1,6 @@
 """What each step computes: a pure state machine over integers. Knows no device, no text and no clock.
 
-`scheduler` plans and learns, `blocks` are the cache, `sharing` waits for prefixes, `policy` orders who waits, `cost`
-predicts step times, `loop` runs plans on a device, `trace` records and replays. Two plans of the same calls are equal.
+`scheduler` plans and learns, `seats` and `policy` say who runs and who is next, `blocks` are the cache,
+`sharing` waits for prefixes that others compute, `cost` predicts step times, `loop` runs plans on a device,
+`trace` records and replays. The same calls always give the same plans.
 """

@@ -1,7 +1,7 @@
-"""KV blocks as integers: who holds them, and which full ones can be found again by content. Knows no sequences.
+"""KV blocks as integers: who holds them, which full ones can be found by content. Knows no sequences.
 
-A block's key is the keyed BLAKE2b of its parent's key and its tokens, so equal keys mean equal prefixes, and nobody
-without the secret can construct a collision.
+A block's key is the keyed BLAKE2b of its parent's key and its tokens, so equal keys mean equal prefixes, and
+nobody without the secret can construct a collision.
 """
 
 from array import array
@@ -54,7 +54,7 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def extend_keys(self, keys: list[bytes], root: bytes, tokens: "array[int]", num: int) -> None:
-        """Bring a chain's keys up to `num` full blocks. Tokens are int64, little-endian on every supported machine."""
+        """Bring a chain's keys up to `num` full blocks; tokens enter them as 64-bit integers."""
         size = self.block_size
         parent = keys[-1] if keys else root
         for i in range(len(keys), num):

@@ -1,7 +1,7 @@
 """How long a step takes, learned from the steps so far. Knows no sequences.
 
-Steps are grouped by powers of two of their tokens; each group keeps a moving average of tokens and seconds, and
-straight lines join the groups.
+Steps are grouped by powers of two of their tokens; each group keeps moving averages of tokens and seconds,
+and straight lines join the groups.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class StepCost:
         self._begun[step] = (tokens, now)
 
     def end(self, step: int, now: float) -> None:
-        """A step's results are here. It began when it was planned or, if later, when the one before it ended."""
+        """A step's results are here. It began when it was planned, or when the one before it ended."""
         tokens, begun = self._begun.pop(step)
         seconds = now - max(begun, self._last_end)
         self._last_end = now
@@ -64,8 +64,8 @@ class StepCost:
     def most_tokens(self, seconds: float) -> int | None:
         """The largest step predicted to take no longer; None before the first one was measured.
 
-        Beyond the largest group the time is taken to be proportional: steps have a fixed cost, so that errs on the
-        side of safety, and the next measurement corrects it.
+        Beyond the largest group time is taken to be proportional: steps have a fixed cost, so that errs on
+        the side of safety, and the next measurement corrects it.
         """
         curve = self._curve()
         if not curve:
@@ -82,7 +82,8 @@ class StepCost:
     def _curve(self) -> list[tuple[float, float]]:
         """Tokens and seconds of the groups, ascending in both.
 
-        A group slower than a larger one was measured while something else was slow: the larger one's time holds.
+        A group slower than a larger one was measured while something else was slow; the larger one's time
+        holds.
         """
         curve: list[tuple[float, float]] = []
         ceiling = float("inf")

@@ -32,8 +32,8 @@ class Limits:
                 raise ConfigError(f"{name} is {value}; it must be at least {low}")
         if self.max_batched_tokens < self.max_seqs:
             raise ConfigError(
-                f"max_batched_tokens {self.max_batched_tokens} is below max_seqs {self.max_seqs}, so some sequences "
-                "would have to skip steps; raise the first or lower the second"
+                f"max_batched_tokens {self.max_batched_tokens} is below max_seqs {self.max_seqs}, so some "
+                "sequences would have to skip steps; raise the first or lower the second"
             )
         if self.max_gap_s is not None and not self.max_gap_s > 0:
             raise ConfigError(f"max_gap_s is {self.max_gap_s}; it must be above 0, or None for no limit")
@@ -42,7 +42,7 @@ class Limits:
         """Refuse a sequence that can never run.
 
         Raises:
-            InvalidRequest: it has no prompt or no output, or more tokens than a sequence may have or the cache holds.
+            InvalidRequest: it has no prompt or no output, or more tokens than are allowed or cached.
         """
         num_prompt, total = len(new.prompt), len(new.prompt) + new.max_tokens
         if not num_prompt:

@@ -1,4 +1,4 @@
-"""Plan, launch, and only then look at what earlier steps said, so the device is never idle. Knows no requests."""
+"""Plan, launch, and only then look at what earlier steps said, so no device idles. Knows no requests."""
 
 from collections import deque
 from collections.abc import Callable
@@ -39,7 +39,8 @@ def no_masks(plan: Plan) -> None:
 class Loop:
     """One step at a time, with at most `depth - 1` plans in flight between steps; depth 1 is synchronous.
 
-    `masks(plan)` says what the plan's sequences may sample. With depth 2 it is asked when all earlier tokens are known.
+    `masks(plan)` says what the plan's sequences may sample; up to depth 2 it is asked when all earlier tokens
+    are known.
     """
 
     def __init__(

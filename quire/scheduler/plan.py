@@ -1,7 +1,7 @@
-"""What passes between the scheduler and a device: a step's plan, and what came of it. Only integers and tokens.
+"""What passes between the scheduler and a device: a step's plan, and what came of it. Only integers.
 
-Values, never changed once made. `Work` and `Emitted` are not frozen, because a step makes hundreds of them and making
-a frozen one takes five times as long.
+Values, never changed once made. `Work` and `Emitted` are not frozen, because a step makes hundreds of them
+and making a frozen one takes five times as long.
 """
 
 from dataclasses import dataclass, field
@@ -13,9 +13,7 @@ class Start:
 
     seq: int
     slot: int
-    tokens: tuple[
-        int, ...
-    ]  # prompt, then the outputs known so far (a preempted sequence comes back with some)
+    tokens: tuple[int, ...]  # prompt, then the outputs so far: a preempted sequence comes back with some
     prompt_len: int
 
 
@@ -36,9 +34,9 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step. Devices apply it in this order: ends, starts, work."""
+    """A step. Devices apply it in this order: ends, starts, work. Without work it brings only changes."""
 
-    step: int
+    step: int  # counts plans with work or ends, from 1
     work: tuple[Work, ...]
     starts: tuple[Start, ...] = ()
     ends: tuple[int, ...] = ()  # slots given up since the last plan

@@ -1,7 +1,8 @@
 """Who is next: by priority, then the tenant served least, then first come. Knows no blocks and no budget.
 
-Tenants share by virtual time (Sheng et al. 2024, "Fairness in Serving Large Language Models"): tokens computed for
-them. One that comes back starts no lower than the least of those that stayed, so being away saves nothing up.
+Tenants share by virtual time (Sheng et al. 2024, "Fairness in Serving Large Language Models"): tokens
+computed for them. One that comes back starts no lower than the least of those that stayed: being away saves
+nothing up.
 """
 
 from bisect import bisect_left, insort

@@ -1,9 +1,9 @@
 """Decides what each step computes. Pure: no tensors, no clock, no randomness, no I/O.
 
-A step computes some positions of some sequences; prompts and outputs are not told apart. Devices carry out plans in
-order, so a block or a slot may be handed to any later plan. `schedule` may run again before `commit` has told it the
-sampled values: it plans with counts, and the newest token stays on the device. Drafted tokens make the counts upper
-bounds until they are committed; the device knows the truth.
+A step computes some positions of some sequences; prompts and outputs are not told apart. Devices carry out
+plans in order, so a block or a slot may be handed to any later plan. `schedule` may run again before `commit`
+has told it the sampled values: it plans with counts, and the newest token stays on the device. Drafted tokens
+make the counts upper bounds until they are committed; the device knows the truth.
 """
 
 from array import array
@@ -23,7 +23,7 @@ __all__ = ["NewSequence", "Scheduler", "SequenceStats"]
 
 
 class Scheduler:
-    """`schedule` and `commit` in turn, or plans ahead of commits; plans with work are committed in order, once each.
+    """`schedule` and `commit` in turn, or plans ahead of commits; each plan with work is committed, in order.
 
     Attributes:
         num_preemptions: how often a sequence lost its seat and had to be computed again.
@@ -74,7 +74,7 @@ class Scheduler:
         return not self.seqs and not self.seats.has_ends
 
     def cached_tokens(self, id: int) -> int:
-        """Prompt tokens that the cache held at first; also of a sequence that ended since the latest `schedule`."""
+        """`SequenceStats.num_cached_tokens` of a sequence that runs, or ended since the latest `schedule`."""
         return (self.seqs.get(id) or self._ended[id]).stats.num_cached_tokens
 
     def add(self, new: NewSequence, now: float) -> SequenceStats:
@@ -125,14 +125,15 @@ class Scheduler:
     def commit(self, plan: Plan, result: Result, now: float) -> list[Emitted]:
         """Learn what a plan sampled. Sequences in `result.errors` end without another token."""
         self.cost.end(plan.step, now)
+        seqs = self.seqs
         emitted: list[Emitted] = []
         for id, error in result.errors.items():
-            if (seq := self.seqs.get(id)) is not None:
+            if (seq := seqs.get(id)) is not None:
                 self.pool.forget(seq.kv.blocks)  # what they hold may be why it failed
                 self._finish(seq)
                 emitted.append(Emitted(id, None, "error", error=error))
         for w, tokens in zip(plan.work, result.tokens, strict=True):
-            if (seq := self.seqs.get(w.seq)) is None:
+            if (seq := seqs.get(w.seq)) is None:
                 continue  # ended while this ran
             if w.samples:
                 seq.pending -= w.drafts + 1
@@ -153,7 +154,7 @@ class Scheduler:
         return emitted
 
     def _emit(self, seq: Sequence, tokens: tuple[int, ...], emitted: list[Emitted]) -> None:
-        """Hand out tokens, the last of which may be the sequence's last; drafts accepted beyond that are dropped."""
+        """Hand out tokens up to the sequence's last; drafts accepted beyond that are dropped."""
         num_outputs = len(seq.tokens) - len(tokens) - len(seq.new.prompt)
         for num, token in enumerate(tokens, num_outputs + 1):
             finish, stop = None, None
@@ -191,7 +192,7 @@ class Scheduler:
                 break
 
     def _lookup(self, seq: Sequence) -> tuple[list[int], bytes | None]:
-        """Blocks that hold the sequence's beginning, and the key to wait for if others are computing what follows."""
+        """Blocks that hold the sequence's beginning, and the key to wait for if others compute more of it."""
         if not seq.new.read_cache:
             return [], None
         last = (len(seq.tokens) - 1) // self.pool.block_size  # at least one position is left to compute
@@ -200,7 +201,7 @@ class Scheduler:
         return hit, self.sharing.awaited(seq, len(hit), last)
 
     def _num_lacking(self, seq: Sequence, hit: list[int]) -> int:
-        """Blocks to be freed before the sequence may have its seat. With no others running it never lacks any."""
+        """Blocks to be freed before the sequence may have a seat; none when it would be alone."""
         pool = self.pool
         needed = pool.blocks_for(len(seq.tokens)) - len(hit) + pool.num_idle(hit)
         return needed + self.seats.num_taken * self._headroom - pool.num_free
@@ -224,13 +225,14 @@ class Scheduler:
         pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, num_full)
         self.sharing.claim(seq, num_full)
         self.seats.enter(seq)
+        seq.tenant.served += seq.num_to_prefill  # at once, so that the next seat goes to another tenant
         if seq.stats.seated_s is None:
             seq.stats.seated_s, seq.stats.num_cached_tokens = now, seq.planned
             self.cache_queries += len(seq.tokens)
             self.cache_hits += seq.planned
 
     def _make_way(self, seq: Sequence, hit: list[int]) -> bool:
-        """Preempt sequences of lower priority, the worst first, if that gives `seq` its seat; whether it does."""
+        """Preempt sequences of lower priority, the worst first, if that makes room; whether it does."""
         lacking, holders, kept = self._num_lacking(seq, hit), dict[int, int](), set(hit)
         victims: list[Sequence] = []
         for victim in self.seats.worse_than(seq.rank[0]):
@@ -270,6 +272,8 @@ class Scheduler:
         self._ended[seq.id] = self.seqs.pop(seq.id)
 
     def _vacate(self, seq: Sequence) -> None:
+        if seq.state is State.PREFILLING:
+            seq.tenant.served -= seq.num_to_prefill
         self.seats.leave(seq)
         self._settle(seq, seq.kv.num_published, seq.kv.num_claimed)
         self.pool.release(seq.kv.blocks)
@@ -297,7 +301,7 @@ class Scheduler:
     # Work
 
     def _draft_room(self, prefilling: bool) -> int:
-        """Positions of a step that drafts may have: not those of other sequences, nor all that a prefill could use."""
+        """Positions of a step that drafts may have: none that a sequence needs, and half beside a prefill."""
         spare = self.limits.max_batched_tokens - self.limits.max_seqs
         return spare // 2 if prefilling else spare
 
@@ -312,7 +316,7 @@ class Scheduler:
         return left
 
     def _plan_decodes(self, work: list[Work]) -> int:
-        """Plan the newest token of every decoding sequence, and drafts after it; return how many positions."""
+        """Plan every decoding sequence's newest token, and drafts after it; return how many positions."""
         most, total = self.limits.drafts, 0
         room = self._draft_room(bool(self.seats.prefilling)) if most else 0
         for seq in self.seats.decoding:  # preempting shortens the list, but only from its end
@@ -338,7 +342,7 @@ class Scheduler:
         return total
 
     def _extend(self, seq: Sequence, num_positions: int) -> tuple[int, ...] | None:
-        """Hold blocks for so many positions; None if the sequence was itself the one to be preempted for them."""
+        """Hold blocks for so many positions; None if the sequence itself was preempted for them."""
         kv = seq.kv
         num = self.pool.blocks_for(num_positions) - len(kv.blocks)
         while (new := self.pool.take(num)) is None:
@@ -363,7 +367,6 @@ class Scheduler:
                 starts.append(Start(seq.id, seq.slot, tuple(seq.tokens), len(seq.new.prompt)))
                 new_blocks = tuple(seq.kv.blocks)
             seq.planned += count
-            seq.tenant.served += count
             left -= count
             samples = not seq.num_to_prefill
             work.append(Work(seq.id, seq.slot, seq.epoch, start, True, count, 0, new_blocks, samples))

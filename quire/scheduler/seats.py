@@ -7,7 +7,7 @@ from quire.scheduler.sequence import BY_RANK, Sequence, State
 
 
 class Seats:
-    """Running sequences, best first. A slot is taken at a sequence's first work, and given up with its seat."""
+    """Running sequences, best first. A slot is taken at the first work, and given up with the seat."""
 
     def __init__(self, num_seats: int):
         self.num_seats = num_seats

@@ -7,7 +7,7 @@ from operator import attrgetter
 
 
 class State(Enum):
-    """Where a sequence is. Exactly the last two but one are running: they have a seat and blocks."""
+    """Where a sequence is. Only PREFILLING and DECODING ones run: they have a seat and hold blocks."""
 
     QUEUED = "queued"  # may be seated when there is room
     PARKED = "parked"  # waits for a block that a running sequence computes
@@ -21,8 +21,8 @@ class State(Enum):
 class NewSequence:
     """What to compute, and when to stop.
 
-    Stop tokens and ends of sequence count only from the `min_tokens`-th output on. Sequences find each other's
-    cached blocks only under equal `cache_root`s; one with `read_cache=False` computes every position itself.
+    Stop tokens and ends of sequence count only from the `min_tokens`-th output on. Sequences find each
+    other's blocks only under equal `cache_root`s; one with `read_cache=False` computes every position itself.
     """
 
     id: int  # never used twice
@@ -42,7 +42,7 @@ class Tenant:
     """Whose sequences share what."""
 
     name: str
-    served: int = 0  # virtual time: positions computed
+    served: int = 0  # virtual time: positions computed, or about to be
     num_sequences: int = 0  # unfinished
 
 
@@ -78,9 +78,7 @@ class Sequence:
     rank: tuple[int, int]  # priority and order of arrival; the highest is preempted first
     stops: frozenset[int]  # tokens that may end it
     limit: int  # positions ever computed: the last token of all is only read
-    tokens: array[
-        int
-    ]  # int64, what the host knows of prompt and outputs; an array, because the collector skips those
+    tokens: "array[int]"  # int64, what the host knows; the garbage collector need not look into it
     stats: SequenceStats
     state: State = State.QUEUED
     planned: int = 0  # positions that plans have covered; drafts in flight make it an upper bound

@@ -47,7 +47,7 @@ class Sharing:
             del self._waiting[key]
 
     def settle(self, seq: Sequence, first: int, last: int) -> list[Sequence]:
-        """Blocks first .. last - 1 of `seq` are findable, or never will be; return who need not wait any more."""
+        """Blocks first .. last - 1 of `seq` are findable, or never will be; return who waits no longer."""
         woken: list[Sequence] = []
         for key in seq.kv.keys[first : min(last, seq.kv.num_claimed)]:
             if self._owner.get(key) is seq:

@@ -1,7 +1,7 @@
 """Records what a scheduler was told and what it planned, and replays it. Knows no policy.
 
-A trace is JSON lines: settings first, then calls in order. It holds users' prompts and outputs as token ids, so it is
-as private as they are; the secret of the cache's keys is not in it.
+A trace is JSON lines: settings first, then calls in order. It holds users' prompts and outputs as token ids,
+so it is as private as they are; the secret of the cache's keys is not in it.
 """
 
 import json
@@ -176,7 +176,7 @@ def _compare(number: int, recorded: list[Any], plan: Plan) -> None:
     planned = json.loads(json.dumps(_plan_to_json(plan)))
     if planned == recorded:
         return
-    was, now = next((pair for pair in zip(recorded, planned, strict=True) if pair[0] != pair[1]))
+    was, now = next(pair for pair in zip(recorded, planned, strict=True) if pair[0] != pair[1])
     raise TraceError(f"line {number}, step {recorded[0]}: the trace has {was}, the replay {now}")
 
 

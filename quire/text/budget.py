@@ -38,6 +38,9 @@ class Budget:
         self._steps -= 1
         if self._steps < 0:
             raise OverBudget(f"it takes more than {self._limits.steps:,} steps")
+        self.check_time()
+
+    def check_time(self) -> None:
         if time.monotonic() > self._end_s:
             raise OverBudget(f"it takes longer than {self._limits.seconds:g} s")
 
@@ -57,12 +60,15 @@ class Budget:
         self._depth -= 1
 
     def size(self, value: object) -> int:
-        """Characters and items of `value` written out; what is shared counts as often as it would be written."""
+        """Characters and items of `value` written out; what is shared counts each time."""
         if isinstance(value, str):
             return len(value)
-        total, todo = 0, [(value, 0)]
+        total, visits, todo = 0, 0, [(value, 0)]
         while todo:
             item, depth = todo.pop()
+            visits += 1
+            if visits % 1024 == 0:
+                self.check_time()
             total += len(item) + 1 if isinstance(item, str) else 1
             if isinstance(item, list | tuple):
                 todo += [(child, depth + 1) for child in item]

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 import jinja2
 from jinja2 import nodes
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError
 
 from quire.errors import ConfigError, InvalidRequest, ModelError
 from quire.text.budget import Limits, OverBudget

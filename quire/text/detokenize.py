@@ -10,8 +10,8 @@ from quire.text.tokenizer import Tokenizer
 class StopStrings:
     """Finds the stop string that completes first, reading each character once (Aho and Corasick 1975).
 
-    A node is a string that some stop string begins with; the current node is the longest such string that the text
-    ends with, so its depth is how many characters may still turn out to be a stop string's beginning.
+    A node is a string that some stop string begins with; the current node is the longest such string that
+    the text ends with, so its depth is how many characters may still turn out to begin a stop string.
     """
 
     def __init__(self, stop: Sequence[str]):
@@ -76,8 +76,8 @@ class StopStrings:
 class Detokenizer:
     """One sequence's text.
 
-    The pieces that `push` and `finish` return add up to the text. A character comes when its last byte has come,
-    bytes that can never become one come as U+FFFD.
+    The pieces that `push` and `finish` return add up to the text. A character comes when its last byte has
+    come, bytes that can never become one come as U+FFFD.
 
     Attributes:
         stopped: the stop string that ended the text, if one did; further tokens are ignored.
@@ -94,7 +94,7 @@ class Detokenizer:
         include_stop: bool = False,
         min_tokens: int = 0,
     ):
-        """`include_stop` keeps the stop string in the text; stop strings within `min_tokens` tokens do not count."""
+        """`include_stop` keeps the stop string; one that completes within `min_tokens` does not count."""
         self.stopped: str | None = None
         self.num_tokens = 0
         self._tokenizer = tokenizer
@@ -111,7 +111,7 @@ class Detokenizer:
     def push(self, tokens: Sequence[int], *, ended_by_token: bool = False) -> str:
         """Takes the next tokens; returns the text that can be shown now.
 
-        `ended_by_token` says that the last token is a stop token: it counts, and is no text unless `include_stop`.
+        `ended_by_token` says that the last token is a stop token: it is no text unless `include_stop`.
         """
         mute = ended_by_token and not self._include
         if self._stops is None:

@@ -1,4 +1,4 @@
-"""Reads what lies beside a tokenizer: its settings, its named tokens, its chat templates. Knows no tokenizer library."""
+"""Reads what lies beside a tokenizer: settings, named tokens, chat templates. Knows no tokenizer library."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What a checkpoint's settings say about sampling and ending. Pure functions of dictionaries; knows no files."""
+"""What a checkpoint's settings say about sampling and ending. Functions of dictionaries; knows no files."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol

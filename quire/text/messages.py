@@ -1,4 +1,4 @@
-"""Checks conversations and tools, and gives them the shape that a chat template reads. Knows no template engine."""
+"""Checks conversations and tools, and gives them the shape that chat templates read. Knows no Jinja."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -136,7 +136,7 @@ def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
 
 
 def _arguments(value: object, where: str) -> object:
-    """Templates write an object. What a model wrote that is no JSON object stays text, as the model wrote it."""
+    """Templates write an object. What a model wrote that is no JSON object stays as the model wrote it."""
     if value is None or value == "":
         return {}
     if isinstance(value, str):

@@ -1,8 +1,9 @@
 """Jinja templates that come with a model, run within limits of time, steps and memory. Knows no chat.
 
-A template cannot reach Python's insides (jinja2's immutable sandbox), and whatever could multiply time or memory goes
-through `Budget`: the syntax tree is rewritten so that every loop, filter, literal and output is counted, and operators
-and calls are intercepted. Filters that no chat needs and that are hard to bound are not there.
+A template cannot reach Python's insides (jinja2's immutable sandbox), and whatever could multiply time or
+memory goes through `Budget`: the syntax tree is rewritten so that every loop, filter, literal and output is
+counted, and operators and calls are intercepted. Filters that no chat needs and that are hard to bound are
+not there.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext
@@ -141,7 +143,7 @@ class TemplateDict:
 
 
 class TemplateNamespace(Namespace):
-    """The name `namespace` in a template: without Python's private names, and its text is not its contents."""
+    """The name `namespace` in a template: without private names, and its text is not its contents."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         # jinja2's own signature, so that namespace(self=...) works
@@ -159,7 +161,7 @@ class TemplateNamespace(Namespace):
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a namespace cannot hold the private name {name!r}")
+        raise SecurityError(f"a namespace cannot hold the private name {name!r}")
 
 
 @dataclass(frozen=True)
@@ -232,9 +234,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for number in (left, right):
             if isinstance(number, int) and number.bit_length() > MAX_BITS:
                 raise OverBudget(f"it computes with numbers of more than {MAX_BITS} bits")
-        if operator == "**" and isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() * right > MAX_BITS:
-                raise OverBudget(f"it makes a number of more than {MAX_BITS} bits")
+        whole = isinstance(left, int) and isinstance(right, int)
+        if operator == "**" and whole and left.bit_length() * right > MAX_BITS:
+            raise OverBudget(f"it makes a number of more than {MAX_BITS} bits")
         return budget.made(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -289,9 +291,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif name == "indent":
             width = max(map(width_of, (*args, *kwargs.values())), default=4)
             budget.spend((str(value).count("\n") + 1) * max(width, 1))
-        elif name == "round":
-            if any(isinstance(n, int) and abs(n) > 100 for n in (*args, *kwargs.values())):
-                raise OverBudget("it rounds to more than 100 digits")
+        elif name == "round" and any(abs(width_of(n)) > 100 for n in (*args, *kwargs.values())):
+            raise OverBudget("it rounds to more than 100 digits")
         return budget.made(super().call_filter(name, value, args, kwargs, context, eval_ctx))
 
     def compiled(self, source: str) -> jinja2.Template:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the `tokenizers` library, with the same ids as transformers. Knows no model."""
+"""Text to token ids and back, by the `tokenizers` library, with transformers' ids. Knows no model."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -163,7 +163,7 @@ class Tokenizer:
         return 0
 
     def max_chars(self, max_tokens: int) -> int:
-        """No ordinary text of more characters fits into `max_tokens` tokens: to refuse a text before encoding it.
+        """No ordinary text of more characters fits into `max_tokens` tokens: to refuse it before encoding.
 
         Tokenizers that drop white space or fuse unknown characters could fit more.
         """
@@ -202,7 +202,7 @@ class Tokenizer:
         return None if text is None else self.token_id(text)
 
     def to_json(self) -> str:
-        """The tokenizer in the format of tokenizer.json, for libraries that build their own, such as grammars."""
+        """The tokenizer as tokenizer.json writes it, for libraries that build their own, such as grammars."""
         return self._backend.to_str()
 
 
@@ -257,7 +257,8 @@ def _converted(folder: Path) -> tuple[Backend, dict[str, str]]:
     """A tokenizer without tokenizer.json, as transformers converts it."""
     advice = (
         f"{folder} has no tokenizer.json. Save one with transformers "
-        "(AutoTokenizer.from_pretrained(...).save_pretrained(...)), or name a folder that has one with --tokenizer"
+        "(AutoTokenizer.from_pretrained(...).save_pretrained(...)), or name a folder that has one with"
+        " --tokenizer"
     )
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -271,7 +272,7 @@ def _converted(folder: Path) -> tuple[Backend, dict[str, str]]:
 
 
 def _bytes_of(token: str) -> bytes:
-    """A byte-level token writes each byte as one printable character (GPT-2); others are taken as they are."""
+    """A byte-level token writes each byte as one printable character (GPT-2); others stay as they are."""
     try:
         return bytes(map(_BYTE_OF_CHARACTER.__getitem__, token))
     except KeyError:

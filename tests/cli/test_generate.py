@@ -89,6 +89,7 @@ def test_bench_throughput(quire: Quire, tiny: str, folder: Path, backend: str) -
     assert done.returncode == 0, done.stderr
     found = json.loads(path.read_text())
     assert found["num_requests"] == 5
+    assert found["dtype"] == "float32"
     assert found["elapsed_time"] > 0
     assert found["requests_per_second"] == pytest.approx(5 / found["elapsed_time"])
     assert found["tokens_per_second"] == pytest.approx(found["total_num_tokens"] / found["elapsed_time"])

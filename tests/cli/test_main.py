@@ -1,4 +1,4 @@
-"""What the command says and exits with. Every case is a process, as for a user."""
+"""What the command says and exits with."""
 
 import argparse
 import os
@@ -14,8 +14,8 @@ from quire.cli.options import same_dashes, whole
 from tests.cli.conftest import COMMAND, Quire
 
 
-def test_version(quire: Quire) -> None:
-    assert quire("--version").stdout == f"quire {__version__}\n"
+def test_version(process: Quire) -> None:
+    assert process("--version").stdout == f"quire {__version__}\n"
 
 
 @pytest.mark.parametrize("words", [[], ["dance"], ["run"], ["run", "m", "p", "--dance"], ["bench"]])
@@ -25,23 +25,31 @@ def test_what_cannot_be_parsed_is_a_usage_error(words: list[str], capsys: pytest
     assert capsys.readouterr().err.startswith("usage: quire")
 
 
-def test_user_errors_are_one_line_and_exit_code_2(quire: Quire, folder: Path) -> None:
-    done = quire("inspect", str(folder))
+def test_user_errors_are_one_line_and_exit_code_2(process: Quire, folder: Path) -> None:
+    done = process("inspect", str(folder))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert str(folder) in done.stderr
 
 
-def test_debug_shows_where(quire: Quire, folder: Path) -> None:
-    done = quire("inspect", str(folder), QUIRE_LOG_LEVEL="DEBUG")
+def test_a_missing_file_is_a_user_error(quire: Quire, folder: Path) -> None:
+    done = quire("replay", str(folder / "nothing"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert str(folder / "nothing") in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_debug_shows_where(process: Quire, folder: Path) -> None:
+    done = process("inspect", str(folder), QUIRE_LOG_LEVEL="DEBUG")
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_an_unknown_log_level_is_named(quire: Quire, folder: Path) -> None:
-    done = quire("inspect", str(folder), QUIRE_LOG_LEVEL="LOUD")
+def test_an_unknown_log_level_is_named(process: Quire, folder: Path) -> None:
+    done = process("inspect", str(folder), QUIRE_LOG_LEVEL="LOUD")
     assert "QUIRE_LOG_LEVEL is 'LOUD'; it must be one of DEBUG, INFO, WARNING, ERROR" in done.stderr
 
 

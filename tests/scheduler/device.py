@@ -1,4 +1,4 @@
-"""A simulated device. Its KV slots remember the prefix that wrote them, so a stale or stolen block is noticed."""
+"""A simulated device. Its KV remembers the prefix that wrote it, so a stale or stolen block is noticed."""
 
 from __future__ import annotations
 

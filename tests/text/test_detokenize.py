@@ -92,7 +92,7 @@ def test_after_a_prompt_the_text_goes_on(text: str, cut: int) -> None:
 @given(st.lists(st.integers(0, 268), max_size=20), st.booleans())
 @QUICK
 def test_byte_fallback(tokens: list[int], with_prompt: bool) -> None:
-    """Where bytes are no characters the library replaces each one and its neighbours; a stream keeps what it showed."""
+    """Where bytes are no characters the library replaces their neighbours too; a stream keeps what it showed."""
     tokenizer = byte_fallback()
     prompt = tokenizer.encode("a") if with_prompt else [1]
     before = tokenizer.decode(prompt)

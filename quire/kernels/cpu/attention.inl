@@ -45,15 +45,17 @@ constexpr int ROWS = 1, COLUMNS = 2;
 constexpr int PAGES = TILE / LANES;
 constexpr float LOWEST = -1e30f;
 
-// sums[r][c] += a[r][s] * b[c][s * stride ...] over `steps` units, in order; touches `ahead` on the way.
-template <class E, int R, int C>
+// sums[r][c] += a[r][s] * b[c][s * stride ...] over `steps` units, in order. With AHEAD, it also asks for the memory
+// that is wanted next, `ahead_bytes` at `ahead` for each step and column.
+template <class E, bool AHEAD, int R, int C>
 static inline void products(Floats (&sums)[R][C], const int32_t* const* a, const int32_t* const* b, int64_t steps,
-                            int64_t stride, const char* ahead, int64_t ahead_step) {
+                            int64_t stride, const int32_t* const* ahead, int64_t ahead_bytes) {
   for (int64_t s = 0; s < steps; s++) {
-    if (ahead) {
-      for (int64_t i = 0; i < ahead_step; i += 64) __builtin_prefetch(ahead + s * ahead_step + i);
-    }
     for (int c = 0; c < C; c++) {
+      if (AHEAD) {
+        const char* next = (const char*)ahead[c] + s * ahead_bytes;
+        for (int64_t i = 0; i < ahead_bytes; i += 64) __builtin_prefetch(next + i);
+      }
       Ints column = load_units(b[c] + s * stride);
       for (int r = 0; r < R; r++) sums[r][c] = E::step(sums[r][c], column, a[r][s]);
     }
@@ -75,7 +77,7 @@ struct Task {
   Floats* total;
   int64_t *limit, *low;
   const int32_t* table;
-  const int32_t *k_page[PAGES], *v_page[PAGES];
+  const int32_t *k_page[PAGES], *v_page[PAGES], *next_page[PAGES];
 
   template <class T>
   T* take(int64_t count) {
@@ -131,6 +133,7 @@ struct Task {
       const int64_t at = tile + p * LANES, index = (at + LANES > oldest && at < end ? at : oldest) / LANES;
       k_page[p] = page(cache.k, index, k_units * LANES);
       if (cache.v) v_page[p] = page(cache.v, index, v_stored * LANES / E::PER_UNIT);
+      next_page[p] = page(cache.k, at + TILE < end ? at / LANES + PAGES : index, k_units * LANES);
     }
     if (!cache.v) transpose_values();
   }
@@ -156,7 +159,7 @@ struct Task {
   }
 
   // Scores, maxima and weights of rows r .. r + R - 1 over the tile.
-  template <int R>
+  template <bool AHEAD, int R>
   void score(int64_t tile, int64_t r) {
     const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const int32_t* a[R];
@@ -164,8 +167,7 @@ struct Task {
     Floats s[R][PAGES];
     for (int p = 0; p < PAGES; p += COLUMNS) {
       Floats part[R][COLUMNS] = {};
-      const char* ahead = r == 0 && cache.v ? (const char*)v_page[p] : nullptr;
-      products<E, R, COLUMNS>(part, a, k_page + p, k_units, LANES, ahead, 64);
+      products<E, AHEAD, R, COLUMNS>(part, a, k_page + p, k_units, LANES, v_page + p, 64);
       for (int i = 0; i < R; i++)
         for (int c = 0; c < COLUMNS; c++) s[i][p + c] = part[i][c];
     }
@@ -197,9 +199,10 @@ struct Task {
   }
 
   // acc = acc * rescale + weights @ values, for rows r .. and dimensions d ..; `tokens` of the tile exist.
-  template <int R, int C>
+  template <bool AHEAD, int R, int C>
   void accumulate(int64_t tile, int64_t r, int64_t d, int64_t tokens) {
     constexpr int PAGE_UNITS = LANES / E::PER_UNIT;
+    const int64_t next_bytes = k_units * LANES * 4 * LANES / v_stored / PAGE_UNITS;  // per step and column
     Floats sums[R][C];
     for (int i = 0; i < R; i++)
       for (int c = 0; c < C; c++) sums[i][c] = load(acc + (r + i) * v_stored + d + c * LANES) * rescale[r + i];
@@ -207,8 +210,12 @@ struct Task {
       const int64_t here = tokens - p * LANES < LANES ? tokens - p * LANES : LANES, whole = here / E::PER_UNIT;
       const int32_t *a[R], *b[C];
       for (int i = 0; i < R; i++) a[i] = weights + (r + i) * TILE / E::PER_UNIT + p * PAGE_UNITS;
-      for (int c = 0; c < C; c++) b[c] = v_page[p] + d + c * LANES;
-      products<E, R, C>(sums, a, b, whole, v_stored, nullptr, 0);
+      const int32_t* ahead[C];
+      for (int c = 0; c < C; c++) {
+        b[c] = v_page[p] + d + c * LANES;
+        ahead[c] = next_page[p] + (d / LANES + c) * next_bytes / 4 * PAGE_UNITS;
+      }
+      products<E, AHEAD, R, C>(sums, a, b, whole, v_stored, ahead, next_bytes);
       if (whole * E::PER_UNIT < here) {  // the other half of the last pair was never written: it may be NaN
         for (int c = 0; c < C; c++) {
           const Ints column = E::first_only(load_units(b[c] + whole * v_stored));
@@ -220,13 +227,22 @@ struct Task {
       for (int c = 0; c < C; c++) store(acc + (r + i) * v_stored + d + c * LANES, sums[i][c]);
   }
 
-  template <int R>
+  template <bool AHEAD, int R>
   void rows_of_tile(int64_t tile, int64_t r) {
-    score<R>(tile, r);
+    score<AHEAD, R>(tile, r);
     const int64_t tokens = end - tile < TILE ? end - tile : TILE;
     int64_t d = 0;
-    for (; d + COLUMNS * LANES <= v_stored; d += COLUMNS * LANES) accumulate<R, COLUMNS>(tile, r, d, tokens);
-    for (; d < v_stored; d += LANES) accumulate<R, 1>(tile, r, d, tokens);
+    for (; d + COLUMNS * LANES <= v_stored; d += COLUMNS * LANES) accumulate<AHEAD, R, COLUMNS>(tile, r, d, tokens);
+    for (; d < v_stored; d += LANES) accumulate<AHEAD, R, 1>(tile, r, d, tokens);
+  }
+
+  template <int R>
+  void rows_of_tile(int64_t tile, int64_t r) {
+    if (r == 0 && cache.v) {
+      rows_of_tile<true, R>(tile, r);
+    } else {
+      rows_of_tile<false, R>(tile, r);
+    }
   }
 
   void run() {

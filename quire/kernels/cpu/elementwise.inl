@@ -66,10 +66,11 @@ static inline void norm_rope_head(T* x, const float* weight, int64_t size, float
   }
 }
 
+// Both are x * sigmoid(k(x)): half of 1 + tanh(u) is sigmoid(2u), without the cancellation.
 static inline Floats activate(Floats x, int32_t kind) {
-  if (kind == SILU) return x / (exp(-x) + 1.0f);
-  const Floats inner = (x + x * x * x * 0.044715f) * 0.7978845608f;
-  return x * 0.5f * (tanh(inner) + 1.0f);
+  Floats k = x;
+  if (kind == GELU_TANH) k = (x + x * x * x * 0.044715f) * 1.5957691216f;
+  return x / (exp(-k) + 1.0f);
 }
 
 template <class T>

@@ -15,7 +15,7 @@ from quire.log import logger
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason why there is none."""
-    files = sorted(Path(__file__).parent.glob("*.so"))
+    files = sorted(Path(__file__).parent.glob("quire_cpu*.so"))
     if not files:
         return None, "the C++ kernels were not built; install a C++ compiler and reinstall quire"
     try:

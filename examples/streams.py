@@ -1,4 +1,4 @@
-"""Many streams of one engine in an asyncio program: `python examples/concurrent.py MODEL`."""
+"""Many streams of one engine in an asyncio program: `python examples/streams.py MODEL`."""
 
 import asyncio
 import sys

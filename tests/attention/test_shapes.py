@@ -1,0 +1,34 @@
+"""How large the cache is, from a spec alone."""
+
+from quire.attention.shapes import CacheShape, block_bytes, cache_shapes, layer_offsets
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Norm, Rope
+
+NORM = Norm()
+ATTENTION = Attention(num_heads=16, num_kv_heads=8, head_dim=128, rope=None)
+LATENT = MLA(
+    num_heads=16, q_rank=None, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128, rope=Rope(dim=64), norm=NORM
+)
+
+
+def decoder(*mixers: Attention | MLA) -> Decoder:
+    blocks = tuple(Block(mixer=m, mlp=MLP(hidden=8), attn_norm=NORM, mlp_norm=NORM) for m in mixers)
+    return Decoder(vocab_size=8, dim=8, max_length=64, blocks=blocks, norm=NORM)
+
+
+def test_keys_and_values_of_every_layer() -> None:
+    spec = decoder(*[ATTENTION] * 28)
+    assert block_bytes(spec, 16, 2) == 28 * 2 * 8 * 128 * 16 * 2
+    assert layer_offsets(spec, 16, 2)[:3] == (0, 65536, 131072)
+
+
+def test_latent_attention_stores_one_latent_and_one_key() -> None:
+    assert cache_shapes(decoder(LATENT)) == (CacheShape(1, 576, 512, v_in_k=True),)
+    assert block_bytes(decoder(LATENT), 64, 2) == 64 * 576 * 2
+
+
+def test_shares_are_aligned_and_odd_dimensions_padded() -> None:
+    odd = Attention(num_heads=1, num_kv_heads=1, head_dim=10, rope=None)
+    spec = decoder(odd, ATTENTION, odd)
+    assert all(offset % 64 == 0 for offset in layer_offsets(spec, 1, 2))
+    assert CacheShape(1, 10, 10).k_bytes(1, 2) == 64
+    assert block_bytes(spec, 16, 2) == sum(s.num_bytes(16, 2) for s in cache_shapes(spec))
