@@ -1,4 +1,4 @@
-"""Builds the CPU kernels; everything else is in pyproject.toml. Without a C++ compiler, Quire installs without them."""
+"""Builds the CPU kernels, where there is a C++ compiler; everything else is in pyproject.toml."""
 
 from pathlib import Path
 

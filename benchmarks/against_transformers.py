@@ -52,18 +52,33 @@ WORKLOADS = {
 def run(folder: Path, backend: str, workload: list[str]) -> dict[str, float]:
     """One process, so that neither backend inherits the other's memory or threads."""
     result = folder / "result.json"
-    command = [sys.executable, "-m", "quire.cli.main", "bench", "throughput", str(folder), "--backend", backend]
+    command = [
+        sys.executable,
+        "-m",
+        "quire.cli.main",
+        "bench",
+        "throughput",
+        str(folder),
+        "--backend",
+        backend,
+    ]
     options = ["--load-format", "dummy", "--skip-tokenizer-init", "--max-model-len", "2048"]
-    subprocess.run([*command, *options, *workload, "--output-json", str(result)], check=True, capture_output=True)
+    subprocess.run(
+        [*command, *options, *workload, "--output-json", str(result)], check=True, capture_output=True
+    )
     return json.loads(result.read_text())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="Workloads whose name contains this.")
     args = parser.parse_args()
-    table = Table("workload", "Transformers tok/s", "Quire tok/s", "ratio", "of the bound", "KV waste", title="Output")
+    table = Table(
+        "workload", "Transformers tok/s", "Quire tok/s", "ratio", "of the bound", "KV waste", title="Output"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(SHAPE))
@@ -78,7 +93,7 @@ def main() -> None:
                 title,
                 *(f"{statistics.median(s):.1f} ({min(s):.1f}-{max(s):.1f})" for s in speed.values()),
                 f"{ratio:.2f}x",
-                *(f"{last[key]:.1f} %" for key in ("percent_of_bound", "kv_cache_waste_percent")),
+                *(f"{last[key]:.1f} %" for key in ("bound_percent", "cache_waste_percent")),
             )
     Console().print(table)
 

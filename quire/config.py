@@ -62,15 +62,20 @@ class Config:
         " it. 0: no target.",
     )
     async_scheduling: bool | None = option(
-        None, "Plan the next step before the last one's tokens are known; on where the device runs asynchronously."
+        None,
+        "Plan the next step before the last one's tokens are known; on where the device runs asynchronously.",
     )
     gpu_memory_utilization: float = option(
         0.9, "Share of the device's memory (RAM on a CPU) that weights, cache and work space may fill."
     )
     kv_cache_memory_bytes: int | None = option(None, "Bytes of the KV cache; replaces the share above.")
     block_size: int | None = option(None, "Tokens of a KV block; None is the attention backend's choice.")
-    enable_prefix_caching: bool = option(True, "Keep the KV of finished requests for prompts that begin alike.")
-    max_logprobs: int = option(20, "Most log probabilities a token may be asked for; -1 allows the whole vocabulary.")
+    enable_prefix_caching: bool = option(
+        True, "Keep the KV of finished requests for prompts that begin alike."
+    )
+    max_logprobs: int = option(
+        20, "Most log probabilities a token may be asked for; -1 allows the whole vocabulary."
+    )
     seed: int = option(0, "Seeds requests that bring none, and dummy weights.")
     disable_log_stats: bool = option(False, "Do not log throughput and cache use every ten seconds.")
     trace_file: str | None = option(None, "Record the scheduler's events for `quire replay`.")
@@ -117,6 +122,8 @@ class Config:
     def as_json(self) -> str:
         """The options that are not at their defaults, as JSON."""
         changed = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
         }
         return json.dumps(changed, default=dict)

@@ -113,7 +113,11 @@ class LLM:
         return self._run(prompts, sampling_params, use_tqdm, priority, add_special_tokens=False)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, add_special_tokens: bool = True
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        add_special_tokens: bool = True,
     ) -> Iterator[RequestOutput]:
         """Complete one prompt piece by piece; what a piece holds is `sampling_params.output_kind`.
 
@@ -128,7 +132,9 @@ class LLM:
         finally:
             self.engine.abort(request.id)
 
-    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
         """The `beam_width` most likely continuations of each prompt, best first."""
         return beam_search(self.engine, _as_list(prompts), params)
 
@@ -156,7 +162,9 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _request(self, prompt: Prompt, params: SamplingParams, priority: int, add_special_tokens: bool) -> Request:
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, priority: int, add_special_tokens: bool
+    ) -> Request:
         return self.engine.inputs.request(
             prompt,
             params,
@@ -203,7 +211,9 @@ class LLM:
                     num_output += sum(len(o.token_ids) for o in output.outputs)
                     if bar and task is not None:
                         elapsed = max(self.engine.clock() - begin, 1e-9)
-                        speed = f"input {num_input / elapsed:.1f} tok/s, output {num_output / elapsed:.1f} tok/s"
+                        speed = (
+                            f"input {num_input / elapsed:.1f} tok/s, output {num_output / elapsed:.1f} tok/s"
+                        )
                         bar.update(task, advance=1, speed=speed)
         return done
 
@@ -233,7 +243,9 @@ def _for_each(name: str, values: Any, count: int) -> list[Any]:
     if not isinstance(values, Sequence):
         return [values] * count
     if len(values) != count:
-        raise InvalidRequest(f"{name} has {len(values)} entries for {count} prompts; give one, or one for each")
+        raise InvalidRequest(
+            f"{name} has {len(values)} entries for {count} prompts; give one, or one for each"
+        )
     return list(values)
 
 

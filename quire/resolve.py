@@ -58,7 +58,10 @@ def resolve_dtype(config: Config, checkpoint_dtype: str | None, machine: Machine
     if checkpoint_dtype in machine.fast_dtypes:
         return checkpoint_dtype, "the checkpoint's"
     best = machine.fast_dtypes[0]
-    return best, f"the checkpoint says {checkpoint_dtype}, and {best} is what a {machine.device} computes fast"
+    return (
+        best,
+        f"the checkpoint says {checkpoint_dtype}, and {best} is what a {machine.device} computes fast",
+    )
 
 
 def resolve(
@@ -89,7 +92,9 @@ def resolve(
     wanted = max_seqs * -(-length // block_size) + (SPARE_BLOCKS if config.enable_prefix_caching else 0)
     num_blocks = min(budget // per_block, wanted)
     if num_blocks == wanted and config.kv_cache_memory_bytes is None:
-        reasons["kv_cache_memory_bytes"] = f"{max_seqs} sequences of {length} tokens, and finished ones to reuse"
+        reasons["kv_cache_memory_bytes"] = (
+            f"{max_seqs} sequences of {length} tokens, and finished ones to reuse"
+        )
     length, why = _fitting_length(config, length, num_blocks * block_size, per_block // block_size)
     reasons["max_model_len"] = why
     depth_two = machine.asynchronous if config.async_scheduling is None else config.async_scheduling
@@ -134,7 +139,11 @@ def _widest(mlp: MLP | MoE) -> int:
 
 
 def _cache_budget(config: Config, machine: Machine, weights: int, work: int) -> tuple[int, str]:
-    left = min(int(machine.total_bytes * config.gpu_memory_utilization), machine.available_bytes) - weights - work
+    left = (
+        min(int(machine.total_bytes * config.gpu_memory_utilization), machine.available_bytes)
+        - weights
+        - work
+    )
     if left <= 0:
         raise CapacityError(
             f"the weights take {weights / 2**30:.2f} GiB and work space {work / 2**30:.2f} GiB; of"

@@ -151,9 +151,16 @@ class SamplingParams:
             "None or a list with at least one token id",
         )
         bias = self.logit_bias or {}
-        _check(len(bias) <= MAX_BIASED_TOKENS, "logit_bias", f"{len(bias)} entries", f"at most {MAX_BIASED_TOKENS}")
+        _check(
+            len(bias) <= MAX_BIASED_TOKENS,
+            "logit_bias",
+            f"{len(bias)} entries",
+            f"at most {MAX_BIASED_TOKENS}",
+        )
         for token, value in bias.items():
-            _check(_is_int(token) and token >= 0, "logit_bias", token, "a mapping from token ids (integers >= 0)")
+            _check(
+                _is_int(token) and token >= 0, "logit_bias", token, "a mapping from token ids (integers >= 0)"
+            )
             _check(_is_number(value) and -100 <= value <= 100, "logit_bias", value, "from -100 to 100")
 
     def _check_stops(self) -> None:
@@ -182,7 +189,12 @@ class BeamSearchParams:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(_is_int(self.beam_width) and 1 <= self.beam_width <= 256, "beam_width", self.beam_width, "1 to 256")
+        _check(
+            _is_int(self.beam_width) and 1 <= self.beam_width <= 256,
+            "beam_width",
+            self.beam_width,
+            "1 to 256",
+        )
         _check(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _check(_is_number(self.length_penalty), "length_penalty", self.length_penalty, "a finite number")
 

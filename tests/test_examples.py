@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from examples.make_tiny import make
-from tests.tree import ROOT
+from tests.tree import ROOT, all_files
 
 MODEL = "Qwen/Qwen3-0.6B"
 
@@ -42,3 +42,11 @@ def test_readme(tiny: str) -> None:
     assert MODEL in blocks[0]
     assert len(blocks[0].splitlines()) <= 12
     assert len(python("-c", blocks[0].replace(MODEL, tiny))) >= 3
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_pages_name_files_that_exist(page: str) -> None:
+    named = set(re.findall(r"`([\w/]+\.(?:py|md|toml|txt))`", (ROOT / page).read_text()))
+    there = [f"/{path.relative_to(ROOT)}" for path in (*all_files(), *ROOT.glob("*.*"), *ROOT.glob("docs/*"))]
+    assert named
+    assert sorted(name for name in named if not any(path.endswith(f"/{name}") for path in there)) == []

@@ -59,24 +59,24 @@ def test_stop_strings_need_text() -> None:
         SamplingParams(stop="x", detokenize=False)
 
 
-@pytest.mark.parametrize("wrong", [dict(beam_width=0), dict(max_tokens=0), dict(length_penalty=float("nan"))])
+@pytest.mark.parametrize("wrong", [{"beam_width": 0}, {"max_tokens": 0}, {"length_penalty": float("nan")}])
 def test_beam_search_parameters_are_checked(wrong: dict) -> None:
     with pytest.raises(InvalidRequest):
-        BeamSearchParams(**dict(beam_width=2, max_tokens=3) | wrong)
+        BeamSearchParams(**{"beam_width": 2, "max_tokens": 3} | wrong)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(dtype="int3"),
-        dict(gpu_memory_utilization=0),
-        dict(gpu_memory_utilization=1.5),
-        dict(max_num_seqs=0),
-        dict(max_model_len=-5),
-        dict(block_size=0),
-        dict(max_logprobs=-2),
-        dict(max_token_gap_ms=-1),
-        dict(num_threads=True),
+        {"dtype": "int3"},
+        {"gpu_memory_utilization": 0},
+        {"gpu_memory_utilization": 1.5},
+        {"max_num_seqs": 0},
+        {"max_model_len": -5},
+        {"block_size": 0},
+        {"max_logprobs": -2},
+        {"max_token_gap_ms": -1},
+        {"num_threads": True},
     ],
 )
 def test_options_are_checked_by_name(wrong: dict) -> None:

@@ -30,12 +30,14 @@ CHAT_TEMPLATE = """\
 {%- endif %}"""
 
 CORPUS = (
-    "The quick brown fox jumps over the lazy dog. A quire is a bundle of pages, and a page is a block of tokens.",
-    "Once upon a time there was a little engine that could not wait: it planned the next step before the last.",
-    "What is the capital of France? The capital of France is Paris. What is the answer? The answer is forty-two.",
+    "The quick brown fox jumps over the lazy dog. A quire is a bundle of pages.",
+    "And a page is a block of tokens. Once upon a time there was a little engine that could not wait:",
+    "it planned the next step before the last. What is the capital of France?",
+    "The capital of France is Paris. What is the answer? The answer is forty-two.",
     "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(add(i, 1))\n",
     '{"name": "get_weather", "arguments": {"city": "Berlin", "unit": "celsius", "days": 3}}',
-    "Hello, world! Hello again. How are you today? I am fine, thank you. And you? 0 1 2 3 4 5 6 7 8 9 10 100 1000",
+    "Hello, world! Hello again. How are you today? I am fine, thank you. And you?",
+    "0 1 2 3 4 5 6 7 8 9 10 100 1000",
     "Grüße aus Köln, où est la gare? 你好,世界。こんにちは世界。Привет, мир! 🙂🚀",
 )
 
@@ -72,7 +74,8 @@ def _bytes(vocab_size: int) -> Tokenizer:
 def make_tokenizer(folder: Path, vocab_size: int) -> None:
     """Write tokenizer.json and tokenizer_config.json with at most `vocab_size` tokens (at least 16).
 
-    Below 256 bytes and the special tokens it is one token per printable ASCII character, otherwise byte-level BPE.
+    Below 256 bytes and the special tokens it has one token per printable ASCII character, otherwise it is
+    byte-level BPE.
     <|endoftext|> is 0, <|im_start|> is 1, <|im_end|> is 2 (and the end of sequence).
     """
     if vocab_size < 16:

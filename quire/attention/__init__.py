@@ -1,0 +1,1 @@
+"""Attention over the paged KV cache, one backend per kind of device."""

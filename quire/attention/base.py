@@ -1,6 +1,6 @@
 """What attention over the paged cache needs to know about a step, and what a backend must do.
 
-A backend owns the layout inside a layer's share of a block. It knows no layers, weights or positions' meaning.
+A backend owns the layout inside a layer's share of a block. It knows no layers and no weights.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def ragged(
     block_size: int,
     device: torch.device | str = "cpu",
 ) -> Ragged:
-    """Lay out chunks: sequence i computes positions starts[i] .. starts[i] + counts[i] - 1 in blocks tables[i]."""
+    """Lay out chunks: sequence i computes counts[i] positions from starts[i] on, in blocks tables[i]."""
     positions, slots, ends, width = [], [], [0], max(map(len, tables), default=1)
     for start, count, table in zip(starts, counts, tables, strict=True):
         for position in range(start, start + count):
@@ -80,10 +80,10 @@ class Backend(Protocol):
         """Why this backend cannot run, or None if it can."""
 
     def views(self, pool: Tensor, offset: int, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
-        """One layer's cache in `pool` [num_blocks, block_bytes] uint8, its share starting at byte `offset`."""
+        """One layer's cache in `pool` [num_blocks, block_bytes] uint8; its share starts at byte `offset`."""
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
-        """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None where the value is in the key) at the step's slots."""
+        """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None where values are in keys) at the step's slots."""
 
     def attend(
         self,

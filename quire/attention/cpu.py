@@ -1,4 +1,4 @@
-"""Attention on a CPU, by the C++ kernel that reads the cache's pages where they lie (kernels/cpu/attention.cpp)."""
+"""Attention on a CPU, by C++ that reads the cache's pages where they lie (kernels/cpu/attention.cpp)."""
 
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
@@ -63,8 +63,16 @@ class Cpu:
         return None
 
     def views(self, pool: Tensor, offset: int, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
-        """k [num_blocks, Hkv, pages, units, 16, per_unit], v [num_blocks, Hkv, pages, token units, Dv, per_unit]."""
-        heads, pages, per_unit = shape.num_kv_heads, self.block_size // PAGE_TOKENS, UNIT_BYTES // dtype.itemsize
+        """Units of 4 bytes hold 1 float32 or 2 bfloat16.
+
+        k [num_blocks, Hkv, pages, Dk / per_unit, 16, per_unit],
+        v [num_blocks, Hkv, pages, 16 / per_unit, Dv, per_unit]
+        """
+        heads, pages, per_unit = (
+            shape.num_kv_heads,
+            self.block_size // PAGE_TOKENS,
+            UNIT_BYTES // dtype.itemsize,
+        )
 
         def view(start: int, *page: int) -> Tensor:
             count = heads * self.block_size * page[0] * page[1] * per_unit // PAGE_TOKENS

@@ -1,4 +1,4 @@
-"""Attention over the paged cache in plain torch, on any device: the oracle, and the path where no kernel fits."""
+"""Attention over the paged cache in plain torch, on any device: the oracle, and the path without kernels."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ SCORE_BYTES = 64 * 2**20  # queries are taken in pieces whose float32 scores fit
 
 
 class Reference:
-    """Keys [num_blocks, Hkv, block_size, Dk], values [num_blocks, Hkv, block_size, Dv]; float32 arithmetic."""
+    """Keys [num_blocks, Hkv, block_size, Dk] and values, likewise; float32 arithmetic."""
 
     name = "reference"
 

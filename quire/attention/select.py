@@ -34,6 +34,8 @@ def select(
         if reason is None:
             return backend
         if forced is not None:
-            raise ConfigError(f"attention_backend {name!r} cannot run here: {reason}; leave it unset to choose")
+            raise ConfigError(
+                f"attention_backend {name!r} cannot run here: {reason}; leave it unset to choose"
+            )
         logger.info("attention backend %s is not used: %s", name, reason)
     raise ConfigError(f"no attention backend of {', '.join(order)} runs {dtype} on {device}")

@@ -1,6 +1,6 @@
 """How many bytes the KV cache takes, from a spec alone. Knows no tensors and no device.
 
-A block holds `block_size` tokens of every layer, contiguously; a layer's share starts at a multiple of 64 bytes:
+A block holds `block_size` tokens of every layer, contiguously; a layer's share starts at a multiple of 64:
 
     block: | layer 0: K, V | layer 1: K, V | ... |
 """

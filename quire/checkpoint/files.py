@@ -81,14 +81,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _no_weights(folder: Path) -> str:
-    others = sorted(
-        f.name for f in folder.iterdir() if f.suffix in OTHER_FORMATS or f.name.startswith(NOT_OURS)
-    )
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if name.endswith(OTHER_FORMATS) or name.startswith(NOT_OURS)]
     found = f" (it has {', '.join(others[:3])})" if others else ""
     return (
-        f"{folder} has no *.safetensors of a whole model{found}. Quire reads nothing else, because loading older "
-        "formats can run code: look for another revision or repository with model.safetensors, convert with "
-        "transformers' save_pretrained, or pass --load-format dummy for random weights"
+        f"{folder} has no *.safetensors of a whole model{found}. Quire reads nothing else, because loading "
+        "older formats can run code: look for another revision or repository with model.safetensors, convert "
+        "with transformers' save_pretrained, or pass --load-format dummy for random weights"
     )
 
 

@@ -186,7 +186,8 @@ def _read(file: Any, entry: Entry, rows: slice | None) -> torch.Tensor:
         scalar: torch.Tensor = file.get_tensor(entry.theirs)
         return scalar
     start, stop, step = (rows or slice(None)).indices(entry.shape[0])
-    assert step == 1, "rows must be contiguous"
+    if step != 1:
+        raise ValueError(f"rows {rows} are not contiguous")
     stored = file.get_slice(entry.theirs)
     spans = entry.split.segments(entry.part, start, stop) if entry.split else [slice(start, stop)]
     pieces = [stored[:, span].t() if entry.transposed else stored[span] for span in spans or [slice(0, 0)]]

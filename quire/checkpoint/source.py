@@ -31,15 +31,21 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
     Raises:
         ModelError: there is no such model, or it cannot be reached.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # an unknown ~user, a name too long
+        raise ModelError(f"{model!r:.100} is no name of a model: {error}") from None
+    if is_folder and model:
         if not (folder / "config.json").exists():
             raise ModelError(f"{folder} has no config.json; is it the folder of a model?")
         return Source(model, folder)
-    if folder.exists():
+    if exists and model:
         raise ModelError(f"{folder} is a file; pass the folder that holds it and its config.json")
     if not REPOSITORY.fullmatch(model) or ".." in model:
-        raise ModelError(f"{model} does not exist, and is no name of a Hugging Face repository (owner/name)")
+        raise ModelError(
+            f"{model!r} does not exist, and is no name of a Hugging Face repository (owner/name)"
+        )
     return _download(model, revision, weights)
 
 

@@ -66,3 +66,7 @@ def _report(error: Exception) -> int:
     logger.debug("Where it happened:", exc_info=error)
     sys.stderr.write(f"error: {error}\n")
     return FAILED if isinstance(error, RequestFailed | EngineDead) else USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,7 +26,9 @@ class Search:
     done: list[BeamSearchSequence] = field(default_factory=list)
 
 
-def beam_search(engine: Engine, prompts: Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+def beam_search(
+    engine: Engine, prompts: Sequence[Prompt], params: BeamSearchParams
+) -> list[BeamSearchOutput]:
     """The `beam_width` best continuations of each prompt, by cumulative log probability / length ** length_penalty.
 
     Each step keeps the best `2 * beam_width` candidates of each prompt, as Transformers' `generate` does.
@@ -105,7 +107,9 @@ def _score(search: Search, beam: BeamSearchSequence, params: BeamSearchParams) -
 
 
 def _output(engine: Engine, search: Search, params: BeamSearchParams) -> BeamSearchOutput:
-    best = sorted([*search.done, *search.beams], key=lambda b: -_score(search, b, params))[: params.beam_width]
+    best = sorted([*search.done, *search.beams], key=lambda b: -_score(search, b, params))[
+        : params.beam_width
+    ]
     for beam in best:
         beam.finish_reason = beam.finish_reason or FinishReason.LENGTH.value
         if engine.tokenizer is not None:

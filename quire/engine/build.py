@@ -14,13 +14,13 @@ import torch
 from quire.attention.base import Backend
 from quire.attention.select import select
 from quire.checkpoint.dummy import DummyCheckpoint
-from quire.checkpoint.reader import Checkpoint
 from quire.checkpoint.files import read_config, read_generation_config
+from quire.checkpoint.reader import Checkpoint
 from quire.checkpoint.source import resolve as find_model
 from quire.config import Config
 from quire.engine.core import EngineCore
 from quire.engine.inputs import InputProcessor
-from quire.errors import ConfigError, UnsupportedModel
+from quire.errors import ConfigError
 from quire.layers.decoder import Decoder
 from quire.log import logger
 from quire.models.names import Names
@@ -30,6 +30,7 @@ from quire.models.spec import Decoder as DecoderSpec
 from quire.platforms.base import Platform
 from quire.platforms.detect import detect
 from quire.resolve import Machine, Resolved, resolve, resolve_dtype
+from quire.runner.memory import allocate_cache
 from quire.runner.runner import Runner
 from quire.runner.state import SlotState
 from quire.sampling.sampler import Sampler
@@ -51,7 +52,6 @@ class Parts:
     tokenizer: Tokenizer | None
     inputs: InputProcessor
     core: EngineCore
-    close: Callable[[], None]
 
 
 def build(config: Config, *, offline: bool, clock: Callable[[], float] = time.monotonic) -> Parts:
@@ -71,10 +71,10 @@ def build(config: Config, *, offline: bool, clock: Callable[[], float] = time.mo
     config = resolved.config
     torch.set_num_threads(config.num_threads or 1)
     model = _load(config, spec, names, folder, backend, platform.device)
-    core, close = _core(resolved, spec, model, platform.device, clock)
+    core = _core(resolved, spec, model, platform.device, clock)
     inputs = _inputs(config, spec, folder, raw, tokenizer)
     _report(resolved, spec, backend, time.perf_counter() - begin)
-    return Parts(config, resolved.reasons, spec, tokenizer, inputs, core, close)
+    return Parts(config, resolved.reasons, spec, tokenizer, inputs, core)
 
 
 def _dtype_of(raw: Mapping[str, Any]) -> str | None:
@@ -136,12 +136,12 @@ def _core(
     model: Decoder,
     device: torch.device,
     clock: Callable[[], float],
-) -> tuple[EngineCore, Callable[[], None]]:
+) -> EngineCore:
     config, memory = resolved.config, resolved.memory
     max_seqs, length, block_size = config.max_num_seqs, config.max_model_len, config.block_size
     if max_seqs is None or length is None or block_size is None or config.max_num_batched_tokens is None:
         raise ConfigError("the options are not resolved")
-    cache = torch.zeros(memory.num_blocks, memory.block_bytes, dtype=torch.uint8, device=device)
+    cache = allocate_cache(memory.num_blocks, memory.block_bytes, device)
     runner = Runner(
         model,
         model.caches(cache),
@@ -158,9 +158,8 @@ def _core(
         max_length=length,
         max_gap_s=config.max_token_gap_ms / 1000 if config.max_token_gap_ms else None,
     )
-    recorder = None if config.trace_file is None else Recorder(scheduler, Path(config.trace_file))
-    core = EngineCore(
-        scheduler if recorder is None else recorder,
+    return EngineCore(
+        scheduler if config.trace_file is None else Recorder(scheduler, Path(config.trace_file)),
         runner,
         depth=2 if config.async_scheduling else 1,
         seed=config.seed,
@@ -168,13 +167,6 @@ def _core(
         share_across_requests=config.enable_prefix_caching,
         clock=clock,
     )
-
-    def close() -> None:
-        cache.resize_(0)
-        if recorder is not None:
-            recorder.close()
-
-    return core, close
 
 
 def _inputs(

@@ -91,7 +91,9 @@ class AsyncEngine:
             EngineDead: the engine stopped.
         """
         async for output in self._stream(
-            lambda: self._request(prompt, sampling_params, request_id, priority, tenant, add_special_tokens=True)
+            lambda: self._request(
+                prompt, sampling_params, request_id, priority, tenant, add_special_tokens=True
+            )
         ):
             yield output
 
@@ -109,7 +111,9 @@ class AsyncEngine:
 
         def make() -> Request:
             text = self.engine.inputs.chat_prompt(messages, None, **template)
-            return self._request(text, sampling_params, request_id, priority, tenant, add_special_tokens=False)
+            return self._request(
+                text, sampling_params, request_id, priority, tenant, add_special_tokens=False
+            )
 
         async for output in self._stream(make):
             yield output
@@ -225,7 +229,9 @@ class AsyncEngine:
             command()
         return True
 
-    def _deliver(self, stream: Stream, outputs: Sequence[RequestOutput], error: QuireError | None = None) -> None:
+    def _deliver(
+        self, stream: Stream, outputs: Sequence[RequestOutput], error: QuireError | None = None
+    ) -> None:
         try:
             stream.loop.call_soon_threadsafe(stream.put, outputs, error)
         except RuntimeError:  # the consumer's event loop is gone, and its request with it

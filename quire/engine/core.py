@@ -75,7 +75,9 @@ class EngineCore:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Stop computing a request, or one of its sequences; unknown ones are ignored."""
         members = self.members.get(request_id, {})
-        for seq in [members[index]] if index in members else [] if index is not None else list(members.values()):
+        for seq in (
+            [members[index]] if index in members else [] if index is not None else list(members.values())
+        ):
             self.scheduler.abort(seq)
             self._forget(seq)
 
@@ -86,6 +88,12 @@ class EngineCore:
             if event.finish:
                 self._forget(self.members[event.request_id][event.index])
         return events
+
+    def close(self) -> None:
+        """Let go of the network and the cache, and finish the trace."""
+        self.runner.close()
+        if isinstance(self.scheduler, Recorder):
+            self.scheduler.close()
 
     def stats(self) -> StepStats:
         """How the scheduler and the cache stand."""

@@ -8,7 +8,7 @@ from quire.engine.build import Parts, build
 from quire.engine.events import TokenEvent
 from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestState
-from quire.errors import InvalidRequest
+from quire.errors import EngineDead, InvalidRequest
 from quire.types import FinishReason, OutputKind, Request, RequestOutput
 
 
@@ -23,17 +23,20 @@ class Engine:
         parts: Parts = build(config, offline=offline, clock=clock)
         self.config, self.reasons, self.spec = parts.config, parts.reasons, parts.spec
         self.inputs, self.core, self.tokenizer = parts.inputs, parts.core, parts.tokenizer
-        self.close_parts = parts.close
         self.clock = clock
         self.metrics = Metrics(config.model, log_stats=not config.disable_log_stats)
         self.requests: dict[str, RequestState] = {}
+        self.closed = False
 
     def add(self, request: Request) -> None:
         """Queue a request that `inputs.request` made.
 
         Raises:
             InvalidRequest: its id is in use, or it can never fit into the cache.
+            EngineDead: the engine was closed.
         """
+        if self.closed:
+            raise EngineDead("the engine was closed; make a new one")
         if request.id in self.requests:
             raise InvalidRequest(f"request id {request.id!r} is in use; choose another", param="request_id")
         self.core.add(self.inputs.submission(request))
@@ -67,10 +70,13 @@ class Engine:
         return self._output(state, self.clock())
 
     def close(self) -> None:
-        """Stop every request and give back memory and files."""
+        """Stop every request and give back memory and files; closing twice does nothing."""
+        if self.closed:
+            return
         for request_id in list(self.requests):
             self.abort(request_id)
-        self.close_parts()
+        self.core.close()
+        self.closed = True
 
     def _push(self, state: RequestState, event: TokenEvent, now: float) -> None:
         if event.token is not None:

@@ -80,7 +80,9 @@ class InputProcessor:
             cache_salt=request.cache_salt,
         )
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], template: ChatTemplate | None, **options: Any) -> str:
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], template: ChatTemplate | None, **options: Any
+    ) -> str:
         """Render a conversation; `template` replaces the model's."""
         chosen = template or self.template
         if chosen is None:
@@ -104,8 +106,14 @@ class InputProcessor:
         if isinstance(prompt, Mapping):
             known = {"prompt", "prompt_token_ids", "cache_salt"}
             if unknown := sorted(set(prompt) - known):
-                raise InvalidRequest(f"prompt has unknown keys {unknown}; known are {sorted(known)}", param="prompt")
-            text, tokens, salt = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("cache_salt", "")
+                raise InvalidRequest(
+                    f"prompt has unknown keys {unknown}; known are {sorted(known)}", param="prompt"
+                )
+            text, tokens, salt = (
+                prompt.get("prompt"),
+                prompt.get("prompt_token_ids"),
+                prompt.get("cache_salt", ""),
+            )
             if not isinstance(salt, str) or len(salt) > MAX_SALT_CHARS:
                 raise InvalidRequest(f"cache_salt must be a string of at most {MAX_SALT_CHARS} characters")
             if isinstance(tokens, list | tuple):
@@ -143,7 +151,8 @@ class InputProcessor:
                 raise InvalidRequest(f"the prompt holds {token!r}, which is not a token id", param="prompt")
             if not 0 <= token < self.vocab_size:
                 raise InvalidRequest(
-                    f"the prompt holds token id {token}; this model's ids are 0 to {self.vocab_size - 1}", param="prompt"
+                    f"the prompt holds token id {token}; this model's ids are 0 to {self.vocab_size - 1}",
+                    param="prompt",
                 )
         if len(tokens) >= self.max_length:
             raise PromptTooLong(
@@ -168,6 +177,6 @@ class InputProcessor:
             for token in getattr(params, name) or ():
                 if token >= self.vocab_size:
                     raise InvalidRequest(
-                        f"{name} holds token id {token}; this model's ids are 0 to {self.vocab_size - 1}", param=name
+                        f"{name} holds token id {token}; this model's ids are 0 to {self.vocab_size - 1}",
+                        param=name,
                     )
-

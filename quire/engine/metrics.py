@@ -11,7 +11,27 @@ from quire.log import logger
 from quire.types import FinishReason, RequestMetrics
 
 LOG_EVERY_S = 10.0
-FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+FIRST_TOKEN_S = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+)
 TOKEN_GAP_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 STEP_TOKENS = tuple(float(2**i) for i in range(15))
@@ -84,7 +104,9 @@ class Metrics:
             )
         }
         self.histograms = {
-            name: PromHistogram(f"vllm:{name}", help, ["model_name"], buckets=b, registry=self.registry).labels(model)
+            name: PromHistogram(
+                f"vllm:{name}", help, ["model_name"], buckets=b, registry=self.registry
+            ).labels(model)
             for name, help, b in (
                 ("time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN_S),
                 ("inter_token_latency_seconds", "Between two tokens of a sequence", TOKEN_GAP_S),
@@ -94,7 +116,10 @@ class Metrics:
             )
         }
         self.success = PromCounter(
-            "vllm:request_success", "Requests ended", ["model_name", "finished_reason"], registry=self.registry
+            "vllm:request_success",
+            "Requests ended",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
         )
         self.totals = StepStats(0, 0, 0, 0, 0, 0, 0, 0)
         self.window = Window()
@@ -141,7 +166,9 @@ class Metrics:
             if family.type == "gauge":
                 found += [Gauge(s.name, s.labels, s.value) for s in family.samples]
             elif family.type == "counter":
-                found += [Counter(s.name, s.labels, s.value) for s in family.samples if s.name.endswith("_total")]
+                found += [
+                    Counter(s.name, s.labels, s.value) for s in family.samples if s.name.endswith("_total")
+                ]
             else:
                 buckets = {s.labels["le"]: int(s.value) for s in family.samples if s.name.endswith("_bucket")}
                 value = {s.name.removeprefix(family.name): s.value for s in family.samples}

@@ -1,0 +1,1 @@
+"""Operations: each a reference in plain torch, with faster kernels registered beside it."""

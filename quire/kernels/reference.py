@@ -16,7 +16,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
 
 
 @op
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float = 0.0
+) -> Tensor:
     """(x - mean) / std * (weight + offset) + bias over the last dimension. x [..., D]."""
     y = x.float()
     y = y - y.mean(-1, keepdim=True)
@@ -28,7 +30,13 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 @op
 def norm_rope(
-    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    interleaved: bool,
 ) -> Tensor:
     """RMS-normalise each head by weight [H, D] float32, where given, then rotate its first 2 * R dimensions.
 
@@ -84,5 +92,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @op
 def pack_linear(weight: Tensor) -> Tensor:
-    """A weight [outputs, inputs] in the form that `linear` computes fastest with; never changes the argument."""
+    """A weight [outputs, inputs] in the form that `linear` is fastest with. The argument stays as it is."""
     return weight

@@ -1,0 +1,1 @@
+"""How a spec computes and loads its weights."""

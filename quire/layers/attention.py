@@ -23,7 +23,8 @@ class Attention(nn.Module):
         q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
         self.qkv = Linear(build.dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, build, bias=s.bias)
         self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias)
-        self.norms = _qk_norms(s, build)
+        self.q_norm = self._qk_norm(s.num_heads)
+        self.k_norm = self._qk_norm(s.num_kv_heads)
         self.rope = build.ropes.table(s.rope) if s.rope else None
         self.scale = s.head_dim**-0.5 if s.scale is None else s.scale
         self.sinks: Tensor | None = None
@@ -35,14 +36,14 @@ class Attention(nn.Module):
         s = self.spec
         self.qkv.load(weights, name)
         self.out.load(weights, name)
-        for part, norm in self.norms.items():
-            norm.load(weights, f"{name}.{part}")
+        if self.q_norm is not None and self.k_norm is not None:
+            self.q_norm.load(weights, f"{name}.q_norm")
+            self.k_norm.load(weights, f"{name}.k_norm")
+            if self.fused:
+                rows = _head_weights(self.q_norm, s.num_heads), _head_weights(self.k_norm, s.num_kv_heads)
+                self.head_weights = torch.cat(rows).to(self.build.device)
         if s.sinks:
             self.sinks = self.build.pull(weights, f"{name}.sinks", s.num_heads, dtype=torch.float32)
-        if self.fused:
-            counts = {"q_norm": s.num_heads, "k_norm": s.num_kv_heads}
-            rows = [_head_weight(self.norms[part], count) for part, count in counts.items()]
-            self.head_weights = torch.cat(rows).to(self.build.device)
 
     def forward(self, x: Tensor, step: Ragged, cache: LayerCache) -> Tensor:
         """x [T, dim] -> [T, dim]."""
@@ -60,7 +61,7 @@ class Attention(nn.Module):
         """Normalise and rotate qk [T, H + Hkv, D]."""
         s = self.spec
         eps = s.qk_norm.eps if s.qk_norm else 0.0
-        alone = self.norms and not self.fused
+        alone = s.qk_norm is not None and not self.fused
         if alone and not s.norm_after_rope:
             qk = self._norm(qk)
         if self.rope:
@@ -72,32 +73,27 @@ class Attention(nn.Module):
 
     def _norm(self, qk: Tensor) -> Tensor:
         s = self.spec
+        assert self.q_norm is not None and self.k_norm is not None
         q, k = qk.split((s.num_heads, s.num_kv_heads), 1)
         if s.qk_norm_span == "full":
             q, k = q.flatten(1), k.flatten(1)
-        q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
+        q, k = self.q_norm(q), self.k_norm(k)
         return torch.cat((q.view(len(qk), -1, s.head_dim), k.view(len(qk), -1, s.head_dim)), 1)
 
-
-def _qk_norms(s: spec.Attention, build: Build) -> nn.ModuleDict:
-    if s.qk_norm is None:
-        return nn.ModuleDict()
-
-    def shape(heads: int) -> tuple[int, ...]:
-        spans = {"head": (s.head_dim,), "full": (heads * s.head_dim,), "heads": (heads, s.head_dim)}
-        return spans[s.qk_norm_span]
-
-    return nn.ModuleDict(
-        {
-            "q_norm": Norm(s.qk_norm, shape(s.num_heads), build),
-            "k_norm": Norm(s.qk_norm, shape(s.num_kv_heads), build),
+    def _qk_norm(self, num_heads: int) -> Norm | None:
+        s = self.spec
+        if s.qk_norm is None:
+            return None
+        spans = {
+            "head": (s.head_dim,),
+            "full": (num_heads * s.head_dim,),
+            "heads": (num_heads, s.head_dim),
         }
-    )
+        return Norm(s.qk_norm, spans[s.qk_norm_span], self.build)
 
 
-def _head_weight(norm: nn.Module, num_heads: int) -> Tensor:
+def _head_weights(norm: Norm, num_heads: int) -> Tensor:
     """A norm's weight and offset as [num_heads, D] float32."""
-    assert isinstance(norm, Norm)
     dim = norm.shape[-1]
     if norm.weight is None:
         return torch.ones(num_heads, dim)

@@ -13,7 +13,10 @@ from quire.models import spec
 
 
 class Block(nn.Module):
-    """Sequential: h = x + post(mixer(pre(x))); h + post(mlp(pre(h))). Parallel: x + mixer(n(x)) + mlp(n(x))."""
+    """Sequential: h = x + post(mixer(pre(x))); h + post(mlp(pre(h))).
+
+    Parallel: x + mixer(n(x)) + mlp(n(x)).
+    """
 
     def __init__(self, s: spec.Block, build: Build):
         super().__init__()
@@ -28,8 +31,17 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp_post_norm = norm(s.mlp_norm), norm(s.mlp_post_norm)
 
     def load(self, weights: Weights, name: str) -> None:
-        for part, module in self.named_children():
-            module.load(weights, f"{name}.{part}")
+        self.mixer.load(weights, f"{name}.mixer")
+        self.mlp.load(weights, f"{name}.mlp")
+        norms = {
+            "attn_norm": self.attn_norm,
+            "attn_post_norm": self.attn_post_norm,
+            "mlp_norm": self.mlp_norm,
+            "mlp_post_norm": self.mlp_post_norm,
+        }
+        for part, norm in norms.items():
+            if norm is not None:
+                norm.load(weights, f"{name}.{part}")
 
     def forward(self, x: Tensor, step: Ragged, cache: LayerCache) -> Tensor:
         """x [T, dim] -> [T, dim]."""

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from quire.attention.base import Backend, LayerCache, Ragged
 from quire.attention.shapes import cache_shapes, layer_offsets
-from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.block import Block
 from quire.layers.linear import Linear
@@ -49,6 +48,7 @@ class Decoder(nn.Module):
         if s.num_positions:
             self.positions = build.pull(weights, "embed_positions.weight", s.num_positions, s.dim)
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Block)
             layer.load(weights, f"layers.{i}")
         self.norm.load(weights, "norm")
         self.head.load(weights, "", shared=self.embedding if s.tied else None)

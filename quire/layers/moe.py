@@ -66,6 +66,7 @@ class MoE(nn.Module):
     def load(self, weights: Weights, name: str) -> None:
         self.router.load(weights, name)
         for i, expert in enumerate(self.experts):
+            assert isinstance(expert, MLP)
             expert.load(weights, f"{name}.experts.{i}")
         if self.shared is not None:
             self.shared.load(weights, f"{name}.shared")
@@ -84,7 +85,7 @@ class MoE(nn.Module):
         chosen, weights = self.router(x)
         order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs, expert by expert
         tokens, weights = order // self.spec.top_k, weights.flatten()[order, None]
-        # Sums are in float32 and in the order of the experts, so a token's result does not depend on the others.
+        # Sums are float32 and in the order of the experts: a token's result does not depend on the others.
         y = torch.zeros_like(x, dtype=torch.float32)
         start = 0
         for i, count in enumerate(chosen.flatten().bincount(minlength=self.spec.num_experts).tolist()):

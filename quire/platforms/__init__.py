@@ -1,0 +1,1 @@
+"""What a machine offers: devices, memory, threads."""

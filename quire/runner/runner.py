@@ -14,7 +14,7 @@ from quire.runner.batch import Batch, make_batch
 from quire.runner.state import SlotState
 from quire.sampling.logprobs import prompt_logprobs
 from quire.sampling.sampler import HostSampled, Sampled, Sampler
-from quire.scheduler.plan import Plan, Result, Start, Work
+from quire.scheduler.plan import Plan, Result, Start
 from quire.types import SamplingParams, TokenLogprobs
 
 PROMPT_ROWS = 256  # rows whose logits are held at once when a prompt's log probabilities are computed
@@ -49,6 +49,11 @@ class Runner:
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by sequence, for prompt tokens 1, 2, ...
         self.failed: dict[int, str] = {}  # sequences whose start failed, until a plan's result says so
         self.launched: tuple[Batch, Tensor] | None = None
+
+    def close(self) -> None:
+        """Let go of the device's memory; nothing can be launched afterwards."""
+        del self.model, self.caches, self.state, self.sampler
+        self.launched = None
 
     def register(self, seq: int, sampling: Sampling) -> None:
         """Make a sequence known before the scheduler may plan it."""

@@ -26,7 +26,9 @@ class SlotState:
     def apply(self, plan: Plan) -> None:
         """Take over the plan's new sequences and new blocks."""
         for start in plan.starts:
-            self.tokens[start.slot, : len(start.tokens)] = torch.from_numpy(np.array(start.tokens, dtype=np.int32))
+            self.tokens[start.slot, : len(start.tokens)] = torch.from_numpy(
+                np.array(start.tokens, dtype=np.int32)
+            )
             self.num_blocks[start.slot] = 0
             self.prompt_len[start.slot] = start.prompt_len
         slots: list[int] = []

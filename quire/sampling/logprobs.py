@@ -19,7 +19,7 @@ class Logprobs:
     rows: tuple[int, ...]  # their indices in the batch
     token_ids: Tensor  # [Q, 1 + k] int64
     logprobs: Tensor  # [Q, 1 + k] float32
-    ranks: Tensor  # [Q] int64, of the chosen: 1 + how many tokens are likelier
+    ranks: Tensor  # [Q] int32, of the chosen: 1 + how many tokens are likelier
 
     def to_lists(self) -> list[TokenLogprobs]:
         """Plain values for each row, in one transfer."""
@@ -33,7 +33,7 @@ class Logprobs:
     def pack(self) -> Tensor:
         """All values in one int32 tensor [Q * (2 * (1 + k) + 1)]; the floats keep their bits."""
         floats = self.logprobs.contiguous().view(torch.int32)
-        return torch.cat((self.token_ids.flatten().int(), floats.flatten(), self.ranks.int()))
+        return torch.cat((self.token_ids.flatten().int(), floats.flatten(), self.ranks))
 
 
 def unpack(packed: Tensor, shapes: Sequence[tuple[int, int]]) -> list[TokenLogprobs]:
@@ -70,7 +70,7 @@ def compute(logits: Tensor, chosen: Tensor, k: int, rows: Sequence[int]) -> Logp
     if k:
         top = logits.topk(k)
         ids, values = torch.cat((ids, top.indices), 1), torch.cat((values, top.values), 1)
-    ranks = (logits > score).sum(-1) + 1
+    ranks = (logits > score).sum(-1, dtype=torch.int32) + 1
     return Logprobs(tuple(rows), ids, values - greatest - log_sum, ranks)
 
 

@@ -76,11 +76,11 @@ class Penalties:
         of = upload(self._row[slots].tolist(), torch.int64, self._device)
         penalise(logits, at, self._seen, self._strengths, of)
 
-    def count(self, rows: Sequence[int], slots: Sequence[int], token_ids: Tensor, bad: Tensor) -> None:
-        """Note the tokens [R] that the slots' rows were given; those of bad rows do not count."""
+    def count(self, rows: Sequence[int], slots: Sequence[int], token_ids: Tensor) -> None:
+        """Note the tokens [R] that the slots' rows were given."""
         at = upload(rows, torch.int64, self._device)
         of = upload(self._row[slots].tolist(), torch.int64, self._device)
-        self._seen.index_put_((of, token_ids[at]), (~bad[at]).to(torch.int32) * 2, accumulate=True)
+        self._seen.index_put_((of, token_ids[at]), torch.full_like(of, 2, dtype=torch.int32), accumulate=True)
 
     def _known(self, tokens: Sequence[int]) -> np.ndarray:
         ids = np.asarray(tokens, dtype=np.int64)

@@ -131,7 +131,7 @@ class Sampler:
         controls = self._params.controls(upload(slots, torch.int64, self._device), at, union)
         token_ids, bad = draw(logits, controls)
         if penalised:
-            self._penalties.count(penalised, penalised_slots, token_ids, bad)
+            self._penalties.count(penalised, penalised_slots, token_ids)
         if ruled:
             self._rules.note(ruled, ruled_slots, token_ids)
         groups = [

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-from quire.errors import ConfigError
+from quire.errors import CapacityError, ConfigError
 
 KEY_BYTES = 16
 
@@ -82,10 +82,14 @@ class BlockPool:
                 del self.free[block]
             self.refs[block] += 1
 
-    def take(self, num: int) -> list[int] | None:
-        """`num` blocks to write into, whose content is forgotten; None if fewer are free."""
+    def take(self, num: int) -> list[int]:
+        """`num` blocks to write into; what they held is forgotten.
+
+        Raises:
+            CapacityError: fewer are free; none is taken.
+        """
         if num > len(self.free):
-            return None
+            raise CapacityError(f"{num} blocks are needed and {len(self.free)} are free; release some first")
         taken: list[int] = []
         for _ in range(num):
             block, _ = self.free.popitem(last=False)

@@ -178,7 +178,8 @@ class Scheduler:
             priority = seq.rank[0]
             if seats.is_full and seats.worst.rank[0] <= priority:
                 break
-            if sum(s.num_to_prefill for s in seats.prefilling if s.rank[0] <= priority) >= share:
+            ahead = sum(s.num_to_prefill for s in seats.prefilling if s.rank[0] <= priority)
+            if ahead and ahead >= share:
                 break
             hit, key = self._lookup(seq)
             if key is not None:
@@ -215,9 +216,7 @@ class Scheduler:
         """Let a sequence run on the blocks found and new ones for all its known tokens."""
         pool, kv, size = self.pool, seq.kv, self.pool.block_size
         pool.hold(hit)
-        new = pool.take(pool.blocks_for(len(seq.tokens)) - len(hit))
-        assert new is not None
-        kv.blocks = hit + new
+        kv.blocks = hit + pool.take(pool.blocks_for(len(seq.tokens)) - len(hit))
         kv.capacity, kv.num_published = len(kv.blocks) * size, len(hit)
         seq.planned = len(hit) * size
         kv.next_full = seq.planned + size
@@ -345,11 +344,12 @@ class Scheduler:
         """Hold blocks for so many positions; None if the sequence itself was preempted for them."""
         kv = seq.kv
         num = self.pool.blocks_for(num_positions) - len(kv.blocks)
-        while (new := self.pool.take(num)) is None:
+        while num > self.pool.num_free:
             victim = self.seats.worst
             self._preempt(victim)
             if victim is seq:
                 return None
+        new = self.pool.take(num)
         kv.blocks += new
         kv.capacity += num * self.pool.block_size
         return tuple(new)

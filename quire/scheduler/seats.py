@@ -1,7 +1,9 @@
 """Who runs: sequences in order of rank, and their slots on the device. Knows no blocks and no budget."""
 
 from bisect import bisect_left, insort
-from heapq import heappop, heappush
+from collections.abc import Iterator
+from heapq import heappop, heappush, merge
+from itertools import takewhile
 
 from quire.scheduler.sequence import BY_RANK, Sequence, State
 
@@ -31,10 +33,10 @@ class Seats:
         """The first to lose its seat: of the lowest priority the latest to arrive."""
         return max((line[-1] for line in (self.prefilling, self.decoding) if line), key=BY_RANK)
 
-    def worse_than(self, priority: int) -> list[Sequence]:
+    def worse_than(self, priority: int) -> Iterator[Sequence]:
         """Running sequences of lower priority, the worst first."""
-        worse = [seq for seq in (*self.prefilling, *self.decoding) if seq.rank[0] > priority]
-        return sorted(worse, key=BY_RANK, reverse=True)
+        lines = reversed(self.prefilling), reversed(self.decoding)
+        return takewhile(lambda seq: seq.rank[0] > priority, merge(*lines, key=BY_RANK, reverse=True))
 
     @property
     def has_ends(self) -> bool:

@@ -63,11 +63,11 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: text for key, text in found.items() if text is not None}
 
 
-def extra_tokens(config: Mapping[str, Any]) -> Iterator[str]:
-    """Special tokens that have no name."""
+def extra_tokens(config: Mapping[str, Any]) -> Iterator[str | Mapping[str, Any]]:
+    """Special tokens that have no name, as text or with their matching rules."""
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     if isinstance(extra, list):
-        yield from (text for value in extra if (text := token_text(value)) is not None)
+        yield from (value for value in extra if token_text(value) is not None)
 
 
 def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from quire.errors import InvalidRequest, ModelError
 from quire.text.classes import DEFAULT_TOKENS, adjust, state, tokenizer_class
-from quire.text.files import chat_templates, extra_tokens, named_tokens, read_json
+from quire.text.files import chat_templates, extra_tokens, named_tokens, read_json, token_text
 
 NO_LIMIT = 1 << 40  # lengths above it, such as transformers' 10**30, mean none
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -43,7 +43,9 @@ class Tokenizer:
         self._backend = backend
         self._decoder = state(backend.decoder)
         self._pieces: dict[int, bytes] = {}
-        self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self._longest_token = max(map(len, vocab), default=1)
+        self.vocab_size = max(vocab.values(), default=-1) + 1  # ids may have gaps
         self.special_tokens = dict(special_tokens or {})
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self.chat_templates = dict(templates or {})
@@ -169,10 +171,6 @@ class Tokenizer:
         """
         return max_tokens * self._longest_token
 
-    @cached_property
-    def _longest_token(self) -> int:
-        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
-
     @property
     def bos_token(self) -> str | None:
         return self.special_tokens.get("bos_token")
@@ -244,13 +242,25 @@ def _add_tokens(backend: Backend, config: Mapping[str, Any], named: Mapping[str,
     rules = config.get("added_tokens_decoder") or {}
     try:
         listed = [AddedToken(**rules[key]) for key in sorted(rules, key=int)]
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"added_tokens_decoder of tokenizer_config.json is malformed: {error}") from error
+        named_ones = [_added(config.get(name), text, special=True) for name, text in named.items()]
+        extra = [_added(value, token_text(value) or "") for value in extra_tokens(config)]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"the added tokens of tokenizer_config.json are malformed: {error}") from error
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
     there |= {token.content for token in listed}
-    missing = [text for text in dict.fromkeys((*named.values(), *extra_tokens(config))) if text not in there]
-    backend.add_tokens([*listed, *(AddedToken(text, special=True) for text in missing)])
+    new: dict[str, AddedToken] = {}
+    for token in (*named_ones, *extra):
+        if token.content not in there:
+            new.setdefault(token.content, token)
+    backend.add_tokens([*listed, *new.values()])
     backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+
+
+def _added(value: object, text: str, **more: bool) -> AddedToken:
+    """A token with its matching rules, where it has some; otherwise it is special."""
+    if not isinstance(value, Mapping):
+        return AddedToken(text, special=True)
+    return AddedToken(**{**{str(k): v for k, v in value.items() if k != "__type"}, **more})
 
 
 def _converted(folder: Path) -> tuple[Backend, dict[str, str]]:

@@ -18,7 +18,9 @@ from quire.kernels.cpu.native import isa
 CPU = torch.device("cpu")
 BUILT = Cpu().why_not(torch.float32, CPU) is None
 LEVELS = range(isa() + 1) if BUILT else ()
-BACKENDS = [Reference(4), Reference(16)] + [Cpu(level=level) for level in LEVELS] + ([Cpu(32)] if BUILT else [])
+BACKENDS = (
+    [Reference(4), Reference(16)] + [Cpu(level=level) for level in LEVELS] + ([Cpu(32)] if BUILT else [])
+)
 NUM_BLOCKS = 96
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -97,7 +99,9 @@ def dense(case: Case, data: Sequences, scale: float) -> list[Tensor]:
     return out
 
 
-def paged(backend: Backend, case: Case, data: Sequences, scale: float, steps: list[list[int]]) -> list[Tensor]:
+def paged(
+    backend: Backend, case: Case, data: Sequences, scale: float, steps: list[list[int]]
+) -> list[Tensor]:
     """The same through the cache; steps[i][s] positions of sequence s are computed in step i."""
     dtype, size = data.q[0].dtype, backend.block_size
     offset = 192  # of another layer, which must stay as it is
@@ -110,7 +114,9 @@ def paged(backend: Backend, case: Case, data: Sequences, scale: float, steps: li
     for counts in steps:
         chosen = [s for s, count in enumerate(counts) if count]
         part = [slice(done[s], done[s] + counts[s]) for s in chosen]
-        step = ragged([done[s] for s in chosen], [counts[s] for s in chosen], [tables[s] for s in chosen], size)
+        step = ragged(
+            [done[s] for s in chosen], [counts[s] for s in chosen], [tables[s] for s in chosen], size
+        )
 
         def rows(tensors: list[Tensor], chosen: list[int] = chosen, part: list[slice] = part) -> Tensor:
             return torch.cat([tensors[s][p] for s, p in zip(chosen, part, strict=True)])
@@ -142,7 +148,9 @@ def cut(lengths: list[int], seed: int) -> list[list[int]]:
 def name_of(value: object) -> str:
     if isinstance(value, Cpu):
         return f"cpu{value.block_size}-isa{value.level}"
-    return f"reference{value.block_size}" if isinstance(value, Reference) else str(getattr(value, "name", value))
+    return (
+        f"reference{value.block_size}" if isinstance(value, Reference) else str(getattr(value, "name", value))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -240,7 +248,8 @@ def test_selection_prefers_the_kernel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("forced", "reason"), [("flash", "must be one of cpu, reference"), ("cpu", "float32 and bfloat16|not built")]
+    ("forced", "reason"),
+    [("flash", "must be one of cpu, reference"), ("cpu", "float32 and bfloat16|not built")],
 )
 def test_a_forced_backend_that_cannot_run_says_why(forced: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):

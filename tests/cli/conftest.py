@@ -14,7 +14,7 @@ import pytest
 from examples.make_tiny import make
 from quire.cli.main import main
 
-COMMAND = [sys.executable, "-c", "import sys; from quire.cli.main import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-m", "quire.cli.main"]
 
 
 @dataclass(frozen=True)

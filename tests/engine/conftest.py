@@ -9,7 +9,7 @@ from quire import LLM
 from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
 from tests.tiny_tokenizer import make_tokenizer
 
-OPTIONS = dict(dtype="float32", device="cpu", block_size=4, disable_log_stats=True)
+OPTIONS = {"dtype": "float32", "device": "cpu", "block_size": 4, "disable_log_stats": True}
 
 
 @pytest.fixture(scope="session")

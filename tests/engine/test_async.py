@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quire import AsyncEngine, AsyncEngineArgs, AsyncLLMEngine, LLM, SamplingParams
+from quire import LLM, AsyncEngine, AsyncEngineArgs, AsyncLLMEngine, SamplingParams
 from quire.config import Config
 from quire.errors import EngineDead, InvalidRequest
 from quire.types import OutputKind, RequestOutput
@@ -93,7 +93,9 @@ def test_a_bad_request_hurts_nobody_else(engine: AsyncEngine) -> None:
 def test_an_id_in_use_is_refused(engine: AsyncEngine) -> None:
     async def twice() -> list[object]:
         long = replace(GREEDY, max_tokens=40)
-        return await asyncio.gather(*(collect(engine, "hello", long, "same") for _ in range(2)), return_exceptions=True)
+        return await asyncio.gather(
+            *(collect(engine, "hello", long, "same") for _ in range(2)), return_exceptions=True
+        )
 
     results = run(twice())
     assert sum(isinstance(r, InvalidRequest) for r in results) == 1

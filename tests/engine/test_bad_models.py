@@ -45,7 +45,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[QuireError], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ModelError, "config.json"),
     "wrong json": (lambda f: (f / "config.json").write_text('{"a": 1,}'), ModelError, "config.json"),
     "no json object": (lambda f: (f / "config.json").write_text("[]"), ModelError, "config.json"),
-    "unknown model": (lambda f: edit_config(f, architectures=["NoSuchForCausalLM"]), UnsupportedModel, "NoSuch"),
+    "unknown model": (
+        lambda f: edit_config(f, architectures=["NoSuchForCausalLM"]),
+        UnsupportedModel,
+        "NoSuch",
+    ),
     "missing key": (lambda f: edit_config(f, num_attention_heads=None), ModelError, "num_attention_heads"),
     "unknown act": (lambda f: edit_config(f, hidden_act="swoosh"), UnsupportedModel, "swoosh"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ModelError, "safetensors"),
@@ -62,7 +66,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[QuireError], str]] = {
         "surprise",
     ),
     "wrong shape": (
-        lambda f: edit_weights(f, lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()})),
+        lambda f: edit_weights(
+            f, lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()})
+        ),
         CheckpointError,
         "norm",
     ),

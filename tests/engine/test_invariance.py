@@ -19,7 +19,13 @@ def block_bytes(engine: Engine) -> int:
 
 
 def make_engine(folder: str, **options: object) -> Engine:
-    base = dict(dtype="float32", device="cpu", skip_tokenizer_init=True, block_size=BLOCK_SIZE, disable_log_stats=True)
+    base = {
+        "dtype": "float32",
+        "device": "cpu",
+        "skip_tokenizer_init": True,
+        "block_size": BLOCK_SIZE,
+        "disable_log_stats": True,
+    }
     return Engine(Config.of(model=folder, **base | options), offline=True)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from quire import LLM, SamplingParams
-from quire.errors import ConfigError, InvalidRequest, PromptTooLong
+from quire.errors import ConfigError, EngineDead, InvalidRequest, PromptTooLong
+from quire.scheduler.trace import TraceError, replay
 from quire.types import BeamSearchParams, OutputKind
 from tests.engine.conftest import OPTIONS
 
@@ -15,12 +16,18 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 def generate(llm: LLM, prompt: object, **params: object) -> object:
-    base = dict(temperature=0, max_tokens=12, ignore_eos=True)
+    base = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
     return llm.generate(prompt, SamplingParams(**base | params), use_tqdm=False)[0]
 
 
 def test_outputs_come_in_the_order_of_the_prompts(llm: LLM) -> None:
-    prompts = ["one", "a much longer prompt than the first", {"prompt": "two"}, {"prompt_token_ids": [5, 6, 7]}, [8, 9]]
+    prompts = [
+        "one",
+        "a much longer prompt than the first",
+        {"prompt": "two"},
+        {"prompt_token_ids": [5, 6, 7]},
+        [8, 9],
+    ]
     lengths = [12, 1, 5, 3, 9]
     params = [replace(GREEDY, max_tokens=n) for n in lengths]
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -32,7 +39,9 @@ def test_outputs_come_in_the_order_of_the_prompts(llm: LLM) -> None:
 
 def test_text_is_the_decoded_tokens(llm: LLM) -> None:
     output = generate(llm, "hello", skip_special_tokens=False)
-    assert output.outputs[0].text == llm.get_tokenizer().decode(output.outputs[0].token_ids, skip_special_tokens=False)
+    assert output.outputs[0].text == llm.get_tokenizer().decode(
+        output.outputs[0].token_ids, skip_special_tokens=False
+    )
 
 
 def test_stop_string_ends_the_text_before_it_or_after_it(llm: LLM) -> None:
@@ -59,7 +68,7 @@ def test_stop_token_is_reported_and_waits_for_min_tokens(llm: LLM) -> None:
 
 def test_end_of_sequence_ends_unless_ignored(llm: LLM) -> None:
     eos = sorted(llm.engine.inputs.eos_token_ids)[0]
-    forced = dict(logit_bias={eos: 100})
+    forced = {"logit_bias": {eos: 100}}
     ended = generate(llm, "hello", ignore_eos=False, **forced).outputs[0]
     assert (ended.token_ids, ended.finish_reason, ended.stop_reason) == ([eos], "stop", None)
     assert generate(llm, "hello", **forced).outputs[0].token_ids == [eos] * 12
@@ -192,10 +201,10 @@ BAD_REQUESTS = {
     "not an id": ([[1.5]], {}, "not a token id"),
     "unknown key": ([{"text": "hi"}], {}, "unknown keys"),
     "no prompt": ([{}], {}, "'prompt'"),
-    "stop id": ("hi", dict(stop_token_ids=[104]), "0 to 103"),
-    "bias id": ("hi", dict(logit_bias={400: 1.0}), "0 to 103"),
-    "allowed id": ("hi", dict(allowed_token_ids=[400]), "0 to 103"),
-    "logprobs": ("hi", dict(logprobs=21), "max_logprobs is 20"),
+    "stop id": ("hi", {"stop_token_ids": [104]}, "0 to 103"),
+    "bias id": ("hi", {"logit_bias": {400: 1.0}}, "0 to 103"),
+    "allowed id": ("hi", {"allowed_token_ids": [400]}, "0 to 103"),
+    "logprobs": ("hi", {"logprobs": 21}, "max_logprobs is 20"),
 }
 
 
@@ -236,3 +245,25 @@ def test_one_not_a_number_fails_one_request(model_folder: Path) -> None:
         bad, good = llm.generate([[5, 42], [5, 6]], GREEDY, use_tqdm=False)
     assert bad.outputs[0].finish_reason == "error"
     assert good.outputs[0].finish_reason == "length"
+
+
+def test_a_closed_llm_says_so(model_folder: Path) -> None:
+    llm = LLM(str(model_folder), **OPTIONS)
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineDead, match="closed"):
+        generate(llm, "hello")
+
+
+def test_a_recorded_run_replays(model_folder: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    with LLM(
+        str(model_folder), **OPTIONS, trace_file=str(trace), max_num_batched_tokens=16, max_num_seqs=3
+    ) as llm:
+        llm.generate(["a prompt of some length", "b", "c"], GREEDY, use_tqdm=False)
+    lines = trace.read_text().splitlines(keepends=True)
+    assert replay(lines) > 12
+    plans = [i for i, line in enumerate(lines) if line.startswith('["plan"')]
+    altered = [*lines[: plans[2]], lines[plans[3]], *lines[plans[2] + 1 :]]
+    with pytest.raises(TraceError, match=f"line {plans[2] + 1}"):
+        replay(altered)

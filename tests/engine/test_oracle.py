@@ -7,21 +7,27 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
-from tests.models.cases import CASES, VOCAB_SIZE, Case, build_hf
+from tests.models.cases import BY_NAME, CASES, VOCAB_SIZE, Case, build_hf
 
 NUM_OUTPUTS = 6
 TOLERANCE = 2e-4
-ENGINE = dict(dtype="float32", device="cpu", skip_tokenizer_init=True, disable_log_stats=True)
+ENGINE = {"dtype": "float32", "device": "cpu", "skip_tokenizer_init": True, "disable_log_stats": True}
 BLOCKS = {1: ("reference", 4), 7: ("cpu", 16), 2048: ("cpu", 16)}  # chunk -> backend and block size
 
 
-def make_prompts(vocab_size: int) -> list[list[int]]:
-    """Sixteen prompts of mixed lengths; half of them begin alike."""
+def make_prompts(vocab_size: int = VOCAB_SIZE, longer_than: int = 0) -> list[list[int]]:
+    """Prompts of mixed lengths, sixteen unless short ones are left out; half of them begin alike."""
     rng = random.Random(1)
     shared = [rng.randrange(3, VOCAB_SIZE) for _ in range(18)]
     lengths = [1, 2, 5, 8, 13, 17, 21, 35] * 2
     own = [[rng.randrange(3, VOCAB_SIZE) for _ in range(n)] for n in lengths]
-    return own[:8] + [shared + tail for tail in own[8:]]
+    return [p for p in own[:8] + [shared + tail for tail in own[8:]] if len(p) > longer_than]
+
+
+def prompts_of(case: Case) -> list[list[int]]:
+    """Longrope rotates by other angles past the original length; Hugging Face decides anew for each sequence."""
+    rope = case.values.get("rope_parameters", {})
+    return make_prompts(longer_than=rope["original_max_position_embeddings"] if "long_factor" in rope else 0)
 
 
 @torch.inference_mode()
@@ -41,13 +47,13 @@ def scores(entries: list[dict], vocab_size: int) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_engine_equals_hugging_face(case: Case, tmp_path: Path) -> None:
     model = build_hf(case, tmp_path)
-    prompts = make_prompts(VOCAB_SIZE)
+    prompts = prompts_of(case)
     want = [reference(model, p) for p in prompts]
     greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
     for chunk, (backend, block_size) in BLOCKS.items():
-        options = dict(max_num_batched_tokens=chunk, attention_backend=backend, block_size=block_size)
+        options = {"max_num_batched_tokens": chunk, "attention_backend": backend, "block_size": block_size}
         with LLM(str(tmp_path), **ENGINE, **options) as llm:
-            for i in (0, 5, 15):
+            for i in (0, len(prompts) // 3, -1):
                 alone = llm.generate(prompts[i], greedy, use_tqdm=False)
                 assert alone[0].outputs[0].token_ids == want[i][0], f"alone, chunks of {chunk}"
             batch = llm.generate(prompts, greedy, use_tqdm=False)
@@ -55,15 +61,19 @@ def test_engine_equals_hugging_face(case: Case, tmp_path: Path) -> None:
         for outputs, name in ((batch, "batch"), (again, "prefix hits")):
             got = [o.outputs[0].token_ids for o in outputs]
             assert got == [tokens for tokens, _ in want], f"{name}, chunks of {chunk}"
-        full_blocks = [(len(p) - 1) // block_size * block_size for p in prompts]  # one token is left to compute
+        full_blocks = [
+            (len(p) - 1) // block_size * block_size for p in prompts
+        ]  # one token is left to compute
         assert [o.num_cached_tokens for o in again] == full_blocks
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_log_probabilities_equal_hugging_face(case: Case, tmp_path: Path) -> None:
     model = build_hf(case, tmp_path)
-    prompts = make_prompts(VOCAB_SIZE)
-    params = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True, logprobs=-1, prompt_logprobs=-1)
+    prompts = prompts_of(case)
+    params = SamplingParams(
+        temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True, logprobs=-1, prompt_logprobs=-1
+    )
     with LLM(str(tmp_path), **ENGINE, max_logprobs=-1, max_num_batched_tokens=37) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         hits = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2, logprobs=-1), use_tqdm=False)
@@ -75,3 +85,14 @@ def test_log_probabilities_equal_hugging_face(case: Case, tmp_path: Path) -> Non
         torch.testing.assert_close(scores(got, VOCAB_SIZE), logprobs, rtol=TOLERANCE, atol=TOLERANCE)
         first = scores(hit.outputs[0].logprobs[:1], VOCAB_SIZE)
         torch.testing.assert_close(first[0], logprobs[len(prompt) - 1], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_longrope_within_the_original_length_takes_the_short_factors(tmp_path: Path) -> None:
+    case = BY_NAME["Phi3-long"]
+    model = build_hf(case, tmp_path)
+    original = case.values["rope_parameters"]["original_max_position_embeddings"]
+    prompts = [p for p in make_prompts() if len(p) + NUM_OUTPUTS <= original]
+    greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
+    with LLM(str(tmp_path), **ENGINE, max_model_len=original) as llm:
+        outputs = llm.generate(prompts, greedy, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == [reference(model, p)[0] for p in prompts]

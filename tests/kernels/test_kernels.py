@@ -34,7 +34,13 @@ def norms(dtype: torch.dtype) -> Inputs:
 
 
 def ropes(dtype: torch.dtype) -> Inputs:
-    for tokens, heads, size, half in ((1, 3, 128, 64), (9, 5, 64, 32), (33, 24, 80, 16), (4, 2, 18, 5), (200, 8, 64, 32)):
+    for tokens, heads, size, half in (
+        (1, 3, 128, 64),
+        (9, 5, 64, 32),
+        (33, 24, 80, 16),
+        (4, 2, 18, 5),
+        (200, 8, 64, 32),
+    ):
         angles = noise(50, half, seed=2)
         x, positions = noise(tokens, heads + 2, size, dtype=dtype), (torch.arange(tokens) * 7) % 50
         for weight in (None, noise(heads, size, seed=3)):
@@ -47,12 +53,18 @@ def gates(dtype: torch.dtype) -> Inputs:
     for kind in ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2"):
         for shape in ((1, 32), (5, 6144), (33, 70), (2, 3, 64)):
             yield noise(*shape, dtype=dtype, scale=4.0), kind
-    yield torch.tensor([[0.0, -200.0, 200.0, 1e30, -1e30, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]], dtype=dtype), "silu"
+    yield (
+        torch.tensor([[0.0, -200.0, 200.0, 1e30, -1e30, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]], dtype=dtype),
+        "silu",
+    )
 
 
 def products(dtype: torch.dtype) -> Inputs:
     for rows, inputs, outputs in ((1, 64, 48), (8, 96, 130), (40, 33, 7), (0, 64, 48)):
-        x, weight = noise(rows, inputs, dtype=dtype, scale=0.5), noise(outputs, inputs, dtype=dtype, seed=1, scale=0.1)
+        x, weight = (
+            noise(rows, inputs, dtype=dtype, scale=0.5),
+            noise(outputs, inputs, dtype=dtype, seed=1, scale=0.1),
+        )
         for bias in (None, noise(outputs, dtype=dtype, seed=2)):
             yield x, ops.pack_linear(weight), bias
             yield x, weight, bias
@@ -93,7 +105,9 @@ def check(o: Op, kernel: Kernel, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("o", "device", "dtype"), REGISTERED, ids=[f"{o.name}-{device}-{dtype}" for o, device, dtype in REGISTERED]
+    ("o", "device", "dtype"),
+    REGISTERED,
+    ids=[f"{o.name}-{device}-{dtype}" for o, device, dtype in REGISTERED],
 )
 def test_kernel_equals_reference(o: Op, device: str, dtype: torch.dtype) -> None:
     if device != "cpu":

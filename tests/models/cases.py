@@ -1,7 +1,7 @@
-"""One tiny random checkpoint per architecture and variant, made by Hugging Face, with every feature forced on.
+"""Tiny random checkpoints, one per architecture and variant, made by Hugging Face, all features forced on.
 
-All parameters and buffers are random: ones and zeros hide missing norms, biases and corrections. Dimensions differ
-pairwise, so that a transposed or swapped matrix cannot fit. Windows are shorter than prompts, caps small enough to bite.
+All parameters and buffers are random: ones and zeros hide missing norms, biases and corrections. Sizes differ
+pairwise, so that a transposed or swapped matrix cannot fit. Windows are shorter than prompts, caps bite.
 """
 
 import json
@@ -17,9 +17,9 @@ VOCAB_SIZE, MAX_LENGTH, FIRST_TOKEN = 104, 64, 3  # tokens below the first one a
 STD, NORM_MEAN = 0.3, 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
-    """`values` are arguments of Hugging Face's config class; `legacy` replaces keys of the config.json it writes."""
+    """`values` are arguments of Hugging Face's config class; `legacy` replaces keys of its config.json."""
 
     name: str
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -49,8 +49,12 @@ GROUPED = {**PLAIN, "num_key_value_heads": 2}
 BASE = {**GROUPED, "head_dim": 16}  # q 64, k and v 32
 GPT = {"vocab_size": VOCAB_SIZE, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": MAX_LENGTH}
 GPT |= {key: SIZES[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+FALCON = {**SIZES, "hidden_size": 128, "num_attention_heads": 4}
+GROUPS_OF_HEADS = {"new_decoder_architecture": True, "num_kv_heads": 2}
 LOCAL = {"sliding_window": 5}
+SLIDING = LOCAL | {"use_sliding_window": True}
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
+PRETRAINED = "original_max_position_embeddings"
 BIASED = {"attention_bias": True, "mlp_bias": True}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -58,22 +62,22 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
+    PRETRAINED: 16,
 }
-YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, PRETRAINED: 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 500.0,
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
     "long_factor": [1.5 + 0.7 * i for i in range(8)],
-    "original_max_position_embeddings": 16,
+    PRETRAINED: 16,
 }
 PER_TYPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
 }
-MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 GROUPS = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
@@ -93,7 +97,7 @@ LATENT = {
     "v_head_dim": 20,
     "num_key_value_heads": 4,
 }
-SOFTCAPS = {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.7}
+CAPPED = {"query_pre_attn_scalar": 24, "final_logit_softcapping": 0.7}
 MULTIPLIERS = {
     "attention_multiplier": 0.2,
     "residual_multiplier": 0.3,
@@ -102,97 +106,109 @@ MULTIPLIERS = {
 }
 
 
-def _theta(value: float = 500.0, **more: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": value, **more}}
+def theta(base: float, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": base, **more}}
 
 
-def _old(**more: Any) -> dict[str, Any]:
+def old(**more: Any) -> dict[str, Any]:
     """config.json as transformers 4 wrote it."""
     return {"rope_parameters": None, "layer_types": None, **more}
 
 
 CASES = (
-    Case("Llama", {**BASE, **_theta()}),
-    Case("Llama-3.1", {**BASE, "rope_parameters": LLAMA3}),
-    Case("Llama-linear", {**BASE, "rope_parameters": LINEAR}),
-    Case("Llama-yarn", {**BASE, "rope_parameters": YARN}),
-    Case("Llama-tied", {**GROUPED, **BIASED, "tie_word_embeddings": True}),
+    Case("Llama", BASE | theta(500.0)),
+    Case("Llama-3.1", BASE | {"rope_parameters": LLAMA3}),
+    Case("Llama-linear", BASE | {"rope_parameters": LINEAR}),
+    Case("Llama-yarn", BASE | {"rope_parameters": YARN}),
+    Case("Llama-tied", GROUPED | BIASED | {"tie_word_embeddings": True}),
     Case(
         "Llama-old",
-        {**BASE, "rope_parameters": {**LINEAR, "rope_theta": 10_000.0}},
-        legacy=_old(rope_scaling={"type": "linear", "factor": 4.0}),
+        BASE | {"rope_parameters": LINEAR | {"rope_theta": 10_000.0}},
+        legacy=old(rope_scaling={"type": "linear", "factor": 4.0}),
     ),
-    Case("Mistral", {**BASE, **LOCAL}),
-    Case("Qwen2", {**GROUPED, **LOCAL, "use_sliding_window": True, "max_window_layers": 2}),
-    Case("Qwen2-old", {**GROUPED, **LOCAL, "use_sliding_window": True, "max_window_layers": 2}, legacy=_old()),
-    Case("Qwen3", {**BASE, **_theta(), "attention_bias": True, "tie_word_embeddings": True}),
-    Case("Qwen2Moe", {**GROUPED, **MOE, "shared_expert_intermediate_size": 56, "mlp_only_layers": [1], **LOCAL,
-                      "use_sliding_window": True, "max_window_layers": 3}),
-    Case("Qwen3Moe", {**BASE, **MOE, "norm_topk_prob": True, "decoder_sparse_step": 2, **LOCAL,
-                      "use_sliding_window": True}),
-    Case("Olmoe", {**GROUPED, "num_experts": 8, "num_experts_per_tok": 2}),
-    Case("Mixtral", {**BASE, **LOCAL, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    Case("Gemma", {**BASE, "hidden_act": "gelu"}),
-    Case("Gemma2", {**BASE, **LOCAL, **SOFTCAPS}),
-    Case("Gemma3", {**BASE, **LOCAL, "query_pre_attn_scalar": 24, "final_logit_softcapping": 0.7,
-                    "rope_parameters": PER_TYPE, **MIXED}, config="Gemma3TextConfig"),
+    Case("Mistral", BASE | LOCAL),
+    Case("Qwen2", GROUPED | SLIDING | {"max_window_layers": 2}),
+    Case("Qwen2-old", GROUPED | SLIDING | {"max_window_layers": 2}, legacy=old()),
+    Case("Qwen3", BASE | theta(500.0) | {"attention_bias": True, "tie_word_embeddings": True}),
+    Case(
+        "Qwen2Moe",
+        GROUPED
+        | EXPERTS
+        | SLIDING
+        | {"max_window_layers": 3, "shared_expert_intermediate_size": 56, "mlp_only_layers": [1]},
+    ),
+    Case("Qwen3Moe", BASE | EXPERTS | SLIDING | {"norm_topk_prob": True, "decoder_sparse_step": 2}),
+    Case("Olmoe", GROUPED | {"num_experts": 8, "num_experts_per_tok": 2}),
+    Case("Mixtral", BASE | LOCAL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Case("Gemma", BASE | {"hidden_act": "gelu"}),
+    Case("Gemma2", BASE | LOCAL | CAPPED | {"attn_logit_softcapping": 0.5}),
+    Case("Gemma3", BASE | LOCAL | CAPPED | MIXED | {"rope_parameters": PER_TYPE}, config="Gemma3TextConfig"),
     Case(
         "Gemma3-old",
-        {**BASE, **LOCAL, "query_pre_attn_scalar": 24, "rope_parameters": PER_TYPE, "sliding_window_pattern": 2,
-         "tie_word_embeddings": False},
+        BASE
+        | LOCAL
+        | {"query_pre_attn_scalar": 24, "rope_parameters": PER_TYPE, "sliding_window_pattern": 2}
+        | {"tie_word_embeddings": False},
         config="Gemma3TextConfig",
-        legacy=_old(
+        legacy=old(
             rope_theta=5000.0,
             rope_local_base_freq=100.0,
             rope_scaling={"rope_type": "linear", "factor": 4.0},
             sliding_window_pattern=2,
         ),
     ),
-    Case("Olmo", {**GROUPED}),
-    Case("Olmo2", {**GROUPED, **_theta()}),
-    Case("Olmo3", {**GROUPED, **LOCAL, "rope_parameters": {**PER_TYPE, "sliding_attention": PER_TYPE["sliding_attention"]}}),
-    Case("Exaone4", {**BASE, **LOCAL, "sliding_window_pattern": 4}),
-    Case("Exaone4-global", {**BASE, "sliding_window": None, "layer_types": ["full_attention"] * 4}),
-    Case("Phi", {**GROUPED, "partial_rotary_factor": 0.5}),
-    Case("Phi3", {**BASE, **LOCAL}),
-    Case("Phi3-long", {**BASE, "head_dim": 16, "rope_parameters": LONGROPE, "hidden_size": 64,
-                       "original_max_position_embeddings": 16}),
-    Case("Granite", {**GROUPED, **MULTIPLIERS, **BIASED}),
-    Case("Cohere", {**GROUPED, "use_qk_norm": True, "logit_scale": 0.25, "attention_bias": True}),
-    Case("Cohere2", {**GROUPED, **LOCAL, "logit_scale": 0.25}),
+    Case("Olmo", GROUPED),
+    Case("Olmo2", GROUPED | theta(500.0)),
+    Case("Olmo3", GROUPED | LOCAL | {"rope_parameters": PER_TYPE}),
+    Case("Exaone4", BASE | LOCAL | {"sliding_window_pattern": 4}),
+    Case("Exaone4-global", BASE | {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    Case("Phi", GROUPED | {"partial_rotary_factor": 0.5}),
+    Case("Phi3", BASE | LOCAL),
+    Case("Phi3-long", BASE | {"rope_parameters": LONGROPE, "hidden_size": 64} | {PRETRAINED: 16}),
+    Case("Granite", GROUPED | MULTIPLIERS | BIASED),
+    Case("Cohere", GROUPED | {"use_qk_norm": True, "logit_scale": 0.25, "attention_bias": True}),
+    Case("Cohere2", GROUPED | LOCAL | {"logit_scale": 0.25}),
     Case("GPT2", GPT, model="GPT2LMHeadModel"),
-    Case("GPT2-scaled", {**GPT, "scale_attn_by_inverse_layer_idx": True, "n_inner": 176}, model="GPT2LMHeadModel"),
-    Case("GPTJ", {**GPT, "rotary_dim": 8, "n_inner": 176}),
-    Case("GPTNeoX", {**PLAIN, "rotary_pct": 0.5}),
-    Case("GPTNeoX-sequential", {**PLAIN, "use_parallel_residual": False, "attention_bias": False},
-         legacy=_old(rotary_pct=0.25, rotary_emb_base=10_000)),
-    Case("Falcon", {**SIZES, "hidden_size": 128, "num_attention_heads": 4, "new_decoder_architecture": True,
-                    "num_kv_heads": 2, "ffn_hidden_size": 176}),
-    Case("Falcon-11b", {**SIZES, "hidden_size": 128, "num_attention_heads": 4, "new_decoder_architecture": True,
-                        "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
-    Case("Falcon-7b", {**SIZES, "hidden_size": 128, "num_attention_heads": 4, "multi_query": True, "bias": True}),
-    Case("Falcon-rw", {**SIZES, "hidden_size": 128, "num_attention_heads": 4, "multi_query": False,
-                       "parallel_attn": False, "bias": True, "tie_word_embeddings": False}),
-    Case("OPT", {**SIZES, "hidden_size": 128, "num_attention_heads": 4, "ffn_dim": 176, "word_embed_proj_dim": 128}),
-    Case("Starcoder2", {**GROUPED, **LOCAL}),
-    Case("StableLm", {**GROUPED, "use_qkv_bias": True}),
-    Case("StableLm-parallel", {**GROUPED, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+    Case("GPT2-scaled", GPT | {"scale_attn_by_inverse_layer_idx": True, "n_inner": 176}, "GPT2LMHeadModel"),
+    Case("GPTJ", GPT | {"rotary_dim": 8, "n_inner": 176}),
+    Case("GPTNeoX", PLAIN | {"rotary_pct": 0.5}),
+    Case(
+        "GPTNeoX-sequential",
+        PLAIN | {"use_parallel_residual": False, "attention_bias": False},
+        legacy=old(rotary_pct=0.25, rotary_emb_base=10_000),
+    ),
+    Case("Falcon", FALCON | GROUPS_OF_HEADS | {"ffn_hidden_size": 176}),
+    Case("Falcon-11b", FALCON | GROUPS_OF_HEADS | {"num_ln_in_parallel_attn": 1}),
+    Case("Falcon-7b", FALCON | {"multi_query": True, "bias": True}),
+    Case(
+        "Falcon-rw",
+        FALCON | {"multi_query": False, "parallel_attn": False, "bias": True, "tie_word_embeddings": False},
+    ),
+    Case("OPT", FALCON | {"ffn_dim": 176, "word_embed_proj_dim": 128}),
+    Case("Starcoder2", GROUPED | LOCAL),
+    Case("StableLm", GROUPED | {"use_qkv_bias": True}),
+    Case("StableLm-parallel", GROUPED | {"use_parallel_residual": True, "partial_rotary_factor": 0.5}),
     Case("Glm4", BASE),
-    Case("Glm4Moe", {**BASE, **GROUPS, "use_qk_norm": True, "attention_bias": True}),
-    Case("Dots1", {**BASE, **GROUPS, **LOCAL, **MIXED}),
-    Case("Nemotron", {**BASE, **BIASED}),
-    Case("SmolLM3", {**GROUPED, **LOCAL, "use_sliding_window": True, "no_rope_layer_interval": 2}),
-    Case("SeedOss", {**BASE, "attention_out_bias": True}),
-    Case("HunYuanDenseV1", {**BASE, "attention_bias": True}),
-    Case("HunYuanDenseV1-alpha", {**BASE, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "alpha": 10.0,
-                                                              "factor": 1.0}}),
-    Case("Ernie4_5", {**BASE, "use_bias": True}),
-    Case("Helium", {**GROUPED, "head_dim": 32, **BIASED}),
-    Case("Arcee", {**BASE, **BIASED}),
-    Case("DeepseekV3", {**PLAIN, **GROUPS, **LATENT}),
-    Case("DeepseekV3-yarn", {**PLAIN, **GROUPS, **LATENT, "q_lora_rank": None, "rope_interleave": False,
-                             "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}}),
-)  # fmt: skip
+    Case("Glm4Moe", BASE | GROUPS | {"use_qk_norm": True, "attention_bias": True}),
+    Case("Dots1", BASE | GROUPS | LOCAL | MIXED),
+    Case("Nemotron", BASE | BIASED),
+    Case("SmolLM3", GROUPED | SLIDING | {"no_rope_layer_interval": 2}),
+    Case("SeedOss", BASE | {"attention_out_bias": True}),
+    Case("HunYuanDenseV1", BASE | {"attention_bias": True}),
+    Case("HunYuanDenseV1-alpha", BASE | theta(500.0, rope_type="dynamic", alpha=10.0, factor=1.0)),
+    Case("Ernie4_5", BASE | {"use_bias": True}),
+    Case("Helium", GROUPED | BIASED | {"head_dim": 32}),
+    Case("Arcee", BASE | BIASED),
+    Case("DeepseekV3", PLAIN | GROUPS | LATENT),
+    Case(
+        "DeepseekV3-yarn",
+        PLAIN
+        | GROUPS
+        | LATENT
+        | {"q_lora_rank": None, "rope_interleave": False}
+        | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+    ),
+)
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -203,7 +219,7 @@ def hf_config(case: Case) -> Any:
 
 
 def build_hf(case: Case, folder: Path | None = None, *, seed: int = 0) -> torch.nn.Module:
-    """Hugging Face's model of a case: random, float32, eager, evaluating. Saved into `folder` if there is one."""
+    """Hugging Face's model of a case: random, float32, eager. Saved into `folder` if there is one."""
     torch.manual_seed(seed)
     model = getattr(transformers, case.architecture)(hf_config(case)).eval().float()
     with torch.no_grad():
@@ -219,7 +235,8 @@ def build_hf(case: Case, folder: Path | None = None, *, seed: int = 0) -> torch.
 
 def _make_legacy(path: Path, changes: Mapping[str, Any]) -> None:
     config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in config.items() if key not in changes or value is not None}))
+    deleted = {key for key, value in changes.items() if value is None}
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in deleted}))
 
 
 def prompt(num_tokens: int, *, seed: int = 1) -> list[int]:

@@ -1,4 +1,4 @@
-"""Specs with one feature dropped. An oracle test that still passes for one of them does not test that feature."""
+"""Specs that lack one feature each: an oracle test that passes for one of them does not test the feature."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace

@@ -116,5 +116,8 @@ def test_penalise(vocab_size: int) -> None:
     rows, of = torch.tensor([4, 0, 2]), torch.tensor([2, 0, 1])
     expected = logits.clone()
     penalise.reference(expected, rows, seen, strengths, of)
-    assert native.penalise(logits, rows, seen, strengths, of)
-    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+    padded = torch.cat((logits, torch.zeros(5, 3)), 1)
+    for found in (logits, padded[:, :vocab_size]):
+        assert native.penalise(found, rows, seen, strengths, of)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert not padded[:, vocab_size:].any()

@@ -92,7 +92,7 @@ def test_after_a_prompt_the_text_goes_on(text: str, cut: int) -> None:
 @given(st.lists(st.integers(0, 268), max_size=20), st.booleans())
 @QUICK
 def test_byte_fallback(tokens: list[int], with_prompt: bool) -> None:
-    """Where bytes are no characters the library replaces their neighbours too; a stream keeps what it showed."""
+    """Where bytes are no characters the library replaces their neighbours too; a stream keeps them."""
     tokenizer = byte_fallback()
     prompt = tokenizer.encode("a") if with_prompt else [1]
     before = tokenizer.decode(prompt)
@@ -154,7 +154,7 @@ def letters() -> Tokenizer:
 
 
 def expected_stop(pieces: list[str], stop: list[str], min_tokens: int) -> tuple[str, str, int] | None:
-    """(text before the stop string, stop string, tokens), by looking at every character's prefix of the text."""
+    """(text before the stop string, stop string, tokens), by looking at the text up to each character."""
     text = "".join(pieces)
     ends = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
     floor = sum(map(len, pieces[:min_tokens]))

@@ -77,17 +77,6 @@ int64_t memory_bytes(const Cache& cache) {
 
 }  // namespace
 
-extern "C" int32_t quire_isa() {
-#if defined(QUIRE_X86)
-  __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512) return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
-#endif
-  return BASELINE;
-}
-
 extern "C" void quire_attend(const Cache* cache, const Step* step, const void* q, int64_t num_heads,
                              int64_t q_stride, void* out, float scale, float softcap, int64_t window,
                              const float* sinks) {

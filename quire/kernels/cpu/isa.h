@@ -2,7 +2,7 @@
 // choose one at run time with QUIRE_CALL. No guard: every file of kernels includes this once.
 #include <cstdint>
 
-enum Isa : int32_t { BASELINE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+enum Isa : int32_t { BASELINE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
 
 #define QUIRE_ISA 0
 namespace baseline {
@@ -40,12 +40,23 @@ namespace avx512_bf16 {
 #undef QUIRE_ISA
 #pragma GCC pop_options
 
-#define QUIRE_CALL(isa, ...)                         \
-  switch (isa) {                                     \
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")
+#pragma GCC target("amx-tile,amx-bf16")
+#define QUIRE_ISA 4
+namespace amx {
+#include QUIRE_KERNELS
+}
+#undef QUIRE_ISA
+#pragma GCC pop_options
+
+#define QUIRE_CALL(isa, ...)                           \
+  switch (isa) {                                       \
+    case AMX: amx::__VA_ARGS__; break;                 \
     case AVX512_BF16: avx512_bf16::__VA_ARGS__; break; \
-    case AVX512: avx512::__VA_ARGS__; break;         \
-    case AVX2: avx2::__VA_ARGS__; break;             \
-    default: baseline::__VA_ARGS__;                  \
+    case AVX512: avx512::__VA_ARGS__; break;           \
+    case AVX2: avx2::__VA_ARGS__; break;               \
+    default: baseline::__VA_ARGS__;                    \
   }
 #else
 #define QUIRE_CALL(isa, ...) baseline::__VA_ARGS__

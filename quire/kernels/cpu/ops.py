@@ -2,6 +2,7 @@
 
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +34,10 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _register(library: ctypes.CDLL) -> None:
-    common = (c_int32, c_int32, c_int32)  # instruction set, threads, whether bf16 (else float32)
+    common: tuple[Any, ...] = (c_int32, c_int32, c_int32)  # instruction set, threads, whether bf16 (else float32)
     library.quire_rms_norm.argtypes = (*common, *[c_void_p] * 3, *[c_int64] * 3, c_float, c_float)
-    library.quire_norm_rope.argtypes = (
-        *(*common, c_void_p, *[c_int64] * 5, c_void_p),
-        *(c_float, c_void_p, c_void_p, c_void_p),
-    )
+    rows: tuple[Any, ...] = (c_void_p, *[c_int64] * 5)
+    library.quire_norm_rope.argtypes = (*common, *rows, c_void_p, c_float, c_void_p, c_void_p, c_void_p)
     library.quire_act_mul.argtypes = (*common, c_void_p, c_void_p, c_int64, c_int64, c_int32)
     level, threads = isa(), torch.get_num_threads
     rms, rope, activate = library.quire_rms_norm, library.quire_norm_rope, library.quire_act_mul
@@ -61,7 +60,13 @@ def _register(library: ctypes.CDLL) -> None:
 
     @norm_rope.on("cpu", *BOTH)
     def norm_rope_native(
-        x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool
+        x: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        interleaved: bool,
     ) -> Tensor:
         rows, heads, size = x.shape
         if interleaved:

@@ -1,0 +1,40 @@
+// Which instruction set this machine has, as isa.h numbers them. Plain C ABI.
+
+#include <cstdint>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define QUIRE_X86 1
+#endif
+
+namespace {
+
+enum Isa : int32_t { BASELINE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };  // as in isa.h
+
+#if defined(QUIRE_X86) && defined(__linux__)
+// Linux gives AMX's large registers to processes that ask.
+bool may_use_tiles() {
+  const int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#else
+bool may_use_tiles() { return false; }
+#endif
+
+}  // namespace
+
+extern "C" int32_t quire_isa() {
+#if defined(QUIRE_X86)
+  __builtin_cpu_init();
+  const bool amx = __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return amx && may_use_tiles() ? AMX : AVX512_BF16;
+  if (avx512) return AVX512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+  return BASELINE;
+}

@@ -1,0 +1,72 @@
+// x @ weight.T + bias on a CPU, with a weight packed so that it streams once, in order. Plain C ABI.
+//
+//   packed weight  [outputs / 64][units][64] units of 4 bytes: a float, or two bf16 that follow each other in a row.
+// Outputs are padded to 64 and inputs to 32 with zeros. Lanes are outputs, so there are no reductions, and a row's
+// result is a sum in the order of the inputs: the same bits however many rows there are, and on however many threads.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t BLOCK = 64;          // outputs
+constexpr int64_t MOST_ROWS = 96;      // whose sums are kept while a block of outputs is computed
+constexpr int64_t PIECE_UNITS = 128;   // 32 KiB of the weight
+constexpr int64_t TILE_UNITS = 16;     // of an AMX tile's row
+constexpr int64_t AHEAD_UNITS = 2048;  // 8 KiB
+
+struct Linear {
+  void* out;
+  const void *x, *weight, *bias;  // bias may be null
+  int64_t rows, outputs, units, x_stride_bytes;
+  bool is_bf16, out_bf16;
+};
+
+#define QUIRE_KERNELS "linear.inl"
+#include "isa.h"
+
+// One bf16 or float per call is slow but simple: this runs once per weight.
+template <class T>
+void pack_block(const T* weight, T* packed, int64_t block, int64_t outputs, int64_t inputs, int64_t units) {
+  constexpr int64_t PER_UNIT = 4 / sizeof(T);
+  T* to = packed + block * units * BLOCK * PER_UNIT;
+  for (int64_t i = 0; i < BLOCK; i++) {
+    const int64_t row = block * BLOCK + i;
+    for (int64_t k = 0; k < units * PER_UNIT; k++)
+      to[(k / PER_UNIT * BLOCK + i) * PER_UNIT + k % PER_UNIT] =
+          row < outputs && k < inputs ? weight[row * inputs + k] : T{};
+  }
+}
+
+}  // namespace
+
+extern "C" void quire_pack_linear(int32_t threads, int32_t is_bf16, const void* weight, void* packed,
+                                  int64_t outputs, int64_t inputs, int64_t units) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t b = 0; b < (outputs + BLOCK - 1) / BLOCK; b++) {
+    if (is_bf16) {
+      pack_block((const uint16_t*)weight, (uint16_t*)packed, b, outputs, inputs, units);
+    } else {
+      pack_block((const float*)weight, (float*)packed, b, outputs, inputs, units);
+    }
+  }
+}
+
+extern "C" void quire_linear(int32_t isa, int32_t threads, int32_t is_bf16, int32_t out_bf16, void* out,
+                             const void* x, const void* weight, const void* bias, int64_t rows, int64_t outputs,
+                             int64_t units, int64_t x_stride_bytes) {
+  const Linear args{out, x, weight, bias, rows, outputs, units, x_stride_bytes, is_bf16 != 0, out_bf16 != 0};
+  const int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
+#pragma omp parallel num_threads(threads) if (blocks > 1)
+  {
+    alignas(64) float sums[MOST_ROWS * BLOCK];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t b = 0; b < blocks; b++) {
+      QUIRE_CALL(isa, linear_block(args, b, sums));
+    }
+  }
+}

@@ -1,0 +1,194 @@
+// A matrix product with a packed weight, for one instruction set. See linear.cpp.
+
+#include "products.inl"
+
+#if QUIRE_ISA >= 2
+constexpr int LINEAR_ROWS = 6, LINEAR_COLUMNS = 4;  // a block of sums fits in registers
+#elif QUIRE_ISA == 1
+constexpr int LINEAR_ROWS = 2, LINEAR_COLUMNS = 2;
+#else
+constexpr int LINEAR_ROWS = 1, LINEAR_COLUMNS = 2;
+#endif
+
+// Columns start .. of one row of results: add the bias, round, keep those that exist.
+static inline void finish_row(const Linear& a, const float* sums, int64_t row, int64_t start) {
+  const int64_t count = a.outputs - start < BLOCK ? a.outputs - start : BLOCK;
+  for (int64_t i = 0; i < count; i += LANES) {
+    const int64_t n = count - i < LANES ? count - i : LANES, at = start + i;
+    Floats x = load(sums + i);
+    if (a.bias) {
+      if (a.is_bf16) {
+        x = x + (n == LANES ? load((const Bf16*)a.bias + at) : load_some((const Bf16*)a.bias + at, n));
+      } else {
+        x = x + (n == LANES ? load((const float*)a.bias + at) : load_some((const float*)a.bias + at, n));
+      }
+    }
+    if (a.out_bf16) {
+      Bf16* out = (Bf16*)a.out + row * a.outputs + at;
+      n == LANES ? store(out, x) : store_some(out, x, n);
+    } else {
+      float* out = (float*)a.out + row * a.outputs + at;
+      n == LANES ? store(out, x) : store_some(out, x, n);
+    }
+  }
+}
+
+// Rows row .. row + R - 1 of units unit .. unit + units - 1, added to sums [R][64].
+template <class E, bool FIRST, int R>
+static inline void rows_of_block(const Linear& a, const int32_t* weight, float* sums, int64_t row, int64_t unit,
+                                 int64_t units) {
+  const int32_t *x[R], *columns[LINEAR_COLUMNS], *ahead[LINEAR_COLUMNS];
+  for (int r = 0; r < R; r++) x[r] = (const int32_t*)((const char*)a.x + (row + r) * a.x_stride_bytes) + unit;
+  for (int64_t c = 0; c < BLOCK; c += LINEAR_COLUMNS * LANES) {
+    Floats part[R][LINEAR_COLUMNS];
+    for (int i = 0; i < LINEAR_COLUMNS; i++) {
+      columns[i] = weight + unit * BLOCK + c + i * LANES;
+      ahead[i] = columns[i] + AHEAD_UNITS;
+      for (int r = 0; r < R; r++) part[r][i] = unit ? load(sums + r * BLOCK + c + i * LANES) : Floats{};
+    }
+    products<E, FIRST, R, LINEAR_COLUMNS>(part, x, columns, units, BLOCK, ahead, BLOCK * 4);
+    for (int i = 0; i < LINEAR_COLUMNS; i++)
+      for (int r = 0; r < R; r++) store(sums + r * BLOCK + c + i * LANES, part[r][i]);
+  }
+}
+
+template <class E, bool FIRST>
+static inline void some_rows(int64_t count, const Linear& a, const int32_t* weight, float* sums, int64_t row,
+                             int64_t unit, int64_t units) {
+  constexpr int R = LINEAR_ROWS;
+  if (count == 1) rows_of_block<E, FIRST, 1>(a, weight, sums, row, unit, units);
+  if (R > 1 && count == 2) rows_of_block<E, FIRST, (R < 2 ? 1 : 2)>(a, weight, sums, row, unit, units);
+  if (R > 2 && count == 3) rows_of_block<E, FIRST, (R < 3 ? 1 : 3)>(a, weight, sums, row, unit, units);
+  if (R > 2 && count == 4) rows_of_block<E, FIRST, (R < 4 ? 1 : 4)>(a, weight, sums, row, unit, units);
+  if (R > 2 && count == 5) rows_of_block<E, FIRST, (R < 5 ? 1 : 5)>(a, weight, sums, row, unit, units);
+  if (R > 2 && count == 6) rows_of_block<E, FIRST, (R < 6 ? 1 : 6)>(a, weight, sums, row, unit, units);
+}
+
+// 64 outputs of all rows. A piece of the weight stays in the first cache while up to 96 rows pass by.
+template <class E>
+static void block_by_vectors(const Linear& a, int64_t block, float* sums) {
+  const int32_t* weight = (const int32_t*)a.weight + block * a.units * BLOCK;
+  const int64_t piece = a.rows > LINEAR_ROWS ? PIECE_UNITS : a.units;
+  for (int64_t top = 0; top < a.rows; top += MOST_ROWS) {
+    const int64_t rows = a.rows - top < MOST_ROWS ? a.rows - top : MOST_ROWS;
+    for (int64_t unit = 0; unit < a.units; unit += piece) {
+      const int64_t units = a.units - unit < piece ? a.units - unit : piece;
+      for (int64_t r = 0; r < rows; r += LINEAR_ROWS) {
+        const int64_t count = rows - r < LINEAR_ROWS ? rows - r : LINEAR_ROWS;
+        if (top == 0 && r == 0) {
+          some_rows<E, true>(count, a, weight, sums, 0, unit, units);
+        } else {
+          some_rows<E, false>(count, a, weight, sums + r * BLOCK, top + r, unit, units);
+        }
+      }
+    }
+    for (int64_t r = 0; r < rows; r++) finish_row(a, sums + r * BLOCK, top + r, block * BLOCK);
+  }
+}
+
+#if QUIRE_ISA >= 4
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t column_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 are sums, 4 and 5 rows of x (16 and up to 16 more), 6 and 7 columns of the weight.
+static inline void configure(int64_t rows) {
+  TileConfig config;
+  const uint8_t first = rows < 16 ? rows : 16, second = rows > 16 ? rows - 16 : 1;
+  const uint8_t counts[8] = {first, first, second, second, first, second, 16, 16};
+  for (int i = 0; i < 8; i++) {
+    config.column_bytes[i] = 64;
+    config.rows[i] = rows > 16 || i == 5 || i >= 6 ? counts[i] : first;
+  }
+  _tile_loadconfig(&config);
+}
+
+static inline void ask_ahead(const char* weight) {
+  for (int i = 0; i < TILE_UNITS * BLOCK * 4; i += 64) __builtin_prefetch(weight + AHEAD_UNITS * 4 + i);
+}
+
+// Up to 16 rows by 64 columns.
+template <bool FIRST>
+static inline void narrow(const char* x, int64_t x_stride, const char* weight, int64_t units, float* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t u = 0; u < units; u += TILE_UNITS) {
+    const char* w = weight + u * BLOCK * 4;
+    if (FIRST) ask_ahead(w);
+    _tile_loadd(4, x + u * 4, x_stride);
+    _tile_loadd(6, w, BLOCK * 4);
+    _tile_loadd(7, w + 64, BLOCK * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(6, w + 128, BLOCK * 4);
+    _tile_loadd(7, w + 192, BLOCK * 4);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+  _tile_stored(0, sums, BLOCK * 4);
+  _tile_stored(1, sums + 16, BLOCK * 4);
+  _tile_stored(2, sums + 32, BLOCK * 4);
+  _tile_stored(3, sums + 48, BLOCK * 4);
+}
+
+// 17 to 32 rows by 32 columns.
+static inline void wide(const char* x, int64_t x_stride, const char* weight, int64_t units, float* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t u = 0; u < units; u += TILE_UNITS) {
+    const char* w = weight + u * BLOCK * 4;
+    _tile_loadd(6, w, BLOCK * 4);
+    _tile_loadd(4, x + u * 4, x_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + 64, BLOCK * 4);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, x + 16 * x_stride + u * 4, x_stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, BLOCK * 4);
+  _tile_stored(1, sums + 16, BLOCK * 4);
+  _tile_stored(2, sums + 16 * BLOCK, BLOCK * 4);
+  _tile_stored(3, sums + 16 * BLOCK + 16, BLOCK * 4);
+}
+
+static void block_by_tiles(const Linear& a, int64_t block, float* sums) {
+  const char* weight = (const char*)a.weight + block * a.units * BLOCK * 4;
+  int64_t configured = 0;
+  for (int64_t top = 0; top < a.rows; top += 32) {
+    const int64_t rows = a.rows - top < 32 ? a.rows - top : 32;
+    const char* x = (const char*)a.x + top * a.x_stride_bytes;
+    if (rows != configured) configure(configured = rows);
+    if (rows > 16) {
+      if (top == 0) {
+        for (int64_t u = 0; u < a.units * BLOCK * 4; u += 64) __builtin_prefetch(weight + u, 0, 2);
+      }
+      wide(x, a.x_stride_bytes, weight, a.units, sums);
+      wide(x, a.x_stride_bytes, weight + 128, a.units, sums + 32);
+    } else if (top == 0) {
+      narrow<true>(x, a.x_stride_bytes, weight, a.units, sums);
+    } else {
+      narrow<false>(x, a.x_stride_bytes, weight, a.units, sums);
+    }
+    for (int64_t r = 0; r < rows; r++) finish_row(a, sums + r * BLOCK, top + r, block * BLOCK);
+  }
+  _tile_release();
+}
+#endif
+
+static inline void linear_block(const Linear& a, int64_t block, float* sums) {
+#if QUIRE_ISA >= 4
+  if (a.is_bf16) return block_by_tiles(a, block, sums);
+#endif
+  if (a.is_bf16) {
+    block_by_vectors<Bf16Units>(a, block, sums);
+  } else {
+    block_by_vectors<FloatUnits>(a, block, sums);
+  }
+}

@@ -1,0 +1,52 @@
+// Blocks of dot products over units, for one instruction set.
+
+#include "vectors.inl"
+
+// A unit is 4 bytes: one float, or a pair of bf16 that are multiplied together and added.
+struct FloatUnits {
+  typedef float Element;
+  static constexpr int PER_UNIT = 1;
+  static inline Floats step(Floats sum, Ints b, int32_t a) {
+    float f;
+    memcpy(&f, &a, 4);
+    return sum + (Floats)b * f;
+  }
+  static inline void store_weights(float* p, Floats x) { store(p, x); }
+  static inline Ints first_only(Ints b) { return b; }
+};
+
+struct Bf16Units {
+  typedef Bf16 Element;
+  static constexpr int PER_UNIT = 2;
+  static inline Floats step(Floats sum, Ints b, int32_t a) {
+#if QUIRE_ISA >= 3
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(a));
+#else
+    int32_t first = a << 16, second = a & 0xffff0000;
+    float f, g;
+    memcpy(&f, &first, 4);
+    memcpy(&g, &second, 4);
+    sum = sum + (Floats)(b << 16) * f;
+    return sum + (Floats)(b & (int32_t)0xffff0000) * g;
+#endif
+  }
+  static inline void store_weights(Bf16* p, Floats x) { store(p, x); }
+  static inline Ints first_only(Ints b) { return b & 0xffff; }
+};
+
+// sums[r][c] += a[r][s] * b[c][s * stride ...] over `steps` units, in order. With AHEAD, it also asks for the memory
+// that is wanted next, `ahead_bytes` at `ahead` for each step and column.
+template <class E, bool AHEAD, int R, int C>
+static inline void products(Floats (&sums)[R][C], const int32_t* const* a, const int32_t* const* b, int64_t steps,
+                            int64_t stride, const int32_t* const* ahead, int64_t ahead_bytes) {
+  for (int64_t s = 0; s < steps; s++) {
+    for (int c = 0; c < C; c++) {
+      if (AHEAD) {
+        const char* next = (const char*)ahead[c] + s * ahead_bytes;
+        for (int64_t i = 0; i < ahead_bytes; i += 64) __builtin_prefetch(next + i);
+      }
+      Ints column = load_units(b[c] + s * stride);
+      for (int r = 0; r < R; r++) sums[r][c] = E::step(sums[r][c], column, a[r][s]);
+    }
+  }
+}

@@ -1,0 +1,1 @@
+"""Carries out plans on one device: state by slot, batches, memory. Knows no requests and no text."""

@@ -1,0 +1,276 @@
+"""Plants bugs in a copy of the scheduler, one at a time, and runs its tests: the test of the tests.
+
+    python scripts/mutants.py [WORD ...]     only bugs whose file or description has one of the words
+
+Exits with 1 if a bug survives.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT_S = 120
+CONFIG = """[pytest]
+pythonpath = .
+addopts = --import-mode=importlib -p no:cacheprovider
+markers =
+    slow: left out
+"""
+CONFTEST = """from hypothesis import Phase, settings
+
+settings.register_profile("mutants", phases=(Phase.generate,))  # nobody reads the examples: do not shrink
+settings.load_profile("mutants")
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: in `file`, `old`, which occurs once, is replaced by `new`."""
+
+    file: str
+    old: str
+    new: str
+    what: str
+
+
+SCHEDULER = [
+    ("seq.epoch += 1", "seq.epoch += 0", "a preempted sequence keeps its epoch"),
+    ("if w.epoch != seq.epoch:", "if False:", "results of an older epoch claim KV"),
+    (
+        "        if seq.pending:\n            seq.state = State.RETURNING",
+        "        if False:\n            seq.state = State.RETURNING",
+        "a preempted sequence is seated while its newest token is in flight",
+    ),
+    ("last = (len(seq.tokens) - 1) // ", "last = len(seq.tokens) // ", "a whole prompt is matched"),
+    ("        pool.hold(hit)\n", "", "blocks found in the cache are not held"),
+    ("        self.pool.release(seq.kv.blocks)\n", "", "blocks leak"),
+    ("Holding(keys=seq.kv.keys), 0", "Holding(keys=seq.kv.keys), seq.planned", "planned survives preemption"),
+    ("Holding(keys=seq.kv.keys), 0", "Holding(keys=seq.kv.keys[1:]), 0", "keys shift when blocks are lost"),
+    (
+        "first, full = kv.num_published, num_computed // size",
+        "first, full = kv.num_published, min(-(-num_computed // size), len(kv.keys), len(kv.blocks))",
+        "a block is published before it is full",
+    ),
+    (
+        "self._publish(seq, len(seq.tokens) - 1)",
+        "self._publish(seq, min(len(seq.tokens), seq.kv.capacity))",
+        "a block is published though its last position is not computed",
+    ),
+    (
+        "            seq.planned += count\n",
+        "            seq.planned += count\n            self._publish(seq, seq.planned)\n",
+        "a block is findable before the commit that fills it",
+    ),
+    ("seq.planned -= w.drafts + 1 - len(tokens)", "pass", "rejected drafts stay planned"),
+    ("seq.pending -= w.drafts + 1", "seq.pending -= 1", "rejected drafts stay pending"),
+    ("exact = not most or not seq.pending", "exact = True", "a bound is passed off as the truth"),
+    ("if start >= seq.limit:", "if start > seq.limit:", "a position is computed that nobody reads"),
+    ("seq.limit - start - 1)", "seq.limit - start)", "drafts reach beyond the last token"),
+    ("return spare // 2 if prefilling else spare", "return spare", "drafts starve prefills"),
+    ("room -= drafts", "pass", "drafts exceed the step"),
+    ("drafts = max(capacity - start - 1, 0)", "pass", "sequences are preempted for a guess"),
+    ("new_blocks = extended", "pass", "the device does not hear of a new block"),
+    (
+        "new_blocks = tuple(seq.kv.blocks)",
+        "new_blocks = tuple(seq.kv.blocks[:1])",
+        "a start brings one block",
+    ),
+    ("min(seq.num_to_prefill, left)", "seq.num_to_prefill", "prefills exceed the step"),
+    ("samples = not seq.num_to_prefill", "samples = True", "every chunk of a prompt samples"),
+    ("                return\n\n    # Seats", "\n    # Seats", "tokens after the last are handed out"),
+    ("num >= seq.new.min_tokens", "num > seq.new.min_tokens", "min_tokens is one too many"),
+    ("num >= seq.new.min_tokens", "True", "min_tokens is ignored"),
+    (
+        "None if token in seq.new.eos_token_ids else token",
+        "token",
+        "an end of sequence is called a stop token",
+    ),
+    ("len(seq.tokens) <= seq.limit:", "len(seq.tokens) <= seq.limit + 1:", "one token too many"),
+    ("in result.errors.items():", "in ():", "errors go unnoticed"),
+    (
+        "                self.pool.forget(seq.kv.blocks)  # what they hold may be why it failed\n",
+        "",
+        "blocks of a failed sequence are found",
+    ),
+    ("if not seq.new.read_cache:", "if False:", "everybody reads the cache"),
+    (" + self.seats.num_taken * self._headroom", "", "admission leaves no room to grow"),
+    ("ahead and ahead >= share", "False", "sequences are seated long before they can run"),
+    ("if s.rank[0] <= priority)", ")", "urgent sequences queue behind long prefills"),
+    (
+        "                break\n        else:\n            return False",
+        "                break",
+        "preempted in vain",
+    ),
+    ("and block not in kept", "", "blocks that are to be shared are counted as gained"),
+    ("        self.tenants.leave(seq.tenant)\n", "", "tenants never leave"),
+    ("seq.tenant.served += seq.num_to_prefill", "pass", "prompts cost a tenant nothing"),
+    ("seq.tenant.served -= seq.num_to_prefill", "pass", "tenants pay for what was not computed"),
+    ("            seq.tenant.served += 1\n", "", "outputs cost a tenant nothing"),
+    ("if seq.stats.seated_s is None:", "if True:", "a return counts as a first seat"),
+    (
+        "        self._settle(seq, seq.kv.num_published, seq.kv.num_claimed)\n",
+        "",
+        "those who wait for a lost sequence wait for ever",
+    ),
+    ("        self._settle(seq, first, full)\n", "", "those who wait for a block do not hear of it"),
+    ("and not self.seats.has_ends", "", "idle before the device has heard of every end"),
+    ("        self._ended.clear()\n", "", "ended sequences are kept for ever"),
+    ("left = min(left, max(", "min(left, max(", "the gap is ignored"),
+    (
+        "max(most - num_decodes, limits.min_prefill_tokens)",
+        "max(most - num_decodes, 0)",
+        "the gap stops prefills",
+    ),
+    ("max(most - num_decodes, ", "max(most, ", "decodes are left out of the gap"),
+]
+BLOCKS = [
+    ("keys[-1] if keys else root", 'keys[-1] if keys else b""', "cache roots are ignored"),
+    ("block.update(parent + ", "block.update(", "a key does not depend on what comes before"),
+    ("range(len(keys), num)", "range(num)", "keys are computed twice"),
+    ("reversed(blocks)", "blocks", "a chain's head is evicted before its tail"),
+    (
+        "            self._forget(block)\n            self.refs[block] = 1",
+        "            self.refs[block] = 1",
+        "an overwritten block is found",
+    ),
+    ("if not self.caching:", "if False:", "blocks are found with caching off"),
+    (
+        "self.free.move_to_end(block, last=False)",
+        "self.free.move_to_end(block)",
+        "cached blocks are evicted before empty ones",
+    ),
+    ("if key not in self.by_key and block not in self.key_of:", "if True:", "a key moves to another block"),
+    ("                del self.free[block]\n", "", "a block is free and held"),
+    ("popitem(last=False)", "popitem()", "the block used last is evicted first"),
+]
+SHARING = [
+    ("if owner is None or owner.rank[0] > seq.rank[0]:", "if owner is None:", "one waits for lower priority"),
+    ("if self._owner.get(key) is seq:", "if key in self._owner:", "one breaks another's promise"),
+    ("self._owner.setdefault(key, seq)", "pass", "nobody promises anything"),
+    ("            del self._waits_for[waiter]\n", "            pass\n", "woken ones are still parked"),
+]
+SEATS = [
+    ("            self._ended.append(seq.slot)\n", "", "the device does not hear of an end"),
+    ("            heappush(self._free, seq.slot)\n", "", "slots leak"),
+    ("            seq.slot = -1\n", "", "a slot is kept after its end"),
+    ("return max((line[-1]", "return min((line[-1]", "the best of two loses its seat"),
+    ("seq.rank[0] > priority", "seq.rank[0] >= priority", "equals preempt each other"),
+    ("self._ended = self._ended, []", "self._ended = self._ended, self._ended", "ends are told twice"),
+]
+POLICY = [
+    ("Tenant(name, least or 0)", "Tenant(name)", "a new tenant starts at zero"),
+    ("tenant.served <= least", "False", "a tenant saves up what it did not use"),
+    ("(seq.tenant.served, seq.rank)", "seq.rank", "tenants are served in order of arrival"),
+    ("self._priorities[0]].values()", "self._priorities[-1]].values()", "lower priority first"),
+    ("line[0] for line in lines", "line[-1] for line in lines", "last come, first served"),
+    ("            self._priorities.remove(priority)\n", "", "a priority stays when nobody has it"),
+]
+COST = [
+    ("max(begun, self._last_end)", "begun", "overlapping steps count their waiting"),
+    ("min(ceiling, group.seconds)", "group.seconds", "one slow step caps all larger ones"),
+    ("max(1 / self.num_steps, WEIGHT)", "1 / self.num_steps", "old steps are never forgotten"),
+    ("return int(low * seconds / fast)", "return int(low)", "steps never grow beyond the largest one"),
+    ("if seconds > 0:", "if True:", "a step may take no time"),
+    ("self._begun.pop(step)", "self._begun[step]", "begun steps are kept for ever"),
+]
+LOOP = [
+    ("self._settle(self.depth - 1)", "self._settle(self.depth)", "one plan too many in flight"),
+    ("max(self.depth - 2, 0)", "self.depth", "masks do not know the newest tokens"),
+    ("self.inflight.popleft()", "self.inflight.pop()", "the newest plan is committed first"),
+    ("if plan.work or plan.ends:", "if plan.work:", "plans without work are not launched"),
+    ("return not self.inflight and self", "return self", "idle with plans in flight"),
+]
+LIMITS = [
+    (
+        "num_blocks * block_size + 1,",
+        "num_blocks * block_size + 2,",
+        "a sequence that never fits is accepted",
+    ),
+    ("num_blocks * block_size + 1,", "num_blocks * block_size,", "a sequence that fits is refused"),
+]
+TRACE = [
+    ('        self._write(["abort", id])\n', "", "aborts are not recorded"),
+    ("if planned == recorded:", "if True:", "nothing is compared"),
+]
+MUTANTS = [
+    Mutant(f"{name}.py", *mutant)
+    for name, mutants in (
+        ("scheduler", SCHEDULER),
+        ("blocks", BLOCKS),
+        ("sharing", SHARING),
+        ("seats", SEATS),
+        ("policy", POLICY),
+        ("cost", COST),
+        ("loop", LOOP),
+        ("limits", LIMITS),
+        ("trace", TRACE),
+    )
+    for mutant in mutants
+]
+
+
+def copy_of_the_package(folder: Path) -> Path:
+    """What the scheduler and its tests need, in `folder`; returns where the scheduler is."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for path in ("quire/scheduler", "tests/scheduler"):
+        shutil.copytree(ROOT / path, folder / path, ignore=ignore)
+    for path in ("quire/__init__.py", "quire/errors.py"):
+        shutil.copy(ROOT / path, folder / path)
+    (folder / "pytest.ini").write_text(CONFIG)
+    (folder / "conftest.py").write_text(CONFTEST)
+    return folder / "quire" / "scheduler"
+
+
+def run_tests(folder: Path) -> str | None:
+    """None if all tests pass, or else the first that fails."""
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "--no-header", "-m", "not slow", "tests"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return "does not end"
+    if done.returncode == 0:
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0].rpartition("::")[2] if failed else done.stdout[-2000:]
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def survives(mutant: Mutant, folder: Path, package: Path) -> bool:
+    """Plant one bug, run the tests, take it out again."""
+    path = package / mutant.file
+    source = path.read_text()
+    if source.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.file} has {source.count(mutant.old)} of {mutant.old!r}; update this list")
+    path.write_text(source.replace(mutant.old, mutant.new))
+    found = run_tests(folder)
+    path.write_text(source)
+    say(f"{'SURVIVED' if found is None else 'killed  '}  {mutant.file:13} {mutant.what}  [{found or '-'}]")
+    return found is None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("words", nargs="*", help="run only bugs that have one of these words")
+    words = parser.parse_args().words
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.what}" for word in words)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        package = copy_of_the_package(folder)
+        if (failed := run_tests(folder)) is not None:
+            raise SystemExit(f"the tests fail without any bug: {failed}")
+        num_survivors = sum(survives(mutant, folder, package) for mutant in chosen)
+    say(f"{len(chosen) - num_survivors} of {len(chosen)} killed")
+    return 1 if num_survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Routing and grouping of tokens by expert."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quire.attention.reference import Reference
+from quire.layers.base import Build
+from quire.layers.moe import MoE
+from quire.layers.rope import RopeTables
+from quire.models import spec
+
+DIM = 16
+CPU = torch.device("cpu")
+SPECS = {
+    "softmax": spec.MoE(num_experts=6, top_k=2, expert=spec.MLP(hidden=12)),
+    "chosen only": spec.MoE(num_experts=6, top_k=3, expert=spec.MLP(hidden=12), score="softmax_topk"),
+    "one": spec.MoE(num_experts=6, top_k=1, expert=spec.MLP(hidden=12), renorm=False),
+    "groups": spec.MoE(
+        num_experts=8,
+        top_k=2,
+        expert=spec.MLP(hidden=12),
+        score="sigmoid",
+        groups=4,
+        top_groups=2,
+        correction=True,
+        scale=2.5,
+        shared=spec.MLP(hidden=20),
+    ),
+}
+
+
+class RandomWeights:
+    """A different tensor for every name."""
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def tensor(self, name: str, *, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(name.encode()))) * 0.3
+
+
+def build(s: spec.MoE) -> MoE:
+    moe = MoE(s, Build(DIM, torch.float32, CPU, Reference(), RopeTables(1, CPU)))
+    moe.load(RandomWeights(), "mlp")
+    return moe
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_only_chosen_experts_are_weighed_and_summed(name: str) -> None:
+    s, moe = SPECS[name], build(SPECS[name])
+    x = torch.randn(9, DIM, generator=torch.Generator().manual_seed(0))
+    experts, weights = moe.router(x)
+    assert all(len(set(row)) == s.top_k for row in experts.tolist())
+    if s.renorm:
+        torch.testing.assert_close(weights.sum(-1), torch.full((9,), s.scale))
+    want = torch.stack(
+        [
+            sum(
+                w * moe.experts[e](x[t : t + 1])[0]
+                for e, w in zip(experts[t].tolist(), weights[t], strict=True)
+            )
+            for t in range(len(x))
+        ]
+    )
+    if moe.shared is not None:
+        want = want + moe.shared(x)
+    torch.testing.assert_close(moe(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_come_from_the_best_groups_only() -> None:
+    s, moe = SPECS["groups"], build(SPECS["groups"])
+    x = torch.randn(50, DIM, generator=torch.Generator().manual_seed(1))
+    experts, weights = moe.router(x)
+    scores = moe.router.gate(x).sigmoid()
+    assert moe.router.correction is not None
+    grouped = (scores + moe.router.correction).unflatten(-1, (s.groups, -1))
+    best = grouped.topk(2, -1).values.sum(-1).topk(s.top_groups, -1).indices
+    for row, allowed in zip((experts // 2).tolist(), best.tolist(), strict=True):
+        assert set(row) <= set(allowed)
+    chosen = scores.gather(-1, experts)
+    torch.testing.assert_close(weights, chosen / chosen.sum(-1, keepdim=True) * s.scale)
+
+
+def test_a_tokens_result_does_not_depend_on_the_others() -> None:
+    moe = build(SPECS["groups"])
+    x = torch.randn(40, DIM, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(moe(x)[7:9], moe(x[7:9]), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,56 @@
+"""On a GPU the same tokens are drawn as on a CPU, and the host waits for nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from quire.sampling.sampler import Sampler
+from quire.types import SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # torch says it does not see all of them
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+VOCAB = 2003
+GIVEN: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    {"top_p": 0.6},
+    {"min_p": 0.1, "logprobs": 4},
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.4},
+    {"logit_bias": {5: 3.0, 77: -100.0}, "min_tokens": 4, "logprobs": -1},
+    {"allowed_token_ids": list(range(500)), "temperature": 1.3},
+]
+BAD_WORDS = [[3], [4, 5], [6, 7, 8]]
+
+
+def generate(device: torch.device, steps: int) -> list[list[int]]:
+    sampler = Sampler(VOCAB, len(GIVEN), device)
+    for slot, given in enumerate(GIVEN):
+        params = SamplingParams(**given)
+        sampler.admit(
+            slot, params, seed=slot, prompt=[1, 2], outputs=[], stop_token_ids=[0], bad_words=BAD_WORDS
+        )
+    generator = torch.Generator().manual_seed(0)
+    logits = [(torch.randn(len(GIVEN), VOCAB, generator=generator) * 2).to(device) for _ in range(steps)]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampled = [
+            sampler.sample(row, range(len(GIVEN)), [2 + step] * len(GIVEN)) for step, row in enumerate(logits)
+        ]
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    hosts = [step.to_host() for step in sampled]
+    assert not any(flag for host in hosts for flag in host.bad)
+    return [host.token_ids for host in hosts]
+
+
+def test_same_tokens_as_on_the_cpu_without_waiting() -> None:
+    assert generate(torch.device("cuda"), 30) == generate(torch.device("cpu"), 30)

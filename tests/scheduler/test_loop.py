@@ -1,0 +1,74 @@
+"""The step loop: what is in flight, what is known when, and when it is idle."""
+
+import pytest
+
+from quire.errors import ConfigError
+from quire.scheduler.plan import Plan
+from tests.scheduler.device import EOS
+from tests.scheduler.workload import Case, Machine, Run, run
+
+FOREVER = frozenset[int]()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_depth_plans_are_in_flight_at_most(depth: int) -> None:
+    done = Run([Case((1, 2), 20, 0, stops=FOREVER)], Machine(depth=depth))
+    assert max(len(done.loop.inflight) for _ in done.steps()) == depth - 1
+
+
+@pytest.mark.parametrize(("depth", "late"), [(1, 0), (2, 0), (3, 1), (4, 2)])
+def test_masks_are_asked_for_when_earlier_tokens_are_known(depth: int, late: int) -> None:
+    """Up to depth 2 all earlier plans are committed by then; beyond, so many are not."""
+    done = Run([Case((1, 2), 20, 0, stops=FOREVER)], Machine(depth=depth))
+    unknown: list[int] = []
+
+    def masks(plan: Plan) -> None:
+        unknown.append(plan.step - 1 - done.device.num_committed)
+
+    done.loop.masks = masks
+    for _ in done.steps():
+        pass
+    assert max(unknown) == late
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_an_end_wastes_at_most_the_rows_in_flight_and_a_known_end_none(depth: int) -> None:
+    stopped = run([Case((i, 1), 30, 0, stops=frozenset({EOS})) for i in range(20)], Machine(depth=depth))
+    by_stop = [i for i, got in stopped.got.items() if got[-1].finish == "stop"]
+    assert len(by_stop) > 10
+    assert max(stopped.device.ended[i] for i in by_stop) == depth - 1
+    counted = run([Case((i, 1), 9, 0, stops=FOREVER) for i in range(20)], Machine(depth=depth))
+    assert not any(counted.device.ended.values())
+
+
+def test_the_device_hears_of_every_end_before_the_loop_is_idle() -> None:
+    done = Run([Case((1, 2), 2, 0, stops=FOREVER)], Machine())
+    for step in done.steps():
+        if step == 2:
+            assert not done.scheduler.seqs and not done.loop.idle
+    last = done.device.plans[-1]
+    assert not last.work and last.ends == (0,) and done.loop.idle
+    assert done.loop.step() == [] and done.device.plans[-1] is last, "idle steps launch nothing"
+
+
+def test_a_slot_is_used_again_in_the_plan_that_ends_it() -> None:
+    done = run([Case((i, 2), 3, 0, stops=FOREVER) for i in range(2)], Machine(max_seqs=1))
+    assert any(plan.ends == (0,) and [s.slot for s in plan.starts] == [0] for plan in done.device.plans)
+
+
+def test_plans_bring_only_what_changed() -> None:
+    done = run([Case((1, 2, 3, 4, 5), 8, 0, stops=FOREVER)], Machine(block_size=4))
+    plans = done.device.plans
+    assert [len(plan.starts) for plan in plans] == [1] + [0] * 8
+    assert [len(w.new_blocks) for plan in plans for w in plan.work] == [2, 0, 0, 0, 1, 0, 0, 0]
+
+
+def test_an_abort_in_flight_frees_blocks_at_once() -> None:
+    done = Run([Case((1, 2, 3), 9, 0, stops=FOREVER, abort_after=3)], Machine(depth=4))
+    used = [done.pool.num_used for _ in done.steps()]
+    assert used[2] > 0 and not any(used[3:])
+
+
+def test_depth_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match="depth is 0"):
+        Run([], Machine(depth=0))
