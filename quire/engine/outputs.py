@@ -140,7 +140,7 @@ class RequestState:
             sequence.text += sequence.detokenizer.finish()
 
     def _decode(self, scores: TokenLogprobs) -> dict[int, Logprob]:
-        name = self.tokenizer.token if self.tokenizer is not None else lambda _: None
+        name = self.tokenizer.token_text if self.tokenizer is not None else lambda _: None
         rows = zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True)
         return {token: Logprob(logprob, rank, name(token)) for token, logprob, rank in rows}
 

@@ -1,5 +1,7 @@
 """What every operation computes, in plain torch: float32 inside, the input's dtype outside."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,12 +87,13 @@ def act_mul(x: Tensor, kind: str) -> Tensor:
 
 
 @op
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias. x [..., inputs], weight [outputs, inputs]."""
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """x @ weight.T + bias, as `dtype` or x's. x [..., inputs], weight [outputs, inputs] or of `pack_linear`."""
+    y = F.linear(x, weight, bias)
+    return y if dtype is None else y.to(dtype)
 
 
 @op
-def pack_linear(weight: Tensor) -> Tensor:
+def pack_linear(weight: Tensor) -> Any:
     """A weight [outputs, inputs] in the form that `linear` is fastest with. The argument stays as it is."""
     return weight

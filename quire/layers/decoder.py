@@ -78,7 +78,7 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, dim] -> [R, vocab_size] float32."""
-        s, y = self.spec, self.head(hidden).float()
+        s, y = self.spec, self.head(hidden, torch.float32)
         if s.logit_scale != 1.0:
             y = y * s.logit_scale
         return y if s.logit_softcap is None else s.logit_softcap * torch.tanh(y / s.logit_softcap)

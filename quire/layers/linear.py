@@ -1,6 +1,7 @@
 """Matrix products with weights, several side by side in one where they share an input."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class Linear(nn.Module):
     def __init__(self, inputs: int, parts: Mapping[str, int], build: Build, *, bias: bool = False):
         super().__init__()
         self.inputs, self.parts, self.build, self.has_bias = inputs, dict(parts), build, bias
-        self.weight: Tensor | None = None
+        self.weight: Any = None  # a tensor, or what `ops.pack_linear` made of it
         self.bias: Tensor | None = None
 
     def load(self, weights: Weights, name: str, shared: Tensor | None = None) -> None:
@@ -38,9 +39,9 @@ class Linear(nn.Module):
             start += outputs
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, inputs] -> [T, sum of parts]."""
-        return ops.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x [T, inputs] -> [T, sum of parts], as `dtype` or x's."""
+        return ops.linear(x, self.weight, self.bias, dtype)
 
 
 def _join(*names: str) -> str:

@@ -26,7 +26,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, dim] -> experts [T, top_k] int64, their weights [T, top_k] float32."""
-        s, scores = self.spec, self.gate(x).float()
+        s, scores = self.spec, self.gate(x, torch.float32)
         if s.score == "softmax":
             scores = scores.softmax(-1)
         elif s.score == "sigmoid":

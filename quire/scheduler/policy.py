@@ -47,6 +47,11 @@ class Queue:
             int, dict[Tenant, list[Sequence]]
         ] = {}  # by priority and tenant, in order of arrival
 
+    @property
+    def is_empty(self) -> bool:
+        """Nobody waits for a seat."""
+        return not self._priorities
+
     def push(self, seq: Sequence) -> None:
         """Add a sequence at the place its arrival gives it."""
         priority = seq.rank[0]

@@ -109,7 +109,8 @@ class Scheduler:
     def schedule(self, now: float) -> Plan:
         """Plan the next step: seats first, then every running sequence's newest token, then prefills."""
         self._ended.clear()
-        self._fill_seats(now)
+        if not self.queue.is_empty:
+            self._fill_seats(now)
         work: list[Work] = []
         starts: list[Start] = []
         self.batched_tokens = self._plan_decodes(work)

@@ -1,6 +1,7 @@
 """What users of `LLM` rely on."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from quire.errors import ConfigError, EngineDead, InvalidRequest, PromptTooLong
 from quire.scheduler.trace import TraceError, replay
 from quire.types import BeamSearchParams, OutputKind
 from tests.engine.conftest import OPTIONS
+from tests.models.cases import BY_NAME, build_hf
+from tests.tiny_tokenizer import make_tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -267,3 +270,52 @@ def test_a_recorded_run_replays(model_folder: Path, tmp_path: Path) -> None:
     altered = [*lines[: plans[2]], lines[plans[3]], *lines[plans[2] + 1 :]]
     with pytest.raises(TraceError, match=f"line {plans[2] + 1}"):
         replay(altered)
+
+
+def test_sequences_of_a_request_share_the_prompts_blocks(model_folder: Path) -> None:
+    for caching in (True, False):
+        with LLM(str(model_folder), **OPTIONS, enable_prefix_caching=caching) as llm:
+            prompt = [5 + i % 40 for i in range(41)]  # ten full blocks of four, and one token
+            params = SamplingParams(n=8, temperature=1.0, seed=1, max_tokens=3, ignore_eos=True)
+            llm.engine.add(llm.engine.inputs.request(prompt, params, request_id="many"))
+            most = 0
+            while not llm.engine.idle:
+                llm.engine.step()
+                most = max(most, llm.engine.core.stats().used_blocks)
+        assert 10 < most <= 10 + 8
+
+
+def test_a_lower_priority_number_runs_first(model_folder: Path) -> None:
+    with LLM(str(model_folder), **OPTIONS, max_num_seqs=1) as llm:
+        for name, priority in (("first", 0), ("late", 5), ("urgent", -1)):
+            request = llm.engine.inputs.request("hello", GREEDY, request_id=name, priority=priority)
+            llm.engine.add(request)
+        ended = []
+        while not llm.engine.idle:
+            ended += [o.request_id for o in llm.engine.step() if o.finished]
+    assert ended == ["urgent", "first", "late"]
+
+
+def test_what_is_sampled_has_the_models_distribution(llm: LLM) -> None:
+    """Chi-square of 4,000 first tokens against the exact probabilities of the 12 likeliest at temperature 1.5."""
+    prompt, draws, temperature, k = "hello", 4000, 1.5, 12
+    exact = generate(llm, prompt, max_tokens=1, logprobs=k).outputs[0].logprobs[0]
+    weights = {t: math.exp(e.logprob / temperature) for t, e in exact.items()}
+    total = sum(weights.values())
+    params = SamplingParams(n=draws, temperature=temperature, top_k=k, seed=2, max_tokens=1, detokenize=False)
+    [output] = llm.generate(prompt, params, use_tqdm=False)
+    counts = Counter(o.token_ids[0] for o in output.outputs)
+    assert set(counts) <= set(weights)
+    chi_square = sum((counts[t] - draws * w / total) ** 2 / (draws * w / total) for t, w in weights.items())
+    assert chi_square < 31.26  # exceeded once in a thousand times with 11 degrees of freedom
+
+
+def test_text_never_shows_half_a_character(tmp_path: Path) -> None:
+    build_hf(replace(BY_NAME["Qwen3"], values=BY_NAME["Qwen3"].values | {"vocab_size": 300}), tmp_path)
+    make_tokenizer(tmp_path, 300)
+    with LLM(str(tmp_path), **OPTIONS) as llm:
+        tokens = llm.get_tokenizer().encode("naïve 🙂")
+        params = SamplingParams(temperature=1.5, seed=1, max_tokens=40, output_kind=OutputKind.DELTA, ignore_eos=True)
+        pieces = [o.outputs[0].text for o in llm.stream({"prompt_token_ids": tokens}, params)]
+        whole = generate(llm, {"prompt_token_ids": tokens}, temperature=1.5, seed=1, max_tokens=40).outputs[0].text
+    assert "".join(pieces) == whole

@@ -12,7 +12,12 @@ from tests.models.cases import BY_NAME, CASES, VOCAB_SIZE, Case, build_hf
 NUM_OUTPUTS = 6
 TOLERANCE = 2e-4
 ENGINE = {"dtype": "float32", "device": "cpu", "skip_tokenizer_init": True, "disable_log_stats": True}
-BLOCKS = {1: ("reference", 4), 7: ("cpu", 16), 2048: ("cpu", 16)}  # chunk -> backend and block size
+SETTINGS = (  # tokens of a step, so the largest chunk; attention; its block size; prefix caching
+    (1, "reference", 4, True),
+    (7, "cpu", 16, True),
+    (2048, "cpu", 16, True),
+    (2048, "reference", 4, False),
+)
 
 
 def make_prompts(vocab_size: int = VOCAB_SIZE, longer_than: int = 0) -> list[list[int]]:
@@ -50,21 +55,26 @@ def test_engine_equals_hugging_face(case: Case, tmp_path: Path) -> None:
     prompts = prompts_of(case)
     want = [reference(model, p) for p in prompts]
     greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
-    for chunk, (backend, block_size) in BLOCKS.items():
-        options = {"max_num_batched_tokens": chunk, "attention_backend": backend, "block_size": block_size}
+    for chunk, backend, block_size, caching in SETTINGS:
+        options = {
+            "max_num_batched_tokens": chunk,
+            "attention_backend": backend,
+            "block_size": block_size,
+            "enable_prefix_caching": caching,
+        }
         with LLM(str(tmp_path), **ENGINE, **options) as llm:
             for i in (0, len(prompts) // 3, -1):
                 alone = llm.generate(prompts[i], greedy, use_tqdm=False)
-                assert alone[0].outputs[0].token_ids == want[i][0], f"alone, chunks of {chunk}"
+                assert alone[0].outputs[0].token_ids == want[i][0], f"alone, {options}"
             batch = llm.generate(prompts, greedy, use_tqdm=False)
             again = llm.generate(prompts, greedy, use_tqdm=False)
-        for outputs, name in ((batch, "batch"), (again, "prefix hits")):
+        for outputs, name in ((batch, "batch"), (again, "again")):
             got = [o.outputs[0].token_ids for o in outputs]
-            assert got == [tokens for tokens, _ in want], f"{name}, chunks of {chunk}"
+            assert got == [tokens for tokens, _ in want], f"{name}, {options}"
         full_blocks = [
             (len(p) - 1) // block_size * block_size for p in prompts
         ]  # one token is left to compute
-        assert [o.num_cached_tokens for o in again] == full_blocks
+        assert [o.num_cached_tokens for o in again] == (full_blocks if caching else [0] * len(prompts))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -165,3 +165,16 @@ def test_a_decoder_holds_no_weights_until_it_is_loaded(qwen: Network) -> None:
     spec, _ = decoder_spec(json.loads((qwen.folder / "config.json").read_text()))
     huge = Decoder(replace(spec, vocab_size=10**7, dim=10**6), backend=Reference(), dtype=torch.bfloat16)
     assert huge.embedding is None and huge.head.weight is None
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpu_logits_are_the_same_bits_for_any_batch_and_chunks(network: Network, dtype: torch.dtype) -> None:
+    """So a preempted or replayed sequence goes on exactly as it was."""
+    decoder = network.decoder(Cpu(), dtype)
+    whole = compute(decoder, network.prompts, CHUNKS["whole"])
+    for chunks in CHUNKS.values():
+        for got, want in zip(compute(decoder, network.prompts, chunks), whole, strict=True):
+            assert torch.equal(got, want)
+    alone = compute(decoder, network.prompts[1:2], (3,))
+    assert torch.equal(alone[0], whole[1])

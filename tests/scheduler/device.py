@@ -31,9 +31,10 @@ class Prefix:
 
 
 class Model:
-    """A deterministic language model, and a drafter that is right most of the time."""
+    """A deterministic language model, and a drafter that is right most of the time, or never."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, good_drafts: bool = True) -> None:
+        self.good_drafts = good_drafts
         self.roots: dict[bytes, Prefix] = {}
 
     def root(self, name: bytes) -> Prefix:
@@ -43,6 +44,8 @@ class Model:
         return (prefix.mix ^ seed * 2_654_435_761) % 1_000_033 % VOCAB
 
     def draft(self, prefix: Prefix, seed: int) -> int:
+        if not self.good_drafts:
+            return VOCAB
         return self.sample(prefix, seed) if prefix.mix % 3 else 0
 
     def answer(self, new: NewSequence, seed: int) -> tuple[list[int], str, int | None]:

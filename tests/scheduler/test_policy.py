@@ -193,3 +193,35 @@ def test_priority_takes_a_seat_though_decodes_fill_the_step() -> None:
     todo = [case(i, length=2, priority=1) for i in range(2)]
     done = run([*todo, case(2, length=2, arrival=4)], Machine(max_seqs=2, spare_tokens=0))
     assert done.stats[1].num_preemptions == 1 and first_steps(done)[2] == 5
+
+
+def test_sequences_are_seated_when_they_can_run_and_not_before() -> None:
+    done = Run([case(i, length=40, max_tokens=2) for i in range(4)], Machine(max_seqs=4, spare_tokens=60))
+    running = [done.scheduler.num_running for _ in done.steps()]
+    assert running[0] == 2, "64 positions are one and a half of them"
+
+
+def test_tenants_pay_for_outputs() -> None:
+    long = [case(i, length=4, max_tokens=40, tenant="long") for i in range(3)]
+    short = [case(10 + i, length=4, max_tokens=4, tenant="short") for i in range(8)]
+    done = run([*long, *short], Machine(max_seqs=1))
+    assert order(done)[:8] == [0, 3, 4, 5, 6, 7, 8, 9], "43 positions against 7 each"
+
+
+def test_shared_blocks_are_not_gained_by_preempting() -> None:
+    """The lower priority holds four blocks, but three of them the urgent one needs as they are."""
+    prompt = tuple(range(1, 14))
+    todo = [
+        case(0, length=21, max_tokens=3),
+        Case(prompt, 3, 0, priority=1, stops=FOREVER),
+        Case((*prompt[:12], *range(20, 29)), 3, 1, stops=FOREVER),
+    ]
+    done = run(todo, Machine(num_blocks=12, block_size=4))
+    assert done.stats[2].num_cached_tokens == 12
+    assert not done.scheduler.num_preemptions
+
+
+def test_the_latest_makes_way_even_if_it_prefills() -> None:
+    todo = [case(0, length=4, max_tokens=9), case(1, length=24, max_tokens=2, arrival=1)]
+    done = run(todo, Machine(num_blocks=8, block_size=4, max_seqs=2, spare_tokens=1))
+    assert [s.num_preemptions for s in done.stats.values()] == [0, 1]

@@ -110,3 +110,10 @@ def test_end_tokens_count_from_min_tokens_on() -> None:
         done = run([Case((prompt,), 12, 0, stops=frozenset({EOS}), min_tokens=4)], Machine())
         tokens = [e.token for e in done.got[0]]
         assert len(tokens) >= 4 and EOS not in tokens[3:-1]
+
+
+def test_a_promise_ends_only_with_the_one_who_made_it() -> None:
+    """The second computes the same without having promised it; its end must not wake who waits for the first."""
+    todo = [Case(PROMPT, 2, 0), Case(PROMPT, 2, 0, read_cache=False, abort_after=1), Case(PROMPT, 2, 0)]
+    done = run(todo, Machine(depth=3))
+    assert done.stats[2].num_cached_tokens == 40

@@ -46,13 +46,14 @@ class Machine:
     caching: bool = True
     max_gap_s: float | None = None
     min_prefill: int = 16
+    good_drafts: bool = True
 
 
 class Run:
     """One workload on one machine, checked after every step."""
 
     def __init__(self, todo: Sequence[Case], machine: Machine, trace: Path | None = None):
-        self.machine, self.model = machine, Model()
+        self.machine, self.model = machine, Model(good_drafts=machine.good_drafts)
         self.pool = BlockPool(machine.num_blocks, machine.block_size, secret=SECRET, caching=machine.caching)
         self.scheduler = Scheduler(
             self.pool,
@@ -134,6 +135,7 @@ class Run:
         planned = {w.seq for w in plan.work}
         for id, epoch in decoding.items():
             assert id in planned or scheduler.seqs[id].epoch > epoch, "a decoding sequence skips a step"
+        assert not scheduler._ended, "ended sequences pile up"
         decodes = sum(w.count + w.drafts for w in plan.work if w.seq in decoding)
         prefills = scheduler.batched_tokens - decodes
         assert prefills or not scheduler.seats.prefilling, "prefills starve"

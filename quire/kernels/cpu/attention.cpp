@@ -72,7 +72,7 @@ std::vector<Item> split(const Cache& cache, const Step& step, int64_t num_heads,
 
 int64_t memory_bytes(const Cache& cache) {
   const int64_t row = (cache.k_stored + cache.v_stored + TILE + 64) * 4 + 64;
-  return MOST_ROWS * row + TILE * cache.v_stored * 4 + 4096;
+  return MOST_ROWS * row + (TILE + 16) * cache.v_stored * 4 + 16 * TILE * 4 + 4096;
 }
 
 }  // namespace

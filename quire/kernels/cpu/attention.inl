@@ -5,9 +5,9 @@
 #if QUIRE_ISA >= 2
 constexpr int ROWS = 4, COLUMNS = 4;  // a block of sums fits in registers
 #elif QUIRE_ISA == 1
-constexpr int ROWS = 2, COLUMNS = 2;
+constexpr int ROWS = 4, COLUMNS = 1;
 #else
-constexpr int ROWS = 1, COLUMNS = 2;
+constexpr int ROWS = 2, COLUMNS = 1;
 #endif
 
 constexpr int PAGES = TILE / LANES;
@@ -23,7 +23,7 @@ struct Task {
   char* memory;
 
   int64_t rows, k_units, v_stored, first, begin, end;
-  int32_t *q, *weights, *v_tile;
+  int32_t *q, *weights, *v_tile, *v_last;
   float *acc, *scores, *most, *rescale;
   Floats* total;
   int64_t *limit, *low;
@@ -45,6 +45,8 @@ struct Task {
     q = take<int32_t>(rows * k_units);
     weights = take<int32_t>(rows * TILE / E::PER_UNIT);
     v_tile = cache.v ? nullptr : take<int32_t>(TILE / E::PER_UNIT * v_stored);
+    v_last = take<int32_t>(LANES / E::PER_UNIT * v_stored);
+    scores = take<float>(16 * TILE);
     acc = take<float>(rows * v_stored);
     most = take<float>(rows);
     rescale = take<float>(rows);
@@ -109,44 +111,44 @@ struct Task {
     }
   }
 
-  // Scores, maxima and weights of rows r .. r + R - 1 over the tile.
+  // Scores of rows r .. r + R - 1 over the tile.
   template <bool AHEAD, int R>
-  void score(int64_t tile, int64_t r) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  void score(int64_t r) {
     const int32_t* a[R];
     for (int i = 0; i < R; i++) a[i] = q + (r + i) * k_units;
-    Floats s[R][PAGES];
     for (int p = 0; p < PAGES; p += COLUMNS) {
       Floats part[R][COLUMNS] = {};
       products<E, AHEAD, R, COLUMNS>(part, a, k_page + p, k_units, LANES, v_page + p, 64);
       for (int i = 0; i < R; i++)
-        for (int c = 0; c < COLUMNS; c++) s[i][p + c] = part[i][c];
+        for (int c = 0; c < COLUMNS; c++) store(scores + i * TILE + (p + c) * LANES, part[i][c]);
     }
-    for (int i = 0; i < R; i++) {
-      const int64_t row = r + i;
-      const int32_t from = (int32_t)(low[row] - tile), to = (int32_t)(limit[row] - tile);
-      Ints seen[PAGES];
-      Floats top = fill(LOWEST);
-      for (int p = 0; p < PAGES; p++) {
-        const Ints token = lane + p * LANES;
-        seen[p] = (token >= from) & (token < to);
-        Floats x = s[i][p] * query.scale;
-        if (query.softcap != 0.0f) x = tanh(x / query.softcap) * query.softcap;
-        s[i][p] = seen[p] ? x : fill(LOWEST);
-        top = larger(s[i][p], top);
-      }
-      const float tallest = largest(top), now = tallest > most[row] ? tallest : most[row];
-      rescale[row] = exp(fill(most[row] - now))[0];
-      most[row] = now;
-      Floats sums = total[row] * rescale[row];
-      Element* out = (Element*)weights + row * TILE;
-      for (int p = 0; p < PAGES; p++) {
-        const Floats w = seen[p] ? exp(s[i][p] - now) : Floats{};
-        sums = sums + w;
-        E::store_weights(out + p * LANES, w);
-      }
-      total[row] = sums;
+  }
+
+  // A row's weights from its scores s, and how much smaller the earlier ones have become.
+  void weigh(int64_t tile, int64_t row, const float* s) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const int32_t from = (int32_t)(low[row] - tile), to = (int32_t)(limit[row] - tile);
+    Ints seen[PAGES];
+    Floats x[PAGES], top = fill(LOWEST);
+    for (int p = 0; p < PAGES; p++) {
+      const Ints token = lane + p * LANES;
+      seen[p] = (token >= from) & (token < to);
+      x[p] = load(s + p * LANES) * query.scale;
+      if (query.softcap != 0.0f) x[p] = tanh(x[p] / query.softcap) * query.softcap;
+      x[p] = seen[p] ? x[p] : fill(LOWEST);
+      top = larger(x[p], top);
     }
+    const float tallest = largest(top), now = tallest > most[row] ? tallest : most[row];
+    rescale[row] = now == most[row] ? 1.0f : exp(fill(most[row] - now))[0];
+    most[row] = now;
+    Floats sums = total[row] * rescale[row];
+    Element* out = (Element*)weights + row * TILE;
+    for (int p = 0; p < PAGES; p++) {
+      const Floats w = seen[p] ? exp(x[p] - now) : Floats{};
+      sums = sums + w;
+      E::store_weights(out + p * LANES, w);
+    }
+    total[row] = sums;
   }
 
   // acc = acc * rescale + weights @ values, for rows r .. and dimensions d ..; `tokens` of the tile exist.
@@ -180,7 +182,8 @@ struct Task {
 
   template <bool AHEAD, int R>
   void rows_of_tile(int64_t tile, int64_t r) {
-    score<AHEAD, R>(tile, r);
+    score<AHEAD, R>(r);
+    for (int i = 0; i < R; i++) weigh(tile, r + i, scores + i * TILE);
     const int64_t tokens = end - tile < TILE ? end - tile : TILE;
     int64_t d = 0;
     for (; d + COLUMNS * LANES <= v_stored; d += COLUMNS * LANES) accumulate<AHEAD, R, COLUMNS>(tile, r, d, tokens);
@@ -196,15 +199,156 @@ struct Task {
     }
   }
 
+#if QUIRE_ISA >= 4
+  // Tiles 0 to 3 are sums; 4 and 5 are 32 dimensions of rows and of 16 keys; 6 and 7 are half as deep.
+  void configure(int64_t count) {
+    TileConfig config;
+    for (int i = 0; i < 8; i++) {
+      config.column_bytes[i] = i == 6 ? 32 : 64;
+      config.rows[i] = i == 5 ? 16 : i == 7 ? 8 : (uint8_t)count;
+    }
+    _tile_loadconfig(&config);
+  }
+
+  static void ask(const void* memory, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)memory + i);
+  }
+
+  template <bool AHEAD>
+  void score_by_tiles(int64_t r) {
+    const int32_t* rows_of_q = q + r * k_units;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    int64_t u = 0;
+    for (; u + 16 <= k_units; u += 16) {
+      if (AHEAD)
+        for (int p = 0; p < PAGES; p++) ask(v_page[p] + u * LANES, 16 * LANES * 4);
+      _tile_loadd(4, rows_of_q + u, k_units * 4);
+      _tile_loadd(5, k_page[0] + u * LANES, 64);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(5, k_page[1] + u * LANES, 64);
+      _tile_dpbf16ps(1, 4, 5);
+      _tile_loadd(5, k_page[2] + u * LANES, 64);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_loadd(5, k_page[3] + u * LANES, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    if (u < k_units) {
+      _tile_loadd(6, rows_of_q + u, k_units * 4);
+      _tile_loadd(7, k_page[0] + u * LANES, 64);
+      _tile_dpbf16ps(0, 6, 7);
+      _tile_loadd(7, k_page[1] + u * LANES, 64);
+      _tile_dpbf16ps(1, 6, 7);
+      _tile_loadd(7, k_page[2] + u * LANES, 64);
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_loadd(7, k_page[3] + u * LANES, 64);
+      _tile_dpbf16ps(3, 6, 7);
+    }
+    _tile_stored(0, scores, TILE * 4);
+    _tile_stored(1, scores + 16, TILE * 4);
+    _tile_stored(2, scores + 32, TILE * 4);
+    _tile_stored(3, scores + 48, TILE * 4);
+  }
+
+  // 16 dimensions from d on; A full block of 64 shares the loads of weights.
+  template <bool AHEAD>
+  void accumulate_by_tiles(int64_t tile, int64_t r, int64_t d, int64_t tokens) {
+    const bool four = d + 64 <= v_stored;
+    float* sums = acc + r * v_stored + d;
+    const int64_t stride = v_stored * 4;
+    _tile_loadd(0, sums, stride);
+    if (four) {
+      _tile_loadd(1, sums + 16, stride);
+      _tile_loadd(2, sums + 32, stride);
+      _tile_loadd(3, sums + 48, stride);
+    }
+    for (int64_t p = low[0] > tile ? (low[0] - tile) / LANES : 0; p * LANES < tokens; p++) {
+      if (AHEAD) {
+        const int64_t share = k_units * LANES / v_stored * (four ? 64 : 16);
+        ask(next_page[p] + k_units * LANES / v_stored * d, share * 4);
+      }
+      _tile_loadd(6, weights + r * (TILE / 2) + p * (LANES / 2), TILE * 2);
+      _tile_loadd(7, v_page[p] + d, stride);
+      _tile_dpbf16ps(0, 6, 7);
+      if (four) {
+        _tile_loadd(7, v_page[p] + d + 16, stride);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_loadd(7, v_page[p] + d + 32, stride);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_loadd(7, v_page[p] + d + 48, stride);
+        _tile_dpbf16ps(3, 6, 7);
+      }
+    }
+    _tile_stored(0, sums, stride);
+    if (four) {
+      _tile_stored(1, sums + 16, stride);
+      _tile_stored(2, sums + 32, stride);
+      _tile_stored(3, sums + 48, stride);
+    }
+  }
+
+  // A tile multiplies what was never written, too, and zero times NaN is NaN: the last page is copied with zeros.
+  void clean_last_page(int64_t tokens) {
+    const int64_t p = tokens / LANES, here = tokens % LANES;
+    if (!here) return;
+    for (int64_t t = 0; t < LANES / 2; t++) {
+      const int32_t mask = 2 * t + 1 < here ? -1 : 2 * t < here ? 0xffff : 0;
+      for (int64_t d = 0; d < v_stored; d++) v_last[t * v_stored + d] = v_page[p][t * v_stored + d] & mask;
+    }
+    v_page[p] = v_last;
+  }
+
+  template <bool AHEAD>
+  void rows_by_tiles(int64_t tile, int64_t r, int64_t count) {
+    const int64_t tokens = end - tile < TILE ? end - tile : TILE;
+    score_by_tiles<AHEAD>(r);
+    for (int64_t i = 0; i < count; i++) {
+      weigh(tile, r + i, scores + i * TILE);
+      if (rescale[r + i] == 1.0f) continue;
+      float* sums = acc + (r + i) * v_stored;
+      for (int64_t d = 0; d < v_stored; d += LANES) store(sums + d, load(sums + d) * rescale[r + i]);
+    }
+    for (int64_t d = 0; d < v_stored; d += d + 64 <= v_stored ? 64 : 16)
+      accumulate_by_tiles<AHEAD>(tile, r, d, tokens);
+  }
+
+  void run_by_tiles() {
+    int64_t configured = 0;
+    for (int64_t tile = begin; tile < end; tile += TILE) {
+      find_pages(tile);
+      if (end - tile < TILE) clean_last_page(end - tile);
+      for (int64_t r = 0; r < rows; r += 16) {
+        const int64_t count = rows - r < 16 ? rows - r : 16;
+        if (limit[r + count - 1] <= tile || low[r] >= tile + TILE) continue;
+        if (count != configured) configure(configured = count);
+        if (r == 0 && cache.v) {
+          rows_by_tiles<true>(tile, r, count);
+        } else {
+          rows_by_tiles<false>(tile, r, count);
+        }
+      }
+    }
+    _tile_release();
+  }
+#endif
+
   void run() {
     start();
+#if QUIRE_ISA >= 4
+    if (E::PER_UNIT == 2) {
+      run_by_tiles();
+      return finish();
+    }
+#endif
     for (int64_t tile = begin; tile < end; tile += TILE) {
       find_pages(tile);
       for (int64_t r = 0; r < rows; r += ROWS) {
         const int64_t count = rows - r < ROWS ? rows - r : ROWS;
         if (limit[r + count - 1] <= tile || low[r] >= tile + TILE) continue;
         if (count == 1) rows_of_tile<1>(tile, r);
-        if (ROWS > 1 && count == 2) rows_of_tile<ROWS < 2 ? 1 : 2>(tile, r);
+        if (count == 2) rows_of_tile<2>(tile, r);
         if (ROWS > 2 && count == 3) rows_of_tile<ROWS < 3 ? 1 : 3>(tile, r);
         if (ROWS > 2 && count == 4) rows_of_tile<ROWS < 4 ? 1 : 4>(tile, r);
       }

@@ -5,9 +5,9 @@
 #if QUIRE_ISA >= 2
 constexpr int LINEAR_ROWS = 6, LINEAR_COLUMNS = 4;  // a block of sums fits in registers
 #elif QUIRE_ISA == 1
-constexpr int LINEAR_ROWS = 2, LINEAR_COLUMNS = 2;
+constexpr int LINEAR_ROWS = 4, LINEAR_COLUMNS = 1;
 #else
-constexpr int LINEAR_ROWS = 1, LINEAR_COLUMNS = 2;
+constexpr int LINEAR_ROWS = 2, LINEAR_COLUMNS = 1;
 #endif
 
 // Columns start .. of one row of results: add the bias, round, keep those that exist.
@@ -57,7 +57,7 @@ static inline void some_rows(int64_t count, const Linear& a, const int32_t* weig
                              int64_t unit, int64_t units) {
   constexpr int R = LINEAR_ROWS;
   if (count == 1) rows_of_block<E, FIRST, 1>(a, weight, sums, row, unit, units);
-  if (R > 1 && count == 2) rows_of_block<E, FIRST, (R < 2 ? 1 : 2)>(a, weight, sums, row, unit, units);
+  if (count == 2) rows_of_block<E, FIRST, 2>(a, weight, sums, row, unit, units);
   if (R > 2 && count == 3) rows_of_block<E, FIRST, (R < 3 ? 1 : 3)>(a, weight, sums, row, unit, units);
   if (R > 2 && count == 4) rows_of_block<E, FIRST, (R < 4 ? 1 : 4)>(a, weight, sums, row, unit, units);
   if (R > 2 && count == 5) rows_of_block<E, FIRST, (R < 5 ? 1 : 5)>(a, weight, sums, row, unit, units);
@@ -87,12 +87,6 @@ static void block_by_vectors(const Linear& a, int64_t block, float* sums) {
 }
 
 #if QUIRE_ISA >= 4
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t column_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 // Tiles 0 to 3 are sums, 4 and 5 rows of x (16 and up to 16 more), 6 and 7 columns of the weight.
 static inline void configure(int64_t rows) {
   TileConfig config;
@@ -136,6 +130,7 @@ static inline void narrow(const char* x, int64_t x_stride, const char* weight, i
 }
 
 // 17 to 32 rows by 32 columns.
+template <bool FIRST>
 static inline void wide(const char* x, int64_t x_stride, const char* weight, int64_t units, float* sums) {
   _tile_zero(0);
   _tile_zero(1);
@@ -143,6 +138,7 @@ static inline void wide(const char* x, int64_t x_stride, const char* weight, int
   _tile_zero(3);
   for (int64_t u = 0; u < units; u += TILE_UNITS) {
     const char* w = weight + u * BLOCK * 4;
+    if (FIRST) ask_ahead(w);
     _tile_loadd(6, w, BLOCK * 4);
     _tile_loadd(4, x + u * 4, x_stride);
     _tile_dpbf16ps(0, 4, 6);
@@ -167,10 +163,11 @@ static void block_by_tiles(const Linear& a, int64_t block, float* sums) {
     if (rows != configured) configure(configured = rows);
     if (rows > 16) {
       if (top == 0) {
-        for (int64_t u = 0; u < a.units * BLOCK * 4; u += 64) __builtin_prefetch(weight + u, 0, 2);
+        wide<true>(x, a.x_stride_bytes, weight, a.units, sums);
+      } else {
+        wide<false>(x, a.x_stride_bytes, weight, a.units, sums);
       }
-      wide(x, a.x_stride_bytes, weight, a.units, sums);
-      wide(x, a.x_stride_bytes, weight + 128, a.units, sums + 32);
+      wide<false>(x, a.x_stride_bytes, weight + 128, a.units, sums + 32);
     } else if (top == 0) {
       narrow<true>(x, a.x_stride_bytes, weight, a.units, sums);
     } else {

@@ -29,12 +29,14 @@ def library() -> ctypes.CDLL | None:
     """The library, or None; what is lost then is logged, once."""
     found, reason = load()
     if found is None:
-        logger.warning("CPU attention and norms run in plain torch, several times slower: %s", reason)
+        logger.warning(
+            "the CPU kernels are missing and plain torch runs instead, several times slower: %s", reason
+        )
     return found
 
 
 @functools.cache
 def isa() -> int:
-    """The best instruction set here: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16 (isa.h)."""
+    """The best instruction set here: 0 baseline, 1 AVX2, 2 AVX-512, 3 with bf16, 4 AMX (isa.h)."""
     found, _ = load()
     return 0 if found is None else found.quire_isa()

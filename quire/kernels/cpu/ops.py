@@ -1,7 +1,9 @@
-"""CPU kernels, registered beside their references: C++ where the library was built, oneDNN through torch."""
+"""C++ kernels for CPUs, registered beside their references where the library was built."""
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,36 +12,70 @@ from torch import Tensor
 from quire.kernels.cpu.native import isa, load
 from quire.kernels.reference import act_mul, linear, norm_rope, pack_linear, rms_norm
 
-BATCH_HINT = 32  # oneDNN picks the weight's blocking for this many rows; it is as fast at 1 and at 512
 BOTH = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1}  # as in elementwise.cpp
-
-_reorder = torch.ops.mkldnn._reorder_linear_weight
-_product = torch.ops.mkldnn._linear_pointwise.default
+BLOCK_OUTPUTS, INPUT_STEP, UNIT_BYTES = 64, 32, 4  # as in linear.cpp
 
 
-@pack_linear.on("cpu", torch.bfloat16)
-def pack_linear_bf16(weight: Tensor) -> Tensor:
-    """oneDNN's blocked form: 1.5 times F.linear's speed at 1 to 8 rows, 1.3 at 32, the same at 512."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return weight
-    return _reorder(weight, BATCH_HINT)
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight as linear.cpp wants it; takes the place of a tensor as `linear`'s second argument."""
+
+    data: Tensor  # [outputs / 64, units, 64, per_unit], a unit being 4 bytes
+    outputs: int
+    inputs: int
 
 
-@linear.on("cpu", torch.bfloat16)
-def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not weight.is_mkldnn:
-        return torch.nn.functional.linear(x, weight, bias)
-    return _product(x, weight, bias, "none", [], "")
+def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
+    library.quire_pack_linear.argtypes = (c_int32, c_int32, c_void_p, c_void_p, *[c_int64] * 3)
+    library.quire_linear.argtypes = (*[c_int32] * 4, *[c_void_p] * 4, *[c_int64] * 4)
+    product = library.quire_linear
+
+    @pack_linear.on("cpu", *BOTH)
+    def pack_linear_native(weight: Tensor) -> PackedWeight:
+        outputs, inputs = weight.shape
+        per_unit = UNIT_BYTES // weight.dtype.itemsize
+        blocks, units = -(-outputs // BLOCK_OUTPUTS), -(-inputs // INPUT_STEP) * INPUT_STEP // per_unit
+        data = torch.empty(blocks, units, BLOCK_OUTPUTS, per_unit, dtype=weight.dtype)
+        weight, bf16 = weight.contiguous(), weight.dtype is torch.bfloat16
+        library.quire_pack_linear(threads(), bf16, weight.data_ptr(), data.data_ptr(), outputs, inputs, units)
+        return PackedWeight(data, outputs, inputs)
+
+    @linear.on("cpu", *BOTH)
+    def linear_native(
+        x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if isinstance(weight, Tensor):
+            return linear.reference(x, weight, bias, dtype)
+        if weight.inputs % INPUT_STEP:
+            x = torch.nn.functional.pad(x, (0, -weight.inputs % INPUT_STEP))
+        if x.dim() != 2 or x.stride(1) != 1:
+            x = x.contiguous()
+        out = torch.empty((*x.shape[:-1], weight.outputs), dtype=dtype or x.dtype)
+        stride = x.stride(0) if x.dim() == 2 else x.shape[-1]
+        product(
+            *(level, threads(), x.dtype is torch.bfloat16, out.dtype is torch.bfloat16),
+            *(
+                out.data_ptr(),
+                x.data_ptr(),
+                weight.data.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+            ),
+            *(x.numel() // x.shape[-1], weight.outputs, weight.data.shape[1], stride * x.element_size()),
+        )
+        return out
 
 
-def _register(library: ctypes.CDLL) -> None:
-    common: tuple[Any, ...] = (c_int32, c_int32, c_int32)  # instruction set, threads, whether bf16 (else float32)
+def _register(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
+    common: tuple[Any, ...] = (
+        c_int32,
+        c_int32,
+        c_int32,
+    )  # instruction set, threads, whether bf16 (else float32)
     library.quire_rms_norm.argtypes = (*common, *[c_void_p] * 3, *[c_int64] * 3, c_float, c_float)
     rows: tuple[Any, ...] = (c_void_p, *[c_int64] * 5)
     library.quire_norm_rope.argtypes = (*common, *rows, c_void_p, c_float, c_void_p, c_void_p, c_void_p)
     library.quire_act_mul.argtypes = (*common, c_void_p, c_void_p, c_int64, c_int64, c_int32)
-    level, threads = isa(), torch.get_num_threads
     rms, rope, activate = library.quire_rms_norm, library.quire_norm_rope, library.quire_act_mul
 
     @rms_norm.on("cpu", *BOTH)
@@ -96,4 +132,5 @@ def _register(library: ctypes.CDLL) -> None:
 
 
 if (_library := load()[0]) is not None:
-    _register(_library)
+    _register(_library, isa(), torch.get_num_threads)
+    _register_linear(_library, isa(), torch.get_num_threads)
