@@ -42,6 +42,7 @@ class Config:
         "auto: safetensors. dummy: random weights, the same for the same seed, for speed tests.",
         choices=("auto", "dummy"),
     )
+    download_dir: str | None = option(None, "Where Hugging Face ids are downloaded to.")
     device: str = option("auto", "auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto",

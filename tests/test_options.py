@@ -16,6 +16,7 @@ from tests.tree import ROOT
 OPTIONS = {
     "model",
     "revision",
+    "download_dir",
     "tokenizer",
     "skip_tokenizer_init",
     "chat_template",

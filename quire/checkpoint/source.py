@@ -21,12 +21,15 @@ class Source:
     revision: str | None = None
 
 
-def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Source:
+def resolve(
+    model: str, revision: str | None = None, *, weights: bool = True, download_dir: str | None = None
+) -> Source:
     """Find a model: a folder, or a Hugging Face repository, downloaded if need be and pinned to a commit.
 
     Args:
         revision: branch, tag or commit of a repository; not for folders.
         weights: whether to download weights or only the files that describe the model.
+        download_dir: where downloads are kept; None for the hub's own cache.
 
     Raises:
         ModelError: there is no such model, or it cannot be reached.
@@ -46,10 +49,10 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
         raise ModelError(
             f"{model!r} does not exist, and is no name of a Hugging Face repository (owner/name)"
         )
-    return _download(model, revision, weights)
+    return _download(model, revision, weights, download_dir)
 
 
-def _download(model: str, revision: str | None, weights: bool) -> Source:
+def _download(model: str, revision: str | None, weights: bool, download_dir: str | None) -> Source:
     """Imports the hub's client only here, because most starts do not need it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -62,24 +65,28 @@ def _download(model: str, revision: str | None, weights: bool) -> Source:
 
     try:  # from the cache if the hub cannot be reached or HF_HUB_OFFLINE is set
         folder = Path(
-            snapshot_download(model, revision=revision, allow_patterns=SMALL, ignore_patterns=NEVER)
+            snapshot_download(
+                model, revision=revision, cache_dir=download_dir, allow_patterns=SMALL, ignore_patterns=NEVER
+            )
         )
         commit = folder.name  # branches move between the two downloads
         if weights:
-            snapshot_download(model, revision=commit, allow_patterns=LARGE, ignore_patterns=NEVER)
+            snapshot_download(
+                model, revision=commit, cache_dir=download_dir, allow_patterns=LARGE, ignore_patterns=NEVER
+            )
     except GatedRepoError:
-        advice = f"accept its terms at https://huggingface.co/{model} and set HF_TOKEN"
+        advice = "accept its terms on its page of the hub and set HF_TOKEN"
         raise ModelError(f"{model} is gated: {advice}") from None
     except RevisionNotFoundError:
-        raise ModelError(f"{model} has no revision {revision!r} on huggingface.co") from None
+        raise ModelError(f"{model} has no revision {revision!r} on the Hugging Face hub") from None
     except RepositoryNotFoundError:
         advice = "a private one needs HF_TOKEN"
         raise ModelError(
-            f"{model} is neither a folder nor a repository on huggingface.co; {advice}"
+            f"{model} is neither a folder nor a repository on the Hugging Face hub; {advice}"
         ) from None
     except LocalEntryNotFoundError as error:
         raise ModelError(
-            f"{model} is neither a folder nor in the cache, and huggingface.co cannot be reached; "
+            f"{model} is neither a folder nor in the cache, and the Hugging Face hub cannot be reached; "
             "download it where there is a network, and unset HF_HUB_OFFLINE if it is set"
         ) from error
     except (HfHubHTTPError, OSError) as error:

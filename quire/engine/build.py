@@ -61,7 +61,12 @@ def build(config: Config, *, offline: bool, clock: Callable[[], float] = time.mo
         ConfigError, ModelError, CapacityError: naming the option, the file or the bytes that do not fit.
     """
     begin = time.perf_counter()
-    folder = find_model(config.model, config.revision, weights=config.load_format != "dummy").folder
+    folder = find_model(
+        config.model,
+        config.revision,
+        weights=config.load_format != "dummy",
+        download_dir=config.download_dir,
+    ).folder
     raw = {**read_config(folder), **(config.hf_overrides or {})}
     spec, names = decoder_spec(raw)
     tokenizer = _tokenizer(config, folder)
@@ -90,7 +95,9 @@ def _tokenizer(config: Config, folder: Path) -> Tokenizer | None:
         return None
     if config.tokenizer is None:
         return Tokenizer.load(folder)
-    return Tokenizer.load(find_model(config.tokenizer, weights=False).folder)
+    return Tokenizer.load(
+        find_model(config.tokenizer, weights=False, download_dir=config.download_dir).folder
+    )
 
 
 def _machine(config: Config, platform: Platform, checkpoint_dtype: str | None) -> tuple[Machine, Backend]:

@@ -70,12 +70,14 @@ def _activate(x: Tensor, kind: str) -> Tensor:
             return F.relu(x)
         case "relu2":
             return F.relu(x).square()
+        case "sigmoid":
+            return x.sigmoid()
     raise ValueError(f"unknown activation {kind!r}")
 
 
 @op
 def act(x: Tensor, kind: str) -> Tensor:
-    """An activation by its Hugging Face name."""
+    """An activation by its Hugging Face name, or sigmoid."""
     return _activate(x.float(), kind).to(x.dtype)
 
 
@@ -88,12 +90,18 @@ def act_mul(x: Tensor, kind: str) -> Tensor:
 
 @op
 def linear(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ weight.T + bias, as `dtype` or x's. x [..., inputs], weight [outputs, inputs] or of `pack_linear`."""
-    y = F.linear(x, weight, bias)
+    """x @ weight.T + bias, as `dtype` or x's. The weight may be what `pack_linear` made of it.
+
+    x [..., inputs], weight [outputs, inputs]; or a weight per head, [H, outputs, inputs], and x [T, H, inputs].
+    """
+    if weight.dim() == 3:
+        y = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    else:
+        y = F.linear(x, weight, bias)
     return y if dtype is None else y.to(dtype)
 
 
 @op
 def pack_linear(weight: Tensor) -> Any:
-    """A weight [outputs, inputs] in the form that `linear` is fastest with. The argument stays as it is."""
+    """A weight [outputs, inputs] or [H, outputs, inputs], left as it is, in the form that `linear` is fastest with."""
     return weight

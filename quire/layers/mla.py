@@ -4,6 +4,8 @@ The cache holds one latent and one rotated key per token:  | latent: kv_rank | k
 A head's score is q_nope @ W_uk . latent + q_rope . key, and its value W_uv @ latent.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +36,8 @@ class MLA(nn.Module):
         self.out = Linear(s.num_heads * s.v_dim, {"o_proj": build.dim}, build)
         self.rope = build.ropes.table(s.rope)
         self.scale = (s.nope_dim + s.rope_dim) ** -0.5 if s.scale is None else s.scale
-        self.up_k: Tensor | None = None  # [H, nope_dim, kv_rank]
-        self.up_v: Tensor | None = None  # [H, kv_rank, v_dim]
+        self.up_k: Any = None  # [H, kv_rank, nope_dim], or packed
+        self.up_v: Any = None  # [H, v_dim, kv_rank], or packed
 
     def load(self, weights: Weights, name: str) -> None:
         s = self.spec
@@ -48,12 +50,11 @@ class MLA(nn.Module):
         rows = s.num_heads * (s.nope_dim + s.v_dim)
         up = self.build.pull(weights, f"{name}.kv_b_proj.weight", rows, s.kv_rank)
         up_k, up_v = up.unflatten(0, (s.num_heads, -1)).split((s.nope_dim, s.v_dim), 1)
-        self.up_k, self.up_v = up_k.contiguous(), up_v.transpose(1, 2).contiguous()
+        self.up_k, self.up_v = ops.pack_linear(up_k.transpose(1, 2)), ops.pack_linear(up_v)
 
     def forward(self, x: Tensor, step: Ragged, cache: LayerCache) -> Tensor:
         """x [T, dim] -> [T, dim]."""
         s, backend = self.spec, self.build.backend
-        assert self.up_k is not None and self.up_v is not None
         both = self.down(x)
         q, latent = both.split((both.shape[-1] - s.kv_rank - s.rope_dim, s.kv_rank + s.rope_dim), -1)
         if self.q_norm is not None and self.q_up is not None:
@@ -64,6 +65,6 @@ class MLA(nn.Module):
             torch.cat((q_rope, k_rope[:, None]), 1), None, 0.0, *self.rope, step.positions, s.rope.interleaved
         )
         backend.write(cache, torch.cat((self.kv_norm(latent), rotated[:, -1]), -1)[:, None], None, step)
-        absorbed = torch.bmm(q_nope.transpose(0, 1), self.up_k).transpose(0, 1)  # [T, H, kv_rank]
+        absorbed = ops.linear(q_nope, self.up_k, None)  # [T, H, kv_rank]
         y = backend.attend(torch.cat((absorbed, rotated[:, :-1]), -1), cache, step, scale=self.scale)
-        return self.out(torch.bmm(y.transpose(0, 1), self.up_v).transpose(0, 1).flatten(1))
+        return self.out(ops.linear(y, self.up_v, None).flatten(1))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
 from quire.layers.mlp import MLP
@@ -30,7 +31,7 @@ class Router(nn.Module):
         if s.score == "softmax":
             scores = scores.softmax(-1)
         elif s.score == "sigmoid":
-            scores = scores.sigmoid()
+            scores = ops.act(scores, "sigmoid")
         choice = scores if self.correction is None else scores + self.correction
         if s.groups > 1:
             choice = self._best_groups(choice)
@@ -78,7 +79,7 @@ class MoE(nn.Module):
         y = self._routed(x)
         if self.shared is not None:
             z = self.shared(x)
-            y = y + (z if self.shared_gate is None else z * self.shared_gate(x).sigmoid())
+            y = y + (z if self.shared_gate is None else z * ops.act(self.shared_gate(x), "sigmoid"))
         return y
 
     def _routed(self, x: Tensor) -> Tensor:

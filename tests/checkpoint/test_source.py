@@ -75,3 +75,10 @@ def test_an_unknown_revision_offline(cache: Path) -> None:
     snapshot(cache, {"config.json": "{}"})
     with pytest.raises(ModelError, match="acme/tiny is neither"):
         resolve("acme/tiny", "v2")
+
+
+def test_downloads_can_be_kept_elsewhere(cache: Path, tmp_path: Path) -> None:
+    folder = snapshot(tmp_path / "own", {"config.json": "{}", "model.safetensors": ""})
+    assert resolve("acme/tiny", download_dir=str(tmp_path / "own")).folder == folder
+    with pytest.raises(ModelError, match="cannot be reached"):
+        resolve("acme/tiny")

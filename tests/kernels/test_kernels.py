@@ -51,9 +51,10 @@ def ropes(dtype: torch.dtype) -> Inputs:
 
 
 def gates(dtype: torch.dtype) -> Inputs:
-    for kind in ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2"):
+    for kind in ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "sigmoid"):
         for shape in ((1, 32), (5, 6144), (33, 70), (2, 3, 64)):
             yield noise(*shape, dtype=dtype, scale=4.0), kind
+    yield torch.linspace(-9, 9, 2000, dtype=dtype).repeat(2, 1), "gelu"
     yield (
         torch.tensor([[0.0, -200.0, 200.0, 1e30, -1e30, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]], dtype=dtype),
         "silu",
@@ -70,6 +71,10 @@ def products(dtype: torch.dtype) -> Inputs:
             yield x, ops.pack_linear(weight), bias
             yield x, ops.pack_linear(weight), bias, torch.float32
             yield x, weight, bias
+    for inputs in (64, 40):  # a weight per head, and heads further apart than they are long
+        x, weight = noise(9, 3, 96, dtype=dtype), noise(3, 70, inputs, dtype=dtype, seed=1, scale=0.1)
+        yield x[..., :inputs], ops.pack_linear(weight), None
+        yield x[..., :inputs], weight, None
     yield noise(5, 3, 64, dtype=dtype), ops.pack_linear(noise(8, 64, dtype=dtype, scale=0.1)), None
     yield noise(5, 96, dtype=dtype)[:, 32:], ops.pack_linear(noise(8, 64, dtype=dtype, scale=0.1)), None
 
@@ -77,11 +82,13 @@ def products(dtype: torch.dtype) -> Inputs:
 def weights(dtype: torch.dtype) -> Inputs:
     yield (noise(64, 48, dtype=dtype),)
     yield (noise(7, 33, dtype=dtype),)
+    yield (noise(3, 16, 40, dtype=dtype).transpose(1, 2),)
 
 
 INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "rms_norm": norms,
     "norm_rope": ropes,
+    "act": gates,
     "act_mul": gates,
     "linear": products,
     "pack_linear": weights,
@@ -92,8 +99,8 @@ def plain(x: object) -> object:
     """A packed weight as the tensor it was; anything else as it is."""
     if not isinstance(x, PackedWeight):
         return x
-    rows = x.data.transpose(1, 2).flatten(2).flatten(0, 1)
-    return rows[: x.outputs, : x.inputs]
+    rows = x.data.transpose(2, 3).flatten(3).flatten(1, 2)[:, : x.outputs, : x.inputs]
+    return rows if x.groups > 1 else rows[0]
 
 
 def copy(x: object) -> object:
@@ -135,7 +142,7 @@ def test_every_instruction_set_computes_the_same(level: int, dtype: torch.dtype)
     want = ops.rms_norm.reference(x, weight, 1e-6, 0.5)
     torch.testing.assert_close(out, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     half = torch.empty(rows, size // 2, dtype=dtype)
-    library.quire_act_mul(level, 1, bf16, half.data_ptr(), x.data_ptr(), rows, size // 2, 0)
+    library.quire_act(level, 1, bf16, half.data_ptr(), x.data_ptr(), rows, size // 2, 0, True)
     want = ops.act_mul.reference(x, "silu")
     torch.testing.assert_close(half, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -154,7 +161,7 @@ def test_a_product_is_the_same_bits_for_any_number_of_rows(level: int, dtype: to
         out = torch.empty(len(x), outputs)
         kind = (level, threads, dtype is torch.bfloat16, False)
         pointers = (out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), None)
-        library.quire_linear(*kind, *pointers, len(x), outputs, inputs * size // 4, x.stride(0) * size)
+        library.quire_linear(*kind, *pointers, len(x), outputs, inputs * size // 4, x.stride(0) * size, 1, 0)
         return out
 
     whole = product(x, 1)

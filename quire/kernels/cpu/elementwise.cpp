@@ -9,7 +9,7 @@
 
 namespace {
 
-enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };  // as in ops.py
+enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 = 4, SIGMOID = 5 };  // as in ops.py
 
 constexpr int64_t PARALLEL_ELEMENTS = 32768;  // fewer are done before other threads would have begun
 
@@ -31,12 +31,12 @@ struct NormRope {
   bool is_bf16;
 };
 
-struct ActMul {
+struct Act {
   void* out;
-  const void* x;
+  const void* x;  // gated: [rows][2][size], gates first
   int64_t size;
   int32_t kind;
-  bool is_bf16;
+  bool gated, is_bf16;
 };
 
 #define QUIRE_KERNELS "elementwise.inl"
@@ -65,11 +65,11 @@ extern "C" void quire_norm_rope(int32_t isa, int32_t threads, int32_t is_bf16, v
   }
 }
 
-extern "C" void quire_act_mul(int32_t isa, int32_t threads, int32_t is_bf16, void* out, const void* x, int64_t rows,
-                              int64_t size, int32_t kind) {
-  const ActMul args{out, x, size, kind, is_bf16 != 0};
+extern "C" void quire_act(int32_t isa, int32_t threads, int32_t is_bf16, void* out, const void* x, int64_t rows,
+                          int64_t size, int32_t kind, int32_t gated) {
+  const Act args{out, x, size, kind, gated != 0, is_bf16 != 0};
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1 && rows * size >= PARALLEL_ELEMENTS)
   for (int64_t r = 0; r < rows; r++) {
-    QUIRE_CALL(isa, act_mul(args, r));
+    QUIRE_CALL(isa, act(args, r));
   }
 }

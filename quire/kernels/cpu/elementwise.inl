@@ -66,16 +66,34 @@ static inline void norm_rope_head(T* x, const float* weight, int64_t size, float
   }
 }
 
-// Both are x * sigmoid(k(x)): half of 1 + tanh(u) is sigmoid(2u), without the cancellation.
+// Half of 1 + tanh(u) is sigmoid(2u), and half of 1 + erf(u) is half of erfc(-u): no cancellation.
 static inline Floats activate(Floats x, int32_t kind) {
-  Floats k = x;
-  if (kind == GELU_TANH) k = (x + x * x * x * 0.044715f) * 1.5957691216f;
-  return x / (exp(-k) + 1.0f);
+  const Floats zero = {};
+  switch (kind) {
+    case GELU_TANH: return x / (exp((x + x * x * x * 0.044715f) * -1.5957691216f) + 1.0f);
+    case GELU: {  // Abramowitz and Stegun 7.1.26
+      const Floats u = (x < 0.0f ? -x : x) * 0.70710678f, t = 1.0f / (u * 0.3275911f + 1.0f);
+      Floats p = fill(1.061405429f);
+      p = p * t - 1.453152027f;
+      p = p * t + 1.421413741f;
+      p = p * t - 0.284496736f;
+      p = p * t + 0.254829592f;
+      const Floats tail = p * t * exp(-u * u) * 0.5f;
+      return x * (x < 0.0f ? tail : 1.0f - tail);
+    }
+    case RELU: return x < 0.0f ? zero : x;
+    case RELU2: return x < 0.0f ? zero : x * x;
+    case SIGMOID: return 1.0f / (exp(-x) + 1.0f);
+    default: return x / (exp(-x) + 1.0f);
+  }
 }
 
 template <class T>
-static inline void act_mul_row(T* out, const T* gate, const T* up, int64_t size, int32_t kind) {
-  FOR_LANES(i, n, size) put(out + i, activate(get(gate + i, n), kind) * get(up + i, n), n);
+static inline void act_row(T* out, const T* x, const T* up, int64_t size, int32_t kind) {
+  FOR_LANES(i, n, size) {
+    const Floats y = activate(get(x + i, n), kind);
+    put(out + i, up ? y * get(up + i, n) : y, n);
+  }
 }
 
 static inline void rms_norm(const RmsNorm& a, int64_t row) {
@@ -101,12 +119,16 @@ static inline void norm_rope(const NormRope& a, int64_t row) {
   }
 }
 
-static inline void act_mul(const ActMul& a, int64_t row) {
+template <class T>
+static inline void act_of(const Act& a, int64_t row) {
+  const T* x = (const T*)a.x + row * a.size * (a.gated ? 2 : 1);
+  act_row((T*)a.out + row * a.size, x, a.gated ? x + a.size : nullptr, a.size, a.kind);
+}
+
+static inline void act(const Act& a, int64_t row) {
   if (a.is_bf16) {
-    const Bf16* x = (const Bf16*)a.x + row * 2 * a.size;
-    act_mul_row((Bf16*)a.out + row * a.size, x, x + a.size, a.size, a.kind);
+    act_of<Bf16>(a, row);
   } else {
-    const float* x = (const float*)a.x + row * 2 * a.size;
-    act_mul_row((float*)a.out + row * a.size, x, x + a.size, a.size, a.kind);
+    act_of<float>(a, row);
   }
 }

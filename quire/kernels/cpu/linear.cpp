@@ -1,8 +1,9 @@
 // x @ weight.T + bias on a CPU, with a weight packed so that it streams once, in order. Plain C ABI.
 //
-//   packed weight  [outputs / 64][units][64] units of 4 bytes: a float, or two bf16 that follow each other in a row.
-// Outputs are padded to 64 and inputs to 32 with zeros. Lanes are outputs, so there are no reductions, and a row's
-// result is a sum in the order of the inputs: the same bits however many rows there are, and on however many threads.
+//   packed weight  [groups][outputs / 64][units][64] units of 4 bytes: a float, or two bf16 that follow each other in a row.
+// A group (a head) has a weight, inputs and outputs of its own; usually there is one. Outputs are padded to 64 and
+// inputs to 32 with zeros. Lanes are outputs, so there are no reductions, and a row's result is a sum in the order of
+// the inputs: the same bits however many rows there are, and on however many threads.
 
 #include <cstdint>
 #include <cstdlib>
@@ -22,14 +23,13 @@ constexpr int64_t AHEAD_UNITS = 2048;  // 8 KiB
 struct Linear {
   void* out;
   const void *x, *weight, *bias;  // bias may be null
-  int64_t rows, outputs, units, x_stride_bytes;
+  int64_t rows, outputs, units, x_stride_bytes, out_stride;
   bool is_bf16, out_bf16;
 };
 
 #define QUIRE_KERNELS "linear.inl"
 #include "isa.h"
 
-// One bf16 or float per call is slow but simple: this runs once per weight.
 template <class T>
 void pack_block(const T* weight, T* packed, int64_t block, int64_t outputs, int64_t inputs, int64_t units) {
   constexpr int64_t PER_UNIT = 4 / sizeof(T);
@@ -45,28 +45,43 @@ void pack_block(const T* weight, T* packed, int64_t block, int64_t outputs, int6
 }  // namespace
 
 extern "C" void quire_pack_linear(int32_t threads, int32_t is_bf16, const void* weight, void* packed,
-                                  int64_t outputs, int64_t inputs, int64_t units) {
+                                  int64_t outputs, int64_t inputs, int64_t units, int64_t groups) {
+  const int64_t blocks = (outputs + BLOCK - 1) / BLOCK, size = outputs * inputs, packed_size = blocks * units * BLOCK;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t b = 0; b < (outputs + BLOCK - 1) / BLOCK; b++) {
+  for (int64_t i = 0; i < groups * blocks; i++) {
+    const int64_t group = i / blocks, block = i % blocks;
     if (is_bf16) {
-      pack_block((const uint16_t*)weight, (uint16_t*)packed, b, outputs, inputs, units);
+      uint16_t* to = (uint16_t*)packed + group * packed_size * 2;
+      pack_block((const uint16_t*)weight + group * size, to, block, outputs, inputs, units);
     } else {
-      pack_block((const float*)weight, (float*)packed, b, outputs, inputs, units);
+      float* to = (float*)packed + group * packed_size;
+      pack_block((const float*)weight + group * size, to, block, outputs, inputs, units);
     }
   }
 }
 
 extern "C" void quire_linear(int32_t isa, int32_t threads, int32_t is_bf16, int32_t out_bf16, void* out,
                              const void* x, const void* weight, const void* bias, int64_t rows, int64_t outputs,
-                             int64_t units, int64_t x_stride_bytes) {
-  const Linear args{out, x, weight, bias, rows, outputs, units, x_stride_bytes, is_bf16 != 0, out_bf16 != 0};
-  const int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
-#pragma omp parallel num_threads(threads) if (blocks > 1)
+                             int64_t units, int64_t x_stride_bytes, int64_t groups, int64_t x_group_bytes) {
+  const int64_t blocks = (outputs + BLOCK - 1) / BLOCK, out_bytes = out_bf16 ? 2 : 4;
+#pragma omp parallel num_threads(threads) if (groups * blocks > 1)
   {
     alignas(64) float sums[MOST_ROWS * BLOCK];
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t b = 0; b < blocks; b++) {
-      QUIRE_CALL(isa, linear_block(args, b, sums));
+    for (int64_t i = 0; i < groups * blocks; i++) {
+      const int64_t group = i / blocks, block = i % blocks;
+      const Linear args{(char*)out + group * outputs * out_bytes,
+                        (const char*)x + group * x_group_bytes,
+                        (const char*)weight + group * blocks * units * BLOCK * 4,
+                        bias,
+                        rows,
+                        outputs,
+                        units,
+                        x_stride_bytes,
+                        groups * outputs,
+                        is_bf16 != 0,
+                        out_bf16 != 0};
+      QUIRE_CALL(isa, linear_block(args, block, sums));
     }
   }
 }

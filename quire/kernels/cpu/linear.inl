@@ -24,10 +24,10 @@ static inline void finish_row(const Linear& a, const float* sums, int64_t row, i
       }
     }
     if (a.out_bf16) {
-      Bf16* out = (Bf16*)a.out + row * a.outputs + at;
+      Bf16* out = (Bf16*)a.out + row * a.out_stride + at;
       n == LANES ? store(out, x) : store_some(out, x, n);
     } else {
-      float* out = (float*)a.out + row * a.outputs + at;
+      float* out = (float*)a.out + row * a.out_stride + at;
       n == LANES ? store(out, x) : store_some(out, x, n);
     }
   }

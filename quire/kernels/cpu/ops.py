@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from quire.kernels.cpu.native import isa, load
-from quire.kernels.reference import act_mul, linear, norm_rope, pack_linear, rms_norm
+from quire.kernels.reference import act, act_mul, linear, norm_rope, pack_linear, rms_norm
 
 BOTH = (torch.float32, torch.bfloat16)
-ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1}  # as in elementwise.cpp
+ACTIVATIONS = {  # as in elementwise.cpp
+    "silu": 0,
+    "gelu_pytorch_tanh": 1,
+    "gelu_new": 1,
+    "gelu": 2,
+    "relu": 3,
+    "relu2": 4,
+    "sigmoid": 5,
+}
 BLOCK_OUTPUTS, INPUT_STEP, UNIT_BYTES = 64, 32, 4  # as in linear.cpp
 
 
@@ -21,25 +29,27 @@ BLOCK_OUTPUTS, INPUT_STEP, UNIT_BYTES = 64, 32, 4  # as in linear.cpp
 class PackedWeight:
     """A weight as linear.cpp wants it; takes the place of a tensor as `linear`'s second argument."""
 
-    data: Tensor  # [outputs / 64, units, 64, per_unit], a unit being 4 bytes
+    data: Tensor  # [groups, outputs / 64, units, 64, per_unit], a unit being 4 bytes
+    groups: int
     outputs: int
     inputs: int
 
 
 def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
-    library.quire_pack_linear.argtypes = (c_int32, c_int32, c_void_p, c_void_p, *[c_int64] * 3)
-    library.quire_linear.argtypes = (*[c_int32] * 4, *[c_void_p] * 4, *[c_int64] * 4)
+    library.quire_pack_linear.argtypes = (c_int32, c_int32, c_void_p, c_void_p, *[c_int64] * 4)
+    library.quire_linear.argtypes = (*[c_int32] * 4, *[c_void_p] * 4, *[c_int64] * 6)
     product = library.quire_linear
 
     @pack_linear.on("cpu", *BOTH)
     def pack_linear_native(weight: Tensor) -> PackedWeight:
-        outputs, inputs = weight.shape
-        per_unit = UNIT_BYTES // weight.dtype.itemsize
+        *heads, outputs, inputs = weight.shape
+        groups, per_unit = heads[0] if heads else 1, UNIT_BYTES // weight.dtype.itemsize
         blocks, units = -(-outputs // BLOCK_OUTPUTS), -(-inputs // INPUT_STEP) * INPUT_STEP // per_unit
-        data = torch.empty(blocks, units, BLOCK_OUTPUTS, per_unit, dtype=weight.dtype)
+        data = torch.empty(groups, blocks, units, BLOCK_OUTPUTS, per_unit, dtype=weight.dtype)
         weight, bf16 = weight.contiguous(), weight.dtype is torch.bfloat16
-        library.quire_pack_linear(threads(), bf16, weight.data_ptr(), data.data_ptr(), outputs, inputs, units)
-        return PackedWeight(data, outputs, inputs)
+        pointers = (weight.data_ptr(), data.data_ptr())
+        library.quire_pack_linear(threads(), bf16, *pointers, outputs, inputs, units, groups)
+        return PackedWeight(data, groups, outputs, inputs)
 
     @linear.on("cpu", *BOTH)
     def linear_native(
@@ -49,10 +59,13 @@ def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int
             return linear.reference(x, weight, bias, dtype)
         if weight.inputs % INPUT_STEP:
             x = torch.nn.functional.pad(x, (0, -weight.inputs % INPUT_STEP))
-        if x.dim() != 2 or x.stride(1) != 1:
+        grouped = weight.groups > 1
+        if x.dim() != 2 + grouped or x.stride(-1) != 1:
             x = x.contiguous()
         out = torch.empty((*x.shape[:-1], weight.outputs), dtype=dtype or x.dtype)
-        stride = x.stride(0) if x.dim() == 2 else x.shape[-1]
+        size, inputs = x.element_size(), x.shape[-1]
+        rows = x.shape[0] if grouped else x.numel() // inputs
+        stride = x.stride(0) if x.dim() == 2 + grouped else inputs
         product(
             *(level, threads(), x.dtype is torch.bfloat16, out.dtype is torch.bfloat16),
             *(
@@ -61,7 +74,8 @@ def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int
                 weight.data.data_ptr(),
                 None if bias is None else bias.data_ptr(),
             ),
-            *(x.numel() // x.shape[-1], weight.outputs, weight.data.shape[1], stride * x.element_size()),
+            *(rows, weight.outputs, weight.data.shape[2], stride * size),
+            *(weight.groups, x.stride(1) * size if grouped else 0),
         )
         return out
 
@@ -75,8 +89,8 @@ def _register(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> N
     library.quire_rms_norm.argtypes = (*common, *[c_void_p] * 3, *[c_int64] * 3, c_float, c_float)
     rows: tuple[Any, ...] = (c_void_p, *[c_int64] * 5)
     library.quire_norm_rope.argtypes = (*common, *rows, c_void_p, c_float, c_void_p, c_void_p, c_void_p)
-    library.quire_act_mul.argtypes = (*common, c_void_p, c_void_p, c_int64, c_int64, c_int32)
-    rms, rope, activate = library.quire_rms_norm, library.quire_norm_rope, library.quire_act_mul
+    library.quire_act.argtypes = (*common, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32)
+    rms, rope, activate = library.quire_rms_norm, library.quire_norm_rope, library.quire_act
 
     @rms_norm.on("cpu", *BOTH)
     def rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
@@ -116,19 +130,23 @@ def _register(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> N
         )
         return x
 
-    @act_mul.on("cpu", *BOTH)
-    def act_mul_native(x: Tensor, kind: str) -> Tensor:
-        if kind not in ACTIVATIONS:
-            return act_mul.reference(x, kind)
+    def activated(x: Tensor, kind: str, gated: bool) -> Tensor:
         x = x.contiguous()
-        size = x.shape[-1] // 2
+        size = x.shape[-1] >> gated
         out = torch.empty((*x.shape[:-1], size), dtype=x.dtype)
-        rows = x.numel() // (2 * size)
         activate(
             *(level, threads(), x.dtype is torch.bfloat16, out.data_ptr(), x.data_ptr()),
-            *(rows, size, ACTIVATIONS[kind]),
+            *(out.numel() // size, size, ACTIVATIONS[kind], gated),
         )
         return out
+
+    @act.on("cpu", *BOTH)
+    def act_native(x: Tensor, kind: str) -> Tensor:
+        return activated(x, kind, False)
+
+    @act_mul.on("cpu", *BOTH)
+    def act_mul_native(x: Tensor, kind: str) -> Tensor:
+        return activated(x, kind, True)
 
 
 if (_library := load()[0]) is not None:
