@@ -13,7 +13,7 @@ setup(
             sources=sorted(str(path) for path in KERNELS.glob("*.cpp")),
             depends=sorted(str(path) for path in (*KERNELS.glob("*.h"), *KERNELS.glob("*.inl"))),
             language="c++",
-            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-Wno-psabi"],
+            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-g0", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],
             optional=True,
         )

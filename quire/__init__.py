@@ -1,9 +1,15 @@
 """Quire serves large language models. Names are loaded when first used, so that importing is cheap."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# OpenMP threads that wait spin for long by default; where another process wants the core, every parallel operation
+# then waits a time slice (17 times slower). libgomp reads this when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _HOME = {
     "LLM": "quire.llm",

@@ -1,5 +1,6 @@
 """Starting is cheap: heavy libraries are loaded where they are used. Times are in benchmarks/startup.py."""
 
+import os
 import subprocess
 import sys
 
@@ -14,8 +15,11 @@ for name in {HEAVY!r}:
 """
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    spinning = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    inherited = {name: value for name, value in os.environ.items() if name not in spinning}
+    command, env = [sys.executable, "-c", code], inherited | environment
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 def test_import_loads_nothing_heavy() -> None:
@@ -43,3 +47,12 @@ def test_public_names_exist_and_are_typed() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     done = python("import quire\ntry: quire.Nothing\nexcept AttributeError as e: print(e)")
     assert done.stdout.strip() == "module 'quire' has no attribute 'Nothing'"
+
+
+@pytest.mark.parametrize(
+    ("environment", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_waiting_threads_spin_shortly_unless_told_otherwise(environment: dict[str, str], spins: str) -> None:
+    done = python("import os, quire; print(os.environ.get('GOMP_SPINCOUNT'))", **environment)
+    assert done.stdout.strip() == spins

@@ -42,17 +42,16 @@ class Cpu:
         """`level`: the instruction set (see native.isa); None for the best there is."""
         self.block_size = block_size
         self.level = isa() if level is None else level
-        self._library, self._reason = load()
         self._laid_out: tuple[Ragged | None, _Step] = (None, _Step())
-        if self._library is not None:
+        library, self._reason = load()
+        if library is not None:
+            self._write, self._attend = library.quire_write, library.quire_attend
+            self._write.argtypes = (*[c_void_p] * 3, c_int64, c_void_p, c_int64)
             query = (c_void_p, c_int64, c_int64, c_void_p)
-            self._library.quire_attend.argtypes = (
-                *(c_void_p, c_void_p, *query, c_float, c_float, c_int64, c_void_p),
-            )
-            self._library.quire_write.argtypes = (*[c_void_p] * 3, c_int64, c_void_p, c_int64)
+            self._attend.argtypes = (c_void_p, c_void_p, *query, c_float, c_float, c_int64, c_void_p)
 
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
-        if self._library is None:
+        if self._reason:
             return self._reason
         if device.type != "cpu":
             return f"it needs a CPU, and the device is {device}"
@@ -100,9 +99,8 @@ class Cpu:
         return LayerCache(k, v, shape, ctypes.byref(handle))
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
-        assert self._library is not None
         k, v = _packed(k), v if v is None else _packed(v)
-        self._library.quire_write(
+        self._write(
             *(cache.handle, self._layout(step), k.data_ptr(), k.stride(0)),
             *((None, 0) if v is None else (v.data_ptr(), v.stride(0))),
         )
@@ -118,11 +116,10 @@ class Cpu:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        assert self._library is not None
         q = _packed(q)
         tokens, heads, _ = q.shape
         out = torch.empty((tokens, heads, cache.shape.v_dim), dtype=q.dtype)
-        self._library.quire_attend(
+        self._attend(
             *(cache.handle, self._layout(step), q.data_ptr(), heads, q.stride(0), out.data_ptr()),
             *(scale, softcap or 0.0, window or 0, None if sinks is None else sinks.data_ptr()),
         )

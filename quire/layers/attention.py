@@ -25,7 +25,7 @@ class Attention(nn.Module):
         self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias)
         self.q_norm = self._qk_norm(s.num_heads)
         self.k_norm = self._qk_norm(s.num_kv_heads)
-        self.rope = build.ropes.table(s.rope) if s.rope else None
+        self.table = build.ropes.table(s.rope) if s.rope else ()
         self.scale = s.head_dim**-0.5 if s.scale is None else s.scale
         self.sinks: Tensor | None = None
         per_head_rms = s.qk_norm is not None and s.qk_norm.kind == "rms" and not s.qk_norm.bias
@@ -61,19 +61,18 @@ class Attention(nn.Module):
         """Normalise and rotate qk [T, H + Hkv, D]."""
         s = self.spec
         eps = s.qk_norm.eps if s.qk_norm else 0.0
-        alone = s.qk_norm is not None and not self.fused
-        if alone and not s.norm_after_rope:
+        if not self.fused and not s.norm_after_rope:
             qk = self._norm(qk)
-        if self.rope:
-            assert s.rope is not None
-            qk = ops.norm_rope(qk, self.head_weights, eps, *self.rope, positions, s.rope.interleaved)
-        if alone and s.norm_after_rope:
+        if s.rope is not None:
+            qk = ops.norm_rope(qk, self.head_weights, eps, *self.table, positions, s.rope.interleaved)
+        if s.norm_after_rope:
             qk = self._norm(qk)
         return qk.narrow(1, 0, s.num_heads), qk.narrow(1, s.num_heads, s.num_kv_heads)
 
     def _norm(self, qk: Tensor) -> Tensor:
         s = self.spec
-        assert self.q_norm is not None and self.k_norm is not None
+        if self.q_norm is None or self.k_norm is None:
+            return qk
         q, k = qk.split((s.num_heads, s.num_kv_heads), 1)
         if s.qk_norm_span == "full":
             q, k = q.flatten(1), k.flatten(1)

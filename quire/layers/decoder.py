@@ -1,6 +1,7 @@
 """A decoder-only network: embedding, blocks, final norm, head."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(block, self.build) for block in s.blocks)
         self.norm = Norm(s.norm, (s.dim,), self.build)
         self.head = Linear(s.dim, {"lm_head": s.vocab_size}, self.build, bias=s.head_bias)
-        self.embedding: Tensor | None = None  # [vocab_size, dim]
+        self.embedding: Any = None  # once loaded, [vocab_size, dim]
         self.positions: Tensor | None = None  # [num_positions, dim]
 
     def load(self, weights: Weights) -> None:
@@ -48,8 +49,7 @@ class Decoder(nn.Module):
         if s.num_positions:
             self.positions = build.pull(weights, "embed_positions.weight", s.num_positions, s.dim)
         for i, layer in enumerate(self.layers):
-            assert isinstance(layer, Block)
-            layer.load(weights, f"layers.{i}")
+            cast(Block, layer).load(weights, f"layers.{i}")
         self.norm.load(weights, "norm")
         self.head.load(weights, "", shared=self.embedding if s.tied else None)
 
@@ -65,7 +65,6 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, step: Ragged, caches: Sequence[LayerCache]) -> Tensor:
         """token_ids [T] int64 -> hidden [T, dim], the final norm applied."""
-        assert self.embedding is not None
         x = F.embedding(token_ids, self.embedding)
         if self.embed_scale != 1.0:
             x = x * self.embed_scale

@@ -1,5 +1,7 @@
 """Sparse experts: a router chooses a few for each token, and each expert computes its tokens only."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -67,8 +69,7 @@ class MoE(nn.Module):
     def load(self, weights: Weights, name: str) -> None:
         self.router.load(weights, name)
         for i, expert in enumerate(self.experts):
-            assert isinstance(expert, MLP)
-            expert.load(weights, f"{name}.experts.{i}")
+            cast(MLP, expert).load(weights, f"{name}.experts.{i}")
         if self.shared is not None:
             self.shared.load(weights, f"{name}.shared")
         if self.shared_gate is not None:

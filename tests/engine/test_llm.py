@@ -315,7 +315,13 @@ def test_text_never_shows_half_a_character(tmp_path: Path) -> None:
     make_tokenizer(tmp_path, 300)
     with LLM(str(tmp_path), **OPTIONS) as llm:
         tokens = llm.get_tokenizer().encode("naïve 🙂")
-        params = SamplingParams(temperature=1.5, seed=1, max_tokens=40, output_kind=OutputKind.DELTA, ignore_eos=True)
+        params = SamplingParams(
+            temperature=1.5, seed=1, max_tokens=40, output_kind=OutputKind.DELTA, ignore_eos=True
+        )
         pieces = [o.outputs[0].text for o in llm.stream({"prompt_token_ids": tokens}, params)]
-        whole = generate(llm, {"prompt_token_ids": tokens}, temperature=1.5, seed=1, max_tokens=40).outputs[0].text
+        whole = (
+            generate(llm, {"prompt_token_ids": tokens}, temperature=1.5, seed=1, max_tokens=40)
+            .outputs[0]
+            .text
+        )
     assert "".join(pieces) == whole

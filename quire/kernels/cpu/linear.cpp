@@ -34,6 +34,13 @@ template <class T>
 void pack_block(const T* weight, T* packed, int64_t block, int64_t outputs, int64_t inputs, int64_t units) {
   constexpr int64_t PER_UNIT = 4 / sizeof(T);
   T* to = packed + block * units * BLOCK * PER_UNIT;
+  if ((block + 1) * BLOCK <= outputs && inputs == units * PER_UNIT) {  // nothing to pad: move whole units
+    const int32_t* from = (const int32_t*)(weight + block * BLOCK * inputs);
+    for (int64_t u = 0; u < units; u += 16)
+      for (int64_t i = 0; i < BLOCK; i++)
+        for (int64_t k = u; k < u + 16; k++) ((int32_t*)to)[k * BLOCK + i] = from[i * units + k];
+    return;
+  }
   for (int64_t i = 0; i < BLOCK; i++) {
     const int64_t row = block * BLOCK + i;
     for (int64_t k = 0; k < units * PER_UNIT; k++)

@@ -22,6 +22,7 @@ ACTIVATIONS = {  # as in elementwise.cpp
     "relu2": 4,
     "sigmoid": 5,
 }
+COMMON: tuple[Any, ...] = (c_int32, c_int32, c_int32)  # instruction set, threads, whether bf16 (else float32)
 BLOCK_OUTPUTS, INPUT_STEP, UNIT_BYTES = 64, 32, 4  # as in linear.cpp
 
 
@@ -80,17 +81,11 @@ def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int
         return out
 
 
-def _register(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
-    common: tuple[Any, ...] = (
-        c_int32,
-        c_int32,
-        c_int32,
-    )  # instruction set, threads, whether bf16 (else float32)
-    library.quire_rms_norm.argtypes = (*common, *[c_void_p] * 3, *[c_int64] * 3, c_float, c_float)
+def _register_norms(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
+    library.quire_rms_norm.argtypes = (*COMMON, *[c_void_p] * 3, *[c_int64] * 3, c_float, c_float)
     rows: tuple[Any, ...] = (c_void_p, *[c_int64] * 5)
-    library.quire_norm_rope.argtypes = (*common, *rows, c_void_p, c_float, c_void_p, c_void_p, c_void_p)
-    library.quire_act.argtypes = (*common, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32)
-    rms, rope, activate = library.quire_rms_norm, library.quire_norm_rope, library.quire_act
+    library.quire_norm_rope.argtypes = (*COMMON, *rows, c_void_p, c_float, c_void_p, c_void_p, c_void_p)
+    rms, rope = library.quire_rms_norm, library.quire_norm_rope
 
     @rms_norm.on("cpu", *BOTH)
     def rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
@@ -130,6 +125,11 @@ def _register(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> N
         )
         return x
 
+
+def _register_activations(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
+    library.quire_act.argtypes = (*COMMON, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32)
+    activate = library.quire_act
+
     def activated(x: Tensor, kind: str, gated: bool) -> Tensor:
         x = x.contiguous()
         size = x.shape[-1] >> gated
@@ -150,5 +150,5 @@ def _register(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> N
 
 
 if (_library := load()[0]) is not None:
-    _register(_library, isa(), torch.get_num_threads)
-    _register_linear(_library, isa(), torch.get_num_threads)
+    for _register in (_register_linear, _register_norms, _register_activations):
+        _register(_library, isa(), torch.get_num_threads)
