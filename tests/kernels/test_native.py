@@ -34,9 +34,16 @@ def test_without_a_library_the_reference_computes(tmp_path: Path, content: bytes
 
 
 @pytest.mark.skipif(native.load()[0] is None, reason="the C++ kernels are not built")
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "ABI", native.ABI + 1)
+    library, reason = native.load.__wrapped__()
+    assert library is None and "another version" in reason
+
+
+@pytest.mark.skipif(native.load()[0] is None, reason="the C++ kernels are not built")
 def test_the_library_shares_torchs_threads() -> None:
     """Two OpenMP runtimes in one process would fight over the cores."""
-    assert native.library() is native.library()
-    mapped = Path("/proc/self/maps").read_text().splitlines()
-    runtimes = {line.split()[-1] for line in mapped if "libgomp" in line or "libomp" in line}
+    script = "from quire.kernels.cpu import native; native.library(); print(open('/proc/self/maps').read())"
+    maps = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    runtimes = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libomp" in line}
     assert len(runtimes) == 1

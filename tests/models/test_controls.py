@@ -23,6 +23,9 @@ from tests.models.mutations import mutations
 
 BLOCK_SIZE, NUM_TOKENS = 4, 40
 SAME, VISIBLE = 2e-4, 2e-3  # the first is what oracle tests tolerate
+LARGE = (
+    16.0  # logits beyond this have proportionally larger float32 rounding (Gemma's, by its scaled embedding)
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -31,7 +34,8 @@ def test_every_feature_shows_in_the_logits(case: Case, tmp_path: Path) -> None:
     tokens = prompt(NUM_TOKENS)
     theirs = build_hf(case, tmp_path)(torch.tensor([tokens])).logits[0]
     spec, names = decoder_spec(read_config(tmp_path))
-    assert far(logits(spec, names, tmp_path, tokens), theirs) < SAME
+    allowed = SAME * max(1.0, theirs.abs().max().item() / LARGE)
+    assert far(logits(spec, names, tmp_path, tokens), theirs) < allowed
     dropped = {what: far(logits(less, names, tmp_path, tokens), theirs) for what, less in mutations(spec)}
     assert len(dropped) >= 3
     assert {what: distance for what, distance in dropped.items() if not distance > VISIBLE} == {}

@@ -11,17 +11,24 @@ import torch  # noqa: F401  (before the library: see above)
 
 from quire.log import logger
 
+ABI = 1  # as quire_abi() in isa.cpp says: raise both when a function's arguments change
+
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason why there is none."""
-    files = sorted(Path(__file__).parent.glob("quire_cpu*.so"))
+    files = sorted(Path(__file__).parent.glob("quire_cpu*.so"), key=lambda path: path.stat().st_mtime)
     if not files:
         return None, "the C++ kernels were not built; install a C++ compiler and reinstall quire"
+    newest = files[-1]
     try:
-        return ctypes.CDLL(str(files[0])), ""
-    except OSError as error:
-        return None, f"{files[0].name} cannot be loaded: {error}"
+        found = ctypes.CDLL(str(newest))
+        abi = found.quire_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"{newest.name} cannot be loaded ({error}); reinstall quire"
+    if abi != ABI:
+        return None, f"{newest.name} was built from another version of the sources; reinstall quire"
+    return found, ""
 
 
 @functools.cache

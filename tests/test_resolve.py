@@ -1,0 +1,126 @@
+"""What is derived, from facts about a machine that is not there."""
+
+from dataclasses import replace
+
+import pytest
+
+from quire.config import Config
+from quire.errors import CapacityError, ConfigError
+from quire.models.registry import decoder_spec
+from quire.models.spec import Decoder
+from quire.resolve import Machine, Resolved, resolve
+
+GIB = 2**30
+CPU = Machine(
+    device="cpu",
+    total_bytes=16 * GIB,
+    available_bytes=12 * GIB,
+    num_cores=4,
+    fast_dtypes=("bfloat16", "float32"),
+    block_size=16,
+    asynchronous=False,
+)
+GPU = replace(
+    CPU,
+    device="cuda",
+    total_bytes=80 * GIB,
+    available_bytes=79 * GIB,
+    fast_dtypes=("bfloat16", "float16"),
+    block_size=64,
+    asynchronous=True,
+)
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def spec() -> Decoder:
+    return decoder_spec(LLAMA)[0]
+
+
+def derive(spec: Decoder, machine: Machine = CPU, *, offline: bool = True, **options: object) -> Resolved:
+    return resolve(Config(model="m", **options), spec, machine, checkpoint_dtype="bfloat16", offline=offline)
+
+
+def test_nothing_is_left_open(spec: Decoder) -> None:
+    for machine in (CPU, GPU):
+        config = derive(spec, machine).config
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_threads"):
+            assert getattr(config, name) is not None
+        assert (config.device, config.dtype) == (machine.device, "bfloat16")
+
+
+def test_the_memory_adds_up(spec: Decoder) -> None:
+    memory = derive(spec, GPU).memory
+    assert memory.weight_bytes == 2 * 1_235_814_400  # Llama 3.2 1B
+    assert memory.cache_bytes == memory.num_blocks * memory.block_bytes
+    assert memory.block_bytes == 64 * 16 * 2 * 8 * 64 * 2  # tokens, layers, k and v, heads, head_dim, bytes
+    total = memory.weight_bytes + memory.work_bytes + memory.cache_bytes
+    assert 0.85 * GPU.total_bytes < total <= 0.9 * GPU.total_bytes
+    half = derive(spec, GPU, gpu_memory_utilization=0.45).memory
+    assert half.cache_bytes < memory.cache_bytes / 2
+    assert derive(spec, GPU, kv_cache_memory_bytes=GIB).memory.cache_bytes <= GIB
+
+
+def test_a_cpu_leaves_memory_to_others(spec: Decoder) -> None:
+    memory = derive(spec).memory
+    assert memory.cache_bytes <= (CPU.available_bytes - memory.weight_bytes) / 2
+
+
+def test_half_precision_without_a_fast_path_becomes_what_has_one(spec: Decoder) -> None:
+    found = resolve(Config(model="m"), spec, CPU, checkpoint_dtype="float16", offline=True)
+    assert found.config.dtype == "bfloat16" and "float16" in found.reasons["dtype"]
+    assert derive(spec, dtype="float32").config.dtype == "float32"
+
+
+def test_the_context_is_what_fits_and_a_demand_is_refused(spec: Decoder) -> None:
+    small = 300 * derive(spec).memory.block_bytes
+    found = derive(spec, kv_cache_memory_bytes=small)
+    assert found.config.max_model_len == 300 * 16
+    assert "8192" in found.reasons["max_model_len"]
+    with pytest.raises(CapacityError, match="8192 tokens"):
+        derive(spec, kv_cache_memory_bytes=small, max_model_len=8192)
+
+
+def test_steps_hold_every_sequence(spec: Decoder) -> None:
+    assert derive(spec, max_num_batched_tokens=7).config.max_num_seqs == 7
+
+
+def test_gaps_matter_to_those_who_read_along(spec: Decoder) -> None:
+    assert derive(spec).config.max_token_gap_ms == 0
+    assert (derive(spec, offline=False).config.max_token_gap_ms or 0) > 0
+    assert derive(spec, offline=False, max_token_gap_ms=7.0).config.max_token_gap_ms == 7.0
+
+
+def test_only_a_device_that_runs_by_itself_is_planned_ahead(spec: Decoder) -> None:
+    assert derive(spec).config.async_scheduling is False
+    assert derive(spec, GPU).config.async_scheduling is True
+    assert derive(spec, GPU, async_scheduling=False).config.async_scheduling is False
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "error", "message"),
+    [
+        (CPU, {"max_model_len": 9000}, ConfigError, "at most 8192"),
+        (replace(CPU, available_bytes=GIB), {}, CapacityError, "Free memory"),
+        (CPU, {"kv_cache_memory_bytes": 100 * GIB}, CapacityError, "GiB are left"),
+    ],
+)
+def test_what_cannot_be_says_why(
+    spec: Decoder, machine: Machine, options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        derive(spec, machine, **options)
