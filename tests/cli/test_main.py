@@ -87,6 +87,11 @@ def test_what_is_no_whole_number(text: str) -> None:
         whole(text)
 
 
+def heed_interrupts() -> None:
+    """A shell's background jobs, such as this test run may be, ignore them, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupting_is_quiet(tiny: str) -> None:
     with subprocess.Popen(
         [*COMMAND, "chat", tiny, "--max-tokens", "4"],
@@ -94,6 +99,7 @@ def test_interrupting_is_quiet(tiny: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None

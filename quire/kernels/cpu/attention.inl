@@ -124,8 +124,9 @@ struct Task {
     }
   }
 
-  // A row's weights from its scores s, and how much smaller the earlier ones have become.
-  void weigh(int64_t tile, int64_t row, const float* s) {
+  // A row's weights from its scores s, and how much smaller the earlier ones have become. One copy for all callers, so
+  // that a row's bits do not depend on how many rows come with it.
+  __attribute__((noinline)) void weigh(int64_t tile, int64_t row, const float* s) {
     const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const int32_t from = (int32_t)(low[row] - tile), to = (int32_t)(limit[row] - tile);
     Ints seen[PAGES];

@@ -49,6 +49,18 @@ typedef float Register __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t RegisterInts __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t RegisterIntsAt __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
+// Hides from the compiler how a sum came about. If it were a product, compilers could fuse either that product or the
+// next one into the addition, and choose differently for one row and for four: the same row would get other bits.
+static inline void as_is(Register& x) {
+#if QUIRE_ISA >= 2
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
+
 // sums[r][c] += a[r][s] * b[c][s * stride ...] over `steps` units, in order. With AHEAD, it also asks for the memory
 // that is wanted next, `ahead_bytes` at `ahead` for each step and column.
 template <class E, bool AHEAD, int R, int C>
@@ -56,6 +68,8 @@ static inline void products(Floats (&sums)[R][C], const int32_t* const* a, const
                             int64_t stride, const int32_t* const* ahead, int64_t ahead_bytes) {
   Register parts[R][C * PARTS];
   memcpy(parts, sums, sizeof(sums));
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < C * PARTS; i++) as_is(parts[r][i]);
   for (int64_t s = 0; s < steps; s++) {
     for (int c = 0; c < C; c++) {
       if (AHEAD) {
