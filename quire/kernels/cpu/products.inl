@@ -2,6 +2,28 @@
 
 #include "vectors.inl"
 
+typedef float EightFloats __attribute__((vector_size(32)));
+
+// sum + b * f, rounded once where the machine can. Left to the compiler, it would fuse here and not there, and a row would
+// get other bits when it is computed alone than among others.
+template <class V>
+static inline V add_product(V sum, V b, float f) {
+#if QUIRE_ISA >= 2
+  static_assert(sizeof(V) == 64, "a register");
+  return (V)_mm512_fmadd_ps((__m512)b, _mm512_set1_ps(f), (__m512)sum);
+#elif QUIRE_ISA == 1
+  EightFloats sums[sizeof(V) / 32], factors[sizeof(V) / 32];
+  memcpy(sums, &sum, sizeof(V));
+  memcpy(factors, &b, sizeof(V));
+  for (size_t i = 0; i < sizeof(V) / 32; i++)
+    sums[i] = (EightFloats)_mm256_fmadd_ps((__m256)factors[i], _mm256_set1_ps(f), (__m256)sums[i]);
+  memcpy(&sum, sums, sizeof(V));
+  return sum;
+#else
+  return sum + b * f;
+#endif
+}
+
 // A unit is 4 bytes: one float, or a pair of bf16 that are multiplied together and added.
 struct FloatUnits {
   typedef float Element;
@@ -10,7 +32,7 @@ struct FloatUnits {
   static inline V step(V sum, I b, int32_t a) {
     float f;
     memcpy(&f, &a, 4);
-    return sum + (V)b * f;
+    return add_product(sum, (V)b, f);
   }
   static inline void store_weights(float* p, Floats x) { store(p, x); }
   static inline Ints first_only(Ints b) { return b; }
@@ -28,8 +50,8 @@ struct Bf16Units {
     float f, g;
     memcpy(&f, &first, 4);
     memcpy(&g, &second, 4);
-    sum = sum + (V)(b << 16) * f;
-    return sum + (V)(b & (int32_t)0xffff0000) * g;
+    sum = add_product(sum, (V)(b << 16), f);
+    return add_product(sum, (V)(b & (int32_t)0xffff0000), g);
 #endif
   }
   static inline void store_weights(Bf16* p, Floats x) { store(p, x); }
@@ -49,18 +71,6 @@ typedef float Register __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t RegisterInts __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t RegisterIntsAt __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-// Hides from the compiler how a sum came about. If it were a product, compilers could fuse either that product or the
-// next one into the addition, and choose differently for one row and for four: the same row would get other bits.
-static inline void as_is(Register& x) {
-#if QUIRE_ISA >= 2
-  asm("" : "+v"(x));
-#elif defined(__x86_64__)
-  asm("" : "+x"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
-#endif
-}
-
 // sums[r][c] += a[r][s] * b[c][s * stride ...] over `steps` units, in order. With AHEAD, it also asks for the memory
 // that is wanted next, `ahead_bytes` at `ahead` for each step and column.
 template <class E, bool AHEAD, int R, int C>
@@ -68,8 +78,6 @@ static inline void products(Floats (&sums)[R][C], const int32_t* const* a, const
                             int64_t stride, const int32_t* const* ahead, int64_t ahead_bytes) {
   Register parts[R][C * PARTS];
   memcpy(parts, sums, sizeof(sums));
-  for (int r = 0; r < R; r++)
-    for (int i = 0; i < C * PARTS; i++) as_is(parts[r][i]);
   for (int64_t s = 0; s < steps; s++) {
     for (int c = 0; c < C; c++) {
       if (AHEAD) {
