@@ -71,8 +71,10 @@ def build(config: Config, *, offline: bool, clock: Callable[[], float] = time.mo
     spec, names = decoder_spec(raw)
     tokenizer = _tokenizer(config, folder)
     platform = detect(config.device)
-    machine, backend = _machine(config, platform, _dtype_of(raw))
-    resolved = resolve(config, spec, machine, checkpoint_dtype=_dtype_of(raw), offline=offline)
+    machine, stored = machine_of(platform), dtype_of(raw)
+    backend = _backend(config, platform, resolve_dtype(config, stored, machine)[0])
+    machine = dataclasses.replace(machine, block_size=backend.block_size)
+    resolved = resolve(config, spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config
     torch.set_num_threads(config.num_threads or 1)
     model = _load(config, spec, names, folder, backend, platform.device)
@@ -82,7 +84,7 @@ def build(config: Config, *, offline: bool, clock: Callable[[], float] = time.mo
     return Parts(config, resolved.reasons, spec, tokenizer, inputs, core)
 
 
-def _dtype_of(raw: Mapping[str, Any]) -> str | None:
+def dtype_of(raw: Mapping[str, Any]) -> str | None:
     """What config.json says the weights are, at the top or in the text model's part."""
     for part in (raw, raw.get("text_config") or {}):
         if dtype := part.get("dtype") or part.get("torch_dtype"):
@@ -100,26 +102,29 @@ def _tokenizer(config: Config, folder: Path) -> Tokenizer | None:
     )
 
 
-def _machine(config: Config, platform: Platform, checkpoint_dtype: str | None) -> tuple[Machine, Backend]:
-    """The machine's facts; the attention backend is one of them, because it names the block size."""
+def machine_of(platform: Platform) -> Machine:
+    """The facts that options follow from, before the attention backend has named its block size."""
     best = str(platform.default_dtype).removeprefix("torch.")
     asynchronous = platform.name == "cuda"
-    fast = tuple(dict.fromkeys((best, "bfloat16", "float16") if asynchronous else (best, "float32")))
-    machine = Machine(
+    return Machine(
         device=platform.name,
         total_bytes=platform.total_bytes,
         available_bytes=platform.available_bytes,
         num_cores=platform.num_threads,
-        fast_dtypes=fast,
-        block_size=config.block_size or 1,
+        fast_dtypes=tuple(dict.fromkeys((best, "float16" if asynchronous else "float32"))),
+        block_size=1,
         asynchronous=asynchronous,
     )
-    dtype = getattr(torch, resolve_dtype(config, checkpoint_dtype, machine)[0])
-    forced = None if config.attention_backend == "auto" else config.attention_backend
-    backend = select(
-        platform.attention_order, dtype, platform.device, forced=forced, block_size=config.block_size
+
+
+def _backend(config: Config, platform: Platform, dtype: str) -> Backend:
+    return select(
+        platform.attention_order,
+        getattr(torch, dtype),
+        platform.device,
+        forced=None if config.attention_backend == "auto" else config.attention_backend,
+        block_size=config.block_size,
     )
-    return dataclasses.replace(machine, block_size=backend.block_size), backend
 
 
 def _load(
