@@ -13,19 +13,13 @@ from quire.checkpoint.files import read_config
 from quire.checkpoint.source import resolve
 from quire.cli.workload import Workload
 from quire.config import Config
+from quire.engine.build import dtype_of, machine_of
 from quire.errors import ConfigError
 from quire.models.registry import decoder_spec
-from quire.platforms.base import Platform
 from quire.platforms.detect import detect
+from quire.resolve import resolve_dtype
 
 PAD = 0
-
-
-def dtype_name(asked: str, checkpoint: str, platform: Platform) -> str:
-    """The type that this engine would choose, so that both are measured with the same one."""
-    best = str(platform.default_dtype).removeprefix("torch.")
-    fast = (best, "float16", "bfloat16") if platform.name == "cuda" else (best, "float32")
-    return asked if asked != "auto" else checkpoint if checkpoint in fast else best
 
 
 class Transformers:
@@ -38,7 +32,7 @@ class Transformers:
         folder = resolve(config.model, config.revision).folder
         platform = detect(config.device)
         raw = read_config(folder)
-        name = dtype_name(config.dtype, str(raw.get("dtype") or raw.get("torch_dtype")), platform)
+        name, _ = resolve_dtype(config, dtype_of(raw), machine_of(platform))  # as the engine chooses
         dtype = getattr(torch, name)
         self.batch_size, self.device = batch_size, platform.device
         self.config = replace(config, device=platform.name, dtype=name, block_size=None)
