@@ -9,6 +9,7 @@ from quire.engine.events import TokenEvent
 from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestState
 from quire.errors import EngineDead, InvalidRequest
+from quire.log import logger
 from quire.types import FinishReason, OutputKind, Request, RequestOutput
 
 
@@ -82,8 +83,15 @@ class Engine:
         if event.token is not None:
             last = state.metrics.last_token_s
             self.metrics.token(None if last is None else now - last)
-        if state.push(event, now):
-            self.core.abort(event.request_id, event.index)
+        try:
+            stopped = state.push(event, now)
+        except Exception:  # whatever one request's text does, the others go on
+            logger.exception("request %s failed while its output was read", event.request_id)
+            self.core.abort(event.request_id)
+            state.fail()
+        else:
+            if stopped:
+                self.core.abort(event.request_id, event.index)
 
     def _output(self, state: RequestState, now: float) -> RequestOutput | None:
         if state.finished:

@@ -108,6 +108,11 @@ class RequestState:
             if not sequence.finish:
                 self._end(sequence, reason.value)
 
+    def fail(self) -> None:
+        """End with an error what has not ended; its text stays as it is."""
+        for sequence in self.sequences:
+            sequence.finish = sequence.finish or FinishReason.ERROR.value
+
     def output(self) -> RequestOutput:
         """What the user reads now, as the request's output kind says."""
         kind = self.request.params.output_kind

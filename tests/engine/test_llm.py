@@ -325,3 +325,16 @@ def test_text_never_shows_half_a_character(tmp_path: Path) -> None:
             .text
         )
     assert "".join(pieces) == whole
+
+
+def test_an_output_that_cannot_be_read_fails_one_request(llm: LLM) -> None:
+    engine = llm.engine
+    for name in ("bad", "good"):
+        engine.add(engine.inputs.request("hello", GREEDY, request_id=name))
+    engine.requests["bad"].sequences[0].detokenizer._tokenizer = None  # reading the next token raises
+    ended = {}
+    while not engine.idle:
+        ended.update({o.request_id: o.outputs[0] for o in engine.step() if o.finished})
+    assert (ended["bad"].finish_reason, ended["good"].finish_reason) == ("error", "length")
+    assert len(ended["good"].token_ids) == 12
+    assert engine.core.stats().used_blocks == 0
