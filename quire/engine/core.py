@@ -33,7 +33,7 @@ class EngineCore:
         clock: Callable[[], float],
     ):
         self.scheduler, self.runner, self.clock = scheduler, runner, clock
-        self.loop = Loop(scheduler, runner, depth=depth, now=clock, masks=lambda plan: None)
+        self.loop = Loop(scheduler, runner, depth=depth, now=clock)
         self.seed, self.fingerprint, self.share_across_requests = seed, fingerprint, share_across_requests
         self.ids, self.ordinals = itertools.count(), itertools.count()
         self.owner: dict[int, tuple[str, int]] = {}  # sequence -> request and index
