@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,12 +118,3 @@ class Config:
         if not options.get("model"):
             raise ConfigError("model is empty; give the folder of a checkpoint or a Hugging Face id")
         return cls(**options)
-
-    def as_json(self) -> str:
-        """The options that are not at their defaults, as JSON."""
-        changed = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
-        }
-        return json.dumps(changed, default=dict)

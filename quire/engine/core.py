@@ -74,12 +74,10 @@ class EngineCore:
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Stop computing a request, or one of its sequences; unknown ones are ignored."""
-        members = self.members.get(request_id, {})
-        for seq in (
-            [members[index]] if index in members else [] if index is not None else list(members.values())
-        ):
-            self.scheduler.abort(seq)
-            self._forget(seq)
+        for member, seq in list(self.members.get(request_id, {}).items()):
+            if index is None or index == member:
+                self.scheduler.abort(seq)
+                self._forget(seq)
 
     def step(self) -> list[TokenEvent]:
         """Compute one step; return what became known."""
