@@ -1,11 +1,11 @@
-"""Many streams of one engine in an asyncio program: `python examples/streams.py MODEL`."""
+"""Many streams of one engine in an asyncio program: `python examples/streams.py [MODEL]`."""
 
 import asyncio
 import sys
 
 from quire import AsyncEngine, Config, OutputKind, SamplingParams
 
-PROMPTS = ["The writer opened", "A quire is", "In the morning"]
+PROMPTS = ["Once upon a time", "What is the capital of Japan?", "What is 20 + 7?"]
 
 
 async def stream(engine: AsyncEngine, prompt: str) -> str:
@@ -14,7 +14,7 @@ async def stream(engine: AsyncEngine, prompt: str) -> str:
     return f"{prompt!r} -> {''.join(pieces)!r} in {len(pieces)} pieces"
 
 
-async def main(model: str) -> None:
+async def main(model: str = "demo") -> None:
     engine = AsyncEngine(Config(model=model))
     try:
         for line in await asyncio.gather(*(stream(engine, prompt) for prompt in PROMPTS)):
@@ -24,4 +24,4 @@ async def main(model: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    asyncio.run(main(*sys.argv[1:]))

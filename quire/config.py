@@ -22,7 +22,9 @@ class Config:
         ConfigError: a value is outside its range; the message names the range.
     """
 
-    model: str = option("", "Folder of a Hugging Face checkpoint, or a Hugging Face id.")
+    model: str = option(
+        "", "Folder of a Hugging Face checkpoint, or a Hugging Face id, or demo, which comes with Quire."
+    )
     revision: str | None = option(None, "Branch, tag or commit of a Hugging Face id.")
     tokenizer: str | None = option(None, "Folder or id of the tokenizer, if not the model's.")
     skip_tokenizer_init: bool = option(False, "Serve token ids only; prompts and outputs have no text.")

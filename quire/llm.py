@@ -34,7 +34,7 @@ class LLM:
     """A model in this process. Use it as a context manager, or call `close` when done.
 
     Args:
-        model: folder of a Hugging Face checkpoint, or a Hugging Face id.
+        model: folder of a Hugging Face checkpoint, or a Hugging Face id, or "demo".
         options: any field of `quire.config.Config`.
 
     Raises:

@@ -28,7 +28,8 @@ def test_import_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["run"], ["chat"], ["bench"], ["bench", "throughput"], ["inspect"], ["replay"]]
+    "words",
+    [[], ["run"], ["chat"], ["demo"], ["bench"], ["bench", "throughput"], ["inspect"], ["replay"]],
 )
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
     call = f"from quire.cli.main import main\ntry: main({[*words, '--help']!r})\n"

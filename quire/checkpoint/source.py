@@ -4,8 +4,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from quire.errors import ModelError
+from quire.checkpoint.files import SINGLE
+from quire.errors import ConfigError, ModelError
 
+PACKAGE = Path(__file__).parent.parent
+BUNDLED = {"demo": "demo", "demo-draft": "demo/draft", "demo-eagle3": "demo/eagle3"}  # folders of the package
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*"]
 LARGE = ["*.safetensors"]
@@ -14,7 +17,7 @@ NEVER = ["*/*.safetensors", "consolidated*", "*.bin", "*.pt", "*.pth", "*.py", "
 
 @dataclass(frozen=True)
 class Source:
-    """A model on this machine. `revision` is the commit it was downloaded at; None for a local folder."""
+    """A model on this machine. `revision` is the commit it was downloaded at; None if it was not."""
 
     name: str
     folder: Path
@@ -24,7 +27,8 @@ class Source:
 def resolve(
     model: str, revision: str | None = None, *, weights: bool = True, download_dir: str | None = None
 ) -> Source:
-    """Find a model: a folder, or a Hugging Face repository, downloaded if need be and pinned to a commit.
+    """Find a model: one that comes with Quire, a folder, or a Hugging Face repository, which is downloaded if
+    need be and pinned to a commit. `demo` is ours, `./demo` a folder.
 
     Args:
         revision: branch, tag or commit of a repository; not for folders.
@@ -32,8 +36,11 @@ def resolve(
         download_dir: where downloads are kept; None for the hub's own cache.
 
     Raises:
+        ConfigError: a model that comes with Quire was asked for in a revision.
         ModelError: there is no such model, or it cannot be reached.
     """
+    if model in BUNDLED:
+        return _bundled(model, revision, weights)
     try:
         folder = Path(model).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
@@ -50,6 +57,20 @@ def resolve(
             f"{model!r} does not exist, and is no name of a Hugging Face repository (owner/name)"
         )
     return _download(model, revision, weights, download_dir)
+
+
+def _bundled(model: str, revision: str | None, weights: bool) -> Source:
+    if revision is not None:
+        raise ConfigError(
+            f"revision is {revision!r}; {model} comes with Quire and has only one, so leave revision out"
+        )
+    folder = PACKAGE / BUNDLED[model]
+    for name in ("config.json", SINGLE) if weights else ("config.json",):
+        if not (folder / name).is_file():
+            raise ModelError(
+                f"{model} comes with Quire, but {folder / name} is missing from this installation; install Quire again"
+            )
+    return Source(model, folder)
 
 
 def _download(model: str, revision: str | None, weights: bool, download_dir: str | None) -> Source:

@@ -2,25 +2,27 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
 
 from quire.cli.options import add_config_options, add_sampling_options, config_options, sampling_options
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 MAX_TOKENS = 1024
 HELP = "/reset forgets the conversation, /quit ends it."
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, *, model: str | None = None) -> None:
     parser.epilog = HELP
-    add_config_options(parser)
+    add_config_options(parser, model=model)
     parser.add_argument("--system", metavar="TEXT", help="What the model is told before the conversation.")
     add_sampling_options(parser, max_tokens=MAX_TOKENS)
 
 
 def main(args: argparse.Namespace) -> int:
+    return talk(args, listen(HELP))
+
+
+def talk(args: argparse.Namespace, turns: Iterable[str]) -> int:
+    """Answer each of the user's turns, with what was said before in mind."""
     from rich.console import Console
 
     from quire.cli.terminal import write_stream
@@ -31,9 +33,7 @@ def main(args: argparse.Namespace) -> int:
     opening = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(opening)
     with LLM(**{"disable_log_stats": True, **config_options(args)}) as llm:
-        if sys.stdin.isatty():
-            screen.print(f"[dim]{HELP}[/dim]")
-        while (words := read_turn(screen)) is not None:
+        for words in turns:
             if words == "/reset":
                 messages = list(opening)
             if not words or words == "/reset":
@@ -53,10 +53,18 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_turn(screen: "Console") -> str | None:
-    """What the user said; None when there is no more."""
-    try:
-        words = screen.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
-    except EOFError:
-        return None
-    return None if words.strip() == "/quit" else words.strip()
+def listen(greeting: str) -> Iterator[str]:
+    """The user's turns, until there are no more; on a terminal `greeting` comes before the first."""
+    from rich.console import Console
+
+    screen = Console(stderr=True, highlight=False)
+    if sys.stdin.isatty():
+        screen.print(greeting, style="dim", markup=False)
+    while True:
+        try:
+            words = screen.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
+        except EOFError:
+            return
+        if words.strip() == "/quit":
+            return
+        yield words.strip()

@@ -14,6 +14,7 @@ from quire.errors import EngineDead, QuireError, RequestFailed
 COMMANDS = {
     "run": "Complete one prompt, streamed to the terminal.",
     "chat": "Talk to a model.",
+    "demo": "Talk to the small model that comes with Quire.",
     "bench": "Measure throughput or latency, and compare them with what the machine could do.",
     "inspect": "Print what a network is, or how two differ.",
     "replay": "Run a recorded schedule again.",

@@ -73,13 +73,19 @@ def same_dashes(words: Sequence[str]) -> list[str]:
     return head + list(words[end:])
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """The model as first argument, a flag for every other option. The namespace has only what was given."""
+def add_config_options(parser: argparse.ArgumentParser, *, model: str | None = None) -> None:
+    """The model as first argument unless the command has one, a flag for every other option.
+
+    The namespace has only what was given.
+    """
     group = parser.add_argument_group("engine options")
     for field in dataclasses.fields(Config):
         help = field.metadata["help"].replace("%", "%%")
         if field.name == "model":
-            parser.add_argument("model", metavar="MODEL", help=help)
+            if model is None:
+                parser.add_argument("model", metavar="MODEL", help=help)
+            else:
+                parser.set_defaults(model=model)
             continue
         if field.default is not None:
             help += f" ({field.default})"

@@ -65,6 +65,11 @@ def family(architecture: str) -> Family:
     Raises:
         UnsupportedModel: there is none; the message lists the closest names.
     """
+    if "Eagle3" in architecture:  # no full network, so a close name would not help
+        raise UnsupportedModel(
+            f"{architecture} is a draft head: it proposes tokens to the model that it was trained for, in "
+            "speculative decoding, and generates nothing alone. Load that model instead"
+        )
     if architecture not in FAMILIES:
         close = difflib.get_close_matches(architecture, FAMILIES, n=3, cutoff=0.6)
         hint = f" The closest are {', '.join(close)}." if close else ""

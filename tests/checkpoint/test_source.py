@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from quire.checkpoint import source
 from quire.checkpoint.source import Source, resolve
-from quire.errors import ModelError
+from quire.errors import ConfigError, ModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -34,6 +35,45 @@ def snapshot(cache: Path, files: dict[str, str], *, commit: str = COMMIT) -> Pat
 def test_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve(str(tmp_path)) == Source(str(tmp_path), tmp_path)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package with the files of its models, empty ones."""
+    for folder in ("demo", "demo/draft", "demo/eagle3"):
+        (tmp_path / "quire" / folder).mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / "quire" / folder / name).write_text("")
+    monkeypatch.setattr(source, "PACKAGE", tmp_path / "quire")
+    return tmp_path / "quire"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("demo", "demo"), ("demo-draft", "demo/draft"), ("demo-eagle3", "demo/eagle3")]
+)
+def test_models_that_come_with_quire(package: Path, cache: Path, name: str, folder: str) -> None:
+    assert resolve(name) == Source(name, package / folder)
+    with pytest.raises(ConfigError, match=f"revision is 'main'; {name} comes with Quire"):
+        resolve(name, "main")
+
+
+def test_our_name_wins_over_a_folder(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("demo").folder == package / "demo"
+    assert resolve("./demo").folder.resolve() == tmp_path / "demo"
+    assert resolve(str(tmp_path / "demo")).folder == tmp_path / "demo"
+
+
+def test_a_package_without_its_model(package: Path, cache: Path) -> None:
+    (package / "demo" / "model.safetensors").unlink()
+    assert resolve("demo", weights=False).folder == package / "demo"
+    with pytest.raises(ModelError, match=r"demo comes with Quire, but .*model\.safetensors is missing"):
+        resolve("demo")
+    (package / "demo" / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"demo comes with Quire, but .*config\.json is missing"):
+        resolve("demo", weights=False)
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:

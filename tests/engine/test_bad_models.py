@@ -50,6 +50,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[QuireError], str]] = {
         UnsupportedModel,
         "NoSuch",
     ),
+    "draft head": (
+        lambda f: edit_config(f, architectures=["LlamaForCausalLMEagle3"]),
+        UnsupportedModel,
+        "LlamaForCausalLMEagle3 is a draft head",
+    ),
     "missing key": (lambda f: edit_config(f, num_attention_heads=None), ModelError, "num_attention_heads"),
     "unknown act": (lambda f: edit_config(f, hidden_act="swoosh"), UnsupportedModel, "swoosh"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ModelError, "safetensors"),
