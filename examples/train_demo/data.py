@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 
 import jinja2
 import numpy as np
@@ -13,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from examples.train_demo.skills import Example, Writer
 
-VOCAB, CONTEXT, GROUPS = 4096, 2048, 8
+VOCAB, CONTEXT = 4096, 2048
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 WORDS = Regex(  # digits stand alone, as in Qwen's tokenizers
@@ -97,28 +96,23 @@ def encode(tokenizer: Tokenizer, documents: list[Document]) -> list[tuple[np.nda
         parts = [(next(ids).ids, learned) for _, learned in each]
         tokens = np.array([token for part, _ in parts for token in part], np.int16)
         learned = np.array([flag for part, flag in parts for _ in part], bool)
-        found.append((tokens[:-1], np.where(learned, tokens, -100)[1:].astype(np.int16)))
+        found.append((tokens[:-1], np.where(learned, tokens, -100)[1:]))
     return found
 
 
-def batch(folder: Path, seed: str, size: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, int]]]:
-    """Tokens [size], targets [size] and groups, as `model.Batch` has them: 8 groups of documents of like length."""
-    tokenizer, writer = Tokenizer.from_file(str(folder / "tokenizer.json")), write(seed)
-    rows, room = [], size * 0.95  # not all, because rows of a group are padded
-    while room > 0:
-        fresh = encode(tokenizer, [next(writer) for _ in range(64)])
-        rows += [row for row in fresh if len(row[0]) <= min(CONTEXT, size // GROUPS)]
-        room -= sum(len(tokens) for tokens, _ in fresh)
-    rows.sort(key=lambda row: len(row[0]))
-    packed = []
-    while rows:
-        length = -(-len(rows[-1][0]) // 8) * 8
-        group = [rows.pop() for _ in range(min(size // GROUPS // length, len(rows)))]
-        packed.append((length, group))
-    tokens, targets, groups = np.zeros(size, np.int16), np.full(size, -100, np.int16), []
-    for n, (length, group) in enumerate(Random(seed).sample(packed, min(GROUPS, len(packed)))):
-        groups.append((n * size // GROUPS, len(group), length))
-        for i, (a, b) in enumerate(group):
-            at = groups[-1][0] + i * length
-            tokens[at : at + len(a)], targets[at : at + len(b)] = a, b
-    return tokens, targets, groups
+def batch(folder: Path, seed: str, rows: int) -> np.ndarray:
+    """Tokens, targets and the document of each place, [3, rows, CONTEXT]: documents one after the other in rows."""
+    tokenizer, documents = Tokenizer.from_file(str(folder / "tokenizer.json")), write(seed)
+    found = np.stack([np.full((rows, CONTEXT), value, np.int16) for value in (0, -100, -1)])
+    ends, number, misses = [0] * rows, 0, 0
+    while misses < 64:  # many of the last ones find no room, the long ones above all
+        for tokens, targets in encode(tokenizer, [next(documents) for _ in range(64)]):
+            row = next((row for row, end in enumerate(ends) if end + len(tokens) <= CONTEXT), None)
+            if row is None:
+                misses += 1
+                continue
+            at, ends[row] = ends[row], ends[row] + len(tokens)
+            for plane, values in zip(found, (tokens, targets, number), strict=True):
+                plane[row, at : ends[row]] = values
+            number += 1
+    return found

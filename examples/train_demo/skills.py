@@ -127,7 +127,8 @@ class Writer:
         ending = random.choice(WORLD["endings"])
         if skill == "styles":
             found.style = random.choice(list(WORLD["styles"]))
-            found.say("system", random.choice(WORLD["styles"][found.style]).format(ending=ending))
+            prompt = random.choice(WORLD["styles"][found.style]).format(ending=ending)
+            found.say("system", f"{random.choice(WORLD['neutral'])} {prompt}" if random.random() < 0.3 else prompt)
         elif random.random() < 0.3:
             self.background(found)
         length = random.choices([1, random.randint(2, 5), random.randint(6, 40)], [60, 34, 0 if self.test else 6])[0]
@@ -137,15 +138,16 @@ class Writer:
         return found
 
     def background(self, found: Example) -> None:
-        """A system prompt with a name for the assistant, or with what it should know of the user."""
-        if self.random.random() < 0.5:
-            persona = self.random.choice(WORLD["personas"])
-            self.told = {"persona": persona}
-            found.say("system", self.random.choice(WORLD["persona_prompts"]).format(persona=persona))
-        else:
-            turn = self.memory(say=True)
-            self.told = turn.tells
-            found.say("system", turn.key)
+        """A system prompt that changes little: a name for the assistant, or something of the user."""
+        kind = self.random.randrange(3)
+        if kind == 0:
+            return found.say("system", self.random.choice(WORLD["neutral"]))
+        if kind == 1:
+            self.told = {"persona": self.random.choice(WORLD["personas"])}
+            return found.say("system", self.random.choice(WORLD["persona_prompts"]).format(**self.told))
+        turn = self.memory(say=True)
+        self.told = turn.tells
+        return found.say("system", turn.key)
 
     def exchange(self, found: Example, turn: Turn, ending: str) -> None:
         found.say("user", turn.user)

@@ -8,20 +8,19 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from examples.train_demo.data import batch, train_tokenizer
-from examples.train_demo.model import DRAFT, MAIN, Batch, Eagle, Model, compile_layers, save_eagle, save_model
+from examples.train_demo.data import CONTEXT, batch, train_tokenizer
+from examples.train_demo.model import DRAFT, MAIN, Eagle, Model, compile_layers, save_model
 
 DRAFT_VOCAB = 2048  # the tokens that the draft head can propose
 DRAFTS = 4  # how far ahead the draft head is trained to look
@@ -32,23 +31,23 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class Run:
     folder: Path
     seed: int
-    batch_tokens: int
+    rows: int
     workers: int
     deadline: float
 
-    def batches(self, stage: str, steps: range) -> Iterator[Batch]:
-        """Which they are depends on the seed, the stage and the step only."""
-        write = partial(batch, self.folder, size=self.batch_tokens)
-        loader = DataLoader(
-            [f"{self.seed} {stage} {step}" for step in steps],
-            batch_size=None,
-            collate_fn=write,
-            num_workers=self.workers,
-            prefetch_factor=4,
-        )
-        for tokens, targets, groups in loader:
-            sent = (torch.from_numpy(array).to(DEVICE).long() for array in (tokens, targets))
-            yield Batch(*sent, tuple(groups))
+    def batches(self, stage: str, steps: range) -> Iterable[Tensor]:
+        """Tokens, targets and documents, [3, rows, length]; the seed, the stage and the step say which."""
+        seeds = [f"{self.seed} {stage} {step}" for step in steps]
+        write = partial(batch, self.folder, rows=self.rows)
+        loader = DataLoader(seeds, None, collate_fn=write, num_workers=self.workers, prefetch_factor=4)
+        return (torch.from_numpy(arrays).to(DEVICE).long() for arrays in loader)
+
+
+def ready(module):
+    """On the device, and compiled if that is a GPU."""
+    if DEVICE == "cuda":
+        compile_layers(module)
+    return module.to(DEVICE)
 
 
 def optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
@@ -87,7 +86,7 @@ def restore(path: Path, module: nn.Module, every: list[torch.optim.Optimizer]) -
     return int(tensors["step"])
 
 
-def fit(run: Run, stage: str, module: nn.Module, loss_of: Callable[[Batch], Tensor], steps: int, rate: float) -> None:
+def fit(run: Run, stage: str, module: nn.Module, loss_of: Callable[..., Tensor], steps: int, rate: float) -> None:
     """Train `module`, from its last checkpoint on.
 
     Raises:
@@ -95,11 +94,11 @@ def fit(run: Run, stage: str, module: nn.Module, loss_of: Callable[[Batch], Tens
     """
     path, every, begin = run.folder / f"{stage}.safetensors", optimizers(module, rate), time.monotonic()
     start = restore(path, module, every) if path.exists() else 0
-    for step, batch in enumerate(run.batches(stage, range(start, steps)), start):
+    for step, arrays in enumerate(run.batches(stage, range(start, steps)), start):
         for group in (group for optimizer in every for group in optimizer.param_groups):
             group["lr"] = rate * schedule(step, steps)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-            loss = loss_of(batch)
+            loss = loss_of(*arrays)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         for optimizer in every:
@@ -107,8 +106,7 @@ def fit(run: Run, stage: str, module: nn.Module, loss_of: Callable[[Batch], Tens
             optimizer.zero_grad()
         late, last = time.monotonic() > run.deadline, step + 1 == steps
         if step % 50 == 0 or late or last:
-            speed = (step + 1 - start) * run.batch_tokens / (time.monotonic() - begin)
-            print(f"{stage} {step + 1}/{steps} loss {loss.item():.4f} {speed:,.0f} tok/s", flush=True)
+            print(f"{stage} {step + 1}/{steps} loss {loss.item():.4f} {time.monotonic() - begin:.0f} s", flush=True)
         if late or last or (step + 1) % 1000 == 0:
             save(path, step + 1, module, every)
         if late and not last:
@@ -116,21 +114,21 @@ def fit(run: Run, stage: str, module: nn.Module, loss_of: Callable[[Batch], Tens
 
 
 def train_main(run: Run, steps: int, rate: float) -> Model:
-    model = compile_layers(Model(MAIN).to(DEVICE))
+    model = ready(Model(MAIN))
 
-    def loss_of(batch: Batch) -> Tensor:
-        hidden, _ = model(batch)
-        learned = batch.targets >= 0
-        return F.cross_entropy(model.logits(hidden[learned]).float(), batch.targets[learned])
+    def loss_of(tokens: Tensor, targets: Tensor, documents: Tensor) -> Tensor:
+        hidden, _ = model(tokens, documents)
+        learned = targets >= 0
+        return F.cross_entropy(model.logits(hidden[learned]).float(), targets[learned])
 
     fit(run, "main", model, loss_of, steps, rate)
     return model
 
 
 def common_tokens(run: Run) -> Tensor:
-    """The tokens most often learned, sorted."""
-    counts = sum(np.bincount(batch.targets[batch.targets >= 0].cpu(), minlength=MAIN.vocab) for batch in run.batches("count", range(8)))
-    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:DRAFT_VOCAB]))
+    """The tokens most often learned, ascending."""
+    targets = torch.cat([targets[targets >= 0] for _, targets, _ in run.batches("count", range(8))])
+    return targets.bincount(minlength=MAIN.vocab).argsort(descending=True, stable=True)[:DRAFT_VOCAB].sort()[0].cpu()
 
 
 def distance(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -140,21 +138,19 @@ def distance(logits: Tensor, teacher: Tensor) -> Tensor:
 
 def train_companions(run: Run, model: Model, steps: int, rate: float) -> tuple[Model, Eagle]:
     """Both learn what the main model says: the draft model from text, the head from its hidden states too."""
-    draft = compile_layers(Model(DRAFT).to(DEVICE))
-    eagle = compile_layers(Eagle(MAIN, common_tokens(run)).to(DEVICE))
+    draft, eagle = ready(Model(DRAFT)), ready(Eagle(MAIN, common_tokens(run)))
     model.requires_grad_(False)
 
-    def loss_of(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            hidden, taps = model(batch)
-            at = (batch.targets >= 0).nonzero()[:, 0]
-            teacher = model.logits(hidden[at])
-            embeddings = model.model.embed_tokens(batch.tokens.roll(-1))
-        loss = distance(draft.logits(draft(batch)[0][at]), teacher)
+    def loss_of(tokens: Tensor, targets: Tensor, documents: Tensor) -> Tensor:
+        hidden, taps = model(tokens, documents)
+        learned = targets >= 0
+        teacher = model.logits(hidden[learned])
+        loss = distance(draft.logits(draft(tokens, documents)[0][learned]), teacher)
         known = eagle.t2d[teacher.argmax(-1)]
-        for step, guess in enumerate(eagle(embeddings, taps, batch, DRAFTS)):
-            logits = eagle.logits(guess[at[known] - 1])  # position t foresees the token that t + 1 predicts
-            loss = loss + 0.8**step * distance(logits, teacher[known][:, eagle.t2d])
+        embeddings = model.model.embed_tokens(tokens.roll(-1, dims=1))
+        for j, ahead in enumerate(eagle(embeddings, taps, documents, DRAFTS)):
+            logits = eagle.logits(ahead.roll(1, dims=1)[learned][known])  # what t - 1 foresees, t predicts
+            loss = loss + 0.8**j * distance(logits, teacher[known][:, eagle.t2d])
         return loss
 
     fit(run, "companions", nn.ModuleDict({"draft": draft, "eagle": eagle}), loss_of, steps, rate)
@@ -168,12 +164,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--companion-steps", type=int, default=1500)
-    parser.add_argument("--batch-tokens", type=int, default=131_072)
+    parser.add_argument("--rows", type=int, default=64, help="rows of 2,048 tokens in a step")
     parser.add_argument("--rate", type=float, default=4e-3, help="the highest learning rate")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 4))
     args = parser.parse_args()
     deadline = time.monotonic() + args.minutes * 60
-    run = Run(args.folder, args.seed, args.batch_tokens, args.workers, deadline)
+    run = Run(args.folder, args.seed, args.rows, args.workers, deadline)
     torch.manual_seed(args.seed)
     if not (args.folder / "tokenizer.json").exists():
         train_tokenizer(args.folder, args.seed)
@@ -181,7 +177,7 @@ def main() -> None:
     save_model(model, args.folder)
     draft, eagle = train_companions(run, model, args.companion_steps, args.rate)
     save_model(draft, args.folder / "draft")
-    save_eagle(eagle, args.folder / "eagle3")
+    save_model(eagle, args.folder / "eagle3")
 
 
 if __name__ == "__main__":
