@@ -1,4 +1,4 @@
-"""Text to training batches: the tokenizer, the chat template, and shards of packed examples. Needs no torch."""
+"""From conversations to batches: the chat template, the tokenizer, documents packed in rows. Needs no torch."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from examples.train_demo.skills import Example, Writer
 
 VOCAB, CONTEXT = 4096, 2048
-END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+END, START, STOP = SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-WORDS = Regex(  # digits stand alone, as in Qwen's tokenizers
+WORDS = (  # digits stand alone, as in Qwen's tokenizers
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 ANSWER = re.compile(r"(?<=<\|im_start\|>assistant\n)(.*?<\|im_end\|>)", re.DOTALL)
 TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text()
-Document = list[tuple[str, bool]]  # (text, whether it is learned)
+Document = list[tuple[str, bool]]  # pieces of text, and whether they are learned
 
 
 def template() -> jinja2.Template:
@@ -33,14 +33,14 @@ def template() -> jinja2.Template:
 def document(example: Example, form: jinja2.Template) -> Document:
     """The prompt and the answer. Earlier answers are learned too, but not those whose thought is left out."""
     *before, _ = example.messages
-    names = {"tools": example.tools, "enable_thinking": example.thinking}
-    prompt = form.render(messages=before, add_generation_prompt=True, **names)
-    answer = form.render(messages=example.messages, **names).rpartition("<|im_start|>assistant\n")[2].rstrip("\n")
-    said = iter([m for m in before if m["role"] == "assistant"])
-    pieces = ANSWER.split(prompt)
-    return [(text, i % 2 == 1 and "reasoning_content" not in next(said)) for i, text in enumerate(pieces)] + [
-        (answer, True)
-    ]
+    options = {"tools": example.tools, "enable_thinking": example.thinking}
+    prompt = form.render(messages=before, add_generation_prompt=True, **options)
+    answer = (
+        form.render(messages=example.messages, **options).rpartition(f"{START}assistant\n")[2].rstrip("\n")
+    )
+    whole = iter("reasoning_content" not in message for message in before if message["role"] == "assistant")
+    pieces = ANSWER.split(prompt)  # every second one is an answer
+    return [*((text, i % 2 == 1 and next(whole)) for i, text in enumerate(pieces)), (answer, True)]
 
 
 def plain(writer: Writer) -> Document:
@@ -48,8 +48,8 @@ def plain(writer: Writer) -> Document:
     skill = writer.random.choice(["facts", "arithmetic", "stories"])
     turn = writer.turn(Example(skill, thinking=False), skill)
     if skill == "stories" or writer.random.random() < 0.4:
-        first, rest = " ".join(turn.answer.split(" ")[:3]), " ".join(["", *turn.answer.split(" ")[3:]])
-        return [(first, False), (rest + END, True)]
+        words = turn.answer.split(" ")
+        return [(" ".join(words[:3]), False), (" ".join(["", *words[3:]]) + END, True)]
     return [(turn.user, False), (f" {turn.answer}{END}", True)]
 
 
@@ -57,47 +57,43 @@ def write(seed: str) -> Iterator[Document]:
     """Documents without end."""
     writer, form = Writer(seed), template()
     while True:
-        raw = writer.random.random() < 0.06
-        yield plain(writer) if raw else document(writer.example(), form)
+        yield plain(writer) if writer.random.random() < 0.06 else document(writer.example(), form)
 
 
-def train_tokenizer(folder: Path, seed: int, count: int = 40_000) -> Tokenizer:
-    """Byte-level BPE; saved with the chat template as transformers reads it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+def train_tokenizer(folder: Path, seed: int, count: int = 40_000) -> None:
+    """Byte-level BPE; written with the chat template as transformers reads it."""
+    tokenizer, documents = Tokenizer(models.BPE()), write(f"{seed} tokenizer")
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(text, special=True, normalized=False) for text in (END, START, STOP)]
+    special = [AddedToken(text, special=True, normalized=False) for text in SPECIAL]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - len(MARKS),
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=VOCAB - len(MARKS), special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    documents = write(f"{seed} tokenizer")
-    split = re.compile("|".join(map(re.escape, [END, START, STOP, *MARKS])))
-    texts = (piece for _ in range(count) for piece in split.split("".join(text for text, _ in next(documents))))
-    tokenizer.train_from_iterator(texts, trainer)
+    marks = re.compile("|".join(map(re.escape, [*SPECIAL, *MARKS])))
+    texts = ("".join(text for text, _ in next(documents)) for _ in range(count))
+    tokenizer.train_from_iterator((piece for text in texts for piece in marks.split(text)), trainer)
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in MARKS])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": STOP, "pad_token": END}
     settings |= {"model_max_length": CONTEXT, "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return tokenizer
+    generation = {"eos_token_id": [2, 0], "pad_token_id": 0, "do_sample": False, "temperature": 0.0}
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in {"tokenizer_config": settings, "generation_config": generation}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def encode(tokenizer: Tokenizer, documents: list[Document]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, targets) of each: a target is the next token where it is learned, else -100."""
-    pieces = tokenizer.encode_batch([text for each in documents for text, _ in each], add_special_tokens=False)
-    ids, found = iter(pieces), []
-    for each in documents:
-        parts = [(next(ids).ids, learned) for _, learned in each]
-        tokens = np.array([token for part, _ in parts for token in part], np.int16)
-        learned = np.array([flag for part, flag in parts for _ in part], bool)
-        found.append((tokens[:-1], np.where(learned, tokens, -100)[1:]))
-    return found
+def encode(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and targets of each: a target is the next token where it is learned, else -100."""
+    ids = iter(
+        tokenizer.encode_batch([text for pieces in documents for text, _ in pieces], add_special_tokens=False)
+    )
+    for pieces in documents:
+        marked = [(token, learned) for _, learned in pieces for token in next(ids).ids]
+        tokens, learned = np.array(marked, np.int16).T
+        yield tokens[:-1], np.where(learned, tokens, -100)[1:]
 
 
 def batch(folder: Path, seed: str, rows: int) -> np.ndarray:
@@ -105,7 +101,7 @@ def batch(folder: Path, seed: str, rows: int) -> np.ndarray:
     tokenizer, documents = Tokenizer.from_file(str(folder / "tokenizer.json")), write(seed)
     found = np.stack([np.full((rows, CONTEXT), value, np.int16) for value in (0, -100, -1)])
     ends, number, misses = [0] * rows, 0, 0
-    while misses < 64:  # many of the last ones find no room, the long ones above all
+    while misses < 64:  # in the end many find no room, the long ones above all
         for tokens, targets in encode(tokenizer, [next(documents) for _ in range(64)]):
             row = next((row for row, end in enumerate(ends) if end + len(tokens) <= CONTEXT), None)
             if row is None:

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 
 EPS, THETA, TAPS = 1e-6, 10000.0, (2, 4, 7)  # drafting reads the residual stream as it enters these layers
 CONFIG = {"hidden_act": "silu", "rms_norm_eps": EPS, "attention_bias": False, "max_position_embeddings": 2048}
-CONFIG |= {"rope_theta": THETA, "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
+CONFIG |= {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
 SIZES = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
 Linear, FLEX = partial(nn.Linear, bias=False), torch.compile(flex_attention, dynamic=False)
 
@@ -91,7 +91,9 @@ class Layer(nn.Module):
         """Queries, keys and values, each [rows, heads, length, head_dim]."""
         attn, normed = self.self_attn, self.input_layernorm(embeddings if self.drafts else x)
         wide = torch.cat((normed, self.hidden_norm(x)), dim=-1) if self.drafts else normed
-        q, k, v = (f(wide).unflatten(-1, (-1, self.head_dim)) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (
+            f(wide).unflatten(-1, (-1, self.head_dim)) for f in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
         if not self.drafts:
             q, k = attn.q_norm(q), attn.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -135,7 +137,11 @@ class Model(nn.Module):
 class Eagle(nn.Module):
     """EAGLE-3 (arXiv 2503.01840) for a target of `shape`; `draft_tokens` are the ids that it can draft, ascending."""
 
-    config = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "tie_word_embeddings": False}
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+    }
     config |= {"eagle_config": {"eagle_aux_hidden_state_layer_ids": TAPS, "use_aux_hidden_state": True}}
 
     def __init__(self, shape: Shape, draft_tokens: Tensor):
