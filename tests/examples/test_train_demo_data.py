@@ -77,7 +77,9 @@ def pattern(template: str) -> re.Pattern[str]:
         f"(?P={name})" if name in names[:i] else f"(?P<{name}>{SLOTS.get(name, '.+?')})"
         for i, name in enumerate(names)
     ]
-    return re.compile("".join(x for pair in zip(texts, [*groups, ""], strict=True) for x in pair), re.I | re.S)
+    return re.compile(
+        "".join(x for pair in zip(texts, [*groups, ""], strict=True) for x in pair), re.I | re.S
+    )
 
 
 def read(text: str, *templates: str) -> list[dict[str, str]]:
@@ -174,7 +176,9 @@ def test_every_skill_is_written() -> None:
 
 def test_every_template_can_be_filled() -> None:
     for topic in WORLD["facts"]:
-        templates = [text for texts in [*topic["questions"], *(topic.get("follow_ups") or [])] for text in texts]
+        templates = [
+            text for texts in [*topic["questions"], *(topic.get("follow_ups") or [])] for text in texts
+        ]
         for row in topic["rows"]:
             for text in templates:
                 assert fill(text, row)
@@ -197,7 +201,9 @@ def test_every_template_can_be_filled() -> None:
         assert all(kind in VALUES or kind.rstrip("#") in VALUES for kind in entry["fields"].values())
 
 
-@pytest.mark.parametrize("skill", ["facts", "lists", "unknown", "chat", "sums", "arithmetic", "counting", "strings"])
+@pytest.mark.parametrize(
+    "skill", ["facts", "lists", "unknown", "chat", "sums", "arithmetic", "counting", "strings"]
+)
 def test_a_question_has_one_answer(skill: str) -> None:
     """In whatever form it is asked, without a system prompt and without earlier turns."""
     found = defaultdict(set)
@@ -224,7 +230,12 @@ def test_a_fact_has_one_answer() -> None:
 
 def test_text_without_a_template_needs_no_history() -> None:
     """Such as "And of Peru?", which has many answers."""
-    ends = {same(fill(follow[0], row)) for t in WORLD["facts"] for follow in t.get("follow_ups") or [] for row in t["rows"]}
+    ends = {
+        same(fill(follow[0], row))
+        for t in WORLD["facts"]
+        for follow in t.get("follow_ups") or []
+        for row in t["rows"]
+    }
     alone = [pieces[0][0] for pieces in islice(write("alone"), 12000) if not pieces[0][0].startswith("<|im_")]
     assert len(alone) > 300
     assert [text for text in alone if same(text) in ends] == []
@@ -260,7 +271,7 @@ def test_thoughts_end_in_the_true_result() -> None:
         a, b = random.randrange(top), random.randrange(1, 10) if sign in "x/" else random.randrange(top)
         a = a // 10 * b if sign == "/" else a
         result, thought = solve(a, sign, b)
-        assert result == {"+": a + b, "-": a - b, "x": a * b, "/": a // b}[sign]
+        assert result == {"+": a + b, "-": a - b, "x": a * b, "/": a // max(b, 1)}[sign]
         first, *steps, last = thought.split("\n")
         assert last == str(result)
         if sign == "/":
@@ -281,8 +292,8 @@ def test_arithmetic_is_right() -> None:
             user, answer = questions(example)[-1]
             [key] = set(problems(user))
             a, sign, b = re.fullmatch(r"(\d+)(.)(\d+)", key).groups()  # type: ignore[union-attr]
-            result = {"+": int(a) + int(b), "-": int(a) - int(b), "x": int(a) * int(b)}.get(sign)
-            result = int(a) // int(b) if result is None else result
+            a, b = int(a), int(b)
+            result = {"+": a + b, "-": a - b, "x": a * b, "/": a // max(b, 1)}[sign]
             assert re.findall(r"-?\d+", answer)[-1] == str(result), (user, answer)
             thought = example.messages[-1].get("reasoning_content")
             assert bool(thought) == example.thinking
@@ -296,7 +307,9 @@ def test_documents_are_those_of_the_chat_template(folder: Path) -> None:
         *head, (answer, learned) = document(example, form)
         prompt, before = "".join(text for text, _ in head), example.messages[:-1]
         assert prompt == ours.render(before, add_generation_prompt=True, **options)
-        assert prompt == theirs.apply_chat_template(before, tokenize=False, add_generation_prompt=True, **options)
+        assert prompt == theirs.apply_chat_template(
+            before, tokenize=False, add_generation_prompt=True, **options
+        )
         assert learned
         assert prompt.endswith("<|im_start|>assistant\n" + ("" if example.thinking else EMPTY))
         whole = prompt.removesuffix(EMPTY) + answer + "\n"

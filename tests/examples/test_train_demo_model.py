@@ -51,7 +51,7 @@ def make_tokens(seed: int = 1) -> Tensor:
 
 def split(x: Tensor) -> list[Tensor]:
     """What belongs to each document."""
-    return [x[DOCUMENTS == number] for number in range(5)]
+    return [x[number == DOCUMENTS] for number in range(5)]
 
 
 @pytest.fixture(scope="module")
