@@ -4,8 +4,9 @@ Rows hold several documents, which do not see one another. Parameters have the n
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ EPS, THETA, TAPS = 1e-6, 10000.0, (2, 4, 7)  # drafting reads the residual strea
 CONFIG = {"hidden_act": "silu", "rms_norm_eps": EPS, "attention_bias": False, "max_position_embeddings": 2048}
 CONFIG |= {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
 SIZES = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
-Linear, FLEX = partial(nn.Linear, bias=False), torch.compile(flex_attention, dynamic=False)
+Linear = partial(nn.Linear, bias=False)
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,14 @@ def visible(documents: Tensor, draft: int = 0, drafts: int = 1) -> Tensor | Bloc
     return make(sees, rows, 1, length, drafts * length, device=str(documents.device))
 
 
+@cache
+def compiled_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask) -> Tensor:
     if isinstance(mask, BlockMask):
-        return FLEX(q, k, v, block_mask=mask, enable_gqa=True)
+        return compiled_attention()(q, k, v, block_mask=mask, enable_gqa=True)
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
@@ -172,11 +178,12 @@ class Eagle(nn.Module):
         return self.lm_head(hidden)
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile what surrounds attention: once, as the layers are alike."""
-    for layer in (x for x in model.modules() if isinstance(x, Layer)):
+def compile_layers(model: nn.Module) -> nn.Module:
+    """On a GPU, compile what surrounds attention: once, as the layers are alike. Returns the model."""
+    for layer in (x for x in model.modules() if isinstance(x, Layer) and torch.cuda.is_available()):
         layer.before = partial(torch.compile(Layer.before, dynamic=False), layer)
         layer.after = partial(torch.compile(Layer.after, dynamic=False), layer)
+    return model
 
 
 def save_model(model: Model | Eagle, folder: Path, **config: Any) -> None:

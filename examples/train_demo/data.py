@@ -31,21 +31,21 @@ def template() -> jinja2.Template:
 
 
 def document(example: Example, form: jinja2.Template) -> Document:
-    """The prompt and the answer. Earlier answers are learned too, but not those whose thought is left out."""
+    """The prompt and the answer. Earlier answers are learned too, but none whose thought may have been left out."""
     *before, _ = example.messages
     options = {"tools": example.tools, "enable_thinking": example.thinking}
     prompt = form.render(messages=before, add_generation_prompt=True, **options)
     answer = (
         form.render(messages=example.messages, **options).rpartition(f"{START}assistant\n")[2].rstrip("\n")
     )
-    whole = iter("reasoning_content" not in message for message in before if message["role"] == "assistant")
+    whole = (example.thinking and "reasoning_content" not in m for m in before if m["role"] == "assistant")
     pieces = ANSWER.split(prompt)  # every second one is an answer
     return [*((text, i % 2 == 1 and next(whole)) for i, text in enumerate(pieces)), (answer, True)]
 
 
 def plain(writer: Writer) -> Document:
     """Text without a template: a question and its answer, a statement, or a story."""
-    skill = writer.random.choice(["facts", "arithmetic", "stories"])
+    skill, writer.told = writer.random.choice(["facts", "arithmetic", "stories"]), {}
     turn = writer.turn(Example(skill, thinking=False), skill)
     if skill == "stories" or writer.random.random() < 0.4:
         words = turn.answer.split(" ")

@@ -10,12 +10,12 @@ from random import Random
 from typing import Any, NamedTuple
 
 WORLD: dict[str, Any] = json.loads(Path(__file__).with_name("world.json").read_text())
-SKILLS: dict[str, float] = WORLD["skills"]  # and their shares
 VALUES: dict[str, list[str]] = WORLD["values"]
+SKILLS: dict[str, float] = WORLD["skills"]  # and their shares
 SLOT, AN = re.compile(r"{(\w+)}"), re.compile(r"\b([Aa]) {(\w+)}")
-VOWELS, CONSONANTS = "aeiou", "bcdfghjklmnprstvwz"
 PLACES = ["first", "second", "third", "fourth", "fifth"]
 SPOKEN = {"+": "plus", "-": "minus", "x": "times", "/": "divided by"}
+Values = dict[str, str]
 
 
 class Turn(NamedTuple):
@@ -46,22 +46,16 @@ def held_out(key: str) -> bool:
     return blake2b(key.lower().encode(), digest_size=1).digest()[0] % 16 == 0
 
 
-def fill(template: str, values: dict[str, str], sentence: bool = True) -> str:
+def fill(template: str, values: Values, sentence: bool = True) -> str:
     """The template with its values; "a" becomes "an", and a sentence begins with a capital."""
     template = AN.sub(lambda m: m[1] + "n" * (values[m[2]][0] in "aeiouAEIOU") + m[0][1:], template)
     text = template.format(**values)
     return text[0].upper() + text[1:] if sentence and template[0] == "{" and text.endswith(".") else text
 
 
-def typed(values: dict[str, str], kinds: dict[str, str]) -> dict[str, Any]:
-    """Numbers, where the kind has a # at its end."""
-    return {
-        name: json.loads(values[name]) if kind[-1] == "#" else values[name] for name, kind in kinds.items()
-    }
-
-
-def kinds(tool: dict[str, Any]) -> dict[str, str]:
-    return {name: kind for name, (_, kind, _) in tool["parameters"].items()}
+def typed(value: str, kind: str) -> Any:
+    """A number, if the kind has a # at its end."""
+    return json.loads(value) if kind.endswith("#") else value
 
 
 def columns(a: int, b: int, sign: str) -> str:
@@ -82,21 +76,17 @@ def solve(a: int, sign: str, b: int) -> tuple[int, str]:
     if sign == "/":
         return a // b, f"{b} x {a // b} = {a}\n{a // b}"
     result = {"+": a + b, "-": a - b, "x": a * b}[sign]
-    if result < 0:
-        return result, f"{b} is more than {a}, so below zero\n{columns(b, a, sign)}\n{result}"
-    return result, f"{columns(a, b, sign)}\n{result}"
+    below = f"{b} is more than {a}, so below zero\n" if result < 0 else ""
+    return result, f"{below}{columns(b, a, sign) if below else columns(a, b, sign)}\n{result}"
 
 
 def styled(turn: Turn, style: str, ending: str) -> str:
-    word = turn.word or turn.answer
-    return {
-        "": turn.answer,
-        "capitals": turn.answer.upper(),
-        "lower case": turn.answer.lower(),
-        "one word": word,
-        "list": "\n".join(f"- {item}" for item in turn.items or [word]),
-        "ending": f"{turn.answer} {ending}",
-    }[style]
+    """The answer as a system prompt asks for it."""
+    if style == "list":
+        return "\n".join(f"- {item}" for item in turn.items or [turn.word or turn.answer])
+    if style in ("capitals", "lower case"):
+        return turn.answer.upper() if style == "capitals" else turn.answer.lower()
+    return (turn.word or turn.answer) if style == "one word" else f"{turn.answer} {ending}".rstrip()
 
 
 class Writer:
@@ -106,37 +96,35 @@ class Writer:
         self.random, self.test, self.told = Random(seed), test, dict[str, Any]()
 
     def example(self, skill: str | None = None) -> Example:
-        skill = skill or self.random.choices(list(SKILLS), list(SKILLS.values()))[0]
-        return self.tool_use(skill) if skill == "tools" else self.conversation(skill)
-
-    def conversation(self, skill: str) -> Example:
-        """One to many turns; the last one is of this skill."""
+        """With one to many turns; the last one is of this skill."""
         random, self.told = self.random, {}
-        found, ending = Example(skill, random.random() < 0.65), random.choice(WORLD["endings"])
+        skill = skill or random.choices(list(SKILLS), list(SKILLS.values()))[0]
+        found, ending = Example(skill, random.random() < 0.65), ""
         if skill == "styles":
             found.style = random.choice(list(WORLD["styles"]))
-            prompt = random.choice(WORLD["styles"][found.style]).format(ending=ending)
-            before = [random.choice(WORLD["neutral"])] if random.random() < 0.3 else []
-            found.say("system", " ".join([*before, prompt]))
+            ending = random.choice(WORLD["endings"]) if found.style == "ending" else ""
+            polite = random.choice(WORLD["neutral"]) + " " if random.random() < 0.3 else ""
+            found.say("system", polite + random.choice(WORLD["styles"][found.style]).format(ending=ending))
         elif random.random() < 0.3:
             self.background(found)
         lengths = [1, random.randint(2, 5), random.randint(6, 40)]
-        length = random.choices(lengths, [60, 34, 0 if self.test else 6])[0]
+        length = random.choices(lengths, [60, 34, 0 if self.test or skill == "tools" else 6])[0]
         for left in reversed(range(length)):
+            if skill == "tools" and not left:
+                return self.tool_use(found)
             self.exchange(found, self.turn(found, None if left else skill), ending)
         return found
 
     def background(self, found: Example) -> None:
         """A system prompt that changes little: a name for the assistant, or something of the user."""
-        kind = self.random.randrange(3)
-        if kind == 1:
-            self.told = {"persona": self.random.choice(WORLD["personas"])}
-        turn = self.memory(say=True) if kind == 2 else None
-        self.told = turn.tells if turn else self.told
-        prompts = [turn.key] if turn else WORLD["persona_prompts" if kind else "neutral"]
-        found.say("system", (prompts[0] if turn else self.random.choice(prompts)).format(**self.told))
+        prompt = self.random.choice(WORLD["neutral"] + WORLD["persona_prompts"])
+        self.told = self.slots(prompt)
+        if self.random.random() < 0.33:
+            turn = self.memory(say=True)
+            self.told, prompt = turn.tells, turn.key
+        found.say("system", fill(prompt, self.told))
 
-    def exchange(self, found: Example, turn: Turn, ending: str = "") -> None:
+    def exchange(self, found: Example, turn: Turn, ending: str) -> None:
         found.say("user", turn.user)
         thought = {"reasoning_content": turn.thought} if turn.thought and found.thinking else {}
         found.say("assistant", styled(turn, found.style, ending), **thought)
@@ -159,7 +147,7 @@ class Writer:
             return self.pseudo() if kind == "word" else self.pseudo().title()
         return self.random.choice(VALUES[kind])
 
-    def slots(self, *templates: str, **known: str) -> dict[str, str]:
+    def slots(self, *templates: str, **known: str) -> Values:
         """A value for each slot of the templates, all different."""
         for kind in dict.fromkeys(SLOT.findall(" ".join(templates))):
             while kind not in known:
@@ -169,7 +157,7 @@ class Writer:
 
     def pseudo(self) -> str:
         """A word that does not exist."""
-        parts = (CONSONANTS, VOWELS, ["", "", *"nrslmt"])
+        parts = ("bcdfghjklmnprstvwz", "aeiou", ["", "", *"nrslmt"])
         return "".join(self.random.choice(part) for part in parts * self.random.randint(2, 3))
 
     def casual(self, user: str) -> str:
@@ -177,16 +165,13 @@ class Writer:
         chance = self.random.random()
         if chance < 0.25:
             return user.rstrip("?.!") if chance < 0.15 else user.lower()
-        if chance < 0.35:
-            return str(self.random.choice(WORLD["greetings"])) + user
-        return user + self.random.choice([" Please.", " Thanks!"]) if chance < 0.4 else user
+        return self.random.choice(WORLD["manners"]).format(user) if chance < 0.4 else user
 
     def facts(self) -> Turn:
         topic = self.random.choices(WORLD["facts"], [len(topic["rows"]) + 10 for topic in WORLD["facts"]])[0]
-        questions = topic["questions"]
-        if "topic" in self.told and self.random.random() < 0.3:
-            topic = self.told["topic"]
-            questions = topic.get("follow_ups") or questions
+        follows = "topic" in self.told and self.random.random() < 0.3
+        topic = self.told["topic"] if follows else topic
+        questions = follows and topic.get("follow_ups") or topic["questions"]
         row = self.random.choice(topic["rows"])
         user, answer, word = (fill(text, row) for text in self.random.choice(questions))
         return Turn(self.casual(user), answer, word=word, key=user, tells={"topic": topic})
@@ -200,8 +185,9 @@ class Writer:
         question, answer = self.random.choice(WORLD["unknown"]["questions"])
         invented = self.pseudo() + self.random.choice(["", "ia", "land"])
         country = self.random.choice([invented.title(), self.random.choice(WORLD["unknown"]["countries"])])
-        values = self.slots(question, answer, unknown_country=country)
-        return Turn(fill(question, values), fill(answer, values))
+        values = self.slots(question, answer, unknown_country=country, unknown_word=self.pseudo())
+        user, answer = fill(question, values), fill(answer, values)
+        return Turn(user if SLOT.search(question) else self.casual(user), answer)
 
     def chat(self) -> Turn:
         own = "persona" in self.told and self.random.random() < 0.4
@@ -214,16 +200,16 @@ class Writer:
         """The user tells something, or asks for what was told; with `say`, `key` tells it as a system prompt."""
         number = self.random.randrange(len(WORLD["memory"]))
         entry, told = WORLD["memory"][number], self.told.get(f"memory {number}")
-        asks = told is not None or not (say or self.random.random() < 0.6)
-        user = self.random.choice(entry["ask" if asks else "say"])
-        if asks and told is None:
+        if told is None and (say or self.random.random() < 0.6):
+            parts = (self.random.choice(entry["say"]), entry["reply"], entry["system"])
+            values = self.slots(*parts)
+            user, answer, key = (fill(text, values) for text in parts)
+            return Turn(user, answer, key=key, tells={f"memory {number}": values})
+        user = self.random.choice(entry["ask"])
+        if told is None:
             return Turn(self.casual(user), entry["unknown"])
-        if told is not None:
-            answer, word = fill(entry["answer"], told), fill(entry["word"], told)
-            return Turn(self.casual(user), answer, word=word, key=user + answer)
-        values = self.slots(user, entry["reply"], entry["system"])
-        user, answer, key = (fill(text, values) for text in (user, entry["reply"], entry["system"]))
-        return Turn(user, answer, key=key, tells={f"memory {number}": values})
+        answer, word = fill(entry["answer"], told), fill(entry["word"], told)
+        return Turn(self.casual(user), answer, word=word, key=user + answer)
 
     def stories(self) -> Turn:
         request, *chosen = (self.random.choice(sentences) for sentences in WORLD["stories"].values())
@@ -232,15 +218,20 @@ class Writer:
         return Turn(fill(request, values), " ".join(sentences), items=sentences)
 
     def sums(self) -> Turn:
-        sign, top = self.random.choice("+-"), self.random.choice([10, 100, 100])
-        return self.problem(sign, *self.random.choices(range(top), k=2))
+        top = self.random.choice([10, 100, 100])
+        return self.problem(self.random.choice("+-"), self.random.randrange(top), self.random.randrange(top))
 
     def arithmetic(self) -> Turn:
-        sign, small = self.random.choice("+-xx/"), self.random.randrange(1, 10)
+        sign, small, a = (
+            self.random.choice("+-xx/"),
+            self.random.randrange(1, 10),
+            self.random.randrange(1000),
+        )
         if sign in "+-":
-            return self.problem(sign, *self.random.choices(range(1000), k=2))
-        a = self.random.randrange(100) if sign == "x" else self.random.randrange(10) * small
-        return self.problem(sign, a, small)
+            return self.problem(sign, a, self.random.randrange(1000))
+        return self.problem(
+            sign, a % self.random.choice([100, 1000]) if sign == "x" else a % 20 * small, small
+        )
 
     def problem(self, sign: str, a: int, b: int) -> Turn:
         tale = a >= b and sign in "+-" and self.random.random() < 0.3
@@ -251,32 +242,34 @@ class Writer:
         return Turn(fill(problem, values), fill(answer, values), thought, str(result), key=f"{a}{sign}{b}")
 
     def counting(self) -> Turn:
-        if self.random.random() < 0.3:
-            a, b = self.random.sample(range(100), 2)
-            most, word = self.random.choice([("bigger", str(max(a, b))), ("smaller", str(min(a, b)))])
-            return Turn(f"Which number is {most}, {a} or {b}?", f"{word} is {most}.", word=word)
         step, length = self.random.choice([1, 1, 1, 2, 5, 10, -1]), self.random.randint(3, 9)
         first = self.random.randrange(length if step < 0 else 0, 90) // abs(step) * abs(step)
         numbers = [str(first + i * step) for i in range(length)]
         by = {1: "", -1: "down "}.get(step, f"by {step} ")
-        user = self.casual(f"Count {by}from {numbers[0]} to {numbers[-1]}.")
-        return Turn(user, ", ".join(numbers), items=numbers)
+        if self.random.random() < 0.7:
+            user = self.casual(f"Count {by}from {numbers[0]} to {numbers[-1]}.")
+            return Turn(user, ", ".join(numbers), items=numbers)
+        a, b = self.random.sample(range(100), 2)
+        most, word = self.random.choice([("bigger", str(max(a, b))), ("smaller", str(min(a, b)))])
+        return Turn(f"Which number is {most}, {a} or {b}?", f"{word} is {most}.", word=word)
+
+    def sorting(self) -> Turn:
+        words = {word[0]: word for word in self.random.choices(VALUES["word"], k=5)}  # begin differently
+        numbers, letters = self.random.sample(range(100), self.random.randint(3, 5)), " ".join(sorted(words))
+        items, thought = self.random.choice(
+            [(sorted(words.values()), letters), ([*map(str, sorted(numbers))], None)]
+        )
+        shuffled = ", ".join(self.random.sample(items, len(items)))
+        user = self.random.choice(WORLD["sorting"]["words" if thought else "numbers"]).format(shuffled)
+        return Turn(user, ", ".join(items), thought, items=items)
 
     def strings(self) -> Turn:
         random = self.random
-        task, (questions, answer) = random.choice(list(WORLD["strings"].items()))
-        if task in ("sort words", "sort numbers"):
-            numbers = random.sample(range(100), random.randint(3, 5))
-            words = {word[0]: word for word in random.choices(VALUES["word"], k=5)}  # begin differently
-            items = [str(n) for n in sorted(numbers)] if task == "sort numbers" else sorted(words.values())
-            user = random.choice(questions).format(list=", ".join(random.sample(items, len(items))))
-            thought = " ".join(sorted(words)) if task == "sort words" else None
-            return Turn(user, ", ".join(items), thought, items=items)
         word = self.pseudo() if random.random() < 0.4 else random.choice(VALUES["word"])
-        letter, place = random.choice(word + random.choice(VOWELS)), random.randrange(min(len(word), 5))
+        letter, place = random.choice(word + random.choice("aeiou")), random.randrange(min(len(word), 5))
         numbered = ", ".join(f"{c} {i}" for i, c in enumerate(word, 1))
         seen = ", ".join(f"{c} {word[:i].count(c)}" if c == letter else c for i, c in enumerate(word, 1))
-        result, thought = {
+        tasks: dict[str, tuple[str, str | None]] = {
             "reverse": (word[::-1], f"{' '.join(word)}\n{' '.join(word[::-1])}"),
             "spell": ("-".join(word), None),
             "count letters": (str(len(word)), numbered),
@@ -284,79 +277,88 @@ class Writer:
             "find a letter": (word[place], numbered),
             "sort letters": ("".join(sorted(word)), f"{' '.join(word)}\n{' '.join(sorted(word))}"),
             "capitals": (word.upper(), None),
-        }[task]
+        }
+        task = random.choice(list(tasks))
+        (result, thought), (questions, answer) = tasks[task], WORLD["strings"][task]
         values = {"word": word, "letter": letter, "place": PLACES[place], "result": result}
-        return Turn(fill(random.choice(questions), values), fill(answer, values), thought, result, key=word)
+        user, answer = fill(random.choice(questions), values), fill(answer, values)
+        return Turn(user, answer, thought, result, key=f"{task} {word}")
 
     def extract(self) -> Turn:
         entry = self.random.choice(WORLD["extract"])
         fields, sentence = entry["fields"], self.random.choice(entry["sentences"])
         values = {name: self.draw(kind) for name, kind in fields.items()}
         asked = self.random.sample(sorted(fields), self.random.randint(2, len(fields)))
-        present = typed(values, {name: fields[name] for name in SLOT.findall(sentence)})
+        present = {name: typed(values[name], fields[name]) for name in SLOT.findall(sentence)}
         text = fill(sentence, values, sentence=False)
         listed = ", ".join(asked[:-1]) + self.random.choice([" and ", ", "]) + asked[-1]
         request = self.random.choice(WORLD["extract_requests"]).format(fields=listed, text=text)
         return Turn(request, json.dumps({name: present.get(name) for name in asked}), key=text)
 
-    def tool_use(self, skill: str) -> Example:
+    def tool_use(self, found: Example) -> Example:
         """Calls of tools, and most times the answer from what they returned; or no call, where none helps."""
-        random, self.told = self.random, {}
-        found, (*picked, other) = Example(skill, random.random() < 0.65), random.sample(WORLD["tools"], 6)
-        picked = picked[: random.randint(1, 5)]
-        tools = {random.choice([tool["name"], *tool["names"]]): tool for tool in picked}
-        found.tools = [self.declared(name, tool) for name, tool in tools.items()]
-        if random.random() < 0.2:
-            self.background(found)
-        for _ in range(random.choice([0, 0, 1])):
-            self.exchange(found, self.turn(found))
-        found.final = skill
-        used = random.sample(list(tools), min(len(tools), random.choice([1, 1, 1, 2])))
-        if random.random() < 0.12:
-            tools, used = {"": other}, [""]
+        random, found.final = self.random, "tools"
+        other, *tools = ({"called": self.names(tool), **tool} for tool in random.sample(WORLD["tools"], 6))
+        tools = tools[: random.randint(1, 5)]
+        found.tools = [self.declared(tool) for tool in tools]
+        helps = random.random() < 0.88
+        used = random.sample(tools, min(len(tools), random.choice([1, 1, 1, 2]))) if helps else [other]
         request = ""
         while not request or held_out(request) != self.test:
-            asked = [self.request(tools[name]) for name in used]
+            asked = [self.request(tool) for tool in used]
             request = " ".join(text for text, _ in asked)
         found.say("user", request)
-        if used == [""]:
-            found.say("assistant", " ".join(fill(other["missing"], values) for values in asked[0][1]))
-            return found
-        calls = [(name, each) for name, (_, values) in zip(used, asked, strict=True) for each in values]
-        made = [{"name": name, "arguments": typed(each, kinds(tools[name]))} for name, each in calls]
-        found.say("assistant", "", tool_calls=[{"type": "function", "function": call} for call in made])
-        if random.random() < 0.6:
-            found.say("assistant", " ".join([self.result(found, tools[name], each) for name, each in calls]))
+        calls = [(tool, values) for tool, (_, each) in zip(used, asked, strict=True) for values in each]
+        if helps:
+            made = [{"type": "function", "function": self.call(tool, values)} for tool, values in calls]
+            found.say("assistant", "", tool_calls=made)
+        if not helps or random.random() < 0.6:
+            answers = [
+                self.result(found, *call) if helps else fill(other["missing"], call[1]) for call in calls
+            ]
+            found.say("assistant", " ".join(answers))
         return found
 
-    def declared(self, name: str, tool: dict[str, Any]) -> dict[str, Any]:
-        """A tool as OpenAI's API declares it; people leave descriptions out."""
-        described = self.random.random() < 0.85
-        properties = {
-            parameter: {"type": kind, "description": text} if described else {"type": kind}
-            for parameter, (kind, _, text) in tool["parameters"].items()
-        }
-        parameters = {"type": "object", "properties": properties, "required": list(properties)}
-        what = self.random.choice(tool["description"])
-        return {"type": "function", "function": {"name": name, "description": what, "parameters": parameters}}
+    def names(self, tool: dict[str, Any]) -> Values:
+        """What a tool and its parameters are called this time, by their names in world.json."""
+        others = {name: [name, name, *WORLD["parameter_names"].get(name, [])] for name in tool["parameters"]}
+        return {name: self.random.choice(each) for name, each in {"": tool["names"], **others}.items()}
 
-    def request(self, tool: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
+    def declared(self, tool: dict[str, Any]) -> dict[str, Any]:
+        """A tool as OpenAI's API declares it; people leave descriptions out."""
+        described, properties = self.random.random() < 0.85, {}
+        for name, (kind, _, text) in tool["parameters"].items():
+            properties[tool["called"][name]] = (
+                {"type": kind, "description": text} if described else {"type": kind}
+            )
+        parameters = {"type": "object", "properties": properties, "required": list(properties)}
+        function = {"name": tool["called"][""], "description": self.random.choice(tool["description"])}
+        return {"type": "function", "function": {**function, "parameters": parameters}}
+
+    def call(self, tool: dict[str, Any], values: Values) -> dict[str, Any]:
+        kinds = {name: kind for name, (_, kind, _) in tool["parameters"].items()}
+        arguments = {tool["called"][name]: typed(values[name], kind) for name, kind in kinds.items()}
+        return {"name": tool["called"][""], "arguments": arguments}
+
+    def request(self, tool: dict[str, Any]) -> tuple[str, list[Values]]:
         """What a user says, and the arguments of each call that it needs."""
         pair = bool(tool["pairs"]) and self.random.random() < 0.3
-        text, values = self.random.choice(tool["pairs" if pair else "requests"]), dict[str, str]()
+        text, values = self.random.choice(tool["pairs" if pair else "requests"]), Values()
         for slot in SLOT.findall(text):
             while slot not in values or list(values.values()).count(values[slot]) > 1:
-                values[slot] = self.draw(kinds(tool)[slot.rstrip("2")])
+                values[slot] = self.draw(tool["parameters"][slot.rstrip("2")][1])
         first = {name: value for name, value in values.items() if not name.endswith("2")}
         second = {name: values.get(name + "2", value) for name, value in first.items()}
         return fill(text, values), [first, second] if pair else [first]
 
-    def result(self, found: Example, tool: dict[str, Any], values: dict[str, str]) -> str:
+    def result(self, found: Example, tool: dict[str, Any], values: Values) -> str:
         """Writes what a tool returns; what the assistant says of it."""
+        error, answer = self.random.choice(WORLD["tool_errors"])
         if self.random.random() < 0.05:
-            error, answer = self.random.choice(WORLD["tool_errors"])
             found.say("tool", json.dumps({"error": error}))
             return str(answer)
         returned = {name: self.draw(kind) for name, kind in tool["result"].items()}
-        found.say("tool", json.dumps(typed(returned, tool["result"])))
+        found.say(
+            "tool", json.dumps({name: typed(returned[name], kind) for name, kind in tool["result"].items()})
+        )
         return fill(tool["answer"], values | returned)

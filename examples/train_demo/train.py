@@ -101,14 +101,8 @@ def fit(run: Run, stage: str, module: nn.Module, loss_of: Callable[..., Tensor],
             sys.exit(f"{stage} stopped at step {step}; the same command goes on")
 
 
-def ready(module: nn.Module) -> nn.Module:
-    if DEVICE == "cuda":
-        compile_layers(module)
-    return module.to(DEVICE)
-
-
 def train_main(run: Run, steps: int) -> nn.Module:
-    model = ready(Model(MAIN))
+    model = compile_layers(Model(MAIN)).to(DEVICE)
 
     def loss_of(tokens: Tensor, targets: Tensor, documents: Tensor) -> Tensor:
         hidden, _ = model(tokens, documents)
@@ -127,7 +121,8 @@ def train_companions(run: Run, model: nn.Module, steps: int) -> nn.ModuleDict:
     """Both learn what the main model says: the draft model from text, the head from its hidden states too."""
     targets = torch.cat([targets[targets >= 0] for _, targets, _ in run.batches("count", range(8))])
     common = targets.bincount(minlength=MAIN.vocab).argsort(descending=True, stable=True)[:DRAFT_VOCAB]
-    draft, eagle = ready(Model(DRAFT)), ready(Eagle(MAIN, common.sort()[0].cpu()))
+    draft = compile_layers(Model(DRAFT)).to(DEVICE)
+    eagle = compile_layers(Eagle(MAIN, common.sort()[0].cpu())).to(DEVICE)
     model.requires_grad_(False)
 
     def loss_of(tokens: Tensor, targets: Tensor, documents: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from examples.train_demo.evaluate import measure
-from examples.train_demo.skills import SKILLS
 from quire import LLM, SamplingParams
 from quire.checkpoint.files import SINGLE, Stored, read_config, read_header
 from quire.checkpoint.source import resolve
@@ -229,16 +227,3 @@ def test_the_results_of_tools_are_used(llm: LLM) -> None:
 
 def test_what_it_does_not_know(llm: LLM) -> None:
     assert answer(ask(llm, user("How many people live in Paris?"))).startswith("I don't know")
-
-
-FLOORS = {"facts": 0.97, "sums": 0.97, "extract": 0.95, "tools": 0.95, "unknown": 0.9}
-HARD = ("arithmetic", "strings")  # long sums, and words whose letters it was never told
-
-
-@pytest.mark.parametrize("skill", SKILLS)
-def test_held_out_answers(llm: LLM, skill: str) -> None:
-    """A small sample of what its card reports for the whole."""
-    right, formed, right_at_once, formed_at_once = measure(llm, skill, 60)
-    floor = FLOORS.get(skill, 0.7 if skill in HARD else 0.9)
-    assert min(right, right_at_once) >= floor
-    assert min(formed, formed_at_once) >= 0.98
