@@ -54,5 +54,9 @@ class RequestFailed(QuireError):
     """The engine accepted a request and could not finish it, for example because its logits were NaN."""
 
 
+class EngineCrash(RequestFailed):
+    """The engine died each time it computed this request, in the end while it computed nothing else."""
+
+
 class EngineDead(QuireError):
     """The engine stopped; no request can be served until it is started again."""

@@ -115,6 +115,32 @@ SCHEDULER = [
     ("seq.tenant.served += seq.num_to_prefill", "pass", "prompts cost a tenant nothing"),
     ("seq.tenant.served -= seq.num_to_prefill", "pass", "tenants pay for what was not computed"),
     ("            seq.tenant.served += 1\n", "", "outputs cost a tenant nothing"),
+    ("new.prompt + new.output)", "new.prompt)", "outputs that a sequence brings are forgotten"),
+    (
+        "num_outputs = len(seq.tokens) - len(tokens) - len(seq.new.prompt)",
+        "num_outputs = len(seq.tokens) - len(tokens) - len(seq.new.prompt) - len(seq.new.output)",
+        "outputs that a sequence brings do not count",
+    ),
+    (
+        "limit=len(new.prompt) + new.max_tokens - 1,",
+        "limit=len(new.prompt) + len(new.output) + new.max_tokens - 1,",
+        "a sequence may have max_tokens beside the outputs it brings",
+    ),
+    (
+        "tuple(seq.tokens), len(seq.new.prompt)",
+        "tuple(seq.tokens), len(seq.new.prompt) + len(seq.new.output)",
+        "outputs that a sequence brings are called prompt",
+    ),
+    (
+        "= now, min(seq.planned, len(seq.new.prompt))",
+        "= now, seq.planned",
+        "cached outputs are called prompt",
+    ),
+    (
+        "self.cache_queries += len(seq.new.prompt)",
+        "self.cache_queries += len(seq.tokens)",
+        "outputs that a sequence brings count as prompt looked up",
+    ),
     ("if seq.stats.seated_s is None:", "if True:", "a return counts as a first seat"),
     (
         "        self._settle(seq, seq.kv.num_published, seq.kv.num_claimed)\n",
@@ -196,8 +222,11 @@ LIMITS = [
         "a sequence that never fits is accepted",
     ),
     ("num_blocks * block_size + 1,", "num_blocks * block_size,", "a sequence that fits is refused"),
+    ("if len(new.output) >= new.max_tokens:", "if False:", "a sequence with nothing left is accepted"),
 ]
 TRACE = [
+    ('("prompt", "output")', '("prompt",)', "outputs are replayed as they were read"),
+    ("{**asdict(new), **stops,", '{**asdict(new), "output": [], **stops,', "outputs are not recorded"),
     ('        self._write(["abort", id])\n', "", "aborts are not recorded"),
     ("if planned == recorded:", "if True:", "nothing is compared"),
 ]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from quire.cli.options import add_config_options, config_from
+from quire.cli.options import add_config_options, add_flags, config_from, config_options
 from quire.config import Config
 from quire.errors import ConfigError
+from quire.server.settings import ServerSettings
 from tests.tree import ROOT
 
 OPTIONS = {
@@ -42,7 +43,24 @@ OPTIONS = {
     "disable_log_stats",
     "trace_file",
 }
+SERVER_OPTIONS = {
+    "host",
+    "port",
+    "served_model_name",
+    "api_key",
+    "api_key_file",
+    "root_path",
+    "allowed_origins",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "max_request_bytes",
+    "max_n",
+    "request_timeout",
+    "drain_timeout",
+    "disable_access_log",
+}
 FIELDS = dataclasses.fields(Config)
+SERVER_FIELDS = dataclasses.fields(ServerSettings)
 
 
 @pytest.fixture
@@ -54,12 +72,15 @@ def parser() -> argparse.ArgumentParser:
 
 def test_options_are_the_agreed_ones() -> None:
     assert {f.name for f in FIELDS} == OPTIONS
-    assert len(FIELDS) <= tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["budget"]["options"]
+    assert {f.name for f in SERVER_FIELDS} == SERVER_OPTIONS
+    assert not OPTIONS & SERVER_OPTIONS
+    limit = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["budget"]["options"]
+    assert len(FIELDS) + len(SERVER_FIELDS) <= limit
     assert FIELDS[0].name == "model"
 
 
 def test_every_option_says_what_it_is_for() -> None:
-    for f in FIELDS:
+    for f in (*FIELDS, *SERVER_FIELDS):
         assert len(f.metadata["help"]) > 10, f.name
         assert f.metadata["help"].endswith("."), f.name
 
@@ -93,6 +114,8 @@ def another(f: "dataclasses.Field[Any]") -> tuple[list[str], object]:
         return [flag, "0.25"], 0.25
     if f.type == Mapping[str, Any] | None:
         return [flag, '{"top_k": 5}'], {"top_k": 5}
+    if f.type == tuple[str, ...]:
+        return [flag, "one", "two", flag, "three"], ("one", "two", "three")
     return [flag, "text"], "text"
 
 
@@ -100,6 +123,16 @@ def another(f: "dataclasses.Field[Any]") -> tuple[list[str], object]:
 def test_each_flag_sets_its_option_only(parser: argparse.ArgumentParser, f: "dataclasses.Field[Any]") -> None:
     words, value = another(f)
     assert config_from(parser.parse_args(["folder", *words])) == Config(**{"model": "folder", f.name: value})
+
+
+@pytest.mark.parametrize("f", SERVER_FIELDS, ids=lambda f: f.name)
+def test_each_flag_of_the_server_sets_its_option_only(f: "dataclasses.Field[Any]") -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser, ServerSettings, "server options")
+    words, value = another(f)
+    given = config_options(parser.parse_args(words), ServerSettings)
+    assert given == {f.name: value}
+    assert config_options(parser.parse_args([]), ServerSettings) == {}
 
 
 def test_whole_numbers_may_have_a_suffix(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +157,22 @@ def test_bad_values_are_named(
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args(["folder", *words])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", 65536),
+        ("root_path", "llm/"),
+        ("ssl_keyfile", "key.pem"),
+        ("max_n", 0),
+        ("drain_timeout", -1),
+        ("served_model_name", ("",)),
+    ],
+)
+def test_values_that_no_server_can_have(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="it must be"):
+        ServerSettings(**{name: value})
 
 
 def test_values_out_of_range_are_config_errors(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "rich")
+HEAVY += ("fastapi", "pydantic", "uvicorn", "msgspec", "prometheus_client")
 REPORT = f"""
 import sys
 for name in {HEAVY!r}:
@@ -29,7 +30,18 @@ def test_import_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["run"], ["chat"], ["demo"], ["bench"], ["bench", "throughput"], ["inspect"], ["replay"]],
+    [
+        [],
+        ["serve"],
+        ["run"],
+        ["chat"],
+        ["demo"],
+        ["bench"],
+        ["bench", "throughput"],
+        ["bench", "serve"],
+        ["inspect"],
+        ["replay"],
+    ],
 )
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
     call = f"from quire.cli.main import main\ntry: main({[*words, '--help']!r})\n"
@@ -37,6 +49,16 @@ def test_help_loads_nothing_heavy(words: list[str]) -> None:
     done = python(call + REPORT + "sys.exit(code)")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: quire")
+
+
+def test_the_server_loads_no_torch() -> None:
+    done = python("import quire.server.run, sys\nassert 'torch' not in sys.modules")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_half_that_talks_to_users_loads_no_torch() -> None:
+    done = python("import sys, quire.engine.remote\nprint({'torch', 'transformers'} & sys.modules.keys())")
+    assert (done.stdout.strip(), done.stderr) == ("set()", "")
 
 
 def test_public_names_exist_and_are_typed() -> None:

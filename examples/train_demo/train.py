@@ -160,6 +160,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if not (args.folder / "tokenizer.json").exists():
         train_tokenizer(args.folder, args.seed)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one worker for each core already
     model = train_main(run, args.steps)
     companions = train_companions(run, model, args.companion_steps)
     for name, module in {"": model, **companions}.items():

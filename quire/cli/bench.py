@@ -1,4 +1,4 @@
-"""`quire bench throughput|latency`: how fast, and how near to what the machine could do. Names as in vLLM."""
+"""`quire bench throughput|latency|serve`: how fast, and how near to what the machine could do. Names as in vLLM."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quire.cli import bench_serve
 from quire.cli.options import add_config_options, config_options, whole
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     latency.add_argument(
         "--num-iters-warmup", type=whole, default=10, metavar="N", help="Batches before these (%(default)s)."
     )
+    serve = kinds.add_parser("serve", help="A server, over HTTP.", allow_abbrev=False)
+    bench_serve.add_options(serve)
 
 
 def _add_lengths(parser: argparse.ArgumentParser, *, input_len: int, output_len: int) -> None:
@@ -73,6 +76,8 @@ def _add_lengths(parser: argparse.ArgumentParser, *, input_len: int, output_len:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.kind == "serve":
+        return bench_serve.main(args)
     import random
 
     from quire.cli.workload import Shape

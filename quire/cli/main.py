@@ -12,10 +12,11 @@ from quire.cli.options import same_dashes
 from quire.errors import EngineDead, QuireError, RequestFailed
 
 COMMANDS = {
+    "serve": "Serve a model over HTTP, with OpenAI's API.",
     "run": "Complete one prompt, streamed to the terminal.",
     "chat": "Talk to a model.",
     "demo": "Talk to the small model that comes with Quire.",
-    "bench": "Measure throughput or latency, and compare them with what the machine could do.",
+    "bench": "Measure throughput, latency or a server, and compare with what the machine could do.",
     "inspect": "Print what a network is, or how two differ.",
     "replay": "Run a recorded schedule again.",
 }

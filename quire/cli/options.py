@@ -51,7 +51,9 @@ PARSERS: dict[Any, Callable[[str], object]] = {
     int: whole,
     float: float,
     Mapping[str, Any]: json_object,
+    tuple[str, ...]: str,
 }
+VALUES = {str: "X", Mapping[str, Any]: "JSON", tuple[str, ...]: "X"}  # as help shows them; N: a number
 
 
 def flag(name: str) -> str:
@@ -78,39 +80,45 @@ def add_config_options(parser: argparse.ArgumentParser, *, model: str | None = N
 
     The namespace has only what was given.
     """
+    if model is None:
+        parser.add_argument("model", metavar="MODEL", help=_help(Config.__dataclass_fields__["model"]))
+    else:
+        parser.set_defaults(model=model)
     group = parser.add_argument_group("engine options")
     for field in dataclasses.fields(Config):
-        help = field.metadata["help"].replace("%", "%%")
-        if field.name == "model":
-            if model is None:
-                parser.add_argument("model", metavar="MODEL", help=help)
-            else:
-                parser.set_defaults(model=model)
-            continue
-        if field.default is not None:
-            help += f" ({field.default})"
-        kind = plain_type(field.type)
-        if kind is bool:
-            group.add_argument(
-                flag(field.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help
-            )
-            continue
-        group.add_argument(
-            flag(field.name),
-            type=PARSERS[kind],
-            choices=field.metadata["choices"],
-            default=argparse.SUPPRESS,
-            metavar=None
-            if field.metadata["choices"]
-            else {str: "X", Mapping[str, Any]: "JSON"}.get(kind, "N"),
-            help=help,
-        )
+        if field.name != "model":
+            _add_flag(group, field)
 
 
-def config_options(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The options that were given, by name."""
-    given = vars(namespace)
-    return {field.name: given[field.name] for field in dataclasses.fields(Config) if field.name in given}
+def add_flags(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
+    """A flag for every field of a dataclass of options; the namespace has only what was given."""
+    group = parser.add_argument_group(title)
+    for field in dataclasses.fields(kind):
+        _add_flag(group, field)
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: "dataclasses.Field[Any]") -> None:
+    name, kind, choices = flag(field.name), plain_type(field.type), field.metadata["choices"]
+    shared: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
+    if kind is bool:
+        group.add_argument(name, action=argparse.BooleanOptionalAction, **shared)
+        return
+    if kind == tuple[str, ...]:
+        shared |= {"nargs": "+", "action": "extend"}
+    if not choices:
+        shared["metavar"] = VALUES.get(kind, "N")
+    group.add_argument(name, type=PARSERS[kind], choices=choices, **shared)
+
+
+def _help(field: "dataclasses.Field[Any]") -> str:
+    help = str(field.metadata["help"]).replace("%", "%%")
+    return help if field.default in (None, "", ()) else f"{help} ({field.default})"
+
+
+def config_options(namespace: argparse.Namespace, kind: Any = Config) -> dict[str, Any]:
+    """The options of a dataclass that were given, by name; lists as tuples."""
+    given = {f.name: vars(namespace)[f.name] for f in dataclasses.fields(kind) if f.name in namespace}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def config_from(namespace: argparse.Namespace) -> Config:

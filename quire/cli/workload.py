@@ -9,7 +9,6 @@ from typing import Any, Protocol, Self
 
 from quire.config import Config
 from quire.errors import ConfigError, RequestFailed
-from quire.llm import LLM
 from quire.models.spec import Decoder
 from quire.types import SamplingParams, TokensPrompt
 
@@ -63,19 +62,18 @@ class Shape:
 
     def draw(self, chance: random.Random, vocab_size: int) -> Workload:
         """Prompts of random tokens, which have no common beginnings to cache."""
+        inputs, outputs = self.lengths(chance)
+        prompts = tuple(tuple(chance.choices(range(vocab_size), k=length)) for length in inputs)
+        return Workload(prompts=prompts, output_lens=outputs, n=self.n)
 
-        def length(around: int) -> int:
+    def lengths(self, chance: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the prompts, and of the outputs."""
+
+        def draw(around: int) -> tuple[int, ...]:
             low, high = int(around * (1 - self.range_ratio)), int(around * (1 + self.range_ratio))
-            return max(1, chance.randint(low, high))
+            return tuple(max(1, chance.randint(low, high)) for _ in range(self.num_prompts))
 
-        return Workload(
-            prompts=tuple(
-                tuple(chance.choices(range(vocab_size), k=length(self.input_len)))
-                for _ in range(self.num_prompts)
-            ),
-            output_lens=tuple(length(self.output_len) for _ in range(self.num_prompts)),
-            n=self.n,
-        )
+        return draw(self.input_len), draw(self.output_len)
 
 
 class Backend(Protocol):
@@ -99,6 +97,8 @@ class Quire:
     """This engine."""
 
     def __init__(self, options: Mapping[str, Any]):
+        from quire.llm import LLM  # loads torch, which those who only draw lengths do without
+
         self.llm = LLM(**options)
         self.spec, self.config = self.llm.spec, self.llm.config
 

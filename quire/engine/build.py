@@ -1,4 +1,4 @@
-"""From options to a ready engine: read, resolve, load, allocate. The order is the start-up."""
+"""From options to a ready engine core: read, resolve, load, allocate. The order is the start-up."""
 
 import dataclasses
 import hashlib
@@ -14,12 +14,13 @@ import torch
 from quire.attention.base import Backend
 from quire.attention.select import select
 from quire.checkpoint.dummy import DummyCheckpoint
-from quire.checkpoint.files import read_config, read_generation_config
 from quire.checkpoint.reader import Checkpoint
 from quire.checkpoint.source import resolve as find_model
 from quire.config import Config
+from quire.engine.announce import Announce
 from quire.engine.core import EngineCore
 from quire.engine.inputs import InputProcessor
+from quire.engine.text import model_config, read_text
 from quire.errors import ConfigError
 from quire.layers.decoder import Decoder
 from quire.log import logger
@@ -37,25 +38,49 @@ from quire.sampling.sampler import Sampler
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.trace import Recorder
-from quire.text.chat import ChatTemplate
-from quire.text.generation import default_sampling, end_tokens
-from quire.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What an engine is made of."""
+class CoreParts:
+    """The half of an engine that knows the device, and what was decided on the way to it."""
 
-    config: Config
+    config: Config  # resolved
     reasons: Mapping[str, str]
     spec: DecoderSpec
-    tokenizer: Tokenizer | None
-    inputs: InputProcessor
     core: EngineCore
+    max_model_len: int
+    summary: str  # one line
+    start_s: float
 
 
-def build(config: Config, *, offline: bool, clock: Callable[[], float] = time.monotonic) -> Parts:
-    """Everything from the model's files to an engine that waits for requests.
+def build(
+    config: Config, *, offline: bool, clock: Callable[[], float] = time.monotonic
+) -> tuple[InputProcessor, CoreParts]:
+    """Both halves of an engine that waits for requests, in one process.
+
+    Raises:
+        ConfigError, ModelError, CapacityError: naming the option, the file or the bytes that do not fit.
+    """
+    text = read_text(config)  # first: what is wrong with it shows before the weights are loaded
+    parts = build_core(config, offline=offline, clock=clock)
+    logger.info("ready in %.1f s: %s", parts.start_s, parts.summary)
+    for option, reason in sorted(parts.reasons.items()):
+        logger.debug("%s: %s", option, reason)
+    return text.inputs(vocab_size=parts.spec.vocab_size, max_model_len=parts.max_model_len), parts
+
+
+def build_core(
+    config: Config,
+    *,
+    offline: bool,
+    clock: Callable[[], float] = time.monotonic,
+    announce: Announce | None = None,
+) -> CoreParts:
+    """Everything from the model's files to a core that waits for token ids. Reads no tokenizer.
+
+    Args:
+        offline: nobody reads tokens as they come.
+        announce: called with the requests that enter and leave the batch, before the device is touched.
 
     Raises:
         ConfigError, ModelError, CapacityError: naming the option, the file or the bytes that do not fit.
@@ -67,9 +92,8 @@ def build(config: Config, *, offline: bool, clock: Callable[[], float] = time.mo
         weights=config.load_format != "dummy",
         download_dir=config.download_dir,
     ).folder
-    raw = {**read_config(folder), **(config.hf_overrides or {})}
+    raw = model_config(config, folder)
     spec, names = decoder_spec(raw)
-    tokenizer = _tokenizer(config, folder)
     platform = detect(config.device)
     machine, stored = machine_of(platform), dtype_of(raw)
     backend = _backend(config, platform, resolve_dtype(config, stored, machine)[0])
@@ -78,10 +102,16 @@ def build(config: Config, *, offline: bool, clock: Callable[[], float] = time.mo
     config = resolved.config
     torch.set_num_threads(config.num_threads or 1)
     model = _load(config, spec, names, folder, backend, platform.device)
-    core = _core(resolved, spec, model, platform.device, clock)
-    inputs = _inputs(config, spec, folder, raw, tokenizer)
-    _report(resolved, spec, backend, time.perf_counter() - begin)
-    return Parts(config, resolved.reasons, spec, tokenizer, inputs, core)
+    core = _core(resolved, spec, model, platform.device, clock, announce)
+    return CoreParts(
+        config,
+        resolved.reasons,
+        spec,
+        core,
+        max_model_len=config.max_model_len or spec.max_length,
+        summary=_summary(resolved, spec, backend),
+        start_s=time.perf_counter() - begin,
+    )
 
 
 def dtype_of(raw: Mapping[str, Any]) -> str | None:
@@ -90,16 +120,6 @@ def dtype_of(raw: Mapping[str, Any]) -> str | None:
         if dtype := part.get("dtype") or part.get("torch_dtype"):
             return str(dtype)
     return None
-
-
-def _tokenizer(config: Config, folder: Path) -> Tokenizer | None:
-    if config.skip_tokenizer_init:
-        return None
-    if config.tokenizer is None:
-        return Tokenizer.load(folder)
-    return Tokenizer.load(
-        find_model(config.tokenizer, weights=False, download_dir=config.download_dir).folder
-    )
 
 
 def machine_of(platform: Platform) -> Machine:
@@ -148,6 +168,7 @@ def _core(
     model: Decoder,
     device: torch.device,
     clock: Callable[[], float],
+    announce: Announce | None,
 ) -> EngineCore:
     config, memory = resolved.config, resolved.memory
     max_seqs, length, block_size = config.max_num_seqs, config.max_model_len, config.block_size
@@ -177,42 +198,17 @@ def _core(
         seed=config.seed,
         fingerprint=hashlib.blake2b(config.model.encode(), digest_size=16).digest(),
         share_across_requests=config.enable_prefix_caching,
-        clock=clock,
-    )
-
-
-def _inputs(
-    config: Config, spec: DecoderSpec, folder: Path, raw: Mapping[str, Any], tokenizer: Tokenizer | None
-) -> InputProcessor:
-    generation = read_generation_config(folder) if config.generation_config == "auto" else {}
-    defaults = default_sampling({**generation, **(config.override_generation_config or {})})
-    return InputProcessor(
-        tokenizer,
-        None if tokenizer is None else ChatTemplate.of(tokenizer, config.chat_template),
         vocab_size=spec.vocab_size,
-        max_length=config.max_model_len or spec.max_length,
-        max_logprobs=config.max_logprobs,
-        eos_token_ids=end_tokens(generation, raw, tokenizer),
-        defaults=defaults,
+        clock=clock,
+        announce=announce,
     )
 
 
-def _report(resolved: Resolved, spec: DecoderSpec, backend: Backend, seconds: float) -> None:
-    config, memory = resolved.config, resolved.memory
-    gib = 2**30
-    logger.info(
-        "ready in %.1f s: %d layers in %s on %s, attention %s, weights %.2f GiB, KV cache %.2f GiB = %d tokens"
-        " (%d requests of %d)",
-        seconds,
-        len(spec.blocks),
-        config.dtype,
-        config.device,
-        backend.name,
-        memory.weight_bytes / gib,
-        memory.cache_bytes / gib,
-        memory.num_blocks * (config.block_size or 1),
-        memory.num_blocks * (config.block_size or 1) // (config.max_model_len or 1),
-        config.max_model_len,
+def _summary(resolved: Resolved, spec: DecoderSpec, backend: Backend) -> str:
+    config, memory, gib = resolved.config, resolved.memory, 2**30
+    num_tokens = memory.num_blocks * (config.block_size or 1)
+    return (
+        f"{len(spec.blocks)} layers in {config.dtype} on {config.device}, attention {backend.name}, weights"
+        f" {memory.weight_bytes / gib:.2f} GiB, KV cache {memory.cache_bytes / gib:.2f} GiB = {num_tokens} tokens"
+        f" ({num_tokens // (config.max_model_len or 1)} requests of {config.max_model_len})"
     )
-    for option, reason in sorted(resolved.reasons.items()):
-        logger.debug("%s: %s", option, reason)

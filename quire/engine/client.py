@@ -1,49 +1,24 @@
 """The engine for asyncio programs: steps run in a thread of their own, outputs arrive as async iterators."""
 
 import argparse
-import asyncio
-import itertools
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from quire.config import Config
+from quire.engine.calls import Calls
 from quire.engine.engine import Engine
-from quire.engine.outputs import merge_deltas
+from quire.engine.inputs import InputProcessor
+from quire.engine.metrics import Metrics
+from quire.engine.service import Status
+from quire.engine.stream import Stream
 from quire.errors import EngineDead, InvalidRequest, QuireError
 from quire.log import logger
 from quire.text.tokenizer import Tokenizer
-from quire.types import OutputKind, Prompt, Request, RequestOutput, SamplingParams
+from quire.types import Prompt, Request, RequestOutput, SamplingParams
 
 AsyncEngineArgs = Config  # vLLM's name for the options of an asynchronous engine
-
-
-class Stream:
-    """Outputs of one request on their way to one consumer; a slow consumer gets them merged, never lost."""
-
-    def __init__(self, request: Request):
-        self.request, self.loop = request, asyncio.get_running_loop()
-        self.ready = asyncio.Event()
-        self.pending: list[RequestOutput] = []
-        self.error: QuireError | None = None
-
-    def put(self, outputs: Sequence[RequestOutput], error: QuireError | None = None) -> None:
-        """Hand over news; runs in the consumer's event loop."""
-        self.pending += outputs
-        self.error = error
-        self.ready.set()
-
-    async def get(self) -> RequestOutput:
-        """Wait for news; everything since the last call in one output."""
-        while not self.pending:
-            if self.error is not None:
-                raise self.error
-            self.ready.clear()
-            await self.ready.wait()
-        outputs, self.pending = self.pending, []
-        delta = self.request.params.output_kind is OutputKind.DELTA
-        return merge_deltas(outputs) if delta else outputs[-1]
 
 
 class AsyncEngine:
@@ -60,7 +35,7 @@ class AsyncEngine:
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.streams: dict[str, Stream] = {}
         self.dead: EngineDead | None = None
-        self.numbers = itertools.count()
+        self.calls = Calls(self.engine.inputs, self.engine.clock)
         self.thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
         self.thread.start()
 
@@ -90,11 +65,8 @@ class AsyncEngine:
             InvalidRequest: this request cannot be served; others are not affected.
             EngineDead: the engine stopped.
         """
-        async for output in self._stream(
-            lambda: self._request(
-                prompt, sampling_params, request_id, priority, tenant, add_special_tokens=True
-            )
-        ):
+        request = await self.calls.generate(prompt, sampling_params, request_id, priority, tenant)
+        async for output in self.stream(request):
             yield output
 
     async def chat(
@@ -109,14 +81,24 @@ class AsyncEngine:
     ) -> AsyncIterator[RequestOutput]:
         """As `generate`, for a conversation; `template` options are those of `LLM.chat`."""
 
-        def make() -> Request:
-            text = self.engine.inputs.chat_prompt(messages, None, **template)
-            return self._request(
-                text, sampling_params, request_id, priority, tenant, add_special_tokens=False
-            )
-
-        async for output in self._stream(make):
+        request = await self.calls.chat(messages, sampling_params, request_id, priority, tenant, template)
+        async for output in self.stream(request):
             yield output
+
+    async def stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Run a request that `inputs.request` made; otherwise as `generate`."""
+        await self.check_health()
+        stream, finished = Stream(request), False
+        self.commands.put(lambda: self._add(stream))
+        try:
+            await self.check_health()  # the engine may have died since, and nobody reads commands any more
+            while not finished:
+                output = await stream.get()
+                finished = output.finished
+                yield output
+        finally:
+            if not finished:
+                self.commands.put(lambda: self._abort(request.id, stream))
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Stop requests; their iterators end with `finish_reason="abort"`. Unknown ids are ignored."""
@@ -135,6 +117,21 @@ class AsyncEngine:
             raise self.dead
 
     @property
+    def inputs(self) -> InputProcessor:
+        """Turns prompts into requests."""
+        return self.engine.inputs
+
+    @property
+    def metrics(self) -> Metrics:
+        """Counts and times of this engine."""
+        return self.engine.metrics
+
+    @property
+    def status(self) -> Status:
+        """Ready, or dead."""
+        return Status.READY if self.is_running else Status.DEAD
+
+    @property
     def is_running(self) -> bool:
         return self.thread.is_alive() and self.dead is None
 
@@ -146,41 +143,6 @@ class AsyncEngine:
         """Abort every request and stop the engine's thread."""
         self.commands.put(None)
         self.thread.join()
-
-    def _request(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        request_id: str | None,
-        priority: int,
-        tenant: str,
-        *,
-        add_special_tokens: bool,
-    ) -> Request:
-        return self.engine.inputs.request(
-            prompt,
-            params or self.engine.inputs.default_params(),
-            request_id=request_id or f"request-{next(self.numbers)}",
-            priority=priority,
-            tenant=tenant,
-            arrival_s=self.engine.clock(),
-            add_special_tokens=add_special_tokens,
-        )
-
-    async def _stream(self, make: Callable[[], Request]) -> AsyncIterator[RequestOutput]:
-        await self.check_health()
-        request = await asyncio.to_thread(make)  # templates and tokenizing would hold up the other streams
-        stream, finished = Stream(request), False
-        self.commands.put(lambda: self._add(stream))
-        try:
-            await self.check_health()  # the engine may have died since, and nobody reads commands any more
-            while not finished:
-                output = await stream.get()
-                finished = output.finished
-                yield output
-        finally:
-            if not finished:
-                self.commands.put(lambda: self._abort(request.id, stream))
 
     def _add(self, stream: Stream) -> None:
         if self.dead is not None:

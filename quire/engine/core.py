@@ -5,6 +5,7 @@ import hashlib
 import itertools
 from collections.abc import Callable
 
+from quire.engine.announce import Announce, Announcer
 from quire.engine.events import Submission, TokenEvent
 from quire.engine.metrics import StepStats
 from quire.errors import InvalidRequest
@@ -30,10 +31,13 @@ class EngineCore:
         seed: int,
         fingerprint: bytes,
         share_across_requests: bool,
+        vocab_size: int,
         clock: Callable[[], float],
+        announce: Announce | None = None,
     ):
-        self.scheduler, self.runner, self.clock = scheduler, runner, clock
-        self.loop = Loop(scheduler, runner, depth=depth, now=clock)
+        self.scheduler, self.runner, self.vocab_size, self.clock = scheduler, runner, vocab_size, clock
+        device = runner if announce is None else Announcer(runner, lambda seq: self.owner[seq][0], announce)
+        self.loop = Loop(scheduler, device, depth=depth, now=clock)
         self.seed, self.fingerprint, self.share_across_requests = seed, fingerprint, share_across_requests
         self.ids, self.ordinals = itertools.count(), itertools.count()
         self.owner: dict[int, tuple[str, int]] = {}  # sequence -> request and index
@@ -46,31 +50,38 @@ class EngineCore:
         return self.loop.idle
 
     def add(self, submission: Submission) -> None:
-        """Queue a request's sequences: all of them, or none.
+        """Queue a request's sequences: all of them that have not ended, or none.
+
+        The prompt is scored for index 0 only, and only if that starts afresh: its first token brought the scores.
 
         Raises:
-            InvalidRequest: it can never fit into the cache.
+            InvalidRequest: its id is in use, it can never fit into the cache, or it holds what is no token id.
         """
-        params = submission.params
+        name, params = submission.request_id, submission.params
+        outputs = submission.outputs or ((),) * params.n
+        self._check(submission, outputs)
         ordinal = next(self.ordinals)
         base = params.seed if params.seed is not None else fold(self.seed, ordinal)
         root = self._cache_root(submission, ordinal)
-        members = self.members[submission.request_id] = {}
+        unscored = params
+        if params.prompt_logprobs is not None:
+            unscored = dataclasses.replace(params, prompt_logprobs=None, skip_reading_prefix_cache=False)
         stops = frozenset(params.stop_token_ids or ()) | submission.eos_token_ids
-        for index in range(params.n):
-            seq = next(self.ids)
-            seed = base if index == 0 else fold(base, index)
-            self.runner.register(seq, Sampling(params, seed, stops, submission.bad_words))
-            self.owner[seq], members[index] = (submission.request_id, index), seq
+        members: dict[int, int] = {}
+        for index, output in enumerate(outputs):
+            if output is None:
+                continue
+            chosen = params if index == 0 and not output else unscored
+            seq, seed = next(self.ids), base if index == 0 else fold(base, index)
+            self.members[name] = members
+            self.owner[seq], members[index] = (name, index), seq
+            self.runner.register(seq, Sampling(chosen, seed, stops, submission.bad_words))
             try:
-                self.progress[seq] = self.scheduler.add(
-                    _sequence(seq, submission, params, root), self.clock()
-                )
+                new = _sequence(seq, submission, chosen, output, root)
+                self.progress[seq] = self.scheduler.add(new, self.clock())
             except InvalidRequest:
-                self.abort(submission.request_id)
+                self.abort(name)
                 raise
-            if params.prompt_logprobs is not None:  # the prompt is scored once; the others share its blocks
-                params = dataclasses.replace(params, prompt_logprobs=None, skip_reading_prefix_cache=False)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Stop computing a request, or one of its sequences; unknown ones are ignored."""
@@ -107,10 +118,25 @@ class EngineCore:
             cache_hits=scheduler.cache_hits,
         )
 
+    def _check(self, submission: Submission, outputs: tuple[tuple[int, ...] | None, ...]) -> None:
+        """Refuse what would harm others once it is in a batch."""
+        name, num_outputs = submission.request_id, submission.params.n
+        if name in self.members:
+            raise InvalidRequest(f"request id {name!r} is in use; choose another", param="request_id")
+        if len(outputs) != num_outputs:
+            raise InvalidRequest(f"there are outputs for {len(outputs)} sequences, and n is {num_outputs}")
+        for tokens in (submission.prompt_token_ids, *outputs):
+            if tokens and not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
+                raise InvalidRequest(
+                    f"there is a token id beyond this model's, which are 0 to {self.vocab_size - 1}",
+                    param="prompt",
+                )
+
     def _cache_root(self, submission: Submission, ordinal: int) -> bytes:
         """What two requests must have in common before equal tokens mean equal KV."""
         root = hashlib.blake2b(self.fingerprint, digest_size=16)
-        root.update(b"\0".join((submission.tenant.encode(), submission.cache_salt.encode())))
+        for text in (submission.tenant, submission.cache_salt):
+            root.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
         if not self.share_across_requests:
             root.update(ordinal.to_bytes(8, "little"))
         return root.digest()
@@ -120,7 +146,6 @@ class EngineCore:
         seq, progress = emitted.seq, self.progress[emitted.seq]
         params, scores = self.runner.sampling[seq].params, self.runner.logprobs[seq]
         scored = params.logprobs is not None and emitted.token is not None
-        prompt_scored = params.prompt_logprobs is not None
         return TokenEvent(
             request_id=request_id,
             index=index,
@@ -129,7 +154,7 @@ class EngineCore:
             finish=emitted.finish,
             stop_token=emitted.stop_token,
             error=emitted.error,
-            prompt_logprobs=tuple(self.runner.prompt_logprobs[seq]) if prompt_scored else None,
+            prompt_logprobs=self.runner.take_prompt_logprobs(seq),
             num_cached_tokens=progress.num_cached_tokens,
             num_preemptions=progress.num_preemptions,
             seated_s=progress.seated_s,
@@ -145,16 +170,19 @@ class EngineCore:
         self.runner.forget(seq)
 
 
-def _sequence(seq: int, submission: Submission, params: SamplingParams, root: bytes) -> NewSequence:
+def _sequence(
+    seq: int, submission: Submission, params: SamplingParams, output: tuple[int, ...], root: bytes
+) -> NewSequence:
     return NewSequence(
         id=seq,
         prompt=submission.prompt_token_ids,
         max_tokens=submission.max_tokens,
+        output=output,
         stop_token_ids=frozenset(params.stop_token_ids or ()),
         eos_token_ids=submission.eos_token_ids,
         min_tokens=params.min_tokens,
         priority=submission.priority,
         tenant=submission.tenant,
         cache_root=root,
-        read_cache=not params.skip_reading_prefix_cache,
+        read_cache=params.prompt_logprobs is None and not params.skip_reading_prefix_cache,
     )

@@ -4,13 +4,12 @@ import time
 from collections.abc import Callable
 
 from quire.config import Config
-from quire.engine.build import Parts, build
-from quire.engine.events import TokenEvent
+from quire.engine.build import build
 from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestState
-from quire.errors import EngineDead, InvalidRequest
-from quire.log import logger
-from quire.types import FinishReason, OutputKind, Request, RequestOutput
+from quire.engine.requests import Requests
+from quire.errors import EngineDead, QuireError
+from quire.types import Request, RequestOutput
 
 
 class Engine:
@@ -21,12 +20,12 @@ class Engine:
     """
 
     def __init__(self, config: Config, *, offline: bool, clock: Callable[[], float] = time.monotonic):
-        parts: Parts = build(config, offline=offline, clock=clock)
+        self.inputs, parts = build(config, offline=offline, clock=clock)
         self.config, self.reasons, self.spec = parts.config, parts.reasons, parts.spec
-        self.inputs, self.core, self.tokenizer = parts.inputs, parts.core, parts.tokenizer
+        self.core, self.tokenizer = parts.core, self.inputs.tokenizer
         self.clock = clock
         self.metrics = Metrics(config.model, log_stats=not config.disable_log_stats)
-        self.requests: dict[str, RequestState] = {}
+        self.requests = Requests(self.tokenizer, self.metrics, self.core.abort)
         self.closed = False
 
     def add(self, request: Request) -> None:
@@ -38,10 +37,12 @@ class Engine:
         """
         if self.closed:
             raise EngineDead("the engine was closed; make a new one")
-        if request.id in self.requests:
-            raise InvalidRequest(f"request id {request.id!r} is in use; choose another", param="request_id")
-        self.core.add(self.inputs.submission(request))
-        self.requests[request.id] = RequestState(request, self.tokenizer)
+        self.requests.add(request)
+        try:
+            self.core.add(self.inputs.submission(request))
+        except QuireError:
+            self.requests.drop(request.id)
+            raise
         self.metrics.arrived(len(request.prompt_token_ids))
 
     @property
@@ -55,48 +56,21 @@ class Engine:
         now = self.clock()
         touched: dict[str, RequestState] = {}
         for event in events:
-            if (state := self.requests.get(event.request_id)) is not None:
-                self._push(state, event, now)
+            if (state := self.requests.push(event, now)) is not None:
                 touched[event.request_id] = state
         self.metrics.step(self.core.stats(), now)
-        return [output for state in touched.values() if (output := self._output(state, now)) is not None]
+        return [state.output() for state in touched.values() if state.has_news]
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request; returns its last output, or None if it is unknown or had ended."""
-        state = self.requests.get(request_id)
-        if state is None:
-            return None
-        self.core.abort(request_id)
-        state.end(FinishReason.ABORT)
-        return self._output(state, self.clock())
+        state = self.requests.abort(request_id, self.clock())
+        return None if state is None else state.output()
 
     def close(self) -> None:
         """Stop every request and give back memory and files; closing twice does nothing."""
         if self.closed:
             return
-        for request_id in list(self.requests):
+        for request_id in list(self.requests.open):
             self.abort(request_id)
         self.core.close()
         self.closed = True
-
-    def _push(self, state: RequestState, event: TokenEvent, now: float) -> None:
-        if event.token is not None:
-            last = state.metrics.last_token_s
-            self.metrics.token(None if last is None else now - last)
-        try:
-            stopped = state.push(event, now)
-        except Exception:  # whatever one request's text does, the others go on
-            logger.exception("request %s failed while its output was read", event.request_id)
-            self.core.abort(event.request_id)
-            state.fail()
-        else:
-            if stopped:
-                self.core.abort(event.request_id, event.index)
-
-    def _output(self, state: RequestState, now: float) -> RequestOutput | None:
-        if state.finished:
-            del self.requests[state.request.id]
-            self.metrics.finished(state.metrics, state.sequences[0].finish, now)
-        elif state.request.params.output_kind is OutputKind.FINAL_ONLY:
-            return None
-        return state.output()

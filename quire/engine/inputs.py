@@ -92,6 +92,36 @@ class InputProcessor:
             )
         return chosen.render(messages, **options)
 
+    def tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            InvalidRequest: there is no tokenizer, or the text is too long for any prompt.
+        """
+        tokenizer = self._tokenizer("prompt")
+        most = tokenizer.max_chars(self.max_length)
+        if len(text) > most:
+            raise PromptTooLong(
+                f"the prompt has {len(text)} characters, and the {self.max_length} tokens of this model's context"
+                f" hold at most {most}; shorten the prompt or raise max_model_len",
+                num_tokens=-(-len(text) * self.max_length // most),
+                limit=self.max_length,
+            )
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, special tokens included.
+
+        Raises:
+            InvalidRequest: there is no tokenizer, or an id is not this model's.
+        """
+        wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            raise InvalidRequest(
+                f"tokens holds id {wrong}; this model's ids are 0 to {self.vocab_size - 1}", param="tokens"
+            )
+        return self._tokenizer("tokens").decode(tokens, skip_special_tokens=False)
+
     def _tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:
             raise InvalidRequest(
@@ -102,7 +132,7 @@ class InputProcessor:
 
     def _read(self, prompt: Prompt, add_special_tokens: bool) -> tuple[str | None, Sequence[int], str]:
         if isinstance(prompt, str):
-            return prompt, self._encode(prompt, add_special_tokens), ""
+            return prompt, self.tokens(prompt, add_special_tokens=add_special_tokens), ""
         if isinstance(prompt, Mapping):
             known = {"prompt", "prompt_token_ids", "cache_salt"}
             if unknown := sorted(set(prompt) - known):
@@ -116,13 +146,15 @@ class InputProcessor:
             )
             if not isinstance(salt, str) or len(salt) > MAX_SALT_CHARS:
                 raise InvalidRequest(f"cache_salt must be a string of at most {MAX_SALT_CHARS} characters")
+            if any("\ud800" <= char <= "\udfff" for char in salt):
+                raise InvalidRequest("cache_salt holds a lone surrogate; send whole characters")
             if isinstance(tokens, list | tuple):
                 return text, tokens, salt
             if tokens is not None or not isinstance(text, str):
                 raise InvalidRequest(
                     "a prompt needs the key 'prompt' (text) or 'prompt_token_ids' (a list)", param="prompt"
                 )
-            return text, self._encode(text, add_special_tokens), salt
+            return text, self.tokens(text, add_special_tokens=add_special_tokens), salt
         if isinstance(prompt, list | tuple):
             return None, prompt, ""
         raise InvalidRequest(
@@ -130,18 +162,6 @@ class InputProcessor:
             " 'prompt_token_ids'",
             param="prompt",
         )
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        tokenizer = self._tokenizer("prompt")
-        most = tokenizer.max_chars(self.max_length)
-        if len(text) > most:
-            raise PromptTooLong(
-                f"the prompt has {len(text)} characters, and the {self.max_length} tokens of this model's context"
-                f" hold at most {most}; shorten the prompt or raise max_model_len",
-                num_tokens=-(-len(text) * self.max_length // most),
-                limit=self.max_length,
-            )
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _check_prompt(self, tokens: Sequence[int]) -> None:
         if not tokens:

@@ -1,5 +1,6 @@
 """Counts and times of an engine, under vLLM's metric names, in a Prometheus registry of the engine's own."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
@@ -121,6 +122,12 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
+        for name, help in (
+            ("engine_restarts", "Times the engine died and was started again"),
+            ("requests_replayed", "Requests sent to a new engine, with the tokens they had"),
+        ):
+            counter = PromCounter(f"quire:{name}", help, ["model_name"], registry=self.registry)
+            self.counters[name] = counter.labels(model)
         self.totals = StepStats(0, 0, 0, 0, 0, 0, 0, 0)
         self.window = Window()
 
@@ -137,6 +144,16 @@ class Metrics:
             self.histograms["iteration_tokens"].observe(stats.batched_tokens)
         if self.log_stats:
             self._log(now)
+
+    def restarted(self, now: float) -> None:
+        """Observe that the engine was lost; the next one's totals begin at 0."""
+        self.counters["engine_restarts"].inc()
+        self.step(dataclasses.replace(self.totals, num_running=0, used_blocks=0, batched_tokens=0), now)
+        self.totals = StepStats(0, 0, 0, 0, 0, 0, 0, 0)
+
+    def replayed(self, count: int) -> None:
+        """Observe requests that go on in a new engine."""
+        self.counters["requests_replayed"].inc(count)
 
     def arrived(self, num_prompt_tokens: int) -> None:
         """Observe an accepted request."""

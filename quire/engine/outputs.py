@@ -80,6 +80,11 @@ class RequestState:
     def finished(self) -> bool:
         return all(s.finish for s in self.sequences)
 
+    @property
+    def has_news(self) -> bool:
+        """Its owner wants an output now."""
+        return self.finished or self.request.params.output_kind is not OutputKind.FINAL_ONLY
+
     def push(self, event: TokenEvent, now: float) -> bool:
         """Take in one event; True if a stop string ended the sequence, so the engine must stop computing it."""
         sequence = self.sequences[event.index]
@@ -87,7 +92,7 @@ class RequestState:
             return False  # already in flight when the sequence ended
         if self.metrics.scheduled_s is None:
             self.metrics.scheduled_s = event.seated_s
-        if event.index == 0:
+        if event.index == 0 and not sequence.token_ids:  # later ones may tell of a second start
             self.num_cached_tokens = event.num_cached_tokens
             if event.prompt_logprobs is not None and self.prompt_logprobs is None:
                 self.prompt_logprobs = [None, *map(self._decode, event.prompt_logprobs)]

@@ -3,6 +3,7 @@
 A message is msgpack behind its length, 4 bytes, big-endian.
 """
 
+import math
 import select
 import socket
 import time
@@ -18,6 +19,18 @@ from quire.errors import EngineDead, QuireError
 MAX_MESSAGE_BYTES = 256 * 2**20
 HEADER_BYTES = 4
 CHUNK_BYTES = 1 << 18
+
+
+class WireError(QuireError):
+    """A message cannot be sent, or what came is none.
+
+    Attributes:
+        request_id: whose message it was, if that much could be read; nothing else is affected then.
+    """
+
+    def __init__(self, message: str, *, request_id: str | None = None):
+        super().__init__(message)
+        self.request_id = request_id
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -109,3 +122,100 @@ class Pong(Message, frozen=True):
 
 ToGroup = Launch | Add | Abort | Ping | Stop
 FromGroup = Ready | Failed | Batch | Events | Refused | Pong
+
+
+class Channel:
+    """Messages over a connected stream socket. `send` and `receive` block; an asyncio program uses the other two."""
+
+    def __init__(self, sock: socket.socket, *, incoming: Any = ToGroup):
+        self.sock, self.buffer = sock, bytearray()
+        self.encoder = msgspec.msgpack.Encoder()
+        self.decoder = msgspec.msgpack.Decoder(incoming)
+
+    def encode(self, message: Message) -> bytes:
+        """A message as it travels.
+
+        Raises:
+            WireError: it is larger than the limit, or holds a number or a character that cannot travel.
+        """
+        name = type(message).__name__
+        try:
+            body = self.encoder.encode(message)
+        except (OverflowError, UnicodeEncodeError, TypeError, RecursionError, msgspec.MsgspecError) as error:
+            raise WireError(f"a {name} holds what cannot be sent: {error}") from None
+        if len(body) > MAX_MESSAGE_BYTES:
+            raise WireError(f"a {name} has {len(body)} bytes; the limit is {MAX_MESSAGE_BYTES}")
+        return len(body).to_bytes(HEADER_BYTES, "big") + body
+
+    def decode(self, data: bytes) -> Iterator[Any]:
+        """The messages that `data` completes; the rest is kept for the next call.
+
+        Raises:
+            WireError: a message is larger than the limit, or is none of those expected. The next call goes on
+                after one that could not be read; nothing can follow one that is too large.
+        """
+        self.buffer += data
+        while (message := self._next()) is not None:
+            yield message
+
+    def _next(self) -> Any:
+        """The first message in the buffer, or None if there is no whole one."""
+        size = int.from_bytes(self.buffer[:HEADER_BYTES], "big")
+        if size > MAX_MESSAGE_BYTES:
+            raise WireError(f"a message claims {size} bytes; the limit is {MAX_MESSAGE_BYTES}")
+        end = HEADER_BYTES + size
+        if len(self.buffer) < end:
+            return None
+        body = bytes(self.buffer[HEADER_BYTES:end])
+        del self.buffer[:end]
+        try:
+            return self.decoder.decode(body)
+        except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:
+            what = f"a message of {size} bytes cannot be read: {error}"
+            raise WireError(what, request_id=_owner(body)) from None
+
+    def send(self, message: Message) -> None:
+        """Send, and wait until the other side has room for it.
+
+        Raises:
+            EngineDead: the other side is gone.
+        """
+        try:
+            self.sock.sendall(self.encode(message))
+        except OSError as error:
+            raise EngineDead(f"the other side of the socket is gone: {error.strerror}") from None
+
+    def receive(self, timeout: float | None) -> Any:
+        """The next message, or None if there is none within `timeout` seconds (None: wait; 0: do not).
+
+        Raises:
+            EngineDead: the other side is gone, perhaps in the middle of a message.
+            WireError: see `decode`.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        while (message := self._next()) is None:
+            left = None if until is None else max(until - time.monotonic(), 0.0)
+            poll = select.poll()  # select() takes no descriptor beyond 1023
+            poll.register(self.sock, select.POLLIN)
+            if not poll.poll(None if left is None else math.ceil(left * 1000)):
+                return None
+            try:
+                data = self.sock.recv(CHUNK_BYTES)
+            except OSError as error:
+                raise EngineDead(f"the other side of the socket is gone: {error.strerror}") from None
+            if not data:
+                where = " in the middle of a message" if self.buffer else ""
+                raise EngineDead(f"the other side of the socket is gone{where}")
+            self.buffer += data
+        return message
+
+
+def _owner(body: bytes) -> str | None:
+    """The request that a damaged message is about."""
+    try:
+        match msgspec.msgpack.decode(body):
+            case {"request_id": str(name)} | {"submission": {"request_id": str(name)}}:
+                return name
+    except (ValueError, TypeError, RecursionError, msgspec.MsgspecError):
+        pass
+    return None

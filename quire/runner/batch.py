@@ -1,7 +1,7 @@
 """From a plan to the tensors of a step. Knows no network."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from quire.scheduler.plan import Work
 class Batch:
     """A step's input: the T positions of all its work, one piece of work after another.
 
-    `last_rows` are the rows of work that samples; `slots` and `sample_positions` say, on the device and for each of
-    these rows, whose successor is sampled and where it goes.
+    `work` is what it covers. `last_rows` are the rows of work that samples; `slots` and `sample_positions` say, on the
+    device and for each of these rows, whose successor is sampled and where it goes.
     """
 
+    work: tuple[Work, ...]
     token_ids: Tensor  # [T] int64
     ragged: Ragged
     starts: np.ndarray  # [S + 1] first row of each piece of work
@@ -27,6 +28,16 @@ class Batch:
     last_rows: Tensor  # [R] int64
     slots: Tensor  # [R] int64
     sample_positions: Tensor  # [R] int64
+
+    def rows(self, part: slice) -> "Batch":
+        """The same with some of the rows that are sampled."""
+        return replace(
+            self,
+            sampling=self.sampling[part],
+            last_rows=self.last_rows[part],
+            slots=self.slots[part],
+            sample_positions=self.sample_positions[part],
+        )
 
 
 def make_batch(work: Sequence[Work], state: SlotState, block_size: int) -> Batch:
@@ -57,6 +68,7 @@ def make_batch(work: Sequence[Work], state: SlotState, block_size: int) -> Batch
         max_length=max_length,
     )
     return Batch(
+        work=tuple(work),
         token_ids=state.tokens[row_slots, at].long(),
         ragged=ragged,
         starts=starts,

@@ -1,8 +1,13 @@
-"""Carries out plans on one device: state by slot, the network, the sampler. Knows no requests and no text."""
+"""Carries out plans on one device: state by slot, the network, the sampler. Knows no requests and no text.
+
+When memory runs out in a forward pass, the step is computed in halves, and so are the steps after it for a while: a
+step only writes the blocks that its plan gave it, so it can be done again. What fails for one row of the sampler fails
+that row's sequence. Only what fails for all, or for a single position, is the engine's own end.
+"""
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,10 +16,11 @@ from quire.attention.base import LayerCache
 from quire.layers.decoder import Decoder
 from quire.log import logger
 from quire.runner.batch import Batch, make_batch
+from quire.runner.pieces import PieceSize
 from quire.runner.state import SlotState
 from quire.sampling.logprobs import prompt_logprobs
 from quire.sampling.sampler import HostSampled, Sampled, Sampler
-from quire.scheduler.plan import Plan, Result, Start
+from quire.scheduler.plan import Plan, Result, Start, Work
 from quire.types import SamplingParams, TokenLogprobs
 
 PROMPT_ROWS = 256  # rows whose logits are held at once when a prompt's log probabilities are computed
@@ -28,6 +34,9 @@ class Sampling:
     seed: int
     stop_token_ids: frozenset[int] = frozenset()
     bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+Drawn = tuple[tuple[Work, ...], Callable[[], HostSampled]]  # rows, and a call that waits for what they got
 
 
 class Runner:
@@ -48,18 +57,27 @@ class Runner:
         self.logprobs: dict[int, deque[TokenLogprobs]] = {}  # by sequence, a token each, oldest first
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by sequence, for prompt tokens 1, 2, ...
         self.failed: dict[int, str] = {}  # sequences whose start failed, until a plan's result says so
-        self.launched: tuple[Batch, Tensor] | None = None
+        self.pieces = PieceSize()
+        self.launched: list[tuple[Batch, Tensor]] = []  # in order, with [T, dim] of the network's output
 
     def close(self) -> None:
         """Let go of the device's memory; nothing can be launched afterwards."""
         del self.model, self.caches, self.state, self.sampler
-        self.launched = None
+        self.launched = []
 
     def register(self, seq: int, sampling: Sampling) -> None:
         """Make a sequence known before the scheduler may plan it."""
         self.sampling[seq] = sampling
         self.logprobs[seq] = deque()
         self.prompt_logprobs[seq] = []
+
+    def take_prompt_logprobs(self, seq: int) -> tuple[TokenLogprobs, ...] | None:
+        """The prompt's, if they were asked for and not taken yet; they are not computed again."""
+        sampling = self.sampling[seq]
+        if sampling.params.prompt_logprobs is None:
+            return None
+        self.sampling[seq] = replace(sampling, params=replace(sampling.params, prompt_logprobs=None))
+        return tuple(self.prompt_logprobs.pop(seq))
 
     def forget(self, seq: int) -> None:
         """Drop what is kept for a finished sequence; plans in flight may still name it."""
@@ -74,26 +92,69 @@ class Runner:
         self.state.apply(plan)
         for start in plan.starts:
             self._admit(start)
-        self.launched = None
+        self.launched = []
         if plan.work:
-            batch = make_batch(plan.work, self.state, self.block_size)
-            self.launched = batch, self.model(batch.token_ids, batch.ragged, self.caches)
+            self._compute(plan.work)
 
     @torch.inference_mode()
     def sample(self, plan: Plan, masks: None = None) -> Callable[[], Result]:
         """Draw the tokens of the launched plan; the returned call waits for them."""
-        if self.launched is None:
-            return lambda: Result(())
-        batch, hidden = self.launched
-        self._score_prompts(plan, batch, hidden)
-        if not batch.sampling:
-            return lambda: self._result(plan, batch, None)
-        logits = self.model.logits(hidden[batch.last_rows])
-        positions = [w.start + w.count for w in batch.sampling]
-        sampled = self.sampler.sample(logits, [w.slot for w in batch.sampling], positions)
-        self.state.append(batch.slots, batch.sample_positions, sampled.token_ids)
-        fetch = to_host(sampled)
-        return lambda: self._result(plan, batch, fetch())
+        drawn: list[Drawn] = []
+        for batch, hidden in self.launched:
+            self._score_prompts(batch, hidden)
+            if batch.sampling:
+                drawn += (some := self._draw(batch, hidden))
+                if not some and len(batch.sampling) > 1:
+                    raise RuntimeError("no sequence of the step could be sampled; the log says why")
+        return lambda: self._result(plan, drawn)
+
+    def _compute(self, work: Sequence[Work]) -> None:
+        """The forward pass, in pieces if it must be.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for a single position.
+        """
+        todo = deque(self.pieces.split(work))
+        while todo:
+            piece = todo.popleft()
+            try:
+                batch = make_batch(piece, self.state, self.block_size)
+                self.launched.append((batch, self.model(batch.token_ids, batch.ragged, self.caches)))
+                continue
+            except torch.OutOfMemoryError:
+                num_positions = sum(w.count for w in piece)
+                if num_positions == 1:
+                    raise
+                self.pieces.ran_out(num_positions)
+            # Outside the handler, which holds on to the tensors of the attempt.
+            logger.warning("out of memory at %d positions; going on with %d", num_positions, self.pieces.most)
+            todo.extendleft(reversed(tuple(self.pieces.split(piece))))
+        self.pieces.went_well()
+
+    def _draw(self, batch: Batch, hidden: Tensor) -> list[Drawn]:
+        """Tokens for the batch's rows: for all at once or, where that fails, for either half.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for a single row.
+        """
+        rows = batch.sampling
+        try:
+            logits = self.model.logits(hidden[batch.last_rows])
+            positions = [w.start + w.count for w in rows]
+            sampled = self.sampler.sample(logits, [w.slot for w in rows], positions)
+            self.state.append(batch.slots, batch.sample_positions, sampled.token_ids)
+            return [(rows, to_host(sampled))]
+        except Exception as error:
+            if len(rows) == 1:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                logger.exception("sequence %d could not be sampled", rows[0].seq)
+                self.failed[rows[0].seq] = f"sampling failed: {type(error).__name__}"
+                return []
+            logger.warning("%d sequences could not be sampled at once: %s", len(rows), type(error).__name__)
+        middle = len(rows) // 2
+        parts = (slice(middle), slice(middle, None))
+        return [drawn for part in parts for drawn in self._draw(batch.rows(part), hidden)]
 
     def _admit(self, start: Start) -> None:
         sampling = self.sampling.get(start.seq)
@@ -109,31 +170,36 @@ class Runner:
                 stop_token_ids=sampling.stop_token_ids,
                 bad_words=sampling.bad_words,
             )
-        except (ValueError, RuntimeError, IndexError) as error:  # one request's parameters never stop a step
+        except Exception as error:  # one request's parameters never stop a step
             logger.exception("sequence %d could not be set up", start.seq)
             self.failed[start.seq] = f"sampling could not be set up: {type(error).__name__}"
 
-    def _score_prompts(self, plan: Plan, batch: Batch, hidden: Tensor) -> None:
-        for i, work in enumerate(plan.work):
+    def _score_prompts(self, batch: Batch, hidden: Tensor) -> None:
+        for i, work in enumerate(batch.work):
             sampling = self.sampling.get(work.seq)
             if sampling is None or sampling.params.prompt_logprobs is None:
                 continue
             done = len(self.prompt_logprobs[work.seq])  # a preempted prompt is computed twice and scored once
             first = max(work.start, done)
             last = min(work.start + work.count, self.state.prompt_len[work.slot] - 1)
-            for begin in range(first, last, PROMPT_ROWS):
-                end = min(begin + PROMPT_ROWS, last)
-                row = int(batch.starts[i]) + begin - work.start
-                logits = self.model.logits(hidden[row : row + end - begin])
-                targets = self.state.tokens[work.slot, begin + 1 : end + 1].long()
-                scores = prompt_logprobs(logits, targets, sampling.params.prompt_logprobs)
-                self.prompt_logprobs[work.seq] += scores.to_lists()
+            try:
+                for begin in range(first, last, PROMPT_ROWS):
+                    end = min(begin + PROMPT_ROWS, last)
+                    row = int(batch.starts[i]) + begin - work.start
+                    logits = self.model.logits(hidden[row : row + end - begin])
+                    targets = self.state.tokens[work.slot, begin + 1 : end + 1].long()
+                    scores = prompt_logprobs(logits, targets, sampling.params.prompt_logprobs)
+                    self.prompt_logprobs[work.seq] += scores.to_lists()
+            except RuntimeError as error:  # of memory, say: the others need no scores
+                logger.exception("the prompt of sequence %d could not be scored", work.seq)
+                self.failed[work.seq] = f"the prompt could not be scored: {type(error).__name__}"
 
-    def _result(self, plan: Plan, batch: Batch, sampled: HostSampled | None) -> Result:
+    def _result(self, plan: Plan, drawn: Sequence[Drawn]) -> Result:
         tokens: dict[int, tuple[int, ...]] = {}
         errors = {w.seq: self.failed.pop(w.seq) for w in plan.work if w.seq in self.failed}
-        if sampled is not None:
-            rows = zip(batch.sampling, sampled.token_ids, sampled.bad, sampled.logprobs, strict=True)
+        for works, fetch in drawn:
+            sampled = fetch()
+            rows = zip(works, sampled.token_ids, sampled.bad, sampled.logprobs, strict=True)
             for work, token, bad, scores in rows:
                 tokens[work.seq] = (token,)
                 if bad:

@@ -130,14 +130,14 @@ class Sampler:
             self._penalties.apply(logits, penalised, penalised_slots)
         controls = self._params.controls(upload(slots, torch.int64, self._device), at, union)
         token_ids, bad = draw(logits, controls)
-        if penalised:
-            self._penalties.count(penalised, penalised_slots, token_ids)
-        if ruled:
-            self._rules.note(ruled, ruled_slots, token_ids)
         groups = [
             compute(raw[k], token_ids[upload(rows, torch.int64, self._device)], k, rows)
             for k, rows in asked.items()
         ]
+        if penalised:  # last: what failed before this can be done again
+            self._penalties.count(penalised, penalised_slots, token_ids)
+        if ruled:
+            self._rules.note(ruled, ruled_slots, token_ids)
         return Sampled(token_ids, bad, tuple(groups))
 
     def _logprob_rows(self, slots: Sequence[int]) -> dict[int, list[int]]:

@@ -42,13 +42,19 @@ class Limits:
         """Refuse a sequence that can never run.
 
         Raises:
-            InvalidRequest: it has no prompt or no output, or more tokens than are allowed or cached.
+            InvalidRequest: it has no prompt or nothing left to compute, or more tokens than are allowed or cached.
         """
         num_prompt, total = len(new.prompt), len(new.prompt) + new.max_tokens
         if not num_prompt:
             raise InvalidRequest("the prompt has no tokens; it must have at least 1", param="prompt")
         if new.max_tokens < 1:
             raise InvalidRequest(f"max_tokens is {new.max_tokens}; it must be at least 1", param="max_tokens")
+        if len(new.output) >= new.max_tokens:
+            raise InvalidRequest(
+                f"it has {len(new.output)} output tokens already, and max_tokens is {new.max_tokens}; there is nothing"
+                " left to compute",
+                param="max_tokens",
+            )
         for limit, what in (
             (self.max_length, "a sequence may have at most {0} tokens (max_model_len)"),
             (num_blocks * block_size + 1, "the KV cache holds {0}"),  # the last token is never computed

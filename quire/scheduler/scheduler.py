@@ -94,7 +94,7 @@ class Scheduler:
             rank=(new.priority, self._num_arrivals),
             stops=new.eos_token_ids | new.stop_token_ids,
             limit=len(new.prompt) + new.max_tokens - 1,
-            tokens=array("q", new.prompt),
+            tokens=array("q", new.prompt + new.output),
             stats=SequenceStats(now),
         )
         self.seqs[new.id] = seq
@@ -227,9 +227,9 @@ class Scheduler:
         self.seats.enter(seq)
         seq.tenant.served += seq.num_to_prefill  # at once, so that the next seat goes to another tenant
         if seq.stats.seated_s is None:
-            seq.stats.seated_s, seq.stats.num_cached_tokens = now, seq.planned
-            self.cache_queries += len(seq.tokens)
-            self.cache_hits += seq.planned
+            seq.stats.seated_s, seq.stats.num_cached_tokens = now, min(seq.planned, len(seq.new.prompt))
+            self.cache_queries += len(seq.new.prompt)
+            self.cache_hits += seq.stats.num_cached_tokens
 
     def _make_way(self, seq: Sequence, hit: list[int]) -> bool:
         """Preempt sequences of lower priority, the worst first, if that makes room; whether it does."""

@@ -21,13 +21,16 @@ class State(Enum):
 class NewSequence:
     """What to compute, and when to stop.
 
-    Stop tokens and ends of sequence count only from the `min_tokens`-th output on. Sequences find each
-    other's blocks only under equal `cache_root`s; one with `read_cache=False` computes every position itself.
+    A sequence that was interrupted elsewhere brings its `output` so far, and goes on as if nothing had happened:
+    all limits count from the prompt's end. Stop tokens and ends of sequence count only from the `min_tokens`-th
+    output on. Sequences find each other's blocks only under equal `cache_root`s; one with `read_cache=False`
+    computes every position itself.
     """
 
     id: int  # never used twice
     prompt: tuple[int, ...]
     max_tokens: int
+    output: tuple[int, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0

@@ -165,9 +165,10 @@ def _parse(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 def _add_again(scheduler: Scheduler, new: dict[str, Any], now: float) -> None:
     sets = {name: frozenset(new[name]) for name in ("stop_token_ids", "eos_token_ids")}
+    lists = {name: tuple(new[name]) for name in ("prompt", "output")}
     root = bytes.fromhex(new["cache_root"])
     try:
-        scheduler.add(NewSequence(**{**new, **sets, "prompt": tuple(new["prompt"]), "cache_root": root}), now)
+        scheduler.add(NewSequence(**{**new, **sets, **lists, "cache_root": root}), now)
     except InvalidRequest:
         return  # as it was when it was recorded
 

@@ -331,7 +331,7 @@ def test_an_output_that_cannot_be_read_fails_one_request(llm: LLM) -> None:
     engine = llm.engine
     for name in ("bad", "good"):
         engine.add(engine.inputs.request("hello", GREEDY, request_id=name))
-    engine.requests["bad"].sequences[0].detokenizer._tokenizer = None  # reading the next token raises
+    engine.requests.open["bad"].sequences[0].detokenizer._tokenizer = None  # reading the next token raises
     ended = {}
     while not engine.idle:
         ended.update({o.request_id: o.outputs[0] for o in engine.step() if o.finished})

@@ -128,6 +128,8 @@ class Device:
         assert start.slot not in self.slots, "the slot is in use"
         assert start.seq not in {slot.seq for slot in self.slots.values()}, "a sequence has one slot"
         assert start.tokens[: start.prompt_len] == new.prompt
+        outputs = start.tokens[start.prompt_len :]
+        assert outputs[: len(new.output)] == new.output, "outputs that it brought are lost"
         self.slots[start.slot] = Slot(start.seq, list(start.tokens))
 
     def _run(self, w: Work) -> list[int]:

@@ -47,6 +47,12 @@ def test_empty_requests_are_refused() -> None:
     assert e.value.param == "max_tokens"
 
 
+def test_a_sequence_with_nothing_left_to_compute_is_refused() -> None:
+    scheduler().add(NewSequence(id=0, prompt=(1,), max_tokens=3, output=(5, 5)), 0.0)
+    with pytest.raises(InvalidRequest, match="has 3 output tokens already, and max_tokens is 3"):
+        scheduler().add(NewSequence(id=0, prompt=(1,), max_tokens=3, output=(5, 5, 5)), 0.0)
+
+
 def test_a_refused_sequence_leaves_nothing_behind() -> None:
     s = scheduler()
     with pytest.raises(InvalidRequest):

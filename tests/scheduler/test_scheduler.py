@@ -31,6 +31,7 @@ cases = st.builds(
     min_tokens=st.sampled_from((0, 0, 3)),
     abort_after=st.sampled_from((*[None] * 12, 0, 1, 2, 3, 5, 8)),
     fail_at=st.sampled_from((*[0] * 12, 1, 2, 5)),
+    had=st.sampled_from((*[0] * 4, 1, 2, 3, 5, 9, 13)),
 )
 machines = st.builds(
     Machine,

@@ -1,5 +1,7 @@
 """One computes what several need; the others wait for it, and never for ever."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.scheduler.device import EOS
@@ -49,6 +51,17 @@ def test_a_later_request_finds_prompt_and_output() -> None:
     todo = [Case(PROMPT, 12, 0, stops=FOREVER), Case((*PROMPT, *outputs, 3), 1, 20)]
     done = run(todo, Machine())
     assert done.stats[1].num_cached_tokens == 52, "41 + 12 tokens, of which the last is not computed"
+
+
+def test_an_interrupted_sequence_finds_prompt_and_output() -> None:
+    case = Case(PROMPT, 20, 0, stops=FOREVER, had=16, abort_after=1)
+    done = Run([case, case], Machine())
+    done.sequences[1] = replace(done.sequences[0], id=1)  # the same again, when the first has gone
+    done.seeds[1], done.arrivals[5], done.arrivals[0] = 0, [1], [0]
+    for _ in done.steps():
+        pass
+    assert done.stats[1].num_cached_tokens == 41, "all of the prompt, and nothing is said of the outputs"
+    assert rows(done) == 41 + 16 + 4, "of 57 tokens only the last is computed again, and then three more"
 
 
 def test_a_sequence_may_refuse_to_read_the_cache() -> None:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,7 @@ class Case:
     min_tokens: int = 0
     abort_after: int | None = None  # steps, the first sequence only
     fail_at: int = 0  # output, the first sequence only
+    had: int = 0  # outputs that the first sequence brings along; each further one brings one less
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ class Run:
         for group, case in enumerate(todo):
             for i in range(case.n):
                 id = len(self.sequences)
-                self._sequence(id, group, case)
+                self._sequence(id, group, case, max(case.had - i, 0))
                 if i == 0 and case.abort_after is not None:
                     self.aborts[case.arrival + case.abort_after].append(id)
                 if i == 0 and case.fail_at:
-                    fails[id] = case.fail_at
+                    fails[id] = max(case.fail_at, len(self.sequences[id].output) + 1)
         self.device = Device(
             self.model, self.scheduler.limits, machine.block_size, self.sequences, self.seeds, fails
         )
@@ -86,9 +87,9 @@ class Run:
         self.aborted: set[int] = set()
         self.stats: dict[int, SequenceStats] = {}
 
-    def _sequence(self, id: int, group: int, case: Case) -> None:
+    def _sequence(self, id: int, group: int, case: Case, num_outputs: int) -> None:
         root = case.root if self.machine.caching else group + 2  # as the engine does
-        self.sequences[id] = NewSequence(
+        new = NewSequence(
             id=id,
             prompt=case.prompt,
             max_tokens=case.max_tokens,
@@ -100,6 +101,8 @@ class Run:
             cache_root=bytes([root]),
             read_cache=case.read_cache,
         )
+        outputs = self.model.answer(new, seed=id)[0]
+        self.sequences[id] = replace(new, output=tuple(outputs[: min(num_outputs, len(outputs) - 1)]))
         self.seeds[id] = id
         self.arrivals[case.arrival].append(id)
 
@@ -171,8 +174,12 @@ class Run:
         for id, got in self.got.items():
             self._check_answer(id, got)
             stats, new = self.stats[id], self.sequences[id]
-            assert stats.num_cached_tokens % self.machine.block_size == 0
-            assert stats.num_cached_tokens < len(new.prompt)
+            whole = stats.num_cached_tokens % self.machine.block_size == 0
+            if new.output:
+                assert whole or stats.num_cached_tokens == len(new.prompt)
+                assert stats.num_cached_tokens <= len(new.prompt)
+            else:
+                assert whole and stats.num_cached_tokens < len(new.prompt)
             assert new.read_cache or not stats.num_cached_tokens
         if self.recorder is not None:
             self.recorder.close()
@@ -181,11 +188,15 @@ class Run:
         assert all(rows < self.machine.depth for rows in self.device.ended.values()), (
             "rows wasted after the end"
         )
+        seated = [id for id, s in self.stats.items() if s.seated_s is not None]
+        assert self.scheduler.cache_queries == sum(len(self.sequences[id].prompt) for id in seated)
+        assert self.scheduler.cache_hits == sum(self.stats[id].num_cached_tokens for id in seated)
         assert sum(s.num_preemptions for s in self.stats.values()) == self.scheduler.num_preemptions
 
     def _check_answer(self, id: int, got: list[Emitted]) -> None:
         outputs, finish, stop = self.model.answer(self.sequences[id], self.seeds[id])
-        tokens = [e.token for e in got if e.token is not None]
+        brought = list(self.sequences[id].output)
+        tokens = brought + [e.token for e in got if e.token is not None]
         assert tokens == outputs[: len(tokens)]
         if id in self.aborted:
             return

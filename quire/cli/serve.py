@@ -1,0 +1,80 @@
+"""`quire serve`: OpenAI's API over a model, until a signal comes."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from quire.cli.options import add_config_options, add_flags, config_from, config_options
+from quire.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from quire.engine.remote import RemoteEngine
+
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+QUESTION = "What is the capital of France?"
+SHOWN = ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_threads", "block_size")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Exit codes: 0 stopped, 1 failed, 2 asked for what cannot be, 70 engine dead, 130 interrupted."
+    )
+    add_config_options(parser)
+    add_flags(parser, ServerSettings, "server options")
+
+
+def main(args: argparse.Namespace) -> int:
+    settings, config = ServerSettings(**config_options(args, ServerSettings)), config_from(args)
+    import asyncio
+
+    import uvloop
+
+    from quire.engine.remote import RemoteEngine
+    from quire.server.run import listen, serve
+
+    settings = dataclasses.replace(settings, served_model_name=settings.served_model_name or (config.model,))
+    with listen(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        url = url_of(settings, listener)
+        engine = RemoteEngine(config)
+
+        def announce() -> None:
+            sys.stdout.write("\n".join(greeting(engine, settings, url)) + "\n")
+            sys.stdout.flush()
+
+        return runner.run(serve(engine, settings, listener, announce))
+
+
+def url_of(settings: ServerSettings, listener: socket.socket) -> str:
+    """Where this machine's programs reach the server."""
+    host = EVERYWHERE.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)
+    scheme = "https" if settings.ssl_certfile else "http"
+    return f"{scheme}://{host}:{listener.getsockname()[1]}"
+
+
+def greeting(engine: "RemoteEngine", settings: ServerSettings, url: str) -> list[str]:
+    """What is served, what was derived and why, and a command to try it."""
+    facts = engine.facts
+    lines = [f"Serving {', '.join(settings.served_model_name)}: {facts.summary}"]
+    lines += [
+        f"  {name} {facts.options[name]}: {facts.reasons[name]}" for name in SHOWN if name in facts.reasons
+    ]
+    keys = bool(settings.api_key or settings.api_key_file)
+    if settings.host in EVERYWHERE and not keys:
+        lines.append("Anybody who reaches this machine can use it: give --api-key-file, or --host 127.0.0.1.")
+    lines.append(f"Listening at {url}/v1; try:")
+    return [*lines, curl(url, chat=engine.inputs.template is not None, keys=keys)]
+
+
+def curl(url: str, *, chat: bool, keys: bool) -> str:
+    """A command that works as it is printed; with keys, once KEY is set."""
+    body: dict[str, object] = {"prompt": "Once upon a time"}
+    if chat:
+        body = {"messages": [{"role": "user", "content": QUESTION}]}
+    path = "chat/completions" if chat else "completions"
+    words = ["curl", f"{url}/v1/{path}", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    command = shlex.join(words)
+    return f'{command} -H "Authorization: Bearer $KEY"' if keys else command

@@ -1,0 +1,1 @@
+"""OpenAI's protocol over HTTP, for any `Service`. Knows no device and no scheduler; imports no torch."""

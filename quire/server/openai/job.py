@@ -1,0 +1,123 @@
+"""One call of an endpoint on its way through the engine: its requests, names, and what all answers share."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+
+from quire import __version__
+from quire.engine.inputs import InputProcessor
+from quire.errors import InvalidRequest
+from quire.server.errors import bad_request
+from quire.server.frontend import Frontend
+from quire.server.limits import MAX_PROMPT_SCORES, MAX_SEQUENCES
+from quire.server.openai.protocol import GenerationRequest
+from quire.types import Prompt, Request, SamplingParams
+
+FINGERPRINT = f"quire-{__version__}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a call is named, and on whose behalf it runs."""
+
+    id: str
+    model: str
+    tenant: str
+    priority: int
+    created_s: int
+    warnings: list[str]
+
+    @classmethod
+    def of(cls, front: Frontend, http: HttpRequest, ask: GenerationRequest, prefix: str) -> "Call":
+        """Raises ApiError: there is no such model, or a field that cannot be obeyed."""
+        name = front.check_model(ask.model)
+        warnings = ask.check()
+        if ask.n is not None and ask.n > front.settings.max_n:
+            raise bad_request(f"n is {ask.n}; this server allows at most {front.settings.max_n}", "n")
+        given = http.headers.get("x-request-id")
+        return cls(
+            id=prefix + (http.scope["request_id"] if given or not ask.request_id else ask.request_id),
+            model=name,
+            tenant=http.scope["tenant"],
+            priority=_priority(http, ask),
+            created_s=int(time.time()),
+            warnings=warnings,
+        )
+
+    def envelope(self, kind: str) -> dict[str, Any]:
+        """What every answer and every chunk begins with."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created_s,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+        }
+
+    def noted(self, body: dict[str, Any]) -> dict[str, Any]:
+        """With the warnings, if there are any."""
+        return {**body, "warnings": self.warnings} if self.warnings else body
+
+    def requests(
+        self,
+        front: Frontend,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams,
+        *,
+        salt: str | None,
+        add_special_tokens: bool,
+    ) -> list[Request]:
+        """Tokenize; call it off the event loop.
+
+        Raises:
+            InvalidRequest: a prompt is empty, too long, or together they ask for too much.
+        """
+        if len(prompts) * params.n > MAX_SEQUENCES:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts with n = {params.n} are more than {MAX_SEQUENCES} outputs; send fewer",
+                param="prompt",
+            )
+        made = [
+            front.service.inputs.request(
+                _prompt(prompt, salt),
+                params,
+                request_id=f"{self.id}-{next(front.numbers)}",
+                priority=self.priority,
+                tenant=self.tenant,
+                arrival_s=time.monotonic(),
+                add_special_tokens=add_special_tokens,
+            )
+            for prompt in prompts
+        ]
+        _check_scores(front.service.inputs, made, params)
+        return made
+
+
+def _prompt(prompt: str | list[int], salt: str | None) -> Prompt:
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "cache_salt": salt or ""}
+    return {"prompt_token_ids": prompt, "cache_salt": salt or ""}
+
+
+def _check_scores(inputs: InputProcessor, requests: Sequence[Request], params: SamplingParams) -> None:
+    if params.prompt_logprobs is None:
+        return
+    each = inputs.vocab_size if params.prompt_logprobs == -1 else params.prompt_logprobs + 1
+    scores = each * sum(len(request.prompt_token_ids) for request in requests)
+    if scores > MAX_PROMPT_SCORES:
+        raise InvalidRequest(
+            f"prompt_logprobs asks for {scores} log probabilities; at most {MAX_PROMPT_SCORES} are given at once",
+            param="prompt_logprobs",
+        )
+
+
+def _priority(http: HttpRequest, ask: GenerationRequest) -> int:
+    given = http.headers.get("x-vllm-priority")
+    if given is None:
+        return ask.priority
+    if not given.lstrip("-").isdecimal() or len(given) > 9:
+        raise bad_request("the header X-Vllm-Priority must be a small integer", "priority")
+    return int(given)

@@ -1,0 +1,77 @@
+"""From a request's fields to `SamplingParams`, and from outputs to usage. Knows no route."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from quire.server.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from quire.types import Logprob, OutputKind, RequestOutput, SamplingParams
+
+LOWEST = -9999.0  # JSON has no infinity
+SAME = sorted(
+    GenerationRequest.model_fields.keys() & SamplingParams.__dataclass_fields__.keys() - {"max_tokens"}
+)
+
+
+def sampling_params(
+    ask: GenerationRequest, defaults: Mapping[str, Any], *, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """The model's defaults, and over them what the request says.
+
+    Raises:
+        InvalidRequest: a value is outside its range.
+    """
+    given = {name: value for name in SAME if (value := getattr(ask, name)) is not None}
+    kind = OutputKind.DELTA if ask.stream else OutputKind.FINAL_ONLY
+    return SamplingParams(
+        **{**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs, "output_kind": kind}
+    )
+
+
+def completion_params(ask: CompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
+    """As OpenAI's: 16 tokens unless the request says more. A prompt that is only echoed computes one."""
+    max_tokens = 16 if ask.max_tokens is None else ask.max_tokens
+    if max_tokens == 0 and ask.echo:
+        max_tokens = 1
+    if ask.echo and ask.logprobs is not None and ask.prompt_logprobs is None:
+        ask = ask.model_copy(update={"prompt_logprobs": ask.logprobs})
+    return sampling_params(ask, defaults, max_tokens=max_tokens, logprobs=ask.logprobs)
+
+
+def chat_params(ask: ChatRequest, defaults: Mapping[str, Any]) -> SamplingParams:
+    """All that the context has room for, unless the request or the model says less."""
+    asked = ask.max_tokens if ask.max_completion_tokens is None else ask.max_completion_tokens
+    most = defaults.get("max_tokens")
+    logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
+    return sampling_params(ask, defaults, max_tokens=most if asked is None else asked, logprobs=logprobs)
+
+
+def usage(outputs: Iterable[RequestOutput], num_generated: int) -> dict[str, Any]:
+    """Tokens that were read, found in the cache, and written."""
+    outputs = list(outputs)
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    cached = sum(output.num_cached_tokens for output in outputs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": num_generated,
+        "total_tokens": prompt + num_generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else LOWEST
+
+
+def prompt_scores(output: RequestOutput) -> list[dict[str, Any] | None] | None:
+    """`prompt_logprobs` of an answer: for each token, ids to log probability, rank and text."""
+    if output.prompt_logprobs is None:
+        return None
+    return [None if scores is None else _scores(scores) for scores in output.prompt_logprobs]
+
+
+def _scores(scores: Mapping[int, Logprob]) -> dict[str, Any]:
+    return {
+        str(token): {"logprob": finite(s.logprob), "rank": s.rank, "decoded_token": s.decoded_token}
+        for token, s in scores.items()
+    }
