@@ -103,10 +103,8 @@ class Nursery:
         self.control.close()
         if self.born is not None and not self.born.done():
             self.born.set_exception(EngineDead("the process that starts engines died; see the log"))
-        for pid, death in self.deaths.items():
+        for death in self.deaths.values():
             if not death.done():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
                 death.set_result(None)
 
     def _read(self) -> None:
@@ -117,6 +115,10 @@ class Nursery:
         except OSError:
             data = b""
         if not data:
+            for pid, death in self.deaths.items():
+                if not death.done():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             self._lose()
             return
         kind, pid, status = PACKET.unpack(data)

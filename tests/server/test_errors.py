@@ -80,10 +80,10 @@ def test_values_that_ask_for_nothing_are_accepted(live: Live) -> None:
 
 
 def test_unknown_fields_are_named_in_a_warning(live: Live) -> None:
-    whole = live.post("/v1/completions", json={**OK, "temprature": 1, "echo": False}).json()
-    assert whole["warnings"] == ["'temprature' is not a known field; it had no effect"]
-    stream = live.post("/v1/completions", json={**OK, "temprature": 1, "stream": True}).text
-    assert stream.count("temprature") == 1
+    whole = live.post("/v1/completions", json={**OK, "temperatures": 1, "echo": False}).json()
+    assert whole["warnings"] == ["'temperatures' is not a known field; it had no effect"]
+    stream = live.post("/v1/completions", json={**OK, "temperatures": 1, "stream": True}).text
+    assert stream.count("temperatures") == 1
     assert "warnings" not in live.post("/v1/completions", json=OK).json()
 
 
