@@ -16,7 +16,7 @@ from quire.engine.service import Service, Status
 from quire.server.errors import ApiError, error_of, unavailable
 from quire.server.limits import read_body
 from quire.server.settings import ServerSettings
-from quire.server.sse import EventStream, unless_gone
+from quire.server.sse import EventStream, answered
 from quire.types import FinishReason, Request, RequestOutput
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -89,7 +89,7 @@ class Frontend:
                 found = {number: output async for number, output in outputs}
             return [found[number] for number in range(len(requests))]
 
-        outputs = await unless_gone(http.receive, collect())
+        outputs = await answered(http.receive, collect(), self.settings.request_timeout)
         return json_response(whole(outputs))
 
     def stream(
@@ -99,24 +99,19 @@ class Frontend:
         pieces: Callable[[AsyncGenerator[Numbered, None]], AsyncGenerator[bytes, None]],
     ) -> Response:
         """Run requests; what `pieces` makes of each output is sent at once."""
-        return EventStream(pieces(self.run(requests)), self.explain(http))
+        timeout_s = self.settings.request_timeout
+        return EventStream(pieces(self.run(requests)), self.explain(http), timeout_s=timeout_s)
 
     async def run(self, requests: Sequence[Request]) -> AsyncGenerator[Numbered, None]:
-        """Outputs of all requests, as they come. Leaving early, or taking too long, aborts them.
+        """Outputs of all requests, as they come. Leaving early aborts them.
 
         Raises:
-            ApiError, QuireError, TimeoutError: one of them failed; the others are aborted.
+            ApiError, QuireError: one of them failed; the others are aborted.
         """
         with self._counted(requests):
-            deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
             streams = [self.service.stream(request) for request in requests]
             async with aclosing(_numbered(streams)) as outputs:
-                while True:
-                    async with asyncio.timeout_at(deadline):
-                        try:
-                            number, output = await anext(outputs)
-                        except StopAsyncIteration:
-                            return
+                async for number, output in outputs:
                     self._check(output)
                     yield number, output
 

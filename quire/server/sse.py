@@ -55,55 +55,81 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, pieces: AsyncGenerator[bytes, None], explain: Callable[[Exception], ApiError]):
+    def __init__(
+        self,
+        pieces: AsyncGenerator[bytes, None],
+        explain: Callable[[Exception], ApiError],
+        *,
+        timeout_s: float,
+        stall_s: float = SEND_TIMEOUT_S,
+    ):
+        """`timeout_s` is for everything, `stall_s` until the client takes a piece (or twice that)."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.pieces, self.explain = pieces, explain
+        self.timeout_s, self.stall_s = timeout_s, stall_s
+        self.num_begun = self.num_sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(ClientGone):
-            await unless_gone(receive, self._send(send))
+            await unless_gone(self._send(send), _gone(receive), self._stalled())
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self.pieces) as pieces:
-            first = await anext(pieces)
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                await _put(send, first)
-                async for piece in pieces:
-                    await _put(send, piece)
-            except ClientGone:
-                raise
+                async with asyncio.timeout(self.timeout_s):
+                    first = await anext(pieces)
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    await self._put(send, first)
+                    async for piece in pieces:
+                        await self._put(send, piece)
             except Exception as error:
-                await _put(send, event(self.explain(error).body()))
-        await _put(send, DONE)
+                if not self.num_begun:
+                    raise
+                await self._put(send, event(self.explain(error).body()))
+        await self._put(send, DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _put(self, send: Send, piece: bytes) -> None:
+        self.num_begun += 1
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        self.num_sent += 1
 
-async def _put(send: Send, piece: bytes) -> None:
-    try:
-        async with asyncio.timeout(SEND_TIMEOUT_S):
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-    except TimeoutError:  # it has the connection open and reads nothing
-        raise ClientGone from None
+    async def _stalled(self) -> None:
+        """Ends when the client has the connection open and reads nothing; one timer, not one for each piece."""
+        seen = -1
+        while not seen == self.num_sent < self.num_begun:
+            seen = self.num_sent
+            await asyncio.sleep(self.stall_s)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client closes the connection.
+async def unless_gone(work: Coroutine[Any, Any, T], *watches: Coroutine[Any, Any, None]) -> T:
+    """The result of `work`, which is cancelled as soon as one of the watches over the client ends.
 
     Raises:
-        ClientGone: it did.
+        ClientGone: one did.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    task = asyncio.ensure_future(work)
+    tasks = [task, *(asyncio.ensure_future(watch) for watch in watches)]
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientGone
         return task.result()
     finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        for each in tasks:
+            each.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def answered(receive: Receive, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    """The result of `work`, unless the client closes the connection or it takes too long.
+
+    Raises:
+        ClientGone, TimeoutError
+    """
+    async with asyncio.timeout(timeout_s):
+        return await unless_gone(work, _gone(receive))
 
 
 async def _gone(receive: Receive) -> None:

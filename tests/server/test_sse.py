@@ -1,12 +1,15 @@
 """Chunks written from parts equal chunks written whole."""
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.server.sse import Chunks
+from quire.server.errors import error_of
+from quire.server.sse import Chunks, EventStream
 
 ENVELOPE = {"id": 'a"\\', "object": "chunk", "created": 1, "model": "m\u0000"}
 
@@ -42,3 +45,48 @@ def test_usage_comes_with_a_choice_or_without() -> None:
         "choices": [{"index": 0}],
         "usage": counts,
     }
+
+
+def test_a_client_that_takes_nothing_is_given_up() -> None:
+    closed: list[bool] = []
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"data: {}\n\n"
+        finally:
+            closed.append(True)
+
+    async def never(message: Any = None) -> None:
+        if message is None or message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        stream = EventStream(pieces(), lambda error: error_of(error, "id"), timeout_s=60, stall_s=0.001)
+        await stream({"type": "http"}, never, never)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert closed == [True]
+
+
+def test_a_slow_client_is_not(stall_s: float = 0.001) -> None:
+    """It takes a piece now and then, and longer than the limit for all of them."""
+    sent: list[bytes] = []
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        for number in range(3):
+            await asyncio.sleep(5 * stall_s)  # the engine's time is not the client's
+            yield b"%d" % number
+
+    async def take(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        stream = EventStream(pieces(), lambda error: error_of(error, "id"), timeout_s=60, stall_s=stall_s)
+        await stream({"type": "http"}, never, take)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert sent == [b"", b"0", b"1", b"2", b"data: [DONE]\n\n", b""]
