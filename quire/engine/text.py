@@ -9,6 +9,7 @@ from quire.checkpoint.files import read_config, read_generation_config
 from quire.checkpoint.source import resolve as find_model
 from quire.config import Config
 from quire.engine.inputs import InputProcessor
+from quire.models.registry import decoder_spec
 from quire.text.chat import ChatTemplate
 from quire.text.generation import default_sampling, end_tokens
 from quire.text.tokenizer import Tokenizer
@@ -44,12 +45,14 @@ def read_text(config: Config) -> Text:
         ConfigError, ModelError: naming the option or the file.
     """
     folder = find_model(config.model, config.revision, weights=False, download_dir=config.download_dir).folder
+    raw = model_config(config, folder)
+    decoder_spec(raw)  # a network that cannot be served is named before its tokenizer is missed
     tokenizer = _tokenizer(config, folder)
     generation = read_generation_config(folder) if config.generation_config == "auto" else {}
     return Text(
         tokenizer=tokenizer,
         template=None if tokenizer is None else ChatTemplate.of(tokenizer, config.chat_template),
-        eos_token_ids=end_tokens(generation, model_config(config, folder), tokenizer),
+        eos_token_ids=end_tokens(generation, raw, tokenizer),
         defaults=default_sampling({**generation, **(config.override_generation_config or {})}),
         max_logprobs=config.max_logprobs,
     )
