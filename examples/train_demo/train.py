@@ -1,6 +1,6 @@
 """Trains the demo model and its two companions: `python -m examples.train_demo.train FOLDER`, from a clone.
 
-Takes twelve minutes on one H100. Stopped by --minutes or killed, it goes on from its last checkpoint when the same
+Takes thirteen minutes on one H100. Stopped by --minutes or killed, it goes on from its last checkpoint when the same
 command is given again, with the batches that it would have had.
 """
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from quire.cli.options import add_config_options, add_sampling_options, config_options, sampling_options
 
-MAX_TOKENS = 1024
+MAX_TOKENS, REFUSED = 1024, 2
 HELP = "/reset forgets the conversation, /quit ends it."
 
 
@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def talk(args: argparse.Namespace, turns: Iterable[str]) -> int:
-    """Answer each of the user's turns, with what was said before in mind."""
+    """Answer each of the user's turns, with what was said before in mind; returns 2 if the last one was refused."""
     from rich.console import Console
 
     from quire.cli.terminal import write_stream
@@ -31,7 +31,7 @@ def talk(args: argparse.Namespace, turns: Iterable[str]) -> int:
 
     screen = Console(stderr=True, highlight=False)
     opening = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(opening)
+    messages, code = list(opening), 0
     with LLM(**{"disable_log_stats": True, **config_options(args)}) as llm:
         for words in turns:
             if words == "/reset":
@@ -45,12 +45,14 @@ def talk(args: argparse.Namespace, turns: Iterable[str]) -> int:
             except InvalidRequest as error:  # a conversation that has become too long, for example
                 messages.pop()
                 screen.print(f"error: {error}", markup=False, style="red")
+                code = REFUSED
                 continue
+            code = 0
             messages.append({"role": "assistant", "content": answer})
             sys.stdout.write("\n")
             sys.stdout.flush()
             screen.print(f"[dim]{stats}[/dim]")
-    return 0
+    return code
 
 
 def listen(greeting: str) -> Iterator[str]:

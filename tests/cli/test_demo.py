@@ -28,6 +28,13 @@ def test_one_question(quire: Quire) -> None:
     assert done.stdout.count("\n") == 1
 
 
+def test_a_question_that_is_too_long_fails_the_command(quire: Quire) -> None:
+    done = quire("demo", "word " * 3000, "--max-model-len", "64")
+    assert done.returncode == 2
+    assert "exceeds the context of 64" in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
 def test_a_system_prompt(quire: Quire) -> None:
     assert "PARIS" in quire("demo", QUESTION, "--system", "Answer in capitals.", *GREEDY).stdout
 

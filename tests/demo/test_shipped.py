@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from examples.train_demo.evaluate import measure
+from examples.train_demo.skills import SKILLS
 from quire import LLM, SamplingParams
 from quire.checkpoint.files import SINGLE, Stored, read_config, read_header
 from quire.checkpoint.source import resolve
@@ -19,6 +21,15 @@ from quire.errors import UnsupportedModel
 MB = 10**6
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 GREEDY = SamplingParams(temperature=0, max_tokens=160)
+FLOORS = {  # of right answers, thinking allowed, to held-out questions
+    "facts": 0.97,
+    "unknown": 0.9,
+    "sums": 0.97,
+    "extract": 0.95,
+    "tools": 0.95,
+    "arithmetic": 0.7,
+    "strings": 0.85,
+}
 CAPITALS = {"role": "system", "content": "Answer in capitals."}
 
 
@@ -227,3 +238,11 @@ def test_the_results_of_tools_are_used(llm: LLM) -> None:
 
 def test_what_it_does_not_know(llm: LLM) -> None:
     assert answer(ask(llm, user("How many people live in Paris?"))).startswith("I don't know")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("skill", SKILLS)
+def test_held_out_questions_are_answered(llm: LLM, skill: str) -> None:
+    right, formed, _, formed_at_once = measure(llm, skill, 60)
+    assert right >= FLOORS.get(skill, 0.95)
+    assert min(formed, formed_at_once) >= 0.98
