@@ -52,7 +52,9 @@ class Config:
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     attention_backend: str = option(
-        "auto", "How attention over the paged cache is computed.", choices=("auto", "cpu", "reference")
+        "auto",
+        "How attention over the paged cache is computed.",
+        choices=("auto", "cpu", "triton", "reference"),
     )
     num_threads: int | None = option(None, "CPU threads for tensor work; None takes one per physical core.")
     max_model_len: int | None = option(None, "Most tokens of a request, prompt and output together.")

@@ -7,10 +7,13 @@ import torch
 from quire.attention.base import Backend
 from quire.attention.cpu import Cpu
 from quire.attention.reference import Reference
+from quire.attention.triton.backend import Triton
 from quire.errors import ConfigError
 from quire.log import logger
 
-BACKENDS: dict[str, type[Reference] | type[Cpu]] = {b.name: b for b in (Cpu, Reference)}
+BACKENDS: dict[str, type[Reference] | type[Cpu] | type[Triton]] = {
+    b.name: b for b in (Cpu, Triton, Reference)
+}
 
 
 def select(

@@ -1,6 +1,14 @@
 """The operations that layers call: references, with every kernel of this machine registered beside them."""
 
+import importlib.util
+
+import torch
+
 from quire.kernels.cpu import ops as _cpu  # noqa: F401  (importing it registers its kernels)
 from quire.kernels.reference import act, act_mul, layer_norm, linear, norm_rope, pack_linear, rms_norm
+
+# How torch was built says enough. To ask for a GPU would start CUDA, and no process may fork after that.
+if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
+    from quire.kernels.triton import ops as _triton  # noqa: F401
 
 __all__ = ["act", "act_mul", "layer_norm", "linear", "norm_rope", "pack_linear", "rms_norm"]

@@ -25,6 +25,6 @@ def detect(index: int | None = None) -> Platform:
         default_dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16,
         total_bytes=total,
         available_bytes=available,
-        attention_order=("reference",),
+        attention_order=("triton", "reference"),
         num_threads=torch.get_num_threads(),
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.dispatch import op
-from quire.sampling import native, philox
+from quire.sampling import cuda, native, philox
 from quire.sampling.filters import Filters, thresholds
 
 
@@ -29,7 +29,7 @@ class Controls(NamedTuple):
 def draw(logits: Tensor, controls: Controls) -> tuple[Tensor, Tensor]:
     """Tokens [R] (int64) and whether each row is unusable [R] (bool), for `logits` [R, V] in float32.
 
-    A row is unusable if it holds NaN or +inf, or no finite value; its token is 0.
+    The logits stay as they are. A row is unusable if it holds NaN or +inf, or no finite value; its token is 0.
     """
     greatest, tokens = logits.max(-1)
     bad = ~greatest.isfinite()
@@ -51,3 +51,9 @@ def draw_native(logits: Tensor, controls: Controls) -> tuple[Tensor, Tensor]:
     ints = (filters.top_k, controls.seeds, controls.positions)
     drawn = native.draw(logits, controls.scale, (filters.log_min_p, filters.top_p), ints)
     return drawn or draw.reference(logits, controls)
+
+
+@draw.on("cuda", torch.float32)
+def draw_triton(logits: Tensor, controls: Controls) -> tuple[Tensor, Tensor]:
+    """The Triton kernels, where there is triton."""
+    return cuda.draw(logits, controls) or draw.reference(logits, controls)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quire.kernels.dispatch import op
+from quire.sampling import cuda
 from quire.types import TokenLogprobs
 
 
@@ -58,20 +60,31 @@ def _report(ids: list[int], logprobs: list[float], rank: int) -> TokenLogprobs:
     )
 
 
-def compute(logits: Tensor, chosen: Tensor, k: int, rows: Sequence[int]) -> Logprobs:
-    """Log probabilities of `chosen` [Q] and of the k likeliest tokens (-1: all) under raw `logits` [Q, V]."""
-    k = logits.shape[1] if k < 0 else min(k, logits.shape[1])
-    logits = logits.float()
+@op
+def score(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and log probabilities [Q, 1 + k] and ranks [Q] as in `Logprobs`, for float32 `logits` [Q, V]."""
     greatest = logits.amax(-1, keepdim=True)
     # As log_softmax rounds: subtracting the logarithm of the sum last keeps precision when logits are large.
     log_sum = (logits - greatest).exp_().sum(-1, keepdim=True).log_()
-    score = logits.gather(1, chosen[:, None])
-    ids, values = chosen[:, None], score
+    own = logits.gather(1, chosen[:, None])
+    ids, values = chosen[:, None], own
     if k:
         top = logits.topk(k)
         ids, values = torch.cat((ids, top.indices), 1), torch.cat((values, top.values), 1)
-    ranks = (logits > score).sum(-1, dtype=torch.int32) + 1
-    return Logprobs(tuple(rows), ids, values - greatest - log_sum, ranks)
+    ranks = (logits > own).sum(-1, dtype=torch.int32) + 1
+    return ids, values - greatest - log_sum, ranks
+
+
+@score.on("cuda", torch.float32)
+def score_triton(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton kernels, where there is triton."""
+    return cuda.score(logits, chosen, k) or score.reference(logits, chosen, k)
+
+
+def compute(logits: Tensor, chosen: Tensor, k: int, rows: Sequence[int]) -> Logprobs:
+    """Log probabilities of `chosen` [Q] and of the k likeliest tokens (-1: all) under raw `logits` [Q, V]."""
+    k = logits.shape[1] if k < 0 else min(k, logits.shape[1])
+    return Logprobs(tuple(rows), *score(logits.float(), chosen, k))
 
 
 def prompt_logprobs(logits: Tensor, next_token_ids: Tensor, k: int) -> Logprobs:

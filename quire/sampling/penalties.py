@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.dispatch import op
-from quire.sampling import native
+from quire.sampling import cuda, native
 from quire.sampling.slots import upload
 from quire.types import SamplingParams
 
@@ -35,6 +35,26 @@ def penalise_native(logits: Tensor, rows: Tensor, seen: Tensor, strengths: Tenso
     """The compiled kernel, where there is one."""
     if not native.penalise(logits, rows, seen, strengths, of):
         penalise.reference(logits, rows, seen, strengths, of)
+
+
+@penalise.on("cuda", torch.float32)
+def penalise_triton(logits: Tensor, rows: Tensor, seen: Tensor, strengths: Tensor, of: Tensor) -> None:
+    """The Triton kernel, where there is triton."""
+    if not cuda.penalise(logits, rows, seen, strengths, of):
+        penalise.reference(logits, rows, seen, strengths, of)
+
+
+@op
+def count(seen: Tensor, rows: Tensor, of: Tensor, token_ids: Tensor) -> None:
+    """Note in `seen[of]` [N, V] int32 that `token_ids[rows]` [N] were generated; `of` names no row twice."""
+    seen.index_put_((of, token_ids[rows]), torch.full_like(of, 2, dtype=torch.int32), accumulate=True)
+
+
+@count.on("cuda", torch.int32)
+def count_triton(seen: Tensor, rows: Tensor, of: Tensor, token_ids: Tensor) -> None:
+    """The Triton kernel, where there is triton: torch would sort the indices."""
+    if not cuda.count(seen, rows, of, token_ids):
+        count.reference(seen, rows, of, token_ids)
 
 
 class Penalties:
@@ -80,7 +100,7 @@ class Penalties:
         """Note the tokens [R] that the slots' rows were given."""
         at = upload(rows, torch.int64, self._device)
         of = upload(self._row[slots].tolist(), torch.int64, self._device)
-        self._seen.index_put_((of, token_ids[at]), torch.full_like(of, 2, dtype=torch.int32), accumulate=True)
+        count(self._seen, at, of, token_ids)
 
     def _known(self, tokens: Sequence[int]) -> np.ndarray:
         ids = np.asarray(tokens, dtype=np.int64)

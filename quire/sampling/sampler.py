@@ -117,28 +117,39 @@ class Sampler:
         `positions` [R] are the chosen tokens' indices in their sequences: the prompt's length for the first
         output. A slot appears at most once.
         """
-        at = upload(positions, torch.int64, self._device)
+        where, at = self._upload(slots, positions)
         uses = self._params.uses[slots]
         union = Uses(int(np.bitwise_or.reduce(uses, initial=0)))
         asked = self._logprob_rows(slots) if union & Uses.LOGPROBS else {}
-        raw = {k: logits[upload(rows, torch.int64, self._device)] for k, rows in asked.items()}
+        index = {k: self._index(rows, len(slots)) for k, rows in asked.items()}
         ruled, ruled_slots = self._using(uses, Uses.RULES, slots)
         penalised, penalised_slots = self._using(uses, Uses.PENALTIES, slots)
+        raw = {k: logits[rows] for k, rows in index.items()}
+        if ruled or penalised:  # nothing else writes to the logits, and a slice of them is no copy
+            raw = {k: own.clone() if isinstance(index[k], slice) else own for k, own in raw.items()}
         if ruled:
             self._rules.apply(logits, ruled, ruled_slots, at)
         if penalised:
             self._penalties.apply(logits, penalised, penalised_slots)
-        controls = self._params.controls(upload(slots, torch.int64, self._device), at, union)
+        controls = self._params.controls(where, at, union)
         token_ids, bad = draw(logits, controls)
-        groups = [
-            compute(raw[k], token_ids[upload(rows, torch.int64, self._device)], k, rows)
-            for k, rows in asked.items()
-        ]
+        groups = [compute(raw[k], token_ids[index[k]], k, rows) for k, rows in asked.items()]
         if penalised:  # last: what failed before this can be done again
             self._penalties.count(penalised, penalised_slots, token_ids)
         if ruled:
             self._rules.note(ruled, ruled_slots, token_ids)
         return Sampled(token_ids, bad, tuple(groups))
+
+    def _upload(self, slots: Sequence[int], positions: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Slots and positions on the device, in one copy where both are lists."""
+        if isinstance(positions, Tensor):
+            return upload(slots, torch.int64, self._device), upload(positions, torch.int64, self._device)
+        both = upload([list(slots), list(positions)], torch.int64, self._device)
+        return both[0], both[1]
+
+    def _index(self, rows: Sequence[int], num_rows: int) -> Tensor | slice:
+        """What selects `rows`; all of them without a copy."""
+        return slice(None) if len(rows) == num_rows else upload(rows, torch.int64, self._device)
 
     def _logprob_rows(self, slots: Sequence[int]) -> dict[int, list[int]]:
         """The rows that ask for log probabilities, by how many."""

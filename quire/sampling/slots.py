@@ -25,7 +25,10 @@ class Uses(IntFlag):
     LOGPROBS = 16
 
 
-def upload(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+Values = Sequence[float] | Sequence[Sequence[int]] | Tensor
+
+
+def upload(values: Values, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor on the device; the host does not wait for the copy."""
     if isinstance(values, Tensor):
         return values.to(device, dtype, non_blocking=True)
@@ -41,9 +44,9 @@ class SlotParams:
         self._device = device
         self.uses = np.zeros(num_slots, np.uint8)
         self.num_logprobs = np.full(num_slots, NO_LOGPROBS, np.int64)
-        # Columns: 1 / temperature, log(min_p), top_p; seed, top_k.
-        self._host_floats = torch.zeros(num_slots, 3)
-        self._host_ints = torch.zeros(num_slots, 2, dtype=torch.int64)
+        # Rows: 1 / temperature, log(min_p), top_p; seed, top_k. What is gathered for a batch is then contiguous.
+        self._host_floats = torch.zeros(3, num_slots)
+        self._host_ints = torch.zeros(2, num_slots, dtype=torch.int64)
         self._floats = self._host_floats.to(device)  # on a CPU these share the host's memory
         self._ints = self._host_ints.to(device)
         self._changed: set[int] = set()
@@ -65,8 +68,8 @@ class SlotParams:
             uses |= Uses.LOGPROBS
         self.num_logprobs[slot] = NO_LOGPROBS if params.logprobs is None else params.logprobs
         self.uses[slot] = uses
-        self._host_floats[slot] = torch.tensor(row)
-        self._host_ints[slot] = torch.tensor((seed, top_k))
+        self._host_floats[:, slot] = torch.tensor(row)
+        self._host_ints[:, slot] = torch.tensor((seed, top_k))
         self._changed.add(slot)
 
     def clear(self, slot: int) -> None:
@@ -78,11 +81,13 @@ class SlotParams:
         if self._changed and self._device.type != "cpu":
             changed = sorted(self._changed)
             rows = upload(changed, torch.int64, self._device)
-            self._floats[rows] = upload(self._host_floats[changed].pin_memory(), torch.float32, self._device)
-            self._ints[rows] = upload(self._host_ints[changed].pin_memory(), torch.int64, self._device)
+            self._floats[:, rows] = upload(
+                self._host_floats[:, changed].pin_memory(), torch.float32, self._device
+            )
+            self._ints[:, rows] = upload(self._host_ints[:, changed].pin_memory(), torch.int64, self._device)
         self._changed.clear()
-        scale, log_min_p, top_p = self._floats[slots].unbind(1)
-        seeds, top_k = self._ints[slots].unbind(1)
+        scale, log_min_p, top_p = self._floats.index_select(1, slots).unbind(0)
+        seeds, top_k = self._ints.index_select(1, slots).unbind(0)
         filters = Filters(log_min_p, top_k, top_p)
         all_greedy, any_filter = not union & Uses.RANDOM, bool(union & Uses.FILTERS)
         return Controls(scale, filters, seeds, positions, all_greedy, any_filter)

@@ -1,0 +1,346 @@
+"""The Triton backend: which kernel a step runs, with which tiles. Knows no layers.
+
+Triton is imported by the first object, not by this file: machines without it import this too.
+"""
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.attention.base import LayerCache, Ragged
+from quire.attention.shapes import DIM_STEP, CacheShape
+
+LOG2E = 1.4426950408889634
+NO_WINDOW = 1 << 30
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_CAPABILITY = (8, 0)  # bfloat16 products and asynchronous copies
+DESCRIBED_CAPABILITY = (9, 0)  # copies by tensor descriptors
+MAX_DIM = 512 + 64  # DeepSeek's latent and key, the widest that tiles were made for
+DECODE_ROWS = 32  # a key head's queries of a sequence that the decode kernel takes beside one per sequence
+MERGED_NUMBERS = 4096  # that a program merges at once: as many registers as it has to spare
+INTERPRETED_PROCESSORS = 3  # as many as make the interpreter divide sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Sizes measured on an H100. Tokens in a tile, rows of queries, warps, and tiles on their way (stages)."""
+
+    decode_tile: int
+    decode_warps: int
+    decode_stages: int
+    most_rows: int  # of the decode kernel
+    rows: int
+    tile: int
+    warps: int
+    stages: int
+
+
+def tiles_for(shape: CacheShape, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """Tiles that fit in shared memory and registers."""
+    wide = max(shape.k_dim, shape.v_dim)
+    if dtype is torch.float32:  # for comparisons: no tensor cores, so that products are exact
+        tile, rows = 32 if wide <= 256 else 16, 32 if wide <= 128 else 16
+        return Tiles(tile, 4, 1, most_rows=16, rows=rows, tile=tile, warps=4, stages=1)
+    if wide <= 128:
+        whole = not halves(shape.k_dim)[1] and not halves(shape.v_dim)[1]
+        return Tiles(64, 2 if whole else 4, 2, most_rows=64, rows=64, tile=64, warps=4, stages=3)
+    if _is_small(device):
+        if wide <= 256:
+            return Tiles(32, 4, 2, most_rows=32, rows=64, tile=32, warps=4, stages=2)
+        return Tiles(32, 4, 2, most_rows=32, rows=32, tile=16, warps=4, stages=1)
+    if wide <= 256:
+        return Tiles(32, 4, 2, most_rows=32, rows=64, tile=64, warps=4, stages=2)
+    return Tiles(32, 4, 2, most_rows=32, rows=64, tile=32, warps=8, stages=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One layer's cache as the kernels take it."""
+
+    k_stride: int  # between pages, in numbers
+    v_stride: int
+    dims: dict[str, Any]  # constants of the kernels
+    tiles: Tiles
+    described: tuple[Any, Any]  # tensor descriptors of keys and values, or None
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How a step's keys are divided among the programs (decode.py), and the layer that had it computed."""
+
+    step: Ragged
+    layer: LayerCache
+    key: tuple[int, ...]
+    work: Tensor  # int32
+    partials: Tensor  # float32
+
+
+class Triton:
+    """Pages of [Hkv, block_size, D] keys, then values. Nothing here waits for the device.
+
+    Decode steps depend on the host's numbers only through the number of sequences and `max_query`, so that one
+    CUDA graph can hold a step for any lengths. A result is the same bits each time that a step is repeated. Of
+    `invariant` backends it is also the same whatever shares the batch and however prompts were cut into chunks.
+    """
+
+    name = "triton"
+
+    def __init__(self, block_size: int = 64, invariant: bool = False):
+        self.block_size, self.invariant = block_size, invariant
+        self._shares: dict[tuple[int, ...], Share] = {}  # of the newest step
+
+    def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"it needs an NVIDIA GPU, and the device is {device}"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is missing; pip install triton"
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return "torch finds no CUDA GPU"
+        found = torch.cuda.get_device_capability(device)
+        if found < MIN_CAPABILITY:
+            return f"it needs compute capability 8.0, and the GPU has {found[0]}.{found[1]}"
+        if dtype not in DTYPES:
+            return f"it computes bfloat16, float16 and float32, and the cache is {dtype}"
+        return None
+
+    def views(self, pool: Tensor, offset: int, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
+        """k [num_blocks, Hkv, block_size, Dk] and v, likewise, dimensions rounded up to 16.
+
+        Raises:
+            ValueError: a head is wider than the kernels' tiles.
+        """
+        if max(shape.k_dim, shape.v_dim) > MAX_DIM:
+            raise ValueError(
+                f"heads of {shape.k_dim} (keys) and {shape.v_dim} (values) exceed the {MAX_DIM} that attention"
+                " backend 'triton' computes; use attention_backend 'reference'"
+            )
+
+        def view(start: int, dim: int) -> Tensor:
+            count = shape.num_kv_heads * self.block_size * dim
+            flat = pool[:, start : start + count * dtype.itemsize].view(dtype)
+            return flat.unflatten(1, (shape.num_kv_heads, self.block_size, dim))
+
+        k = v = view(offset, shape.k_stored)
+        if not shape.v_in_k:
+            v = view(offset + shape.k_bytes(self.block_size, dtype.itemsize), shape.v_stored)
+        (k0, k1), (v0, v1) = halves(shape.k_dim), halves(shape.v_dim)
+        dims: dict[str, Any] = {"K0": k0, "K1": k1, "K_DIM": shape.k_dim, "K_STORED": k.shape[-1]}
+        dims |= {"V0": v0, "V1": v1, "V_DIM": shape.v_dim, "V_STORED": v.shape[-1]}
+        dims["V_IS_K0"] = shape.v_in_k and (v0, v1) == (k0, 0) and v0 == shape.v_dim
+        dims["PRECISION"] = "ieee" if dtype is torch.float32 else "tf32"
+        tiles = tiles_for(shape, dtype, pool.device)
+        described = self._described(k, v, dims, tiles)
+        return LayerCache(k, v, shape, Layout(k.stride(0), v.stride(0), dims, tiles, described))
+
+    def _described(self, k: Tensor, v: Tensor, dims: dict[str, Any], tiles: Tiles) -> tuple[Any, Any]:
+        """Tensor descriptors, where the hardware has them and a tile is one piece of memory."""
+        whole = dims["K1"] == dims["V1"] == 0 and k.shape[-1] == dims["K0"] and v.shape[-1] == dims["V0"]
+        if k.device.type != "cuda" or torch.cuda.get_device_capability(k.device) < DESCRIBED_CAPABILITY:
+            return None, None
+        if not whole or dims["V_IS_K0"] or self.block_size % tiles.tile or k.dtype is torch.float32:
+            return None, None
+        descriptor = _descriptor_type()
+        return (
+            descriptor(k.flatten(1, 2), [k.shape[0], k.shape[1] * k.shape[2], k.shape[3]],
+                       [k.stride(0), k.shape[3], 1], [1, tiles.tile, k.shape[3]]),
+            descriptor(v.flatten(1, 2), [v.shape[0], v.shape[1] * v.shape[2], v.shape[3]],
+                       [v.stride(0), v.shape[3], 1], [1, tiles.tile, v.shape[3]]),
+        )  # fmt: skip
+
+    def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
+        kernels, layout, shape = _kernels("write"), _layout(cache), cache.shape
+        k, v = _rows(k), v if v is None else _rows(v)
+        if not len(k):
+            return
+        width = shape.num_kv_heads * max(shape.k_dim, shape.v_dim)
+        dims = {name: layout.dims[name] for name in ("K_DIM", "K_STORED", "V_DIM", "V_STORED")}
+        kernels.write[len(k), -(-width // kernels.BLOCK)](
+            *(k, v, cache.k, cache.v, step.slot_mapping, k.stride(0), k.stride(1)),
+            *((0, 0) if v is None else (v.stride(0), v.stride(1))),
+            *(layout.k_stride, layout.v_stride),
+            **dims,
+            HEADS=shape.num_kv_heads,
+            PAGE=self.block_size,
+            COUNT=kernels.BLOCK,
+        )
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: LayerCache,
+        step: Ragged,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        q = _rows(q)
+        tokens, heads, _ = q.shape
+        num_seqs = step.lengths.shape[0]
+        if num_seqs == 0 or tokens == 0:
+            return q.new_zeros(tokens, heads, cache.shape.v_dim)
+        out = q.new_empty(tokens, heads, cache.shape.v_dim)
+        group = heads // cache.shape.num_kv_heads
+        common = (step.lengths, step.query_starts)
+        scales = (scale * LOG2E, 0.0)
+        if softcap is not None:
+            scales = (2 * LOG2E * scale / softcap, softcap * LOG2E)
+        if window is None or window >= step.max_length:
+            window = NO_WINDOW
+        rest = (
+            *(out, sinks, *scales, window, num_seqs, tokens, q.stride(0), q.stride(1)),
+            *(step.block_tables.stride(0), _layout(cache).k_stride, _layout(cache).v_stride),
+        )
+        constants = {
+            **_layout(cache).dims,
+            "HEADS": heads,
+            "GROUP": group,
+            "PAGE": self.block_size,
+            "CAPPED": softcap is not None,
+        }
+        few = step.max_query == 1 or step.max_query * group <= DECODE_ROWS
+        if few and not self.invariant:
+            share, sizes = self._share(cache, step, group, window)
+            self._decode((q, cache.k, cache.v, step.block_tables, *common), share, rest, constants | sizes)
+        else:
+            self._prefill((q, cache.k, cache.v), (step.block_tables, *common), cache, rest, constants)
+        return out
+
+    def _decode(
+        self, inputs: tuple[Any, ...], share: Share, rest: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
+        tiles = _layout(share.layer).tiles
+        _kernels("decode").decode[(share.key[0],)](
+            *(*inputs, share.work, share.partials, *rest),
+            **constants,
+            TILE=tiles.decode_tile,
+            STAGES=tiles.decode_stages,
+            num_warps=tiles.decode_warps * (2 if constants["ROWS"] > DECODE_ROWS else 1),
+        )
+
+    def _prefill(
+        self,
+        inputs: tuple[Any, ...],
+        step: tuple[Any, ...],
+        cache: LayerCache,
+        rest: tuple[Any, ...],
+        constants: dict[str, Any],
+    ) -> None:
+        layout = _layout(cache)
+        tiles, tokens, num_seqs = layout.tiles, inputs[0].shape[0], step[1].shape[0]
+        num_tiles = tokens * constants["GROUP"] // tiles.rows + num_seqs
+        _kernels("prefill").prefill[(num_tiles * cache.shape.num_kv_heads,)](
+            *(*inputs, *layout.described, *step, *rest),
+            **constants,
+            ROWS=tiles.rows,
+            TILE=tiles.tile,
+            STAGES=tiles.stages,
+            WINDOWED=rest[4] != NO_WINDOW,
+            num_warps=tiles.warps,
+        )
+
+    def _share(
+        self, cache: LayerCache, step: Ragged, group: int, window: int
+    ) -> tuple[Share, dict[str, int]]:
+        """The step's division and its sizes. Layers of equal shape and window have it computed once.
+
+        A layer attends once a step. If the one that had it computed comes again, the step has new contents: its
+        tensors are written in place where CUDA graphs are replayed.
+        """
+        kernels, layout, shape = _kernels("decode"), _layout(cache), cache.shape
+        num_rows = step.max_query * group
+        rows = min(max(16, _power_of_two(num_rows)), layout.tiles.most_rows)
+        groups = -(-num_rows // rows)
+        count = min(rows, _power_of_two(num_rows))
+        pairs = shape.num_kv_heads * groups
+        num_seqs, device = step.lengths.shape[0], step.lengths.device
+        num_programs = _num_programs(num_seqs * pairs, step.max_length, shape, device)
+        width = layout.dims["V0"] + layout.dims["V1"]
+        sizes = {"ROWS": rows, "GROUPS": groups, "COUNT": count}
+        sizes["AT_ONCE"] = max(1, MERGED_NUMBERS // (count * _power_of_two(width)))
+        key = (num_programs, pairs, window, count, width, layout.tiles.decode_tile)
+        if any(share.step is not step for share in self._shares.values()):
+            self._shares.clear()
+        found = self._shares.get(key)
+        if found is not None and found.layer is not cache:
+            return found, sizes
+        share = Share(
+            step=step,
+            layer=cache,
+            key=key,
+            work=torch.empty(2 + num_programs + num_seqs * (1 + pairs), dtype=torch.int32, device=device),
+            partials=torch.empty(2 * num_programs * count * (width + 2), device=device),
+        )
+        kernels.divide[(-(-num_programs // kernels.PROGRAMS),)](
+            *(step.lengths, step.query_starts, share.work, num_seqs, pairs, num_programs, window),
+            TILE=layout.tiles.decode_tile,
+            COUNT=kernels.PROGRAMS,
+        )
+        self._shares[key] = share
+        return share, sizes
+
+
+def halves(dim: int) -> tuple[int, int]:
+    """A head dimension as two powers of two, or one and 0, that together hold it."""
+    first = max(DIM_STEP, 1 << (dim.bit_length() - 1))
+    return first, 0 if dim <= first else max(DIM_STEP, _power_of_two(dim - first))
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def _num_programs(pairs: int, max_length: int, shape: CacheShape, device: torch.device) -> int:
+    """Programs of the decode kernel: 1, 2 or 4 per processor, more where there are many sequences.
+
+    Few programs leave less to merge, more of them hide each other's waits (measured; see benchmarks/gpu).
+    """
+    processors = _num_processors(device)
+    if max(shape.k_dim, shape.v_dim) > 256 or pairs <= 16 and max_length <= 4096:
+        return processors
+    return processors * (2 if pairs < 512 else 4)
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _is_small(device: torch.device) -> bool:
+    """Whether programs have 99 KiB of shared memory, as on desktops, and not the 163 or more of data centres."""
+    if device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return (major, minor) != (8, 0) and major not in (9, 10)
+
+
+def _kernels(name: str) -> ModuleType:
+    """write, decode or prefill: a file of kernels, which imports Triton."""
+    return importlib.import_module(f"quire.attention.triton.{name}")
+
+
+@functools.cache
+def _descriptor_type() -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor
+
+
+def _layout(cache: LayerCache) -> Layout:
+    if not isinstance(cache.handle, Layout):
+        raise TypeError(f"a cache of another backend: its handle is {type(cache.handle).__name__}")
+    return cache.handle
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [T, H, D] with the numbers of a head side by side."""
+    return x if x.stride(2) == 1 else x.contiguous()

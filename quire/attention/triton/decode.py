@@ -1,0 +1,236 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Attention of few queries per sequence: the keys are what is many, so they are divided among the programs.
+
+All tiles of all (sequence, head group) pairs form one line, cut into as many equal pieces as there are programs:
+
+    tiles    | seq 0 head 0 | seq 0 head 1 | seq 1 head 0 | ..
+    programs | 0      | 1      | 2      | 3      | ..
+
+A pair within one piece is finished there. Else each program leaves what it has in `partials`, and the last one to
+arrive merges in the order of the tiles, so that results do not depend on who was last.
+
+`work` int32: | tiles per program, tiles in all | first sequence of each program | tiles before each sequence |
+arrivals of each pair |. It is made on the device, so that nothing here depends on what lengths are on the host.
+"""
+
+import triton
+import triton.language as tl
+
+from quire.attention.triton.tiles import (
+    FLOOR,
+    accumulate,
+    extent,
+    page_ids,
+    scores_of,
+    start_state,
+    store_rows,
+    token_pointers,
+    two_parts,
+    zero_padding,
+)
+
+SEQS = tl.constexpr(128)
+PROGRAMS = 64  # of the line's pieces, per program of `divide`
+
+
+@triton.jit
+def _num_tiles(lengths, starts, first, num_seqs, window, TILE: tl.constexpr):
+    """(sequences first .. first + SEQS, which of them are there, their tiles for each head)."""
+    seqs = first + tl.arange(0, SEQS)
+    there = seqs < num_seqs
+    begin = tl.load(starts + seqs, mask=there, other=0)
+    count = tl.load(starts + seqs + 1, mask=there, other=0) - begin
+    _, tiles = extent(tl.load(lengths + seqs, mask=there, other=0), count, window, TILE)
+    return seqs, there, tiles
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_programs", "window"])
+def divide(
+    lengths, starts, work, num_seqs, num_heads, num_programs, window, TILE: tl.constexpr, COUNT: tl.constexpr
+):
+    """Fill `work`; each program finds the first sequences of COUNT pieces, program 0 does the rest too."""
+    program = tl.program_id(0)
+    all_tiles = tl.zeros([SEQS], tl.int32)
+    for first in range(0, num_seqs, SEQS):
+        _, _, tiles = _num_tiles(lengths, starts, first, num_seqs, window, TILE)
+        all_tiles += tiles * num_heads
+    total = tl.sum(all_tiles, 0)
+    share = tl.maximum((total + num_programs - 1) // num_programs, 1)
+    if program == 0:
+        tl.store(work, share)
+        tl.store(work + 1, total)
+    pieces = program * COUNT + tl.arange(0, COUNT)
+    owners = tl.zeros([COUNT], tl.int32)
+    before = total * 0
+    begins = work + 2 + num_programs
+    for first in range(0, num_seqs, SEQS):
+        seqs, there, tiles = _num_tiles(lengths, starts, first, num_seqs, window, TILE)
+        ends = before + tl.cumsum(tiles * num_heads, 0)
+        passed = there[None, :] & (ends[None, :] <= (pieces * share)[:, None])
+        owners += tl.sum(passed.to(tl.int32), 1)
+        if program == 0:
+            tl.store(begins + seqs, ends - tiles * num_heads, mask=there)
+            for head in range(num_heads):
+                tl.store(begins + num_seqs + seqs * num_heads + head, 0, mask=there)
+        before += tl.sum(tiles * num_heads, 0)
+    tl.store(work + 2 + pieces, owners, mask=pieces < num_programs)
+
+
+@triton.jit
+def _attend_tiles(
+    q, k, v, table, sinks, rows, keep, heads, head, length, num_queries, first, stop, with_sinks,
+    scale, cap, window, k_stride, v_stride,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
+    V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state of a sequence's rows over tiles first .. stop. q [ROWS] pointers, heads [ROWS] of sinks."""
+    q0, q1 = two_parts(q, keep, K0, K1, K_DIM)
+    acc0, acc1, m, total = start_state(sinks, heads, keep & with_sinks, ROWS, V0, V1)
+    positions = length - num_queries + rows // GROUP
+    last = (length - 1) // PAGE
+    pages = page_ids(table, first, last, PAGE, TILE)
+    for tile in tl.range(first, stop, num_stages=STAGES):
+        tokens = tile * TILE + tl.arange(0, TILE)
+        cached = tokens < length  # past it lies whatever was left there, not a number perhaps
+        at = token_pointers(k, pages, tile, k_stride, head, K_STORED, PAGE, TILE)
+        k0, k1 = two_parts(at, cached, K0, K1, K_DIM)
+        if V_IS_K0:
+            v0, v1 = k0, k0
+        else:
+            at = token_pointers(v, pages, tile, v_stride, head, V_STORED, PAGE, TILE)
+            v0, v1 = two_parts(at, cached, V0, V1, V_DIM)
+        pages = page_ids(table, tile + 1, last, PAGE, TILE)  # a tile ahead, or every tile would wait twice
+        s, factor = scores_of(q0, q1, k0, k1, scale, cap, K1, CAPPED, PRECISION)
+        seen = tokens[None, :] <= positions[:, None]
+        seen = seen & (tokens[None, :] > positions[:, None] - window)
+        s = tl.where(seen, s, -float("inf"))
+        acc0, acc1, m, total = accumulate(acc0, acc1, m, total, s, factor, v0, v1, V1, PRECISION)
+    return acc0, acc1, m, total
+
+
+@triton.jit
+def _weighted(partials, slots, keep, weights, COUNT: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+              SIZE: tl.constexpr):  # fmt: skip
+    """The sum over slots [N] of weights [N, COUNT] times their rows' columns FIRST .. -> [COUNT, WIDTH]."""
+    rows = slots[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
+    at = partials + rows[:, :, None] * SIZE + (FIRST + tl.arange(0, WIDTH))[None, None, :]
+    # Past the first-level cache, which may hold what another program has overwritten since.
+    values = tl.load(at, mask=keep[:, None, None], other=0.0, cache_modifier=".cg")
+    return tl.sum(values * weights[:, :, None], 0)
+
+
+@triton.jit
+def _merge(
+    partials, sums, first, num, begin, share,
+    COUNT: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """What programs first .. first + num left of the pair whose tiles start at `begin`, added up in order."""
+    acc0, acc1, m, total = start_state(None, 0, False, COUNT, V0, V1)
+    rows = tl.arange(0, COUNT)
+    for i in range(0, num, AT_ONCE):
+        programs = first + i + tl.arange(0, AT_ONCE)
+        keep = i + tl.arange(0, AT_ONCE) < num
+        slots = programs * 2 + (programs * share < begin).to(tl.int32)
+        at = sums + slots[:, None] * (2 * COUNT) + rows[None, :]
+        their_m = tl.load(at, mask=keep[:, None], other=FLOOR, cache_modifier=".cg")
+        their_total = tl.load(at + COUNT, mask=keep[:, None], other=0.0, cache_modifier=".cg")
+        new = tl.maximum(m, tl.max(their_m, 0))
+        weights, fade = tl.exp2(their_m - new[None, :]), tl.exp2(m - new)
+        total = total * fade + tl.sum(weights * their_total, 0)
+        acc0 = acc0 * fade[:, None] + _weighted(partials, slots, keep, weights, COUNT, 0, V0, V0 + V1)
+        if V1 > 0:
+            acc1 = acc1 * fade[:, None] + _weighted(partials, slots, keep, weights, COUNT, V0, V1, V0 + V1)
+        m = new
+    return acc0, acc1, total
+
+
+@triton.jit
+def _finish(
+    out, partials, sums, arrivals, acc0, acc1, m, total, first_row, group, num_rows, t, begin, end, stop, share,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Store the result of the pair whose tiles are begin .. end, of which this program did t .. stop."""
+    program = tl.program_id(0)
+    head, part = group // GROUPS, group % GROUPS
+    rows = part * ROWS + tl.arange(0, ROWS)
+    at = (first_row + rows // GROUP).to(tl.int64) * HEADS + head * GROUP + rows % GROUP
+    if (t == begin) & (stop == end):
+        keep = rows < num_rows
+        store_rows(out + at * V_DIM, keep, acc0 / total[:, None], acc1 / total[:, None], V0, V1, V_DIM)
+    else:
+        slot = program * 2 + (program * share < begin).to(tl.int32)
+        local = tl.arange(0, ROWS)
+        keep = local < COUNT
+        store_rows(partials + (slot * COUNT + local) * (V0 + V1), keep, acc0, acc1, V0, V1, V0 + V1)
+        tl.store(sums + slot * (2 * COUNT) + local, m, mask=keep)
+        tl.store(sums + slot * (2 * COUNT) + COUNT + local, total, mask=keep)
+        tl.debug_barrier()  # one thread counts this program in, after the stores of all its threads
+        first = begin // share
+        num = (end - 1) // share - first + 1
+        if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num - 1:
+            tl.store(arrivals, 0)  # for the next layer
+            sum0, sum1, weight = _merge(partials, sums, first, num, begin, share, COUNT, V0, V1, AT_ONCE)
+            used = part * ROWS + tl.arange(0, COUNT)
+            places = (first_row + used // GROUP).to(tl.int64) * HEADS + head * GROUP + used % GROUP
+            sum0, sum1 = sum0 / weight[:, None], sum1 / weight[:, None]
+            store_rows(out + places * V_DIM, used < num_rows, sum0, sum1, V0, V1, V_DIM)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_rows", "window", "table_stride"])
+def decode(
+    q, k, v, tables, lengths, starts, work, partials, out, sinks, scale, cap, window, num_seqs, num_rows,
+    q_stride, q_head_stride, table_stride, k_stride, v_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
+    AT_ONCE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
+    V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's piece of the line.
+
+    A key head's rows are cut into GROUPS of ROWS, of which at most COUNT are used.
+    """
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    zero_padding(out, starts, num_seqs, num_rows, HEADS * V_DIM)
+    share, all_tiles = tl.load(work), tl.load(work + 1)
+    seq = tl.load(work + 2 + program)
+    begins = work + 2 + num_programs
+    num_heads: tl.constexpr = HEADS // GROUP * GROUPS
+    sums = partials + num_programs * (2 * COUNT * (V0 + V1))
+    t = program * share
+    last = tl.minimum(t + share, all_tiles)
+    while t < last:
+        first_row = tl.load(starts + seq)
+        num_queries = tl.load(starts + seq + 1) - first_row
+        length = tl.load(lengths + seq)
+        first_tile, tiles = extent(length, num_queries, window, TILE)
+        if tiles == 0:
+            seq += 1
+        else:
+            before = tl.load(begins + seq)
+            group = (t - before) // tiles
+            begin = before + group * tiles
+            end = begin + tiles
+            stop = tl.minimum(end, last)
+            rows = group % GROUPS * ROWS + tl.arange(0, ROWS)
+            keep = rows < num_queries * GROUP
+            heads = group // GROUPS * GROUP + rows % GROUP
+            at = (first_row + rows // GROUP).to(tl.int64) * q_stride + heads * q_head_stride
+            acc0, acc1, m, total = _attend_tiles(
+                q + at, k, v, tables + seq.to(tl.int64) * table_stride, sinks, rows, keep, heads,
+                group // GROUPS, length, num_queries, first_tile + t - begin, first_tile + stop - begin,
+                t == begin, scale, cap, window, k_stride, v_stride,
+                GROUP, ROWS, PAGE, TILE, STAGES, K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED,
+                V_IS_K0, CAPPED, PRECISION,
+            )  # fmt: skip
+            _finish(
+                out, partials, sums, begins + num_seqs + seq * num_heads + group, acc0, acc1, m, total,
+                first_row, group, num_queries * GROUP, t, begin, end, stop, share,
+                GROUP, ROWS, COUNT, HEADS, GROUPS, V0, V1, V_DIM, AT_ONCE,
+            )  # fmt: skip
+            t = stop
+            if stop == before + num_heads * tiles:
+                seq += 1

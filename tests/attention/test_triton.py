@@ -1,0 +1,144 @@
+"""The Triton backend: small shapes, in Triton's interpreter where there is no GPU."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from quire.attention.base import ragged
+from quire.attention.reference import Reference
+from quire.attention.select import select
+from quire.attention.shapes import CacheShape
+from quire.attention.triton.backend import Triton, halves
+from tests.attention.test_backends import CASES, TOLERANCE, Case, Sequences, dense, paged, sequences
+
+pytest.importorskip("triton")
+
+from tests.interpreter import INTERPRETED  # noqa: E402  (it imports Triton)
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+BY_NAME = {case.name: case for case in CASES}
+LENGTHS = [37, 1, 20]
+STEPS = [
+    [30, 1, 10],
+    [1, 0, 1],
+    [6, 0, 1],
+    [0, 0, 8],
+]  # mixed, one position each, few positions, one sequence
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning:triton"
+)  # numpy's, of numbers that masks hide
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "block_size"),
+    [
+        ("grouped", torch.float32, 64),
+        ("grouped", torch.float16, 16),
+        ("group of 5", torch.float32, 16),
+        ("odd dims", torch.float32, 16),
+        ("dims differ", torch.float16, 64),
+        ("window", torch.float32, 4),
+        ("window of 1", torch.float32, 64),
+        ("softcap", torch.float32, 64),
+        ("sinks", torch.float32, 16),
+        ("all", torch.float16, 64),
+        ("latent", torch.float32, 64),
+        ("wide latent", torch.float32, 16),
+    ],
+)
+def test_kernels_equal_dense_attention(name: str, dtype: torch.dtype, block_size: int) -> None:
+    case = BY_NAME[name]
+    data, backend = sequences(case, LENGTHS, dtype, device=DEVICE), Triton(block_size)
+    want = dense(case, data, 0.2)
+    for got, expected in zip(paged(backend, case, data, 0.2, STEPS), want, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 200])
+def test_many_splits_are_merged(length: int) -> None:
+    case = Case("single", 4, CacheShape(1, 16, 16), sinks=True)
+    data = sequences(case, [1, length, 1], torch.float32, device=DEVICE)  # the long one starts within a piece
+    steps = [[0, length - 1, 0], [1, 1, 1]] if length > 1 else [[1, 1, 1]]
+    for got, want in zip(paged(Triton(16), case, data, 0.2, steps), dense(case, data, 0.2), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+
+
+def test_an_invariant_backend_computes_the_same_bits_for_any_batch_and_chunks() -> None:
+    case, backend = BY_NAME["all"], Triton(16, invariant=True)
+    data = sequences(case, LENGTHS, torch.float32, device=DEVICE)
+    together = paged(backend, case, data, 0.2, [LENGTHS])
+    for got, want in zip(paged(backend, case, data, 0.2, STEPS), together, strict=True):
+        assert torch.equal(got, want)
+    alone = Sequences(data.q[:1], data.k[:1], data.v[:1], data.sinks)
+    assert torch.equal(paged(backend, case, alone, 0.2, [[LENGTHS[0]]])[0], together[0])
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [40, 1]])
+def test_padding_rows_and_absent_sequences(counts: list[int]) -> None:
+    """As a graph's batch has them: sequences without queries, rows without a sequence, slots that are -1."""
+    case = BY_NAME["grouped"]
+    data = sequences(case, [40, 7], torch.float32, device=DEVICE)
+    k, v = torch.cat(data.k), torch.cat(data.v)
+    pool = torch.zeros(8, case.shape.num_bytes(64, 4), dtype=torch.uint8, device=DEVICE)
+    backend, oracle = Triton(64), Reference(64)
+    cache, plain = (b.views(pool, 0, case.shape, torch.float32) for b in (backend, oracle))
+    backend.write(cache, k, v, ragged([0, 0], [40, 7], [[2], [5]], 64, DEVICE))
+    written = pool.clone()
+    step = ragged([40 - counts[0], 6], counts, [[2], [5]], 64, DEVICE)
+    q = torch.cat((data.q[0][-counts[0] :], data.q[1][-1:], data.q[0][:3]))
+    want = oracle.attend(q, plain, step, scale=0.1)
+    nobody = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    padded = dataclasses.replace(
+        step,
+        slot_mapping=torch.full((len(q),), -1, device=DEVICE),
+        query_starts=torch.cat((step.query_starts, step.query_starts[-1:].expand(2))),
+        lengths=torch.cat((step.lengths, nobody)),
+        block_tables=torch.cat((step.block_tables, nobody[:, None])),
+    )
+    backend.write(cache, k[: len(q)], v[: len(q)], padded)
+    assert torch.equal(pool, written)
+    got = backend.attend(q, cache, padded, scale=0.1)
+    assert torch.equal(got[sum(counts) :], torch.zeros_like(got[sum(counts) :]))
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+
+
+def test_a_step_whose_tensors_are_written_in_place() -> None:
+    """Two layers share the division of a step; it is made again when the first of them comes again."""
+    case = BY_NAME["grouped"]
+    data = sequences(case, [40], torch.float32, device=DEVICE)
+    share = case.shape.num_bytes(64, 4)
+    pool = torch.zeros(2, 2 * share, dtype=torch.uint8, device=DEVICE)
+    backend, oracle = Triton(64), Reference(64)
+    layers = [[b.views(pool, at, case.shape, torch.float32) for at in (0, share)] for b in (backend, oracle)]
+    whole = ragged([0], [40], [[1]], 64, DEVICE)
+    for layer, scale in zip(layers[0], (1.0, 2.0), strict=True):
+        backend.write(layer, data.k[0] * scale, data.v[0] * scale, whole)
+    step = ragged([11], [1], [[1]], 64, DEVICE)
+    for length in (12, 33, 40):
+        step.lengths.fill_(length)
+        for layer, plain in zip(*layers, strict=True):
+            got = backend.attend(data.q[0][:1], layer, step, scale=0.1)
+            want = oracle.attend(data.q[0][:1], plain, step, scale=0.1)
+            torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+
+
+def test_a_head_dimension_is_two_powers_of_two() -> None:
+    found = {dim: halves(dim) for dim in (10, 16, 22, 64, 80, 96, 112, 128, 192, 256, 576)}
+    assert found[10] == found[16] == (16, 0) and found[22] == (16, 16)
+    assert found[80] == (64, 16) and found[96] == (64, 32) and found[112] == (64, 64)
+    assert found[64] == (64, 0) and found[576] == (512, 64) and found[192] == (128, 64)
+    assert all(sum(parts) >= dim for dim, parts in found.items())
+
+
+def test_too_wide_a_head_is_refused() -> None:
+    pool = torch.zeros(1, 2**20, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="exceed the 576.*attention_backend 'reference'"):
+        Triton().views(pool, 0, CacheShape(1, 640, 640), torch.float16)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="there is a GPU")
+def test_without_a_gpu_the_next_backend_is_taken() -> None:
+    assert "NVIDIA" in str(Triton().why_not(torch.float32, torch.device("cpu")))
+    assert select(("triton", "reference"), torch.float32, torch.device("cpu")).name == "reference"
