@@ -54,8 +54,26 @@ class RequestFailed(QuireError):
     """The engine accepted a request and could not finish it, for example because its logits were NaN."""
 
 
+class RequestCancelled(RequestFailed):
+    """Whoever runs the server ended the request."""
+
+
 class EngineCrash(RequestFailed):
     """The engine died each time it computed this request, in the end while it computed nothing else."""
+
+
+class Overloaded(QuireError):
+    """There is no room for a request now; nothing of it was computed.
+
+    Attributes:
+        retry_after_s: when there is expected to be room again.
+        scope: "tenant" if others may still be served, else "server".
+        reason: the limit that was reached, by its name.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: int, scope: str, reason: str):
+        super().__init__(message)
+        self.retry_after_s, self.scope, self.reason = retry_after_s, scope, reason
 
 
 class EngineDead(QuireError):

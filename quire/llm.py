@@ -152,6 +152,11 @@ class LLM:
         """Every metric's current value, under vLLM's names."""
         return self.engine.metrics.snapshot()
 
+    def reset_prefix_cache(self) -> bool:
+        """Let later requests find nothing of what was computed before. Always done, hence True, as vLLM says it."""
+        self.engine.core.reset_prefix_cache()
+        return True
+
     def close(self) -> None:
         """Give back the memory; the LLM cannot be used afterwards."""
         self.engine.close()

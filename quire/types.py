@@ -261,6 +261,8 @@ class RequestMetrics:
     first_token_s: float | None = None
     last_token_s: float | None = None
     num_preemptions: int = 0
+    num_generated_tokens: int = 0  # of all sequences
+    num_replays: int = 0  # times that it went on in a new engine, after one was lost
 
 
 @dataclass(slots=True)

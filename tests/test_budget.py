@@ -68,13 +68,18 @@ def test_functions() -> None:
     assert long == []
 
 
+def is_kernel(node: Function) -> bool:
+    """One that Triton compiles: it gets its pointers and sizes one by one, since it has no structures."""
+    return any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)
+
+
 def test_arguments() -> None:
     limit = BUDGET["arguments_per_function"]
     many = [
         f"{where(path, f)}: {f.name} takes {len(arguments(f))}"
         for path in all_files()
         for f in functions(parse(path))
-        if len(arguments(f)) > limit
+        if len(arguments(f)) > limit and not is_kernel(f)
     ]
     assert many == []
 

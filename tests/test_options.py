@@ -57,6 +57,12 @@ SERVER_OPTIONS = {
     "max_n",
     "request_timeout",
     "drain_timeout",
+    "api_server_count",
+    "admin_socket",
+    "admin_host",
+    "admin_port",
+    "admin_key_file",
+    "otlp_traces_endpoint",
     "disable_access_log",
 }
 FIELDS = dataclasses.fields(Config)

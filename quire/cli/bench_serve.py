@@ -324,8 +324,11 @@ def _progress(total: int, *, show: bool) -> Iterator[Callable[[], None]]:
 
 
 def _errors(requests: Iterable["Timed"]) -> list[str]:
-    kinds = Counter(request.error for request in requests if request.error)
-    lines = [f"Failed, {count} x: {error}" for error, count in kinds.most_common(MAX_ERRORS_SHOWN)]
+    kinds = Counter((request.refused, request.error) for request in requests if request.error)
+    lines = [
+        f"{'Refused' if refused else 'Failed'}, {count} x: {error}"
+        for (refused, error), count in kinds.most_common(MAX_ERRORS_SHOWN)
+    ]
     hidden = len(kinds) - len(lines)
     return [*lines, f"... and {hidden} other kinds of failure"] if hidden else lines
 

@@ -140,12 +140,12 @@ async def call(
     timed.start = time.perf_counter()
     timed.due = min(due, timed.start) if due else timed.start
     try:
-        status = await client.send(api.path, body, answer.take)
+        timed.status, timed.retry_after = await client.send(api.path, body, answer.take)
     except ConnectionFailed as error:
         timed.error = timed.error or str(error)
         return timed
-    if status != OK:
-        timed.error = refusal(status, answer.beginning)
+    if timed.status != OK:
+        timed.error = refusal(timed.status, answer.beginning)
     elif not timed.error and not (answer.ended and timed.times):
         timed.error = f"the answer is no stream of events, or was cut: {error_text(answer.beginning)}"
     if not answer.counted:

@@ -9,7 +9,7 @@ import ssl
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -26,6 +26,13 @@ class ConnectionFailed(RequestFailed):
     """There was no connection, it broke, or what came was not HTTP."""
 
 
+class Reply(NamedTuple):
+    """How an answer begins: its status, and what its header Retry-After says, if it has one."""
+
+    status: int
+    retry_after: str
+
+
 class Connection(asyncio.Protocol):
     """One connection, one request at a time."""
 
@@ -39,21 +46,23 @@ class Connection(asyncio.Protocol):
         self._now = 0.0
         self._framed = False
         self._to_end = False  # the body ends with the connection
+        self._retry_after = ""
 
-    async def request(self, message: bytes, take: Take) -> int:
-        """Send, and give `take` each piece of the body, with the time of `perf_counter`; returns the status.
+    async def request(self, message: bytes, take: Take) -> Reply:
+        """Send, and give `take` each piece of the body, with the time of `perf_counter`.
 
         Raises:
             ConnectionFailed: the answer did not come, or not completely.
         """
         self.reusable = self.heard = self._framed = self._to_end = False
+        self._retry_after = ""
         if self._transport is None or self._transport.is_closing():
             raise ConnectionFailed(CLOSED)
         self._take, self._parser = take, httptools.HttpResponseParser(self)
         self._done = asyncio.get_running_loop().create_future()
         self._transport.write(message)
         try:
-            return await self._done
+            return Reply(await self._done, self._retry_after)
         finally:
             self._done = None
             if not self.reusable:
@@ -95,7 +104,10 @@ class Connection(asyncio.Protocol):
     # of the parser
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._framed |= name.lower() in (b"content-length", b"transfer-encoding")
+        name = name.lower()
+        self._framed |= name in (b"content-length", b"transfer-encoding")
+        if name == b"retry-after":
+            self._retry_after = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         self._to_end = not self._framed
@@ -143,8 +155,8 @@ class Client:
         for connection in self._open:  # those in use, too: uvloop waits for ever for what is left open
             connection.close()
 
-    async def send(self, path: str, body: bytes | None, take: Take) -> int:
-        """POST `body` as JSON, or GET if there is none; returns the status.
+    async def send(self, path: str, body: bytes | None, take: Take) -> Reply:
+        """POST `body` as JSON, or GET if there is none.
 
         Raises:
             ConnectionFailed: no connection, or no complete answer.
@@ -171,7 +183,7 @@ class Client:
         """
         pieces: list[bytes] = []
         sent = None if body is None else json.dumps(body).encode()
-        status = await self.send(path, sent, lambda piece, now: pieces.append(piece))
+        status, _ = await self.send(path, sent, lambda piece, now: pieces.append(piece))
         answer = b"".join(pieces)
         if status != HTTPStatus.OK:
             raise RequestFailed(f"{self.base_url}{path}: {refusal(status, answer)}")
@@ -180,15 +192,15 @@ class Client:
         except ValueError:
             raise RequestFailed(f"{self.base_url}{path} answers with something other than JSON") from None
 
-    async def _ask(self, connection: Connection, message: bytes, take: Take) -> int:
+    async def _ask(self, connection: Connection, message: bytes, take: Take) -> Reply:
         try:
-            status = await connection.request(message, take)
+            reply = await connection.request(message, take)
         finally:
             if connection.reusable:
                 self._idle.append(connection)
             else:
                 self._open.discard(connection)
-        return status
+        return reply
 
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()

@@ -17,6 +17,7 @@ METRICS = {
     "client_queue_time": ("CQT", "Client Queue Time"),
 }
 GOODPUT = ("ttft", "tpot", "e2el")
+REFUSALS = (429, 503)
 WIDTH = 50
 LABEL = 40
 
@@ -28,6 +29,8 @@ class Timed:
     Attributes:
         due: when it was to be sent; with a limit on concurrency `start` may be later.
         times: when each piece of output arrived; a piece may have several tokens.
+        status: of HTTP; 0 if there was no answer.
+        retry_after: what the answer's header says, if it has one.
         error: why it failed; empty if it did not.
     """
 
@@ -37,7 +40,14 @@ class Timed:
     start: float = 0.0
     times: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    status: int = 0
+    retry_after: str = ""
     error: str = ""
+
+    @property
+    def refused(self) -> bool:
+        """The server had no room for it, and said so."""
+        return self.status in REFUSALS
 
     @property
     def ttft(self) -> float:
@@ -155,15 +165,20 @@ def figures(
     percents: Sequence[float],
     goodput: Mapping[str, float],
 ) -> dict[str, Any]:
-    """What `--save-result` writes of the measurement, in the order that the table shows it."""
+    """What `--save-result` writes of the measurement, in the order that the table shows it.
+
+    `refused` is ours: requests that the server had no room for, and said so; `failed` are all others without an answer.
+    """
     done = [request for request in requests if not request.error]
     num_input = sum(request.input_len for request in done)
     num_output = sum(request.output_len for request in done)
+    num_refused = sum(request.refused for request in requests)
     num_good = sum(meets(request, goodput) for request in done)
     found: dict[str, Any] = {
         "duration": duration,
         "completed": len(done),
-        "failed": len(requests) - len(done),
+        "failed": len(requests) - len(done) - num_refused,
+        "refused": num_refused,
         "total_input_tokens": num_input,
         "total_output_tokens": num_output,
         "request_throughput": len(done) / duration,
@@ -226,6 +241,8 @@ def table(
         _row("Successful requests:", found["completed"]),
         _row("Failed requests:", found["failed"]),
     ]
+    if found["refused"]:
+        lines.append(_row("Refused requests (429, 503):", found["refused"]))
     if max_concurrency is not None:
         lines.append(_row("Maximum request concurrency:", max_concurrency))
     if request_rate < float("inf"):

@@ -1,6 +1,7 @@
 """`quire serve`: OpenAI's API over a model, until a signal comes."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -12,7 +13,7 @@ from quire.cli.options import add_config_options, add_flags, config_from, config
 from quire.server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from quire.engine.remote import RemoteEngine
+    from quire.engine.wire import Facts
 
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 QUESTION = "What is the capital of France?"
@@ -33,19 +34,30 @@ def main(args: argparse.Namespace) -> int:
 
     import uvloop
 
+    from quire.engine.keeper import Keeper
+    from quire.engine.metrics import Metrics
     from quire.engine.remote import RemoteEngine
-    from quire.server.run import listen, serve
+    from quire.server.run import listen, listen_several, serve, serve_several
 
     settings = dataclasses.replace(settings, served_model_name=settings.served_model_name or (config.model,))
-    with listen(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        url = url_of(settings, listener)
-        engine = RemoteEngine(config)
+    several = settings.api_server_count > 1
+    with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        listeners = listen_several(settings) if several else [listen(settings)]
+        url = url_of(settings, [stack.enter_context(listener) for listener in listeners][0])
 
-        def announce() -> None:
-            sys.stdout.write("\n".join(greeting(engine, settings, url)) + "\n")
+        def announce(facts: "Facts", chat: bool) -> None:
+            sys.stdout.write("\n".join(greeting(facts, settings, url, chat=chat)) + "\n")
             sys.stdout.flush()
 
-        return runner.run(serve(engine, settings, listener, announce))
+        if several:
+            keeper = Keeper(config, Metrics(config.model, log_stats=not config.disable_log_stats))
+            return runner.run(serve_several(keeper, config, settings, listeners, announce))
+        engine = RemoteEngine(config)
+
+        def ready() -> None:
+            announce(engine.facts, engine.inputs.template is not None)
+
+        return runner.run(serve(engine, settings, listeners[0], ready))
 
 
 def url_of(settings: ServerSettings, listener: socket.socket) -> str:
@@ -55,9 +67,8 @@ def url_of(settings: ServerSettings, listener: socket.socket) -> str:
     return f"{scheme}://{host}:{listener.getsockname()[1]}"
 
 
-def greeting(engine: "RemoteEngine", settings: ServerSettings, url: str) -> list[str]:
+def greeting(facts: "Facts", settings: ServerSettings, url: str, *, chat: bool) -> list[str]:
     """What is served, what was derived and why, and a command to try it."""
-    facts = engine.facts
     lines = [f"Serving {', '.join(settings.served_model_name)}: {facts.summary}"]
     lines += [
         f"  {name} {facts.options[name]}: {facts.reasons[name]}" for name in SHOWN if name in facts.reasons
@@ -66,7 +77,7 @@ def greeting(engine: "RemoteEngine", settings: ServerSettings, url: str) -> list
     if settings.host in EVERYWHERE and not keys:
         lines.append("Anybody who reaches this machine can use it: give --api-key-file, or --host 127.0.0.1.")
     lines.append(f"Listening at {url}/v1; try:")
-    return [*lines, curl(url, chat=engine.inputs.template is not None, keys=keys)]
+    return [*lines, curl(url, chat=chat, keys=keys)]
 
 
 def curl(url: str, *, chat: bool, keys: bool) -> str:

@@ -65,7 +65,9 @@ class AsyncEngine:
             InvalidRequest: this request cannot be served; others are not affected.
             EngineDead: the engine stopped.
         """
-        request = await self.calls.generate(prompt, sampling_params, request_id, priority, tenant)
+        request = await self.calls.request(
+            lambda: prompt, sampling_params, request_id, priority, tenant, add_special_tokens=True
+        )
         async for output in self.stream(request):
             yield output
 
@@ -80,8 +82,14 @@ class AsyncEngine:
         **template: Any,
     ) -> AsyncIterator[RequestOutput]:
         """As `generate`, for a conversation; `template` options are those of `LLM.chat`."""
-
-        request = await self.calls.chat(messages, sampling_params, request_id, priority, tenant, template)
+        request = await self.calls.request(
+            lambda: self.inputs.chat_prompt(messages, None, **template),
+            sampling_params,
+            request_id,
+            priority,
+            tenant,
+            add_special_tokens=False,
+        )
         async for output in self.stream(request):
             yield output
 
@@ -104,6 +112,12 @@ class AsyncEngine:
         """Stop requests; their iterators end with `finish_reason="abort"`. Unknown ids are ignored."""
         for name in [request_id] if isinstance(request_id, str) else list(request_id):
             self.commands.put(lambda name=name: self._abort(name))  # type: ignore[misc]
+
+    async def reset_prefix_cache(self) -> bool:
+        """Let later requests find nothing of what was computed before. Always done, hence True, as vLLM says it."""
+        await self.check_health()
+        self.commands.put(self.engine.core.reset_prefix_cache)
+        return True
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""

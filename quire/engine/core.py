@@ -39,7 +39,7 @@ class EngineCore:
         device = runner if announce is None else Announcer(runner, lambda seq: self.owner[seq][0], announce)
         self.loop = Loop(scheduler, device, depth=depth, now=clock)
         self.seed, self.fingerprint, self.share_across_requests = seed, fingerprint, share_across_requests
-        self.ids, self.ordinals = itertools.count(), itertools.count()
+        self.ids, self.ordinals, self.num_generated = itertools.count(), itertools.count(), 0
         self.owner: dict[int, tuple[str, int]] = {}  # sequence -> request and index
         self.members: dict[str, dict[int, int]] = {}  # request -> index -> sequence
         self.progress: dict[int, SequenceStats] = {}  # sequence -> what the scheduler says of it
@@ -93,10 +93,15 @@ class EngineCore:
     def step(self) -> list[TokenEvent]:
         """Compute one step; return what became known."""
         events = [self._event(e) for e in self.loop.step() if e.seq in self.owner]
+        self.num_generated += len(events)  # but for the few that only say that a sequence failed
         for event in events:
             if event.finish:
                 self._forget(self.members[event.request_id][event.index])
         return events
+
+    def reset_prefix_cache(self) -> None:
+        """What is cached now is never found by requests that come from now on; those that run keep theirs."""
+        self.fingerprint = hashlib.blake2b(self.fingerprint, digest_size=16).digest()  # the root of all keys
 
     def close(self) -> None:
         """Let go of the network and the cache, and finish the trace."""
@@ -106,7 +111,7 @@ class EngineCore:
 
     def stats(self) -> StepStats:
         """How the scheduler and the cache stand."""
-        scheduler = self.scheduler
+        scheduler, lookups = self.scheduler, self.scheduler.lookups
         return StepStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -114,8 +119,15 @@ class EngineCore:
             num_blocks=scheduler.pool.num_blocks,
             batched_tokens=scheduler.batched_tokens,
             num_preemptions=scheduler.num_preemptions,
-            cache_queries=scheduler.cache_queries,
-            cache_hits=scheduler.cache_hits,
+            cache_queries=lookups.queries,
+            cache_hits=lookups.hits,
+            num_parked=scheduler.num_parked,
+            num_generated=self.num_generated,
+            missed_new=lookups.new,
+            missed_evicted=lookups.evicted,
+            missed_tail=lookups.tail,
+            missed_unread=lookups.unread,
+            prefill_tokens=scheduler.prefill_tokens,
         )
 
     def _check(self, submission: Submission, outputs: tuple[tuple[int, ...] | None, ...]) -> None:
@@ -183,6 +195,7 @@ def _sequence(
         min_tokens=params.min_tokens,
         priority=submission.priority,
         tenant=submission.tenant,
+        share=submission.share,
         cache_root=root,
         read_cache=params.prompt_logprobs is None and not params.skip_reading_prefix_cache,
     )

@@ -25,6 +25,7 @@ class Engine:
         self.core, self.tokenizer = parts.core, self.inputs.tokenizer
         self.clock = clock
         self.metrics = Metrics(config.model, log_stats=not config.disable_log_stats)
+        self.metrics.configured(self.config, self.core.stats().num_blocks)
         self.requests = Requests(self.tokenizer, self.metrics, self.core.abort)
         self.closed = False
 
@@ -43,7 +44,6 @@ class Engine:
         except QuireError:
             self.requests.drop(request.id)
             raise
-        self.metrics.arrived(len(request.prompt_token_ids))
 
     @property
     def idle(self) -> bool:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import msgspec
+
 from quire.types import SamplingParams, TokenLogprobs
 
 
@@ -21,13 +23,16 @@ class Submission:
     bad_words: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
     tenant: str = ""
+    share: float = 1.0  # of the machine that the tenant gets, relative to other tenants
     cache_salt: str = ""
+    label: str = ""  # what its user calls it; nothing depends on it
     outputs: tuple[tuple[int, ...] | None, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenEvent:
-    """One sequence of a request got a token, ended, or both."""
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """One sequence of a request got a token, ended, or both. There is one for every token, so it is made to be cheap:
+    to build, to send, and not to be looked at by the garbage collector, as nothing in it refers back.
+    """
 
     request_id: str
     index: int  # which of the request's n sequences
@@ -39,4 +44,5 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # with the first token of index 0, if asked for
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_replays: int = 0  # how often it went on elsewhere; whoever sends it there fills that in
     seated_s: float | None = None  # when it first took part in a step

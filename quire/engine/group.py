@@ -31,6 +31,7 @@ from quire.engine.wire import (
     Pong,
     Ready,
     Refused,
+    Reset,
     Stop,
     WireError,
 )
@@ -174,6 +175,8 @@ class Group:
                 self.core.abort(request_id, index)
                 if self.core.idle:  # no step will tell
                     self._send([])
+            case Reset():
+                self.core.reset_prefix_cache()
             case Ping(number):
                 self.channel.send(Pong(number))
             case _:

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from quire.engine.events import Submission, TokenEvent
 from quire.types import FinishReason
 
@@ -25,8 +27,10 @@ class Entry:
     outputs: list[list[int] | None]  # by index; None: ended
     sent: bool = False  # the engine that runs now knows it
     num_sent: int = 0
+    num_told: int = 1  # the same, as its owner knows it
     strikes: int = 0
     crashes: int = 0
+    added_s: float = 0.0
     marks: list[int] = field(default_factory=list)  # by index: with so many tokens it is beyond
 
     @property
@@ -46,10 +50,10 @@ class Journal:
         self.trial: str | None = None  # the suspect that the engine has, and nothing else
         self.num_replays = 0
 
-    def add(self, submission: Submission) -> None:
+    def add(self, submission: Submission, now: float = 0.0) -> None:
         """Take in a request; it fails only if its id is open, which the caller checks."""
         outputs: list[list[int] | None] = [[] for _ in range(submission.params.n)]
-        self.entries[submission.request_id] = Entry(submission, outputs)
+        self.entries[submission.request_id] = Entry(submission, outputs, added_s=now)
         self.unsent[submission.request_id] = None
 
     def due(self) -> list[Submission]:
@@ -76,7 +80,10 @@ class Journal:
             tokens.append(event.token)
         cut = event.request_id == self.trial and event.finish == FinishReason.LENGTH.value
         if cut and len(tokens) < entry.submission.max_tokens:
-            event = dataclasses.replace(event, finish=None)
+            event = msgspec.structs.replace(event, finish=None)
+        if entry.num_sent > entry.num_told:
+            entry.num_told = entry.num_sent
+            event = msgspec.structs.replace(event, num_replays=entry.num_sent - 1)
         if event.finish is not None:
             self.end(event.request_id, event.index)
         elif entry.strikes:
@@ -98,14 +105,16 @@ class Journal:
         elif entry.strikes:
             self._pardon(request_id, entry)
 
-    def crashed(self) -> list[str]:
+    def crashed(self, *, on_purpose: bool = False) -> list[str]:
         """The engine died: note whom that points at; return the ids of requests that fail of it.
 
-        All others are due again, once there is an engine.
+        All others are due again, once there is an engine. If somebody ended it `on_purpose`, nobody is to blame.
         """
         sent = [name for name, entry in self.entries.items() if entry.sent]
         blamed = [name for name in sent if name in self.batch] or sent
-        if self.trial is not None:
+        if on_purpose:
+            self.trial, failed = None, []
+        elif self.trial is not None:
             failed = [self.trial]
         else:
             for name in blamed:

@@ -1,41 +1,61 @@
-"""Counts and times of an engine, under vLLM's metric names, in a Prometheus registry of the engine's own."""
+"""Counts and times of an engine, under vLLM's metric names, in a Prometheus registry of the engine's own.
+
+Steps are observed where the engine is kept, requests where their text is. In a server with several frontends these
+are different processes, each with a `Metrics` of its own, and a scrape adds them up.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry
-from prometheus_client import Counter as PromCounter
-from prometheus_client import Gauge as PromGauge
-from prometheus_client import Histogram as PromHistogram
+from prometheus_client import CollectorRegistry, Metric
 
+from quire.config import Config
+from quire.engine.families import Families, Number, Tally
 from quire.log import logger
-from quire.types import FinishReason, RequestMetrics
+from quire.types import FinishReason, Request, RequestMetrics
 
 LOG_EVERY_S = 10.0
 FIRST_TOKEN_S = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
 )
-TOKEN_GAP_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TOKEN_GAP_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_S = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
 STEP_TOKENS = tuple(float(2**i) for i in range(15))
+TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5)) + (1e6,)
+FEW = (1.0, 2.0, 5.0, 10.0, 20.0)
+TIMES = {
+    "time_to_first_token_seconds": ("From arrival to the first token", FIRST_TOKEN_S),
+    "inter_token_latency_seconds": ("Between two tokens of a sequence", TOKEN_GAP_S),
+    "request_time_per_output_token_seconds": ("Between a request's first token and its last", TOKEN_GAP_S),
+    "e2e_request_latency_seconds": ("From arrival to the end", REQUEST_S),
+    "request_queue_time_seconds": ("From arrival to the first step", REQUEST_S),
+    "request_prefill_time_seconds": ("From the first step to the first token", REQUEST_S),
+    "request_decode_time_seconds": ("From the first token to the last", REQUEST_S),
+    "request_inference_time_seconds": ("From the first step to the last token", REQUEST_S),
+}
+SIZES = {
+    "request_prompt_tokens": ("Prompt tokens of a request", TOKENS),
+    "request_prefill_kv_computed_tokens": ("Prompt tokens that were not found in the cache", TOKENS),
+    "request_generation_tokens": ("Tokens of all sequences of a request", TOKENS),
+    "request_max_num_generation_tokens": ("Tokens of a request's longest sequence", TOKENS),
+    "request_params_max_tokens": ("max_tokens of requests that gave it", TOKENS),
+    "request_params_n": ("Sequences of a request", FEW),
+    "request_num_preemptions": ("Times that a request gave up its blocks", (0.0, *FEW)),
+}
+MISSES = {  # field of StepStats: value of the label
+    "missed_new": "new",
+    "missed_evicted": "evicted",
+    "missed_tail": "tail",
+    "missed_unread": "unread",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,118 +99,96 @@ class StepStats:
     num_preemptions: int
     cache_queries: int  # prompt tokens looked up
     cache_hits: int  # prompt tokens found
+    prefill_tokens: int = 0  # of the batched ones: no sequence's newest token
+    num_parked: int = 0  # of those waiting: for a block that another sequence computes
+    num_generated: int = 0  # tokens
+    missed_new: int = 0  # prompt tokens not found: as far as is known, nobody had computed them
+    missed_evicted: int = 0  # their block had to make room, or what comes before it had
+    missed_tail: int = 0  # they fill no block, or are the last, which is always computed
+    missed_unread: int = 0  # the request does not read the cache
+
+
+NOTHING = StepStats(*[0] * 8)
 
 
 class Metrics:
-    """Observes requests and steps; `snapshot` reads everything back."""
+    """Observes steps and requests; `snapshot` reads everything back.
+
+    Attributes:
+        registry: what a Prometheus exporter reads.
+        families: by name; whoever has more to count adds families of its own.
+        requests: what happens to requests.
+        totals: the latest step's.
+    """
 
     def __init__(self, model: str, *, log_stats: bool):
-        self.registry, self.log_stats, self.model = CollectorRegistry(), log_stats, model
-        self.gauges = {
-            name: PromGauge(f"vllm:{name}", help, ["model_name"], registry=self.registry).labels(model)
-            for name, help in (
-                ("num_requests_running", "Sequences that take part in steps"),
-                ("num_requests_waiting", "Sequences that wait for a seat or for blocks"),
-                ("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1"),
-            )
-        }
-        self.counters = {
-            name: PromCounter(f"vllm:{name}", help, ["model_name"], registry=self.registry).labels(model)
-            for name, help in (
-                ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
-                ("prefix_cache_hits", "Prompt tokens found in the prefix cache"),
-                ("num_preemptions", "Sequences that gave up their blocks"),
-                ("prompt_tokens", "Prompt tokens of accepted requests"),
-                ("generation_tokens", "Tokens generated"),
-            )
-        }
-        self.histograms = {
-            name: PromHistogram(
-                f"vllm:{name}", help, ["model_name"], buckets=b, registry=self.registry
-            ).labels(model)
-            for name, help, b in (
-                ("time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN_S),
-                ("inter_token_latency_seconds", "Between two tokens of a sequence", TOKEN_GAP_S),
-                ("e2e_request_latency_seconds", "From arrival to the end", REQUEST_S),
-                ("request_queue_time_seconds", "From arrival to the first step", REQUEST_S),
-                ("iteration_tokens", "Tokens computed in a step", STEP_TOKENS),
-            )
-        }
-        self.success = PromCounter(
-            "vllm:request_success",
-            "Requests ended",
-            ["model_name", "finished_reason"],
-            registry=self.registry,
-        )
-        for name, help in (
-            ("engine_restarts", "Times the engine died and was started again"),
-            ("requests_replayed", "Requests sent to a new engine, with the tokens they had"),
-        ):
-            counter = PromCounter(f"quire:{name}", help, ["model_name"], registry=self.registry)
-            self.counters[name] = counter.labels(model)
-        self.totals = StepStats(0, 0, 0, 0, 0, 0, 0, 0)
-        self.window = Window()
+        self.registry, self.log_stats = CollectorRegistry(), log_stats
+        self.families = Families({"model_name": model, "engine": "0"})
+        self.registry.register(self.families)
+        self.requests = RequestCounts(self.families)
+        self.steps = StepCounts(self.families)
+        self.totals, self.window = NOTHING, Window()
+
+    def rename(self, model: str) -> None:
+        """The name under which the model is served."""
+        self.families.shared["model_name"] = model
 
     def step(self, stats: StepStats, now: float) -> None:
         """Observe one step."""
         last, self.totals = self.totals, stats
-        self.gauges["num_requests_running"].set(stats.num_running)
-        self.gauges["num_requests_waiting"].set(stats.num_waiting)
-        self.gauges["kv_cache_usage_perc"].set(stats.used_blocks / max(stats.num_blocks, 1))
-        self.counters["prefix_cache_queries"].inc(stats.cache_queries - last.cache_queries)
-        self.counters["prefix_cache_hits"].inc(stats.cache_hits - last.cache_hits)
-        self.counters["num_preemptions"].inc(stats.num_preemptions - last.num_preemptions)
-        if stats.batched_tokens:
-            self.histograms["iteration_tokens"].observe(stats.batched_tokens)
+        self.steps.observe(stats, last)
         if self.log_stats:
+            self.window.prompt_tokens += stats.cache_queries - last.cache_queries
+            self.window.generated_tokens += stats.num_generated - last.num_generated
             self._log(now)
 
     def restarted(self, now: float) -> None:
         """Observe that the engine was lost; the next one's totals begin at 0."""
-        self.counters["engine_restarts"].inc()
-        self.step(dataclasses.replace(self.totals, num_running=0, used_blocks=0, batched_tokens=0), now)
-        self.totals = StepStats(0, 0, 0, 0, 0, 0, 0, 0)
+        self.steps.restarts.value += 1
+        lost = dataclasses.replace(
+            self.totals, num_running=0, num_waiting=0, num_parked=0, used_blocks=0, batched_tokens=0
+        )
+        self.step(lost, now)
+        self.totals = NOTHING
 
     def replayed(self, count: int) -> None:
         """Observe requests that go on in a new engine."""
-        self.counters["requests_replayed"].inc(count)
+        self.steps.replays.value += count
 
-    def arrived(self, num_prompt_tokens: int) -> None:
-        """Observe an accepted request."""
-        self.counters["prompt_tokens"].inc(num_prompt_tokens)
-        self.window.prompt_tokens += num_prompt_tokens
+    def rejected(self, reason: str) -> None:
+        """Observe a request that was refused because of the load; `reason` is a limit's name."""
+        self.steps.rejections.number(reason).value += 1
 
-    def token(self, gap_s: float | None) -> None:
-        """Observe a generated token; `gap_s` is the time since the sequence's last one, if there was one."""
-        self.counters["generation_tokens"].inc()
-        self.window.generated_tokens += 1
-        if gap_s is not None:
-            self.histograms["inter_token_latency_seconds"].observe(gap_s)
+    def saturated(self, num_requests: int, num_tokens: int, wait_s: float) -> None:
+        """What waits now, and how long one that came last would."""
+        saturation = self.steps.saturation
+        saturation["requests"].value, saturation["tokens"].value = num_requests, num_tokens
+        saturation["seconds"].value = wait_s
 
-    def finished(self, metrics: RequestMetrics, reason: str | None, now: float) -> None:
-        """Observe the end of a request."""
-        self.success.labels(self.model, reason or FinishReason.ABORT.value).inc()
-        if metrics.first_token_s is not None:
-            self.histograms["time_to_first_token_seconds"].observe(metrics.first_token_s - metrics.arrival_s)
-        if metrics.scheduled_s is not None:
-            self.histograms["request_queue_time_seconds"].observe(metrics.scheduled_s - metrics.arrival_s)
-        self.histograms["e2e_request_latency_seconds"].observe(now - metrics.arrival_s)
+    def configured(self, config: Config, num_blocks: int) -> None:
+        """Facts about the cache, as labels of `vllm:cache_config_info`."""
+        facts = {
+            "block_size": config.block_size,
+            "num_gpu_blocks": num_blocks,
+            "enable_prefix_caching": config.enable_prefix_caching,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
+            "cache_dtype": config.dtype,
+        }
+        help, only = "Facts about the KV cache, as labels", frozenset({"engine"})
+        info = self.families.gauge("vllm:cache_config_info", help, *facts, only=only)
+        info.number(*map(str, facts.values())).value = 1
 
     def snapshot(self) -> list[Counter | Gauge | Histogram]:
         """Every metric's current value."""
         found: list[Counter | Gauge | Histogram] = []
-        for family in self.registry.collect():
+        for family in self.families.collect():
             if family.type == "gauge":
                 found += [Gauge(s.name, s.labels, s.value) for s in family.samples]
             elif family.type == "counter":
-                found += [
-                    Counter(s.name, s.labels, s.value) for s in family.samples if s.name.endswith("_total")
-                ]
+                found += [Counter(s.name, s.labels, s.value) for s in family.samples]
             else:
-                buckets = {s.labels["le"]: int(s.value) for s in family.samples if s.name.endswith("_bucket")}
-                value = {s.name.removeprefix(family.name): s.value for s in family.samples}
-                labels = {"model_name": self.model}
-                found.append(Histogram(family.name, labels, int(value["_count"]), value["_sum"], buckets))
+                found += _histograms(family)
         return found
 
     def _log(self, now: float) -> None:
@@ -213,6 +211,139 @@ class Metrics:
         self.window = Window(since_s=now)
 
 
+class StepCounts:
+    """What steps tell, and what happens to the engine."""
+
+    def __init__(self, families: Families):
+        def gauge(name: str, help: str) -> Number:
+            return families.gauge(name, help).number()
+
+        def counter(name: str, help: str) -> Number:
+            return families.counter(name, help).number()
+
+        self.running = gauge("vllm:num_requests_running", "Sequences that take part in steps")
+        self.waiting = gauge("vllm:num_requests_waiting", "Sequences that wait for a seat or for blocks")
+        reasons = families.gauge(
+            "vllm:num_requests_waiting_by_reason",
+            "capacity: for a seat or blocks; deferred: for a block that another sequence computes",
+            "reason",
+        )
+        self.capacity, self.deferred = reasons.number("capacity"), reasons.number("deferred")
+        self.usage = gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1")
+        self.totals = {
+            name: counter(f"vllm:{metric}", help)
+            for name, metric, help in (
+                ("cache_queries", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
+                ("cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache"),
+                ("num_preemptions", "num_preemptions", "Sequences that gave up their blocks"),
+            )
+        }
+        misses = families.counter(
+            "quire:cache_miss_tokens",
+            "Prompt tokens not found in the prefix cache. new: nobody is known to have computed them; evicted: they "
+            "had to make room; tail: they fill no block; unread: the request does not read the cache",
+            "reason",
+        )
+        self.totals |= {name: misses.number(reason) for name, reason in MISSES.items()}
+        self.batch = families.histogram(
+            "vllm:iteration_tokens_total", "Tokens computed in a step", STEP_TOKENS
+        ).tally()
+        self.restarts = counter("quire:engine_restarts", "Times the engine died and was started again")
+        self.replays = counter(
+            "quire:requests_replayed", "Requests sent to a new engine, with the tokens they had"
+        )
+        self.rejections = families.counter(
+            "vllm:admission_rejections",
+            "Requests refused because of the load, by the limit that they met",
+            "reason",
+            only=frozenset({"model_name"}),
+        )
+        self.saturation = {
+            unit: gauge(f"quire:saturation_queued_{unit}", help)
+            for unit, help in (
+                ("requests", "Requests that were admitted and take part in no step yet"),
+                ("tokens", "Prompt tokens of requests that take part in no step yet"),
+                ("seconds", "How long a request that comes now is expected to wait for its first step"),
+            )
+        }
+
+    def observe(self, stats: StepStats, last: StepStats) -> None:
+        """A step, and the one before it."""
+        self.running.value, self.waiting.value = stats.num_running, stats.num_waiting
+        self.capacity.value, self.deferred.value = stats.num_waiting - stats.num_parked, stats.num_parked
+        self.usage.value = stats.used_blocks / max(stats.num_blocks, 1)
+        for name, total in self.totals.items():
+            total.value += getattr(stats, name) - getattr(last, name)
+        if stats.batched_tokens:
+            self.batch.observe(stats.batched_tokens)
+
+
+class RequestCounts:
+    """What happens to requests, from their first token on."""
+
+    def __init__(self, families: Families):
+        counter, both = families.counter, TIMES | SIZES
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that began").number()
+        self.cached_tokens = counter("vllm:prompt_tokens_cached", "Those found in the prefix cache").number()
+        sources = counter("vllm:prompt_tokens_by_source", "Prompt tokens by where they came from", "source")
+        self.computed, self.hit = sources.number("local_compute"), sources.number("local_cache_hit")
+        self.generated_tokens = counter("vllm:generation_tokens", "Tokens generated").number()
+        self.success = counter("vllm:request_success", "Requests ended", "finished_reason")
+        for reason in FinishReason:
+            self.success.number(reason.value)
+        self.tallies = {
+            name: families.histogram(f"vllm:{name}", help, bounds).tally()
+            for name, (help, bounds) in both.items()
+        }
+        self.gaps: Tally = self.tallies["inter_token_latency_seconds"]
+
+    def began(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
+        """Observe a request's first token."""
+        self.prompt_tokens.value += num_prompt_tokens
+        self.cached_tokens.value += num_cached_tokens
+        self.hit.value += num_cached_tokens
+        self.computed.value += num_prompt_tokens - num_cached_tokens
+        self.tallies["request_prefill_kv_computed_tokens"].observe(num_prompt_tokens - num_cached_tokens)
+
+    def token(self, gap_s: float | None) -> None:
+        """Observe a generated token; `gap_s` is the time since the sequence's last one, if there was one."""
+        self.generated_tokens.value += 1
+        if gap_s is not None:
+            self.gaps.observe(gap_s)
+
+    def finished(
+        self,
+        request: Request,
+        metrics: RequestMetrics,
+        num_generated: Sequence[int],
+        reason: str | None,
+        now: float,
+    ) -> None:
+        """Observe the end of a request; `num_generated` has each sequence's tokens."""
+        self.success.number(reason or FinishReason.ABORT.value).value += 1
+        params, tallies = request.params, self.tallies
+        first, last, seated = metrics.first_token_s, metrics.last_token_s, metrics.scheduled_s
+        tallies["e2e_request_latency_seconds"].observe(now - metrics.arrival_s)
+        tallies["request_prompt_tokens"].observe(len(request.prompt_token_ids))
+        tallies["request_generation_tokens"].observe(sum(num_generated))
+        tallies["request_max_num_generation_tokens"].observe(max(num_generated))
+        tallies["request_params_n"].observe(params.n)
+        tallies["request_num_preemptions"].observe(metrics.num_preemptions)
+        if params.max_tokens is not None:
+            tallies["request_params_max_tokens"].observe(params.max_tokens)
+        if seated is not None:
+            tallies["request_queue_time_seconds"].observe(seated - metrics.arrival_s)
+        if first is None or last is None:
+            return
+        tallies["time_to_first_token_seconds"].observe(first - metrics.arrival_s)
+        tallies["request_decode_time_seconds"].observe(last - first)
+        if seated is not None:
+            tallies["request_prefill_time_seconds"].observe(first - seated)
+            tallies["request_inference_time_seconds"].observe(last - seated)
+        if (longest := max(num_generated)) > 1:
+            tallies["request_time_per_output_token_seconds"].observe((last - first) / (longest - 1))
+
+
 @dataclass(slots=True)
 class Window:
     """Tokens since the last log line."""
@@ -220,3 +351,19 @@ class Window:
     since_s: float | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
+
+
+def _histograms(family: Metric) -> list[Counter | Gauge | Histogram]:
+    found: dict[tuple[tuple[str, str], ...], Histogram] = {}
+    for sample in family.samples:
+        labels = {k: v for k, v in sample.labels.items() if k != "le"}
+        key = tuple(sorted(labels.items()))
+        one = found.setdefault(key, Histogram(family.name, labels, 0, 0.0))
+        match sample.name.removeprefix(family.name):
+            case "_bucket":
+                one.buckets[sample.labels["le"]] = int(sample.value)
+            case "_count":
+                found[key] = dataclasses.replace(one, count=int(sample.value))
+            case "_sum":
+                found[key] = dataclasses.replace(one, sum=sample.value)
+    return list(found.values())

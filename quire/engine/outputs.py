@@ -17,6 +17,8 @@ from quire.types import (
     TokenLogprobs,
 )
 
+STOP = FinishReason.STOP.value
+
 
 @dataclass(slots=True)
 class SequenceOutput:
@@ -32,6 +34,7 @@ class SequenceOutput:
     stop_reason: int | str | None = None
     sent_tokens: int = 0
     sent_chars: int = 0
+    last_token_s: float | None = None
 
     def snapshot(self, kind: OutputKind) -> CompletionOutput:
         """Everything so far, or what is new since the last call when `kind` is DELTA."""
@@ -55,6 +58,7 @@ class RequestState:
     def __init__(self, request: Request, tokenizer: Tokenizer | None):
         params = request.params
         self.request, self.tokenizer = request, tokenizer
+        self.prompt_token_ids = list(request.prompt_token_ids)  # one for all outputs: prompts are long
         self.metrics = RequestMetrics(arrival_s=request.arrival_s)
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self.num_cached_tokens = 0
@@ -78,7 +82,7 @@ class RequestState:
 
     @property
     def finished(self) -> bool:
-        return all(s.finish for s in self.sequences)
+        return None not in [s.finish for s in self.sequences]  # asked often, and faster than `all`
 
     @property
     def has_news(self) -> bool:
@@ -96,6 +100,7 @@ class RequestState:
             self.num_cached_tokens = event.num_cached_tokens
             if event.prompt_logprobs is not None and self.prompt_logprobs is None:
                 self.prompt_logprobs = [None, *map(self._decode, event.prompt_logprobs)]
+        self.metrics.num_replays = max(self.metrics.num_replays, event.num_replays)
         self.metrics.num_preemptions = max(self.metrics.num_preemptions, event.num_preemptions)
         if event.token is not None:
             self._append(sequence, event.token, event, now)
@@ -124,7 +129,7 @@ class RequestState:
         return RequestOutput(
             request_id=self.request.id,
             prompt=self.request.prompt,
-            prompt_token_ids=list(self.request.prompt_token_ids),
+            prompt_token_ids=self.prompt_token_ids,
             outputs=[s.snapshot(kind) for s in self.sequences],
             finished=self.finished,
             prompt_logprobs=self.prompt_logprobs,
@@ -134,6 +139,8 @@ class RequestState:
 
     def _append(self, sequence: SequenceOutput, token: int, event: TokenEvent, now: float) -> None:
         sequence.token_ids.append(token)
+        sequence.last_token_s = now
+        self.metrics.num_generated_tokens += 1
         if self.metrics.first_token_s is None:
             self.metrics.first_token_s = now
         self.metrics.last_token_s = now
@@ -141,7 +148,7 @@ class RequestState:
             sequence.logprobs.append(self._decode(event.logprobs))
             sequence.cumulative_logprob = (sequence.cumulative_logprob or 0.0) + event.logprobs.logprobs[0]
         if sequence.detokenizer is not None:
-            ended_by_token = event.finish == FinishReason.STOP.value
+            ended_by_token = event.finish == STOP
             sequence.text += sequence.detokenizer.push([token], ended_by_token=ended_by_token)
 
     def _end(self, sequence: SequenceOutput, reason: str) -> None:

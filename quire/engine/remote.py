@@ -1,6 +1,7 @@
 """The engine for a frontend that outlives it: the device is in a process that may die, and nobody's request with it.
 
-Loads no torch. One event loop; a consumer that does not read holds nobody up, and gets what is new in one piece.
+Here requests have text; a keeper, in this process or in another, has their token ids and the device's process. Loads
+no torch. One event loop; a consumer that does not read holds nobody up, and gets what is new in one piece.
 """
 
 import asyncio
@@ -13,17 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quire.config import Config
+from quire.engine.admission import Admission
 from quire.engine.calls import Calls
+from quire.engine.events import TokenEvent
 from quire.engine.inputs import InputProcessor
-from quire.engine.journal import Journal
+from quire.engine.keeper import Keeper, Keeping
 from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestState
 from quire.engine.requests import Requests
 from quire.engine.service import Status
-from quire.engine.supervisor import GROUP, HANG_S, Supervisor
+from quire.engine.supervisor import GROUP, HANG_S
 from quire.engine.text import read_text
-from quire.engine.wire import Abort, Add, Batch, Events, Facts, Message, Refused
-from quire.errors import EngineCrash, EngineDead, InvalidRequest, QuireError
+from quire.engine.wire import Facts
+from quire.errors import EngineDead, InvalidRequest, Overloaded, QuireError
 from quire.text.tokenizer import Tokenizer
 from quire.types import Prompt, Request, RequestOutput, SamplingParams
 
@@ -53,6 +56,8 @@ class RemoteEngine:
 
     Args:
         config: options of the engine.
+        keeper: who has the requests and the process; None makes one here, of what follows.
+        admission: refuses requests that would wait for too long; None refuses nobody.
         hang_s: how long the process may be silent before it counts as hung; more if its steps take long.
         entry: a module whose `main(socket)` is the life of that process.
     """
@@ -64,42 +69,42 @@ class RemoteEngine:
         self,
         config: Config,
         *,
+        keeper: Keeping | None = None,
+        admission: Admission | None = None,
         hang_s: float = HANG_S,
         entry: str = GROUP,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.config, self.clock = config, clock
         self.metrics = Metrics(config.model, log_stats=not config.disable_log_stats)
-        self.journal = Journal()
         self.readers: dict[str, Reader] = {}  # by name, which no two requests ever share
         self.numbers = itertools.count()
-        options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        self.supervisor = Supervisor(options, self, hang_s=hang_s, entry=entry, clock=clock)
-        self.status = Status.STARTING
-        self.dead: EngineDead | None = None
+        self.keeper: Keeping = keeper or Keeper(
+            config, self.metrics, admission=admission, hang_s=hang_s, entry=entry, clock=clock
+        )
+        self.started = False
 
     async def start(self) -> None:
-        """Start the process, and read meanwhile what texts need.
+        """Wait until the engine is ready, and read meanwhile what texts need.
 
         Raises:
             ConfigError, ModelError, CapacityError: the model cannot be served as asked.
             EngineDead: the process died while it started.
         """
-        starting = asyncio.create_task(self.supervisor.start())
+        starting = asyncio.create_task(self.keeper.start())
         try:
             text = await asyncio.to_thread(read_text, self.config)
             self.facts = await starting
         except BaseException as error:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
-            self.gave_up(EngineDead(f"the engine did not start: {error}"))
-            self.supervisor.kill()
+            self.keeper.close(EngineDead(f"the engine did not start: {error}"))
             raise
         self.config = Config(**self.facts.options)
         self.inputs = text.inputs(vocab_size=self.facts.vocab_size, max_model_len=self.facts.max_model_len)
         self.calls = Calls(self.inputs, self.clock)
-        self.requests = Requests(self.inputs.tokenizer, self.metrics, self._stop)
-        self.status = Status.READY
+        self.requests = Requests(self.inputs.tokenizer, self.metrics, self.keeper.abort)
+        self.started = True
 
     async def generate(
         self,
@@ -114,11 +119,14 @@ class RemoteEngine:
 
         Raises:
             InvalidRequest: this request cannot be served; others are not affected.
+            Overloaded: there is no room for it now; nothing of it was computed.
             RequestFailed: the engine cannot finish it; others are not affected.
             EngineDead: the engine stopped for good.
         """
         await self.check_health()
-        request = await self.calls.generate(prompt, sampling_params, request_id, priority, tenant)
+        request = await self.calls.request(
+            lambda: prompt, sampling_params, request_id, priority, tenant, add_special_tokens=True
+        )
         async for output in self.stream(request):
             yield output
 
@@ -134,14 +142,21 @@ class RemoteEngine:
     ) -> AsyncIterator[RequestOutput]:
         """As `generate`, for a conversation; `template` options are those of `LLM.chat`."""
         await self.check_health()
-        request = await self.calls.chat(messages, sampling_params, request_id, priority, tenant, template)
+        request = await self.calls.request(
+            lambda: self.inputs.chat_prompt(messages, None, **template),
+            sampling_params,
+            request_id,
+            priority,
+            tenant,
+            add_special_tokens=False,
+        )
         async for output in self.stream(request):
             yield output
 
     async def stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run a request that `inputs.request` made; otherwise as `generate`. Leaving early aborts it."""
         await self.check_health()
-        name, finished = str(next(self.numbers)), False
+        name, finished = f"{self.keeper.prefix}{next(self.numbers)}", False
         reader = self._open(name, request)
         try:
             while not finished:
@@ -166,72 +181,48 @@ class RemoteEngine:
 
     async def check_health(self) -> None:
         """Raises EngineDead if the engine stopped for good; a restart is no reason to worry."""
-        if self.dead is not None:
-            raise self.dead
-        if self.status is Status.STARTING:
+        if self.keeper.dead is not None:
+            raise self.keeper.dead
+        if not self.started:
             raise EngineDead("the engine was not started yet; await start() first")
 
     def shutdown(self) -> None:
         """End every request and the process; leaves nothing behind. To be called while the event loop runs."""
-        self.gave_up(EngineDead("the engine was shut down"))
-        self.supervisor.kill()
+        self.keeper.close(EngineDead("the engine was shut down"))
+
+    @property
+    def status(self) -> Status:
+        """Whether requests are taken; see `Status`."""
+        status = self.keeper.status
+        return status if self.started or status is Status.DEAD else Status.STARTING
 
     @property
     def num_open(self) -> int:
         """Requests that have not ended, waiting ones included."""
         return len(self.readers)
 
-    @property
-    def num_restarts(self) -> int:
-        """How many times the process was replaced."""
-        return self.supervisor.num_restarts
-
-    @property
-    def num_replayed(self) -> int:
-        """How many times a request went on in a new process."""
-        return self.journal.num_replays
-
-    def heard(self, messages: Sequence[Message]) -> bool:
-        """See `Owner`: take in what the process said, then tell each consumer once."""
-        now, progress = self.clock(), False
+    def heard(self, events: Sequence[TokenEvent]) -> None:
+        """See `Client`: take in what requests got, then tell each consumer once."""
+        now = self.clock()
         touched: dict[str, RequestState] = {}
-        for message in messages:
-            if isinstance(message, Events):
-                for event in message.events:
-                    mine = self.journal.record(event)
-                    if mine is not None and (state := self.requests.push(mine, now)) is not None:
-                        touched[event.request_id] = state
-                        progress |= mine.token is not None
-                self.metrics.step(message.stats, now)
-            elif isinstance(message, Batch):
-                self.journal.changed(message.entered, message.left)
-            elif isinstance(message, Refused):
-                self._fail(message.request_id, InvalidRequest(message.message, param=message.param))
+        for event in events:
+            if (state := self.requests.push(event, now)) is not None:
+                touched[event.request_id] = state
         for name, state in touched.items():
             if state.has_news:
                 self._tell(name)
-        self._send_due()
-        return progress
 
-    def lost(self) -> None:
-        """See `Owner`: the requests wait for the next process."""
-        self.status = Status.RESTARTING
-        self.metrics.restarted(self.clock())
-        for name in self.journal.crashed():
-            self._fail(
-                name, EngineCrash("the engine died each time it computed this request, so it was given up")
-            )
-
-    def found(self) -> None:
-        """See `Owner`: go on."""
-        self.status = Status.READY
-        self._send_due()
-
-    def gave_up(self, error: EngineDead) -> None:
-        """See `Owner`: nothing can go on."""
-        self.status, self.dead = Status.DEAD, self.dead or error
-        for name in list(self.readers):
-            self._fail(name, error)
+    def failed(self, name: str, error: QuireError) -> None:
+        """See `Client`."""
+        reader = self.readers.get(name)
+        if reader is not None:
+            if isinstance(error, Overloaded):
+                self.requests.drop(name)
+            else:
+                self.requests.fail(name, self.clock())
+            reader.error = error
+            reader.news.set()
+            del self.readers[name]
 
     def _open(self, name: str, request: Request) -> Reader:
         submission = self.inputs.submission(request)
@@ -239,39 +230,14 @@ class RemoteEngine:
         if params.seed is None:  # a replay must draw the same
             params = dataclasses.replace(params, seed=_seed(self.config.seed, name))
         reader = self.readers[name] = Reader(self.requests.add(request, name))
-        self.metrics.arrived(len(request.prompt_token_ids))
-        self.journal.add(dataclasses.replace(submission, request_id=name, params=params))
-        self._send_due()
+        self.keeper.add(
+            dataclasses.replace(submission, request_id=name, params=params, label=request.id), self
+        )
         return reader
-
-    def _send_due(self) -> None:
-        if self.status is not Status.READY:
-            return
-        replayed = self.journal.num_replays
-        while due := self.journal.due():
-            for submission in due:
-                try:
-                    self.supervisor.send(Add(submission))
-                except QuireError as error:  # too large to be sent
-                    self._fail(submission.request_id, error)
-        self.metrics.replayed(self.journal.num_replays - replayed)
 
     def _abort(self, name: str) -> None:
         self.requests.abort(name, self.clock())
         self._tell(name)
-        self._send_due()
-
-    def _stop(self, name: str, index: int | None) -> None:
-        self.journal.end(name, index)
-        self.supervisor.send(Abort(name, index))
-
-    def _fail(self, name: str, error: QuireError) -> None:
-        reader = self.readers.get(name)
-        if reader is not None:
-            self.journal.end(name)
-            self.requests.fail(name, self.clock())
-            reader.error = error
-            self._tell(name)
 
     def _tell(self, name: str) -> None:
         reader = self.readers[name]

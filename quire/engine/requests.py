@@ -17,7 +17,7 @@ class Requests:
     def __init__(
         self, tokenizer: Tokenizer | None, metrics: Metrics, stop: Callable[[str, int | None], None]
     ):
-        self.tokenizer, self.metrics, self.stop = tokenizer, metrics, stop
+        self.tokenizer, self.counts, self.stop = tokenizer, metrics.requests, stop
         self.open: dict[str, RequestState] = {}  # by name
         self.names: dict[str, str] = {}  # by id
 
@@ -38,9 +38,10 @@ class Requests:
         state = self.open.get(event.request_id)
         if state is None:
             return None
-        if event.token is not None:
-            last = state.metrics.last_token_s
-            self.metrics.token(None if last is None else now - last)
+        sequence = state.sequences[event.index]
+        last_s = sequence.last_token_s
+        if event.token is not None and not sequence.finish:
+            self.counts.token(None if last_s is None else now - last_s)
         try:
             stopped = state.push(event, now)
         except Exception:  # whatever one request's text does, the others go on
@@ -50,6 +51,8 @@ class Requests:
         else:
             if stopped:
                 self.stop(event.request_id, event.index)
+        if last_s is None and event.index == 0 and event.token is not None:
+            self.counts.began(len(state.prompt_token_ids), state.num_cached_tokens)
         if state.finished:
             self._close(event.request_id, now)
         return state
@@ -79,4 +82,6 @@ class Requests:
     def _close(self, name: str, now: float) -> None:
         state = self.open.pop(name)
         del self.names[state.request.id]
-        self.metrics.finished(state.metrics, state.sequences[0].finish, now)
+        num_generated = [len(sequence.token_ids) for sequence in state.sequences]
+        reason = state.sequences[0].finish
+        self.counts.finished(state.request, state.metrics, num_generated, reason, now)

@@ -10,17 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from quire.engine.link import Link
 from quire.engine.nursery import Nursery
-from quire.engine.wire import Channel, Facts, Failed, FromGroup, Launch, Message, Ping, Ready, Stop
-from quire.errors import (
-    CapacityError,
-    CheckpointError,
-    ConfigError,
-    EngineDead,
-    ModelError,
-    QuireError,
-    UnsupportedModel,
-)
+from quire.engine.wire import Facts, Failed, FromGroup, Launch, Message, Ping, Ready, Stop, error_of
+from quire.errors import EngineDead, QuireError
 from quire.log import logger
 
 GROUP = "quire.engine.group"
@@ -47,42 +40,6 @@ class Owner(Protocol):
 
     def gave_up(self, error: EngineDead) -> None:
         """There will be no group any more."""
-
-
-class Link(asyncio.Protocol):
-    """The socket to one group."""
-
-    def __init__(self, sock: socket.socket, heard: Callable[[Sequence[Message]], None]):
-        self.channel, self.heard = Channel(sock, incoming=FromGroup), heard
-        self.transport: asyncio.Transport | None = None
-        self.closed = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See `asyncio.Protocol`."""
-        self.transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
-        try:
-            self.heard(list(self.channel.decode(data)))
-        except Exception:  # a group that cannot be understood is one that broke
-            logger.exception("a message of the engine cannot be read")
-            self.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """See `asyncio.Protocol`."""
-        if not self.closed.done():
-            self.closed.set_result(None)
-
-    def send(self, message: Message) -> None:
-        """Queue a message; nothing happens if the group is gone."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(self.channel.encode(message))
-
-    def close(self) -> None:
-        """Let go of the socket at once."""
-        if self.transport is not None:
-            self.transport.abort()
 
 
 class Supervisor:
@@ -131,6 +88,12 @@ class Supervisor:
         if self.link is not None:
             self.link.send(message)
 
+    def replace(self) -> None:
+        """End the group; another one follows as if it had died. That does not count as a failure of it."""
+        self.restarts.clear()
+        if self.link is not None:
+            self.link.close()
+
     def kill(self) -> None:
         """Leave nothing behind, no process and no socket. A group between two steps has the time to end well."""
         if self.watch is not None:
@@ -155,7 +118,9 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         with theirs:
-            _, self.link = await loop.create_unix_connection(lambda: Link(ours, self._heard), sock=ours)
+            link = Link(ours, self._heard, incoming=FromGroup)
+            await link.connect()
+            self.link = link
             try:
                 self.pid = await self.nursery.fork(theirs)
             except EngineDead:
@@ -182,7 +147,7 @@ class Supervisor:
             if isinstance(first, Ready):
                 self.ready.set_result(first.facts)
             elif isinstance(first, Failed):
-                self.ready.set_exception(_error(first))
+                self.ready.set_exception(error_of(first.kind, first.message))
         if messages and self.owner.heard(messages):
             self.restarts.clear()
 
@@ -226,7 +191,7 @@ class Supervisor:
         """Make sure that the group is gone, memory and all; say how it ended."""
         nursery = cast(Nursery, self.nursery)
         nursery.kill(self.pid)  # one that dies already keeps its own exit code
-        return _ending(await nursery.death(self.pid))
+        return ending(await nursery.death(self.pid))
 
     async def _restart(self) -> None:
         while True:
@@ -251,14 +216,8 @@ class Supervisor:
             return
 
 
-def _error(message: Failed) -> QuireError:
-    """What a group could not start for, as the exception that it met there."""
-    known = (ConfigError, ModelError, UnsupportedModel, CheckpointError, CapacityError)
-    kind = next((kind for kind in known if kind.__name__ == message.kind), EngineDead)
-    return kind(message.message)
-
-
-def _ending(code: int | None) -> str:
+def ending(code: int | None) -> str:
+    """How a process ended, in words."""
     if code is None:
         return "nobody knows how"
     return f"exit code {code}" if code >= 0 else f"killed by signal {-code}, {signal.strsignal(-code)}"

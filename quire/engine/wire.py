@@ -1,4 +1,4 @@
-"""What the frontend and an engine group say to each other, and how it travels. Knows no device and no text.
+"""What frontends, the keeper and an engine group say to each other, and how it travels. Knows no device and no text.
 
 A message is msgpack behind its length, 4 bytes, big-endian.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from quire import errors
 from quire.engine.events import Submission, TokenEvent
 from quire.engine.metrics import StepStats
 from quire.errors import EngineDead, QuireError
@@ -54,6 +55,10 @@ class Abort(Message, frozen=True):
 
     request_id: str
     index: int | None = None
+
+
+class Reset(Message, frozen=True):
+    """Forget what is cached, before anything that is said after this."""
 
 
 class Ping(Message, frozen=True):
@@ -120,8 +125,85 @@ class Pong(Message, frozen=True):
     number: int
 
 
-ToGroup = Launch | Add | Abort | Ping | Stop
+class Open(Message, frozen=True):
+    """First to a worker: what its requests' names begin with, the options of `Config`, and those of the server."""
+
+    prefix: str
+    options: dict[str, Any]
+    settings: dict[str, Any]
+
+
+class Up(Message, frozen=True):
+    """A worker answers HTTP."""
+
+    has_template: bool
+
+
+class News(Message, frozen=True):
+    """What a worker's requests got."""
+
+    events: list[TokenEvent]
+
+
+class Ended(Message, frozen=True):
+    """A worker's request is over because of an error; `error_of` makes it again."""
+
+    request_id: str
+    kind: str
+    message: str
+    details: dict[str, Any]
+
+
+class Turned(Message, frozen=True):
+    """The engine's status, and why if it is dead."""
+
+    status: str
+    error: str | None = None
+
+
+class Samples(msgspec.Struct, frozen=True):
+    """A metric, with name, labels and value of each of its samples."""
+
+    name: str
+    help: str
+    kind: str
+    samples: list[tuple[str, dict[str, str], float]]
+
+
+class Scrape(Message, frozen=True):
+    """A worker asks for everybody's metrics; answered by a `Report` of the same number."""
+
+    number: int
+
+
+class Collect(Message, frozen=True):
+    """A worker is asked for its own metrics, which also shows whether it lives; answered by a `Report`."""
+
+    number: int
+
+
+class Report(Message, frozen=True):
+    """Metrics, and how many calls wait for the engine."""
+
+    number: int
+    metrics: list[Samples]
+    num_calls: int
+
+
+class Drain(Message, frozen=True):
+    """Refuse new work, let the old end; answered by `Drained`."""
+
+    timeout_s: float
+
+
+class Drained(Message, frozen=True):
+    """A worker has nothing left to do."""
+
+
+ToGroup = Launch | Add | Abort | Reset | Ping | Stop
 FromGroup = Ready | Failed | Batch | Events | Refused | Pong
+ToWorker = Open | Ready | News | Ended | Turned | Collect | Report | Drain | Stop
+FromWorker = Up | Failed | Add | Abort | Scrape | Report | Drained
 
 
 class Channel:
@@ -208,6 +290,21 @@ class Channel:
                 raise EngineDead(f"the other side of the socket is gone{where}")
             self.buffer += data
         return message
+
+
+def ended(name: str, error: QuireError) -> Ended:
+    """An error as it travels, with its attributes."""
+    return Ended(name, type(error).__name__, str(error), vars(error))
+
+
+def error_of(kind: str, message: str, details: dict[str, Any] | None = None) -> QuireError:
+    """An error that travelled; of a kind that nobody knows, an EngineDead."""
+    known = {WireError.__name__: WireError, **vars(errors)}.get(kind)
+    if not (isinstance(known, type) and issubclass(known, QuireError)):
+        return EngineDead(message)
+    found = known.__new__(known, message)  # as it was made, however that was
+    vars(found).update(details or {})
+    return found
 
 
 def _owner(body: bytes) -> str | None:

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from quire.errors import CapacityError, ConfigError
 
 KEY_BYTES = 16
+MAX_EVICTED = 1 << 16  # keys of those that made room, remembered for statistics only
 
 
 class BlockPool:
@@ -37,6 +38,7 @@ class BlockPool:
         self.free = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
         self.key_of: dict[int, bytes] = {}
         self.by_key: dict[bytes, int] = {}
+        self._evicted: OrderedDict[bytes, None] = OrderedDict()
         self._hash = blake2b(digest_size=KEY_BYTES, key=secret)
 
     @property
@@ -93,9 +95,12 @@ class BlockPool:
         taken: list[int] = []
         for _ in range(num):
             block, _ = self.free.popitem(last=False)
-            self._forget(block)
+            if (key := self._forget(block)) is not None:
+                self._evicted[key] = None
             self.refs[block] = 1
             taken.append(block)
+        while len(self._evicted) > MAX_EVICTED:
+            self._evicted.popitem(last=False)
         return taken
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -120,6 +125,11 @@ class BlockPool:
         for block in blocks:
             self._forget(block)
 
-    def _forget(self, block: int) -> None:
+    def was_evicted(self, key: bytes) -> bool:
+        """Of a block that `match` did not find: it was there not long ago, or is, behind one that is not."""
+        return key in self._evicted or key in self.by_key
+
+    def _forget(self, block: int) -> bytes | None:
         if (key := self.key_of.pop(block, None)) is not None:
             del self.by_key[key]
+        return key

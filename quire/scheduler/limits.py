@@ -1,6 +1,7 @@
 """What a step and a sequence may be, and whether a sequence fits. Knows no state."""
 
 from dataclasses import dataclass
+from math import inf
 
 from quire.errors import ConfigError, InvalidRequest, PromptTooLong
 from quire.scheduler.sequence import NewSequence
@@ -49,6 +50,8 @@ class Limits:
             raise InvalidRequest("the prompt has no tokens; it must have at least 1", param="prompt")
         if new.max_tokens < 1:
             raise InvalidRequest(f"max_tokens is {new.max_tokens}; it must be at least 1", param="max_tokens")
+        if not 0 < new.share < inf:
+            raise InvalidRequest(f"share is {new.share}; it must be above 0, and finite", param="share")
         if len(new.output) >= new.max_tokens:
             raise InvalidRequest(
                 f"it has {len(new.output)} output tokens already, and max_tokens is {new.max_tokens}; there is nothing"

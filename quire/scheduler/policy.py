@@ -1,8 +1,8 @@
 """Who is next: by priority, then the tenant served least, then first come. Knows no blocks and no budget.
 
 Tenants share by virtual time (Sheng et al. 2024, "Fairness in Serving Large Language Models"): tokens
-computed for them. One that comes back starts no lower than the least of those that stayed: being away saves
-nothing up.
+computed for them, over their shares. One that comes back starts no lower than the least of those that stayed:
+being away saves nothing up.
 """
 
 from bisect import bisect_left, insort
@@ -16,13 +16,14 @@ class Tenants:
     def __init__(self) -> None:
         self._by_name: dict[str, Tenant] = {}
 
-    def join(self, name: str) -> Tenant:
-        """The tenant, with one sequence more."""
+    def join(self, name: str, share: float = 1.0) -> Tenant:
+        """The tenant, with one sequence more. `share` is above 0, and holds from now on."""
         tenant = self._by_name.get(name)
         if tenant is None or not tenant.num_sequences:
             least = min((t.served for t in self._by_name.values() if t.num_sequences), default=None)
             self._forget(least)
-            tenant = self._by_name.setdefault(name, Tenant(name, least or 0))
+            tenant = self._by_name.setdefault(name, Tenant(name, least or 0.0))
+        tenant.price = 1 / share
         tenant.num_sequences += 1
         return tenant
 
@@ -30,7 +31,7 @@ class Tenants:
         """One of its sequences has ended."""
         tenant.num_sequences -= 1
 
-    def _forget(self, least: int | None) -> None:
+    def _forget(self, least: float | None) -> None:
         """Drop absent tenants that have nothing to make up for."""
         absent = [t for t in self._by_name.values() if not t.num_sequences]
         for tenant in absent:
@@ -42,6 +43,7 @@ class Queue:
     """Sequences that wait for a seat."""
 
     def __init__(self) -> None:
+        self._num_arrivals = 0
         self._priorities: list[int] = []  # those in `_waiting`, ascending
         self._waiting: dict[
             int, dict[Tenant, list[Sequence]]
@@ -51,6 +53,11 @@ class Queue:
     def is_empty(self) -> bool:
         """Nobody waits for a seat."""
         return not self._priorities
+
+    def rank(self, priority: int) -> tuple[int, int]:
+        """The place of a sequence that arrives now: whatever becomes of it, it keeps that."""
+        self._num_arrivals += 1
+        return priority, self._num_arrivals
 
     def push(self, seq: Sequence) -> None:
         """Add a sequence at the place its arrival gives it."""

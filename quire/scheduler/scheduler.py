@@ -13,6 +13,7 @@ from quire.errors import InvalidRequest
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.cost import StepCost
 from quire.scheduler.limits import Limits
+from quire.scheduler.lookups import Lookups
 from quire.scheduler.plan import Emitted, Plan, Result, Start, Work
 from quire.scheduler.policy import Queue, Tenants
 from quire.scheduler.seats import Seats
@@ -27,9 +28,9 @@ class Scheduler:
 
     Attributes:
         num_preemptions: how often a sequence lost its seat and had to be computed again.
-        cache_queries: prompt tokens of the sequences seated so far.
-        cache_hits: those of them that the cache held.
+        lookups: prompt tokens of the sequences seated so far, found and not.
         batched_tokens: positions in the latest step.
+        prefill_tokens: those of them that are no sequence's newest token.
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class Scheduler:
         )
         self.seqs: dict[int, Sequence] = {}
         self.queue, self.tenants, self.sharing, self.seats = Queue(), Tenants(), Sharing(), Seats(max_seqs)
-        self.num_preemptions = self.cache_queries = self.cache_hits = self.batched_tokens = 0
-        self._num_steps = self._num_arrivals = 0
+        self.lookups, self.num_preemptions = Lookups(), 0
+        self.batched_tokens = self.prefill_tokens = self._num_steps = 0
         self._ended: dict[int, Sequence] = {}  # since the latest `schedule`
 
     @property
@@ -67,6 +68,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences that have none."""
         return len(self.seqs) - self.seats.num_taken
+
+    @property
+    def num_parked(self) -> int:
+        """Of those waiting: for a block that another sequence computes."""
+        return self.sharing.num_waiting
 
     @property
     def idle(self) -> bool:
@@ -86,12 +92,11 @@ class Scheduler:
         self.limits.check(new, self.pool.num_blocks, self.pool.block_size)
         if new.id in self.seqs:
             raise InvalidRequest(f"sequence id {new.id} is in use; take another one")
-        self._num_arrivals += 1
         seq = Sequence(
             id=new.id,
             new=new,
-            tenant=self.tenants.join(new.tenant),
-            rank=(new.priority, self._num_arrivals),
+            tenant=self.tenants.join(new.tenant, new.share),
+            rank=self.queue.rank(new.priority),
             stops=new.eos_token_ids | new.stop_token_ids,
             limit=len(new.prompt) + new.max_tokens - 1,
             tokens=array("q", new.prompt + new.output),
@@ -114,8 +119,8 @@ class Scheduler:
         work: list[Work] = []
         starts: list[Start] = []
         self.batched_tokens = self._plan_decodes(work)
-        if self.seats.prefilling:
-            self.batched_tokens += self._plan_prefills(work, starts)
+        self.prefill_tokens = self._plan_prefills(work, starts) if self.seats.prefilling else 0
+        self.batched_tokens += self.prefill_tokens
         ends = self.seats.collect_ends()
         if work or ends:
             self._num_steps += 1
@@ -225,11 +230,12 @@ class Scheduler:
         pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, num_full)
         self.sharing.claim(seq, num_full)
         self.seats.enter(seq)
-        seq.tenant.served += seq.num_to_prefill  # at once, so that the next seat goes to another tenant
+        # At once, so that the next seat goes to another tenant.
+        seq.tenant.served += seq.num_to_prefill * seq.tenant.price
         if seq.stats.seated_s is None:
             seq.stats.seated_s, seq.stats.num_cached_tokens = now, min(seq.planned, len(seq.new.prompt))
-            self.cache_queries += len(seq.new.prompt)
-            self.cache_hits += seq.stats.num_cached_tokens
+            looked_up = islice(kv.keys, (len(seq.tokens) - 1) // size) if seq.new.read_cache else None
+            self.lookups.count(pool, len(seq.new.prompt), seq.stats.num_cached_tokens, looked_up)
 
     def _make_way(self, seq: Sequence, hit: list[int]) -> bool:
         """Preempt sequences of lower priority, the worst first, if that makes room; whether it does."""
@@ -273,7 +279,7 @@ class Scheduler:
 
     def _vacate(self, seq: Sequence) -> None:
         if seq.state is State.PREFILLING:
-            seq.tenant.served -= seq.num_to_prefill
+            seq.tenant.served -= seq.num_to_prefill * seq.tenant.price
         self.seats.leave(seq)
         self._settle(seq, seq.kv.num_published, seq.kv.num_claimed)
         self.pool.release(seq.kv.blocks)
@@ -335,7 +341,7 @@ class Scheduler:
             exact = not most or not seq.pending
             seq.planned = start + 1 + drafts
             seq.pending += 1 + drafts
-            seq.tenant.served += 1
+            seq.tenant.served += seq.tenant.price
             room -= drafts
             total += 1 + drafts
             work.append(Work(seq.id, seq.slot, seq.epoch, start, exact, 1, drafts, new_blocks, True))

@@ -36,6 +36,7 @@ class NewSequence:
     min_tokens: int = 0
     priority: int = 0  # lower runs first
     tenant: str = ""
+    share: float = 1.0  # of the machine that the tenant gets, relative to other tenants
     cache_root: bytes = b""
     read_cache: bool = True
 
@@ -45,7 +46,8 @@ class Tenant:
     """Whose sequences share what."""
 
     name: str
-    served: int = 0  # virtual time: positions computed, or about to be
+    served: float = 0.0  # virtual time: what was computed, or is about to be, in its positions' prices
+    price: float = 1.0  # of a position: the higher the tenant's share, the lower
     num_sequences: int = 0  # unfinished
 
 

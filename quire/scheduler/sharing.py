@@ -14,6 +14,11 @@ class Sharing:
         self._waiting: dict[bytes, list[Sequence]] = {}
         self._waits_for: dict[Sequence, bytes] = {}
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a promise."""
+        return len(self._waits_for)
+
     def claim(self, seq: Sequence, num: int) -> None:
         """`seq` will compute its blocks up to `num`, of which it has the keys."""
         kv = seq.kv

@@ -13,6 +13,7 @@ from typing import Any
 
 from quire.errors import InvalidRequest, QuireError
 from quire.scheduler.blocks import BlockPool
+from quire.scheduler.lookups import Lookups
 from quire.scheduler.plan import Emitted, Plan, Result
 from quire.scheduler.scheduler import NewSequence, Scheduler
 from quire.scheduler.sequence import SequenceStats
@@ -97,14 +98,19 @@ class Recorder:
         return self._scheduler.num_preemptions
 
     @property
-    def cache_queries(self) -> int:
-        """See `Scheduler`."""
-        return self._scheduler.cache_queries
+    def num_parked(self) -> int:
+        """See `Scheduler.num_parked`."""
+        return self._scheduler.num_parked
 
     @property
-    def cache_hits(self) -> int:
+    def lookups(self) -> Lookups:
+        """See `Scheduler`; for reading."""
+        return self._scheduler.lookups
+
+    @property
+    def prefill_tokens(self) -> int:
         """See `Scheduler`."""
-        return self._scheduler.cache_hits
+        return self._scheduler.prefill_tokens
 
     @property
     def batched_tokens(self) -> int:

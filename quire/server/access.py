@@ -1,4 +1,4 @@
-"""A request id for every request, and a line in the log when it has ended. Never what was asked or answered."""
+"""A request id for every request; a line in the log and a count when it has ended. Never what was asked or answered."""
 
 import re
 import time
@@ -7,17 +7,20 @@ import uuid
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.log import logger
+from quire.server.counts import HttpCounts
 from quire.server.errors import error_of
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-QUIET = {"/livez", "/readyz", "/startupz", "/health", "/ping", "/metrics", "/load"}  # asked every few seconds
+QUIET = {  # asked every few seconds
+    *("/livez", "/readyz", "/startupz", "/health", "/ping", "/metrics", "/load", "/version")
+}
 
 
 class Access:
-    """Puts `request_id` into the scope and the header X-Request-Id into the response."""
+    """Puts `request_id` into the scope and the header X-Request-Id into the response, and counts."""
 
-    def __init__(self, app: ASGIApp, *, log: bool):
-        self.app, self.log = app, log
+    def __init__(self, app: ASGIApp, counts: HttpCounts, *, log: bool):
+        self.app, self.counts, self.log = app, counts, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,8 +42,10 @@ class Access:
             if not status:  # else the application has answered, logged it, and raised it again
                 await error_of(error, request_id).response()(scope, receive, record)
         finally:
-            if self.log and scope["path"] not in QUIET:
-                path, seconds = scope["path"][:200], time.monotonic() - begin
+            path, seconds, quiet = scope["path"][:200], time.monotonic() - begin, scope["path"] in QUIET
+            if not quiet:
+                self.counts.observe(scope, status, seconds)
+            if self.log and not quiet:
                 shown = path.encode("ascii", "backslashreplace").decode()  # nothing that a terminal obeys
                 shown = "".join(c if c.isprintable() else "?" for c in shown)
                 tenant = f" {scope['tenant']}" if scope.get("tenant") else ""

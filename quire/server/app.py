@@ -3,7 +3,6 @@
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
@@ -16,12 +15,13 @@ from quire.errors import ConfigError, QuireError
 from quire.server import ops
 from quire.server.access import Access
 from quire.server.auth import Auth, Keys
+from quire.server.counts import HttpCounts
 from quire.server.errors import ApiError, ClientGone, error_of
 from quire.server.frontend import Frontend, json_response
 from quire.server.openai import chat, completions, models, tokenize
-from quire.server.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from quire.server.schema import document
 from quire.server.settings import ServerSettings
+from quire.server.tracing import Traced
 
 CLIENT_CLOSED = 499  # as in other servers' logs; nobody reads it
 
@@ -41,6 +41,8 @@ def wrap(front: Frontend) -> ASGIApp:
     if not settings.served_model_name:
         raise ConfigError("served_model_name is empty; give the names that requests may use")
     api = _rooted(_api(front), settings.root_path)
+    if front.tracer is not None:
+        api = Traced(api, front.tracer)
     app: ASGIApp = Auth(api, Keys.of(settings), root_path=settings.root_path)
     if settings.allowed_origins:  # outside, because browsers ask without a key whether they may
         app = CORSMiddleware(
@@ -50,14 +52,16 @@ def wrap(front: Frontend) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
-    return Access(app, log=not settings.disable_access_log)
+    counts = HttpCounts(front.service.metrics.families)
+    return Access(app, counts, log=not settings.disable_access_log)
 
 
 def _rooted(app: ASGIApp, root_path: str) -> ASGIApp:
     """Routes are found under `root_path`, and without it, for a proxy that cuts it off."""
 
     async def rooted(scope: Scope, receive: Receive, send: Send) -> None:
-        await app({**scope, "root_path": root_path}, receive, send)
+        scope["root_path"] = root_path  # in place: who counts outside reads from the scope which route it was
+        await app(scope, receive, send)
 
     return rooted if root_path else app
 
@@ -75,8 +79,7 @@ def _api(front: Frontend) -> FastAPI:
     api.state.frontend = front
     for part in (completions, chat, models, tokenize, ops):
         api.include_router(part.router)
-    bodies: list[type[BaseModel]] = [CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest]
-    shape: dict[str, Any] = document(api, bodies, __version__)
+    shape: dict[str, Any] = document(api, __version__, front.settings.root_path)
 
     @api.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
@@ -96,7 +99,8 @@ async def _explain(http: HttpRequest, error: Exception) -> Response:
 async def _no_route(http: HttpRequest, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     wording = {404: "there is no such path", 405: "this path does not take this method"}
-    return ApiError(status, wording.get(status, "the request cannot be served")).response()
+    headers = error.headers if isinstance(error, HTTPException) else None  # Allow, with 405
+    return ApiError(status, wording.get(status, "the request cannot be served"), headers=headers).response()
 
 
 async def _gone(_: HttpRequest, __: Exception) -> Response:

@@ -6,13 +6,14 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from quire.errors import EngineCrash, EngineDead, InvalidRequest, PromptTooLong, QuireError
+from quire.errors import EngineCrash, EngineDead, InvalidRequest, PromptTooLong, QuireError, RequestCancelled
 from quire.log import logger
 
 MAX_MESSAGE_CHARS = 2_000
 NAMES = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
@@ -94,6 +95,8 @@ def error_of(error: Exception, request_id: str) -> ApiError:
         )
     if isinstance(error, InvalidRequest):
         return bad_request(str(error), error.param)
+    if isinstance(error, RequestCancelled):
+        return ApiError(403, str(error), code="request_cancelled")  # a status that clients do not try again
     if isinstance(error, EngineCrash):
         return ApiError(500, str(error), code="engine_crash")
     if isinstance(error, TimeoutError):

@@ -3,11 +3,12 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, TypeVar
 
 import msgspec
+from prometheus_client.registry import Collector
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -17,16 +18,22 @@ from quire.server.errors import ApiError, error_of, unavailable
 from quire.server.limits import read_body
 from quire.server.settings import ServerSettings
 from quire.server.sse import EventStream, answered
+from quire.server.tracing import Tracer
 from quire.types import FinishReason, Request, RequestOutput
 
 Body = TypeVar("Body", bound=BaseModel)
+Scrape = Callable[[], Awaitable[tuple[Collector, int]]]  # metrics, and how many calls wait for the engine
 Numbered = tuple[int, RequestOutput]  # which of a call's prompts, and what is new of it
 FAREWELL_S = 2.0
 Stream = AsyncGenerator[RequestOutput, None]
 
 
 class Frontend:
-    """What the routes share. `draining` refuses new work and lets the old end."""
+    """What the routes share. `draining` refuses new work and lets the old end.
+
+    Raises:
+        ConfigError: traces are asked for, and the packages for them are not installed.
+    """
 
     def __init__(self, service: Service, settings: ServerSettings):
         self.service, self.settings = service, settings
@@ -37,6 +44,12 @@ class Frontend:
         self.active: set[str] = set()  # ids of requests that the engine has
         self.num_calls = 0  # HTTP requests that wait for the engine
         self.changed = asyncio.Event()
+        self.scrape: Scrape = self._scrape  # of all frontends at the port
+        traces = settings.otlp_traces_endpoint
+        self.tracer = None if traces is None else Tracer.to(traces, self.names[0])
+
+    async def _scrape(self) -> tuple[Collector, int]:
+        return self.service.metrics.registry, self.num_calls
 
     @property
     def status(self) -> Status:
@@ -97,10 +110,13 @@ class Frontend:
         http: HttpRequest,
         requests: Sequence[Request],
         pieces: Callable[[AsyncGenerator[Numbered, None]], AsyncGenerator[bytes, None]],
+        late_headers: Callable[[], Mapping[str, str]] = dict,
     ) -> Response:
-        """Run requests; what `pieces` makes of each output is sent at once."""
+        """Run requests; what `pieces` makes of each output is sent at once. `late_headers` come with the first."""
         timeout_s = self.settings.request_timeout
-        return EventStream(pieces(self.run(requests)), self.explain(http), timeout_s=timeout_s)
+        return EventStream(
+            pieces(self.run(requests)), self.explain(http), timeout_s=timeout_s, late_headers=late_headers
+        )
 
     async def run(self, requests: Sequence[Request]) -> AsyncGenerator[Numbered, None]:
         """Outputs of all requests, as they come. Leaving early aborts them.
@@ -117,6 +133,8 @@ class Frontend:
 
     def _check(self, output: RequestOutput) -> None:
         for sequence in output.outputs:
+            if sequence.finish_reason is None:  # nearly always
+                continue
             if sequence.finish_reason == FinishReason.ERROR.value:
                 raise ApiError(500, "the engine could not finish this request; sending it again may help")
             if sequence.finish_reason == FinishReason.ABORT.value:
@@ -146,6 +164,11 @@ class Frontend:
                 await self.service.abort(request_id)
             with suppress(TimeoutError):  # a client that reads nothing cannot be told
                 await asyncio.wait_for(self.until(lambda: not self.num_calls), FAREWELL_S)
+
+    async def close(self) -> None:
+        """Nothing is answered any more: send what was noted of it."""
+        if self.tracer is not None:
+            await self.tracer.close()
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait until something holds of `num_calls` and `active`."""

@@ -49,8 +49,9 @@ async def version() -> Response:
 
 @router.get("/load")
 async def load(http: HttpRequest) -> Response:
-    """How many calls wait for the engine."""
-    return json_response({"server_load": frontend_of(http).num_calls})
+    """How many calls wait for the engine, in all frontends at this port."""
+    _, num_calls = await frontend_of(http).scrape()
+    return json_response({"server_load": num_calls})
 
 
 @router.get("/metrics")
@@ -58,4 +59,5 @@ async def metrics(http: HttpRequest) -> Response:
     """Prometheus' text format, under vLLM's names."""
     front = frontend_of(http)
     front.check_ready()
-    return Response(generate_latest(front.service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    collector, _ = await front.scrape()
+    return Response(generate_latest(collector), media_type=CONTENT_TYPE_LATEST)

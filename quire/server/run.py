@@ -2,25 +2,28 @@
 
 import asyncio
 import errno
-import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Protocol
 
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
+from quire.config import Config
+from quire.engine.keeper import Keeper, Keeping
+from quire.engine.remote import RemoteEngine
 from quire.engine.service import Service, Status
-from quire.errors import ConfigError
+from quire.engine.wire import Facts
+from quire.errors import ConfigError, EngineDead
 from quire.log import logger
-from quire.server.app import wrap
-from quire.server.frontend import FAREWELL_S, Frontend
-from quire.server.limits import MAX_HEADER_BYTES
+from quire.server.admin import Control, administered
+from quire.server.counts import of_server
+from quire.server.frontend import Frontend
+from quire.server.http import http_server
 from quire.server.settings import ServerSettings
+from quire.server.workers import Workers
 
 BACKLOG = 2048
+UNSENT_BYTES = 64 << 10  # that the system holds for a slow client; beyond it, what is new is merged
 DRAINED, FORCED, ENGINE_DEAD = 0, 130, 70  # exit codes
 WATCH_S = 0.5
 
@@ -33,75 +36,137 @@ class Engine(Service, Protocol):
     def shutdown(self) -> None: ...
 
 
-class HttpProtocol(HttpToolsProtocol):
-    """HTTP/1.1, with an end to headers: the parser itself collects them without one."""
-
-    head_bytes = 0
-    in_head = True
-
-    def on_message_begin(self) -> None:
-        self.in_head = True
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self.in_head, self.head_bytes = False, 0
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.in_head:
-            self.head_bytes += len(data)
-            if self.head_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-                self.send_400_response("The headers are too large.")
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers, which know nothing of draining."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 def listen(settings: ServerSettings) -> socket.socket:
     """The listening socket, before anything slow begins.
 
     Raises:
         ConfigError: the address is in use, not this machine's, or not allowed.
     """
-    where = f"host {settings.host!r} and port {settings.port}"
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        hint = "; another port may be free: --port 0 takes one" if error.errno == errno.EADDRINUSE else ""
-        raise ConfigError(f"cannot listen at {where}: {error.strerror}{hint}") from None
+    listener = _bound(settings, settings.port, shared=False)
+    listener.listen(BACKLOG)
     return listener
 
 
-def http_server(front: Frontend) -> HttpServer:
-    """The HTTP server over a frontend; `serve(sockets=[...])` runs it until `should_exit`."""
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what it has to say, we say ourselves
-    config = uvicorn.Config(
-        wrap(front),
-        http=HttpProtocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        ssl_certfile=front.settings.ssl_certfile,
-        ssl_keyfile=front.settings.ssl_keyfile,
-        timeout_graceful_shutdown=int(FAREWELL_S),
-    )
-    config.load()  # so that a certificate that cannot be read is known now
-    return HttpServer(config)
+def listen_several(settings: ServerSettings) -> list[socket.socket]:
+    """Listening sockets of one port, among which the kernel divides connections: one for each worker.
+
+    At one socket for all, the worker that wakes first would take whatever waits there.
+
+    Raises:
+        ConfigError: see `listen`.
+    """
+    with _bound(
+        settings, settings.port, shared=False
+    ) as alone:  # nobody else's, of whom the port is shared then
+        port = alone.getsockname()[1]
+    with ExitStack() as opened:
+        listeners = []
+        for _ in range(settings.api_server_count):
+            listeners.append(opened.enter_context(_bound(settings, port, shared=True)))
+            listeners[-1].listen(BACKLOG)
+        opened.pop_all()
+    return listeners
+
+
+def _bound(settings: ServerSettings, port: int, *, shared: bool) -> socket.socket:
+    with ExitStack() as opened:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                settings.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = opened.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+            listener.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES
+            )  # connections inherit it
+            listener.bind(address)
+        except OSError as error:
+            hint = "; another port may be free: --port 0 takes one" if error.errno == errno.EADDRINUSE else ""
+            where = f"host {settings.host!r} and port {port}"
+            raise ConfigError(f"cannot listen at {where}: {error.strerror}{hint}") from None
+        opened.pop_all()
+    return listener
+
+
+class Site(Protocol):
+    """What serves: this process alone, or several. Made once signals are heeded; always closed."""
+
+    async def start(self) -> None:
+        """Return when requests are taken.
+
+        Raises:
+            ConfigError, ModelError, CapacityError, EngineDead: that will never be.
+        """
+
+    async def end(self) -> None:
+        """Wait until nothing can be served any more."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new work, let the old end."""
+
+    async def close(self, *, at_once: bool) -> None:
+        """Leave no process and no socket."""
+
+
+class Alone:
+    """HTTP and an engine's text in this process."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings, listener: socket.socket):
+        of_server(engine.metrics, settings)
+        self.engine, self.front = engine, Frontend(engine, settings)
+        self.server = http_server(self.front)
+        # Probes have answers from the beginning.
+        self.answering = asyncio.create_task(self.server.serve(sockets=[listener]))
+
+    async def start(self) -> None:
+        """See `Site`."""
+        await self.engine.start()
+
+    async def end(self) -> None:
+        """See `Site`."""
+        while self.engine.status is not Status.DEAD and not self.answering.done():
+            await asyncio.wait([self.answering], timeout=WATCH_S)
+
+    async def drain(self, timeout_s: float) -> None:
+        """See `Site`."""
+        await self.front.drain(timeout_s)
+
+    async def close(self, *, at_once: bool) -> None:
+        """See `Site`."""
+        self.server.should_exit, self.server.force_exit = True, at_once
+        await self.answering
+        if not at_once:
+            await self.front.close()
+        self.engine.shutdown()
+
+
+class Several:
+    """HTTP and text in processes of their own; here are the requests and the engine."""
+
+    def __init__(
+        self, keeper: Keeper, config: Config, settings: ServerSettings, listeners: Sequence[socket.socket]
+    ):
+        of_server(keeper.metrics, settings)
+        self.keeper, self.workers = keeper, Workers(keeper, config, settings, listeners)
+
+    async def start(self) -> None:
+        """See `Site`."""
+        await self.workers.start()
+
+    async def end(self) -> None:
+        """See `Site`."""
+        while self.keeper.status is not Status.DEAD and not self.workers.failure.done():
+            await asyncio.wait([self.workers.failure], timeout=WATCH_S)
+
+    async def drain(self, timeout_s: float) -> None:
+        """See `Site`."""
+        await self.workers.drain(timeout_s)
+
+    async def close(self, *, at_once: bool) -> None:
+        """See `Site`."""
+        await self.workers.close(at_once=at_once)
+        self.keeper.close(EngineDead("the server stopped"))
 
 
 async def serve(
@@ -114,34 +179,65 @@ async def serve(
     Raises:
         ConfigError, ModelError, CapacityError: the engine cannot be started.
     """
-    front, signals = Frontend(engine, settings), Signals()
-    server = http_server(front)
-    answering = asyncio.create_task(
-        server.serve(sockets=[listener])
-    )  # probes have answers from the beginning
+    keeper = engine.keeper if isinstance(engine, RemoteEngine) else None
+    return await _serve(lambda: Alone(engine, settings, listener), keeper, settings, announce)
+
+
+async def serve_several(
+    keeper: Keeper,
+    config: Config,
+    settings: ServerSettings,
+    listeners: Sequence[socket.socket],
+    announce: Callable[[Facts, bool], None],
+) -> int:
+    """As `serve`, with a process for HTTP at each of the listeners; `announce` gets what `Workers` found out."""
+    several: list[Several] = []
+
+    def make() -> Several:
+        several.append(Several(keeper, config, settings, listeners))
+        return several[0]
+
+    def ready() -> None:
+        workers = several[0].workers
+        if workers.facts is not None:
+            announce(workers.facts, bool(workers.has_template))
+
+    return await _serve(make, keeper, settings, ready)
+
+
+async def _serve(
+    make: Callable[[], Site], keeper: Keeping | None, settings: ServerSettings, announce: Callable[[], None]
+) -> int:
+    signals = Signals()
     try:
-        starting = asyncio.create_task(engine.start())
-        await first(starting, signals.once(), answering)
-        if not starting.done():
+        async with AsyncExitStack() as stack:
+            if isinstance(keeper, Keeper):
+                await stack.enter_async_context(administered(Control(keeper, settings, signals.ask)))
+            return await _run(make(), signals, settings.drain_timeout, announce)
+    finally:
+        signals.close()
+
+
+async def _run(site: Site, signals: "Signals", drain_timeout_s: float, announce: Callable[[], None]) -> int:
+    end = asyncio.create_task(site.end())
+    try:
+        starting = asyncio.create_task(site.start())
+        await first(starting, signals.once(), end)
+        if signals.count and not starting.done():
             await cancelled(starting)
             return FORCED
         await starting
         announce()
-        await first(asyncio.create_task(_until_dead(engine)), signals.once(), answering)
-        if engine.status is Status.DEAD:
+        await first(end, signals.once())
+        if end.done():
             return ENGINE_DEAD
-        logger.info(
-            "stopping: requests have %g s to end; a second signal stops at once", settings.drain_timeout
-        )
-        draining = asyncio.create_task(front.drain(settings.drain_timeout))
+        logger.info("stopping: requests have %g s to end; a second signal stops at once", drain_timeout_s)
+        draining = asyncio.create_task(site.drain(drain_timeout_s))
         await first(draining, signals.twice())
         return DRAINED if draining.done() else FORCED
     finally:
-        server.should_exit = True
-        server.force_exit = signals.count > 1
-        await answering
-        engine.shutdown()
-        signals.close()
+        await cancelled(end)
+        await site.close(at_once=signals.count > 1)
 
 
 class Signals:
@@ -161,6 +257,13 @@ class Signals:
     def twice(self) -> "asyncio.Task[Any]":
         return asyncio.create_task(self.events[1].wait())
 
+    def ask(self) -> bool:
+        """Do as if the first signal had come; False if it has."""
+        if self.count:
+            return False
+        self._came()
+        return True
+
     def close(self) -> None:
         for kind in self.KINDS:
             self.loop.remove_signal_handler(kind)
@@ -179,8 +282,3 @@ async def first(*tasks: "asyncio.Task[Any]") -> None:
 async def cancelled(task: "asyncio.Task[Any]") -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-async def _until_dead(engine: Engine) -> None:
-    while engine.status is not Status.DEAD:
-        await asyncio.sleep(WATCH_S)

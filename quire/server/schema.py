@@ -1,13 +1,65 @@
-"""The OpenAPI document: routes read their bodies themselves, so their shapes are put in here."""
+"""The OpenAPI document: routes read and write their bodies themselves, so the shapes are put in here."""
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from quire.server.openai import answers, protocol
+
 REF = "#/components/schemas/{model}"
+ABOUT = "OpenAI's API over one model, with vLLM's extra fields, and what operators ask of a server."
+TEXT = "text/plain"
+REQUESTS: list[type[BaseModel]] = [
+    protocol.CompletionRequest,
+    protocol.ChatRequest,
+    protocol.TokenizeRequest,
+    protocol.DetokenizeRequest,
+]
+# What a route answers with 200; a second one is an event of its stream.
+ANSWERS: dict[str, tuple[type[BaseModel], ...]] = {
+    "/v1/completions": (answers.CompletionAnswer, answers.CompletionChunk),
+    "/v1/chat/completions": (answers.ChatAnswer, answers.ChatChunk),
+    "/v1/models": (answers.Models,),
+    "/v1/models/{name}": (answers.Model,),
+    "/tokenize": (answers.TokensAnswer,),
+    "/detokenize": (answers.TextAnswer,),
+    "/version": (answers.Version,),
+    "/load": (answers.Load,),
+}
+REFUSALS = {
+    400: "A value is wrong; the error names it, the limit and the way out.",
+    401: "No valid key.",
+    404: "There is no such model.",
+    408: "The body did not arrive.",
+    413: "The body is too large.",
+    429: "More than this key may ask for now; Retry-After says when.",
+    500: "The engine could not finish it.",
+    501: "This server cannot do it yet.",
+    503: "The engine starts, the server stops, or too much waits; Retry-After says when.",
+    504: "It took longer than allowed.",
+}
+WRONG = {  # an example
+    "error": {
+        "message": "temperature is 7; it must be a number from 0 to 2",
+        "type": "BadRequestError",
+        "param": "temperature",
+        "code": 400,
+    }
+}
+HEADERS = (
+    (
+        "X-Request-Id",
+        "string",
+        "Names the call in the log and in the answer; letters, digits and ._:-, up to 128.",
+    ),
+    ("X-Vllm-Priority", "integer", "As the field priority, before which it goes."),
+)
+ASKED = (401, 503)  # what a route without a body refuses
+PROBES = {"/livez": (), "/readyz": (503,), "/startupz": (503,)}
+EMPTY = ("/health", "/ping")  # a status, and nothing to read
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:
@@ -16,10 +68,69 @@ def body_of(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def document(app: FastAPI, models: list[type[BaseModel]], version: str) -> dict[str, Any]:
-    """The whole document."""
-    _, shapes = models_json_schema([(model, "validation") for model in models], ref_template=REF)
-    found = get_openapi(title="Quire", version=version, routes=app.routes)
-    schemas = found.setdefault("components", {}).setdefault("schemas", {})
-    schemas |= shapes["$defs"]
+def document(app: FastAPI, version: str, root_path: str = "") -> dict[str, Any]:
+    """The whole document, of a server that is offered under `root_path`."""
+    shown: list[type[BaseModel]] = [
+        *REQUESTS,
+        *(shape for shapes in ANSWERS.values() for shape in shapes),
+        answers.ErrorAnswer,
+    ]
+    kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [(model, "validation") for model in shown]
+    _, shapes = models_json_schema(kinds, ref_template=REF)
+    found = get_openapi(title="Quire", version=version, description=ABOUT, routes=app.routes)
+    found["servers"] = [{"url": root_path or "/"}]
+    parts = found.setdefault("components", {})
+    parts["schemas"] = shapes["$defs"]
+    parts["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer", "description": "Where the server has keys."}
+    }
+    for path, methods in found["paths"].items():
+        for operation in methods.values():
+            operation["responses"] = _responses(path, generates="requestBody" in operation)
+            if len(ANSWERS.get(path, ())) > 1:
+                operation["parameters"] = [_header(*header) for header in HEADERS]
+            if path not in PROBES:
+                operation["security"] = [{"key": []}, {}]
     return found
+
+
+def _responses(path: str, *, generates: bool) -> dict[str, Any]:
+    refusals: tuple[int, ...] = tuple(REFUSALS) if generates else PROBES.get(path, ASKED)
+    if path == "/v1/models/{name}":
+        refusals = (*refusals, 404)
+    plain = path in PROBES
+    found = {str(status): _refusal(status, plain=plain, empty=path in EMPTY) for status in sorted(refusals)}
+    return {"200": _success(path), **found}
+
+
+def _success(path: str) -> dict[str, Any]:
+    if path in EMPTY:
+        return {"description": "Requests are taken."}
+    if path not in ANSWERS:
+        return {"description": "As text.", "content": {TEXT: {"schema": {"type": "string"}}}}
+    kinds = ("application/json", "text/event-stream")
+    content = {kind: {"schema": _ref(shape)} for kind, shape in zip(kinds, ANSWERS[path], strict=False)}
+    return {
+        "description": "The answer." if len(content) == 1 else "The answer; a stream's event.",
+        "content": content,
+    }
+
+
+def _header(name: str, kind: str, about: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "description": about, "schema": {"type": kind}}
+
+
+def _refusal(status: int, *, plain: bool, empty: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"description": REFUSALS[status]}
+    if status == 503 and (plain or empty):
+        return found | ({"content": {TEXT: {"schema": {"type": "string"}}}} if plain else {})
+    found["content"] = {"application/json": {"schema": _ref(answers.ErrorAnswer)}}
+    if status == 400:
+        found["content"]["application/json"]["example"] = WRONG
+    if status in (429, 503):
+        found["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+    return found
+
+
+def _ref(shape: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": REF.format(model=shape.__name__)}

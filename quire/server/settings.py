@@ -25,6 +25,7 @@ class ServerSettings:
     api_key_file: str | None = option(
         None, "File with a key in each line, or a tenant's name and a key; # begins a comment."
     )
+    api_server_count: int = option(1, "Processes that speak HTTP at the port, for one engine; at most 64.")
     root_path: str = option("", "Path under which a proxy offers this server, such as /llm.")
     allowed_origins: tuple[str, ...] = option(
         (), "Web origins whose pages may call this server (CORS), such as https://example.org, or *."
@@ -35,6 +36,15 @@ class ServerSettings:
     max_n: int = option(16, "Most outputs a request may ask for with n.")
     request_timeout: float = option(600.0, "Seconds until a request that has not ended is refused its rest.")
     drain_timeout: float = option(30.0, "Seconds that requests get to end after SIGTERM.")
+    admin_socket: str | None = option(
+        None, "Unix socket (a path) for operators: running requests, abort, drain, restart of the engine."
+    )
+    admin_host: str = option("127.0.0.1", "Address of the port for operators.")
+    admin_port: int | None = option(None, "Port for operators, with admin_key_file; 0 takes a free one.")
+    admin_key_file: str | None = option(None, "File with the operators' keys, one in each line.")
+    otlp_traces_endpoint: str | None = option(
+        None, "URL of an OpenTelemetry collector (OTLP over HTTP), such as http://localhost:4318/v1/traces."
+    )
     disable_access_log: bool = option(False, "Do not log a line for each request. Prompts are never logged.")
 
     def __post_init__(self) -> None:
@@ -53,7 +63,24 @@ class ServerSettings:
         )
         for name in ("max_request_bytes", "max_n", "request_timeout"):
             _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _check(0 < self.api_server_count <= 64, "api_server_count", self.api_server_count, "from 1 to 64")
         _check(self.drain_timeout >= 0, "drain_timeout", self.drain_timeout, "at least 0")
+        port = self.admin_port
+        _check(port is None or 0 <= port < 1 << 16, "admin_port", port, "from 0 to 65535")
+        _check(
+            port is None or self.admin_key_file is not None,
+            "admin_key_file",
+            self.admin_key_file,
+            "a file with a key, because admin_port is given: every local user can reach a port",
+        )
+        _check(port is None or port != self.port or not port, "admin_port", port, "another one than port")
+        traces = self.otlp_traces_endpoint
+        _check(
+            traces is None or traces.startswith(("http://", "https://")),
+            "otlp_traces_endpoint",
+            traces,
+            "a URL that begins with http:// or https://",
+        )
         _check(all(self.served_model_name), "served_model_name", self.served_model_name, "names, none empty")
         _check(all(map(is_key, self.api_key)), "api_key", "***", "printable ASCII without spaces, not empty")
 

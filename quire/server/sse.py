@@ -41,9 +41,9 @@ class Chunks:
         tail = self._tail if usage is None else b'],"usage":' + encode(usage) + b"}\n\n"
         return self._head + encode(choice) + tail
 
-    def usage(self, usage: Mapping[str, Any]) -> bytes:
-        """The chunk at the end that has no choice."""
-        return self._head + b'],"usage":' + encode(usage) + b"}\n\n"
+    def end(self, fields: Mapping[str, Any]) -> bytes:
+        """The chunk at the end that has no choice, but usage or the like; `fields` are not empty."""
+        return self._head + b"]," + encode(fields)[1:] + b"\n\n"
 
 
 def event(value: Any) -> bytes:
@@ -62,12 +62,16 @@ class EventStream(Response):
         *,
         timeout_s: float,
         stall_s: float = SEND_TIMEOUT_S,
+        late_headers: Callable[[], Mapping[str, str]] = dict,
     ):
-        """`timeout_s` is for everything, `stall_s` until the client takes a piece (or twice that)."""
+        """`timeout_s` is for everything, `stall_s` until the client takes a piece (or twice that).
+
+        `late_headers` are those that the first piece tells.
+        """
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.pieces, self.explain = pieces, explain
-        self.timeout_s, self.stall_s = timeout_s, stall_s
+        self.timeout_s, self.stall_s, self.late_headers = timeout_s, stall_s, late_headers
         self.num_begun = self.num_sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,6 +83,7 @@ class EventStream(Response):
             try:
                 async with asyncio.timeout(self.timeout_s):
                     first = await anext(pieces)
+                    self.headers.update(self.late_headers())
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     await self._put(send, first)
                     async for piece in pieces:

@@ -70,7 +70,7 @@ def test_the_keys_are_vllms(quire: Quire, folder: Path) -> None:
     words = ("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99.9")
     with serving(Manners()) as peer:
         found = saved(quire, peer, folder, *words, "--metadata", "machine=mine", "run=3")
-    assert found.keys() == KEYS | WRITTEN | {"machine", "run"}
+    assert found.keys() == KEYS | WRITTEN | {"refused", "machine", "run"}
     assert (found["model_id"], found["num_prompts"], found["request_rate"]) == (MODEL, 8, "inf")
     assert (found["completed"], found["total_output_tokens"], found["request_goodput"]) == (8, 32, None)
     assert found["run"] == "3"
@@ -190,10 +190,11 @@ def test_every_way_to_fail_is_counted_and_shown(quire: Quire) -> None:
         done = bench(quire, peer, "--max-concurrency", "1")
     assert done.returncode == 0
     assert "Successful requests:                     3 " in done.stdout
-    assert "Failed requests:                         5 " in done.stdout
+    assert "Failed requests:                         3 " in done.stdout
+    assert "Refused requests (429, 503):             2 " in done.stdout
     assert "Total generated tokens:                  12 " in done.stdout
     for line in (
-        "Failed, 2 x: 503 Service Unavailable: the queue is full",
+        "Refused, 2 x: 503 Service Unavailable: the queue is full",
         "Failed, 1 x: 400 Bad Request: <html>",
         "Failed, 1 x: the connection was closed before the answer was complete",
         "Failed, 1 x: in the stream: logits are NaN",
@@ -213,7 +214,7 @@ def test_a_run_without_a_completed_request_fails(quire: Quire) -> None:
     with serving(Manners(refuse=dict.fromkeys(range(8), (429, b"")))) as peer:
         done = bench(quire, peer)
     assert done.returncode == 1
-    assert "Failed, 8 x: 429 Too Many Requests" in done.stdout
+    assert "Refused, 8 x: 429 Too Many Requests" in done.stdout
 
 
 def test_many_kinds_of_failure_are_not_all_shown(quire: Quire) -> None:

@@ -47,8 +47,17 @@ def talk(scripts: Sequence[Sequence[bytes]], use: Callable[[Client], Awaitable[N
 
 async def get(client: Client) -> tuple[int, bytes]:
     pieces: list[bytes] = []
-    status = await client.send("/", None, lambda piece, now: pieces.append(piece))
+    status, _ = await client.send("/", None, lambda piece, now: pieces.append(piece))
     return status, b"".join(pieces)
+
+
+def test_when_to_try_again_is_told_and_not_kept() -> None:
+    async def use(client: Client) -> None:
+        replies = [await client.send("/", None, lambda piece, now: None) for _ in range(2)]
+        assert replies == [(503, "7"), (200, "")]
+
+    refused = b"HTTP/1.1 503 X\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n"
+    assert talk([[refused, STAY, SIZED]], use) == 1
 
 
 @pytest.mark.parametrize("whole", [SIZED, CHUNKED, TO_THE_END])

@@ -82,7 +82,7 @@ def test_figures_are_numpys() -> None:
 
 
 def test_keys_are_vllms() -> None:
-    assert run(some_requests(0)).keys() == KEYS
+    assert run(some_requests(0)).keys() == KEYS | {"refused"}
     only_ttft = run(some_requests(0), metrics=["ttft"])
     assert {key for key in only_ttft if key.endswith("_ms")} == {key for key in KEYS if "_ttft_" in key}
     assert details([]).keys() == {
@@ -94,6 +94,18 @@ def test_keys_are_vllms() -> None:
         "generated_texts",
         "errors",
     }
+
+
+def test_refusals_are_no_failures() -> None:
+    statuses = [429, 503, 503, 400, 500, 504, 0]  # 0: no answer at all
+    requests = [timed(0.0, 1.0, status=200), *(timed(0.0, error="x", status=status) for status in statuses)]
+    found = run(requests)
+    assert (found["completed"], found["refused"], found["failed"]) == (1, 3, 4)
+    lines = table(found, metrics=[], percents=[], max_concurrency=None, request_rate=float("inf"))
+    assert "Refused requests (429, 503):             3         " in lines
+    found = run(requests[:1])
+    lines = table(found, metrics=[], percents=[], max_concurrency=None, request_rate=float("inf"))
+    assert not any("Refused" in line for line in lines)  # vLLM's table has no such line
 
 
 def test_totals_by_hand() -> None:

@@ -357,3 +357,37 @@ def test_an_ended_sequence_is_not_asked_for_again() -> None:
     assert journal.record(TokenEvent(request_id="0", index=2, token=8)) is None
     journal.crashed()
     assert [s.outputs for s in journal.due()] == [((), None, None)]
+
+
+def test_an_engine_that_is_ended_on_purpose_points_at_nobody() -> None:
+    """However often that happens, and while a suspect is on trial too."""
+    journal = Journal()
+    journal.add(submission("0"), 7.0)
+    for _ in range(MAX_CRASHES + 1):
+        assert [s.request_id for s in journal.due()] == ["0"]
+        journal.changed(["0"], [])
+        assert journal.crashed(on_purpose=True) == []
+    assert journal.entries["0"].strikes == journal.entries["0"].crashes == 0
+    assert journal.entries["0"].added_s == 7.0
+    for _ in range(2):
+        journal.due()
+        journal.changed(["0"], [])
+        assert journal.crashed() == []
+    assert [s.request_id for s in journal.due()] == ["0"] and journal.trial == "0"
+    assert journal.crashed(on_purpose=True) == [] and journal.trial is None
+    assert [s.request_id for s in journal.due()] == ["0"] and journal.trial == "0"
+    assert journal.crashed() == ["0"]
+
+
+def test_the_first_event_after_a_replay_says_so() -> None:
+    journal = Journal()
+    journal.add(submission("0"))
+    told = []
+    for lost in (False, True, True):
+        if lost:
+            journal.crashed(on_purpose=True)
+        journal.due()
+        for number in range(2):
+            event = journal.record(TokenEvent(request_id="0", index=0, token=number))
+            told.append(None if event is None else event.num_replays)
+    assert told == [0, 0, 1, 0, 2, 0]

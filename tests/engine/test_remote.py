@@ -100,24 +100,25 @@ def total_tokens() -> int:
     return sum(params.n * (params.max_tokens or 0) for params in PARAMS)
 
 
+@pytest.mark.slow
 @in_a_loop
 async def test_kills_at_any_point_change_nothing() -> None:
     """What a request without a seed draws depends on its number, so each run has an engine of its own."""
     async with running() as engine:
         want = await all_streams(engine)
-        assert engine.num_restarts == 0
+        assert engine.keeper.num_restarts == 0
     for seed in range(2):
         points = random.Random(seed).sample(range(1, total_tokens() - 200), 4)
         async with running() as engine:
             got = await all_streams(
-                engine, points, lambda e=engine: os.kill(e.supervisor.pid, signal.SIGKILL)
+                engine, points, lambda e=engine: os.kill(e.keeper.supervisor.pid, signal.SIGKILL)
             )
             assert got == want
-            assert 1 <= engine.num_restarts <= 4 and engine.num_replayed >= 16
-            assert engine.status is Status.READY and len(engine.journal.entries) == 0
+            assert 1 <= engine.keeper.num_restarts <= 4 and engine.keeper.num_replayed >= 16
+            assert engine.status is Status.READY and len(engine.keeper.journal.entries) == 0
         counted = {m.name: m.value for m in engine.metrics.snapshot() if m.name.startswith("quire:")}
-        assert counted["quire:engine_restarts_total"] == engine.num_restarts
-        assert counted["quire:requests_replayed_total"] == engine.num_replayed
+        assert counted["quire:engine_restarts_total"] == engine.keeper.num_restarts
+        assert counted["quire:requests_replayed_total"] == engine.keeper.num_replayed
 
 
 @in_a_loop
@@ -125,42 +126,47 @@ async def test_a_request_without_a_seed_draws_the_same_after_a_restart() -> None
     got = []
     for at in ([], [60]):
         async with running() as engine:  # what it draws depends on which request of its engine it is
-            counter = Counter(at, lambda e=engine: os.kill(e.supervisor.pid, signal.SIGKILL))
+            counter = Counter(at, lambda e=engine: os.kill(e.keeper.supervisor.pid, signal.SIGKILL))
             got.append(await counter.tokens(engine, "hello", SAMPLED))
-            assert engine.num_restarts == len(at)
+            assert engine.keeper.num_restarts == len(at)
     assert got[0] == got[1]
 
 
+@pytest.mark.slow
 @in_a_loop
 async def test_a_stopped_process_is_noticed_and_replaced() -> None:
     async with running(hang_s=0.5) as engine:
         want = await all_streams(engine)
-        stopped = engine.supervisor.pid
+        stopped = engine.keeper.supervisor.pid
         got = await all_streams(engine, [300], lambda: os.kill(stopped, signal.SIGSTOP))
-        assert got == want and engine.num_restarts == 1
+        assert got == want and engine.keeper.num_restarts == 1
         assert not Path(f"/proc/{stopped}").exists()
 
 
+@pytest.mark.slow
 @in_a_loop
 async def test_the_process_that_starts_others_may_die_too() -> None:
     async with running() as engine:
         want = await all_streams(engine)
-        first, group = engine.supervisor.nursery.process.pid, engine.supervisor.pid
+        first, group = engine.keeper.supervisor.nursery.process.pid, engine.keeper.supervisor.pid
         got = await all_streams(engine, [300], lambda: os.kill(first, signal.SIGKILL))
-        assert got == want and engine.num_restarts == 1
-        assert engine.supervisor.nursery.process.pid != first
-        assert not Path(f"/proc/{first}").exists() and engine.supervisor.pid != group
+        assert got == want and engine.keeper.num_restarts == 1
+        assert engine.keeper.supervisor.nursery.process.pid != first
+        assert not Path(f"/proc/{first}").exists() and engine.keeper.supervisor.pid != group
 
 
 @in_a_loop
 async def test_an_idle_process_that_dies_is_replaced_before_it_is_needed() -> None:
     async with running() as engine:
-        lost = engine.supervisor.pid
+        lost = engine.keeper.supervisor.pid
         os.kill(lost, signal.SIGKILL)
         outputs = await collect(engine, "hello", GREEDY)
-        assert outputs[-1].finished and engine.num_restarts == 1 and engine.supervisor.pid != lost
+        assert (
+            outputs[-1].finished and engine.keeper.num_restarts == 1 and engine.keeper.supervisor.pid != lost
+        )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mark", "hang_s", "at"), [(DIES, 10.0, 0), (DIES, 10.0, 1), (DIES, 10.0, 17), (HANGS, 0.5, 3)]
 )
@@ -173,27 +179,29 @@ def test_a_poison_fails_alone(mark: int, hang_s: float, at: int) -> None:
             with pytest.raises(EngineCrash):
                 await asyncio.gather(streams, collect(engine, "deadly", poison, "poison"))
             assert await streams == want
-            assert engine.num_restarts == 3
+            assert engine.keeper.num_restarts == 3
             assert (await collect(engine, "after", GREEDY))[-1].finished
 
     asyncio.run(asyncio.wait_for(work(), 120))
 
 
+@pytest.mark.slow
 @in_a_loop
 async def test_a_process_that_computes_for_long_is_not_taken_for_hung() -> None:
     async with running(entry=FAULTY, hang_s=0.3) as engine:
         slow = replace(GREEDY, logit_bias={COMPUTES: 0.005})
         assert (await collect(engine, "hello", slow))[-1].finished
-        assert engine.num_restarts == 0
+        assert engine.keeper.num_restarts == 0
 
 
+@pytest.mark.slow
 @in_a_loop
 async def test_an_engine_that_always_dies_is_given_up() -> None:
     async with running(entry=SHORT_LIVED) as engine:
-        await engine.supervisor.watch
+        await engine.keeper.supervisor.watch
         with pytest.raises(EngineDead, match="without computing a token"):
             await collect(engine, "hello", GREEDY)
-        assert engine.status is Status.DEAD and engine.num_restarts == 5
+        assert engine.status is Status.DEAD and engine.keeper.num_restarts == 5
         with pytest.raises(EngineDead):
             await engine.check_health()
 
@@ -209,12 +217,13 @@ async def test_consumers_that_leave_free_the_cache() -> None:
             await stream.aclose()
 
         await asyncio.gather(*(leave(i) for i in range(200)))
-        assert engine.num_open == len(engine.journal.entries) == len(engine.requests.open) == 0
+        assert engine.num_open == len(engine.keeper.journal.entries) == len(engine.requests.open) == 0
         await collect(engine, "after", GREEDY)  # what was sent before it has been obeyed
         assert engine.metrics.totals.used_blocks == 0
         assert engine.metrics.totals.num_running == engine.metrics.totals.num_waiting == 0
 
 
+@pytest.mark.slow
 @in_a_loop
 async def test_a_slow_consumer_gets_everything_at_once() -> None:
     async with running() as engine:
@@ -235,18 +244,19 @@ async def test_requests_that_come_or_leave_during_a_restart() -> None:
         stays, leaves = engine.generate("stays", GREEDY), engine.generate("leaves", GREEDY)
         head = await anext(stays)
         await anext(leaves)
-        os.kill(engine.supervisor.pid, signal.SIGKILL)
+        os.kill(engine.keeper.supervisor.pid, signal.SIGKILL)
         while engine.status is Status.READY:
-            await asyncio.wait([engine.supervisor.link.closed])
+            await asyncio.wait([engine.keeper.supervisor.link.closed])
             await asyncio.sleep(0)
         assert engine.status is Status.RESTARTING
         await leaves.aclose()
         comes = asyncio.create_task(collect(engine, "comes", GREEDY))
         tokens = head.outputs[0].token_ids + [t async for o in stays for t in o.outputs[0].token_ids]
         assert len(tokens) == 96 and (await comes)[-1].finished
-        assert engine.num_replayed == 1
+        assert engine.keeper.num_replayed == 1
 
 
+@pytest.mark.slow
 @in_a_loop
 async def test_errors_belong_to_their_request() -> None:
     async with running() as engine:
@@ -261,7 +271,7 @@ async def test_errors_belong_to_their_request() -> None:
         )
         assert results[0][-1].finished
         assert sum(isinstance(r, InvalidRequest) for r in results) == 3
-        assert engine.num_restarts == 0
+        assert engine.keeper.num_restarts == 0
 
     small = replace(CONFIG, kv_cache_memory_bytes=2**19, max_model_len=64)
     async with running(small) as engine:
@@ -269,6 +279,7 @@ async def test_errors_belong_to_their_request() -> None:
             await collect(engine, list(range(5, 70)), GREEDY)
 
 
+@pytest.mark.slow
 @in_a_loop
 async def test_abort_ends_the_stream_and_frees_the_id() -> None:
     async with running() as engine:
@@ -312,7 +323,7 @@ def test_what_cannot_start_says_why_and_leaves_nothing(
         before = open_files()
         with pytest.raises(error):
             await engine.start()
-        assert engine.status is Status.DEAD and engine.supervisor.nursery is None
+        assert engine.status is Status.DEAD and engine.keeper.supervisor.nursery is None
         await asyncio.sleep(0)  # transports close their sockets in the loop's next round
         assert open_files() == before
 
@@ -327,7 +338,7 @@ async def test_shutdown_leaves_no_process_and_no_socket() -> None:
             *(collect(engine, "hello", GREEDY) for _ in range(4)), return_exceptions=True
         )
         await collect(engine, "hello", replace(GREEDY, max_tokens=4))
-        processes = [engine.supervisor.pid, engine.supervisor.nursery.process.pid]
+        processes = [engine.keeper.supervisor.pid, engine.keeper.supervisor.nursery.process.pid]
     assert all(isinstance(result, EngineDead) for result in await streams)
     assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
     assert open_files() == before
@@ -345,11 +356,11 @@ from quire.types import SamplingParams
 async def main():
     engine = RemoteEngine(Config(**json.loads({json.dumps(json.dumps({"model": "demo", "device": "cpu"}))})))
     starting = asyncio.create_task(engine.start())
-    while engine.supervisor.nursery is None:
+    while engine.keeper.supervisor.nursery is None:
         await asyncio.sleep(0)
-    print(engine.supervisor.nursery.process.pid, flush=True)
+    print(engine.keeper.supervisor.nursery.process.pid, flush=True)
     await starting
-    print(engine.supervisor.pid, flush=True)
+    print(engine.keeper.supervisor.pid, flush=True)
     async for output in engine.generate("hello", SamplingParams(max_tokens=1000, ignore_eos=True)):
         print("token", flush=True)
 
@@ -358,7 +369,12 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(each, marks=SLOW) for each in (signal.SIGTERM, signal.SIGINT))]
+)
 @pytest.mark.parametrize("num_lines", [1, 2, 3])
 def test_nothing_outlives_the_frontend(number: int, num_lines: int) -> None:
     """It gets the signal while its nursery loads, when it is ready, or amid a stream."""

@@ -103,6 +103,7 @@ to_group = st.one_of(
     st.builds(wire.Launch, options),
     st.builds(wire.Add, submissions),
     st.builds(wire.Abort, texts, st.none() | counts),
+    st.builds(wire.Reset),
     st.builds(wire.Ping, counts),
     st.builds(wire.Stop),
 )

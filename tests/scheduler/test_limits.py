@@ -47,6 +47,12 @@ def test_empty_requests_are_refused() -> None:
     assert e.value.param == "max_tokens"
 
 
+@pytest.mark.parametrize("share", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_share_is_a_positive_number(share: float) -> None:
+    with pytest.raises(InvalidRequest, match="above 0"):
+        scheduler().add(NewSequence(id=0, prompt=(1,), max_tokens=1, share=share), 0.0)
+
+
 def test_a_sequence_with_nothing_left_to_compute_is_refused() -> None:
     scheduler().add(NewSequence(id=0, prompt=(1,), max_tokens=3, output=(5, 5)), 0.0)
     with pytest.raises(InvalidRequest, match="has 3 output tokens already, and max_tokens is 3"):

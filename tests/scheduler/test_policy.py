@@ -145,6 +145,30 @@ def test_seats_that_are_free_at_once_go_to_tenants_in_turn() -> None:
     assert sorted(seq for seq in first if first[seq] == 1) == [0, 1, 4, 5]
 
 
+@pytest.mark.parametrize("shares", [(3.0, 1.0), (1.0, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize("max_seqs", [4, 7])
+def test_tenants_that_want_all_get_their_shares(shares: tuple[float, float], max_seqs: int) -> None:
+    todo = [case(i, max_tokens=6, tenant="ab"[i % 2], share=shares[i % 2]) for i in range(200)]
+    done = run(todo, Machine(max_seqs=max_seqs, num_blocks=400))
+    tenant_of = {i: c.tenant for i, c in enumerate(todo)}
+    last = {t: max(s for q, s in finish_steps(done).items() if tenant_of[q] == t) for t in "ab"}
+    both = served(done, tenant_of)[min(last.values()) - 20]  # while either had more than its seats could hold
+    assert min(both.values()) > 200
+    assert both["a"] / both["b"] == pytest.approx(shares[0] / shares[1], rel=0.1)
+
+
+def test_priority_comes_before_shares() -> None:
+    todo = [case(i, tenant="small", share=0.01, arrival=1) for i in range(4)]
+    todo += [case(4 + i, tenant="large", share=100.0, priority=1) for i in range(8)]
+    done = run(todo, Machine(max_seqs=1))
+    assert order(done)[1:5] == [0, 1, 2, 3], "all but the one that ran before they came"
+
+
+def test_a_share_holds_from_the_latest_request_on() -> None:
+    tenants = Tenants()
+    assert tenants.join("a", 4.0).price == 0.25 and tenants.join("a", 2.0).price == 0.5
+
+
 def test_a_tenant_that_comes_back_starts_with_those_that_stayed() -> None:
     tenants = Tenants()
     stayed, gone = tenants.join("stayed"), tenants.join("gone")

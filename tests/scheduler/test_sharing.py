@@ -24,7 +24,7 @@ def test_siblings_share_their_prompt(caching: bool, depth: int) -> None:
     assert 10 + 4 <= most <= 10 + 4 * 2, "ten blocks of prompt once, and up to two blocks for each"
     assert rows(done) == len(PROMPT) + 3 * 1 + 4 * 5
     assert [done.stats[i].num_cached_tokens for i in range(4)] == [0, 40, 40, 40]
-    assert done.scheduler.cache_queries == 4 * 41 and done.scheduler.cache_hits == 3 * 40
+    assert done.scheduler.lookups.queries == 4 * 41 and done.scheduler.lookups.hits == 3 * 40
 
 
 def test_requests_share_what_they_have_in_common() -> None:

@@ -42,8 +42,7 @@ def test_the_recorder_reports_what_the_scheduler_does(tmp_path: Path) -> None:
         assert recorder.num_running == scheduler.num_running
         assert recorder.num_waiting == scheduler.num_waiting
         assert recorder.num_preemptions == scheduler.num_preemptions
-        assert recorder.cache_queries == scheduler.cache_queries
-        assert recorder.cache_hits == scheduler.cache_hits
+        assert recorder.lookups == scheduler.lookups and recorder.num_parked == scheduler.num_parked
         assert recorder.batched_tokens == scheduler.batched_tokens
 
 

@@ -27,6 +27,7 @@ class Case:
     n: int = 1
     priority: int = 0
     tenant: str = ""
+    share: float = 1.0
     root: int = 0
     read_cache: bool = True
     stops: frozenset[int] = frozenset({EOS})
@@ -98,6 +99,7 @@ class Run:
             min_tokens=min(case.min_tokens, case.max_tokens),
             priority=case.priority,
             tenant=case.tenant,
+            share=case.share,
             cache_root=bytes([root]),
             read_cache=case.read_cache,
         )
@@ -141,6 +143,7 @@ class Run:
         assert not scheduler._ended, "ended sequences pile up"
         decodes = sum(w.count + w.drafts for w in plan.work if w.seq in decoding)
         prefills = scheduler.batched_tokens - decodes
+        assert prefills == scheduler.prefill_tokens
         assert prefills or not scheduler.seats.prefilling, "prefills starve"
         assert not decodes or most is None or prefills <= max(most - decodes, limits.min_prefill_tokens)
         return plan
@@ -189,8 +192,8 @@ class Run:
             "rows wasted after the end"
         )
         seated = [id for id, s in self.stats.items() if s.seated_s is not None]
-        assert self.scheduler.cache_queries == sum(len(self.sequences[id].prompt) for id in seated)
-        assert self.scheduler.cache_hits == sum(self.stats[id].num_cached_tokens for id in seated)
+        assert self.scheduler.lookups.queries == sum(len(self.sequences[id].prompt) for id in seated)
+        assert self.scheduler.lookups.hits == sum(self.stats[id].num_cached_tokens for id in seated)
         assert sum(s.num_preemptions for s in self.stats.values()) == self.scheduler.num_preemptions
 
     def _check_answer(self, id: int, got: list[Emitted]) -> None:

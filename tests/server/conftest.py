@@ -15,8 +15,10 @@ import uvloop
 from quire import AsyncEngine, Config
 from quire.engine.service import Service, Status
 from quire.server.frontend import Frontend
-from quire.server.run import http_server, listen
+from quire.server.http import http_server
+from quire.server.run import listen
 from quire.server.settings import ServerSettings
+from tests.server.served import Served, serve
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 PARIS = "The capital of France is Paris."
@@ -102,3 +104,10 @@ def service() -> Iterator[InProcess]:
 def live(service: InProcess) -> Iterator[Live]:
     with serving(service) as live:
         yield live
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`quire serve demo`, the engine in a process of its own."""
+    with serve(tmp_path_factory.mktemp("serve") / "log") as served:
+        yield served

@@ -1,6 +1,8 @@
 """Requests byte by byte, for what no client library would send."""
 
 import socket
+import time
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 
@@ -29,3 +31,18 @@ def read_all(connection: socket.socket) -> bytes:
 
 def status(response: bytes) -> int:
     return int(response.split(b" ", 2)[1]) if response else 0
+
+
+def metric(url: str, name: str) -> float:
+    """The sum of a metric's samples."""
+    lines = head(url, "GET /metrics").decode().splitlines()
+    found = [float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + "{", name + " "))]
+    assert found, name
+    return sum(found)
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Ask again until something holds."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, "it did not come true in time"

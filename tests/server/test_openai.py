@@ -251,7 +251,7 @@ def test_probes_and_what_operators_ask(live: Live, service: InProcess) -> None:
     assert live.get("/load").json() == {"server_load": 0}
     metrics = live.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
-    assert 'vllm:generation_tokens_total{model_name="demo"}' in metrics.text
+    assert 'vllm:generation_tokens_total{engine="0",model_name="demo"}' in metrics.text
 
 
 def test_the_document_names_every_route(live: Live) -> None:

@@ -1,18 +1,12 @@
 """`quire serve` as users start and stop it: its own process, and the engine's, and nothing left of them."""
 
 import json
-import os
-import select
 import shlex
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -20,83 +14,14 @@ import pytest
 
 from tests.server.conftest import PARIS
 from tests.server.raw import connect
+from tests.server.served import COMMAND, OPTIONS, Served, gone, serve
 
-COMMAND = [sys.executable, "-m", "quire.cli.main", "serve"]
-OPTIONS = ["--port", "0", "--device", "cpu", "--kv-cache-memory-bytes", "64M"]
 MAX_LINES = 25
 LONG = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True, "stream": True}
 
 
-@dataclass
-class Served:
-    """A running `quire serve`."""
-
-    process: subprocess.Popen[str]
-    greeting: list[str]
-    log: Path
-
-    @property
-    def url(self) -> str:
-        (line,) = [line for line in self.greeting if line.startswith("Listening at ")]
-        return line.split()[2].removesuffix("/v1;")
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
-
-    def family(self) -> list[int]:
-        """The process and those it has started."""
-        found = [self.process.pid]
-        for pid in found:
-            for children in Path(f"/proc/{pid}/task").glob("*/children"):
-                found += map(int, children.read_text().split())
-        return found
-
-
-@contextmanager
-def serve(log: Path, *options: str) -> Iterator[Served]:
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [*COMMAND, "demo", *OPTIONS, *options], stdout=subprocess.PIPE, stderr=errors, text=True
-        )
-    try:
-        greeting = []
-        for line in process.stdout:
-            greeting.append(line.rstrip("\n"))
-            if line.startswith("curl "):
-                break
-        else:
-            pytest.fail(log.read_text())
-        yield Served(process, greeting, log)
-    finally:
-        process.kill()
-        process.wait(60)
-        process.stdout.close()
-
-
-def gone(pids: list[int]) -> bool:
-    """Wait until none of them runs. A process that nobody has waited for is gone too."""
-    for pid in pids:
-        try:
-            handle = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            if not select.select([handle], [], [], 20)[0]:
-                return False
-        finally:
-            os.close(handle)
-    return True
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(tmp_path_factory.mktemp("serve") / "log") as served:
-        yield served
-
-
 def test_what_is_printed_until_ready(served: Served) -> None:
-    assert len(served.greeting) + len(served.log.read_text().splitlines()) <= MAX_LINES
+    assert len(served.greeting) + len(served.first_log.splitlines()) <= MAX_LINES
     assert served.greeting[0].startswith("Serving demo: ") and "KV cache" in served.greeting[0]
     assert httpx.get(f"{served.url}/readyz").text == "ready"
 
@@ -114,6 +39,7 @@ def test_the_frontend_has_no_torch(served: Served) -> None:
     assert any("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in others)
 
 
+@pytest.mark.slow
 def test_a_signal_lets_streams_end(tmp_path: Path) -> None:
     with serve(tmp_path / "log") as served:
         family = served.family()
@@ -127,6 +53,7 @@ def test_a_signal_lets_streams_end(tmp_path: Path) -> None:
         assert gone(family)
 
 
+@pytest.mark.slow
 def test_a_drain_has_an_end(tmp_path: Path) -> None:
     with serve(tmp_path / "log", "--drain-timeout", "0") as served:
         with httpx.stream("POST", f"{served.url}/v1/completions", json=LONG, timeout=60) as answer:
@@ -138,6 +65,7 @@ def test_a_drain_has_an_end(tmp_path: Path) -> None:
         assert served.process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     with serve(tmp_path / "log", "--drain-timeout", "600") as served:
         family = served.family()
@@ -199,6 +127,7 @@ def test_a_port_in_use() -> None:
     assert done.returncode == 2 and f"port {port}: Address already in use" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 def test_https(tmp_path: Path) -> None:
     key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")

@@ -39,7 +39,7 @@ def test_parts_make_the_whole(news: list[tuple[int, str]], usage: bool) -> None:
 
 def test_usage_comes_with_a_choice_or_without() -> None:
     chunks, counts = Chunks(ENVELOPE, usage=True), {"prompt_tokens": 3}
-    assert value(chunks.usage(counts)) == {**ENVELOPE, "choices": [], "usage": counts}
+    assert value(chunks.end({"usage": counts})) == {**ENVELOPE, "choices": [], "usage": counts}
     assert value(chunks.choice({"index": 0}, counts)) == {
         **ENVELOPE,
         "choices": [{"index": 0}],

@@ -3,7 +3,6 @@
 `content` is the text as the model writes it: what a reasoning model thinks is part of it.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -14,8 +13,8 @@ from starlette.responses import Response
 
 from quire.engine.inputs import InputProcessor
 from quire.server.errors import bad_request
-from quire.server.frontend import Frontend, Numbered, frontend_of
-from quire.server.openai.job import Call
+from quire.server.frontend import Frontend, Numbered
+from quire.server.openai.job import Call, run_call
 from quire.server.openai.logprobs import LogprobWriter
 from quire.server.openai.params import chat_params, prompt_scores, usage
 from quire.server.openai.protocol import ChatRequest, TokenizeRequest
@@ -30,15 +29,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
 async def create_chat_completion(http: HttpRequest) -> Response:
     """Answer a conversation."""
-    front = frontend_of(http)
-    ask = await front.read(http, ChatRequest)
-    call = Call.of(front, http, ask, "chatcmpl-")
-    if ask.top_logprobs is not None and not ask.logprobs:
-        raise bad_request("top_logprobs is set, and logprobs is not; set logprobs to true", "top_logprobs")
-    writer, requests = await asyncio.to_thread(lambda: _prepare(front, call, ask))
-    if ask.stream:
-        return front.stream(http, requests, writer.stream)
-    return await front.answer(http, requests, writer.whole)
+    return await run_call(http, ChatRequest, "chatcmpl-", _prepare)
 
 
 def render(ask: ChatRequest | TokenizeRequest, inputs: InputProcessor, **names: Any) -> str:
@@ -63,6 +54,8 @@ def render(ask: ChatRequest | TokenizeRequest, inputs: InputProcessor, **names: 
 
 
 def _prepare(front: Frontend, call: Call, ask: ChatRequest) -> "tuple[Writer, list[Request]]":
+    if ask.top_logprobs and not ask.logprobs:
+        raise bad_request("top_logprobs is set, and logprobs is not; set logprobs to true", "top_logprobs")
     inputs = front.service.inputs
     names: dict[str, Any] = {}
     if ask.documents is not None:
@@ -110,13 +103,13 @@ class Writer:
         """Chunks of what is new in each output; the role comes first."""
         at_end, always = self.ask.usage_in_stream
         envelope = self.call.envelope("chat.completion.chunk")
-        chunks, latest = Chunks(envelope, usage=at_end), None
+        chunks, latest = Chunks(envelope, usage=at_end), self.call.timing.latest
         async with aclosing(outputs):
             async for _, output in outputs:
                 pieces = []
-                if latest is None:
-                    pieces += self._opening(output, at_end)
-                latest = output
+                if not latest:
+                    pieces += self._opening(output, at_end, usage([output], 0) if always else None)
+                latest[0] = output
                 for new in output.outputs:
                     if new.index in self.ended or not (new.token_ids or new.text or new.finish_reason):
                         continue
@@ -132,10 +125,10 @@ class Writer:
                     pieces.append(chunks.choice(choice, so_far))
                 if pieces:
                     yield b"".join(pieces)
-        if at_end and latest is not None:
-            yield chunks.usage(usage([latest], self.num_generated))
+        if ending := self.call.ending(self.ask, self.num_generated):
+            yield chunks.end(ending)
 
-    def _opening(self, output: RequestOutput, at_end: bool) -> list[bytes]:
+    def _opening(self, output: RequestOutput, at_end: bool, so_far: dict[str, Any] | None) -> list[bytes]:
         envelope = self.call.noted(self.call.envelope("chat.completion.chunk"))
         if self.ask.return_token_ids:
             envelope["prompt_token_ids"] = output.prompt_token_ids
@@ -145,7 +138,7 @@ class Writer:
         )
         delta = {"role": "assistant", "content": self.echo}
         return [
-            (later if new.index else first).choice({"index": new.index, **_choice(delta)})
+            (later if new.index else first).choice({"index": new.index, **_choice(delta)}, so_far)
             for new in output.outputs
         ]
 

@@ -1,6 +1,5 @@
 """POST /v1/completions: prompts as text or token ids, completed."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -10,9 +9,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from quire.server.errors import bad_request
-from quire.server.frontend import Frontend, Numbered, frontend_of
+from quire.server.frontend import Frontend, Numbered
 from quire.server.limits import MAX_PROMPTS
-from quire.server.openai.job import Call
+from quire.server.openai.job import Call, run_call
 from quire.server.openai.logprobs import LogprobWriter
 from quire.server.openai.params import completion_params, prompt_scores, usage
 from quire.server.openai.protocol import CompletionRequest
@@ -26,13 +25,7 @@ router = APIRouter()
 @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
 async def create_completion(http: HttpRequest) -> Response:
     """Complete prompts; choice i * n + j is output j of prompt i."""
-    front = frontend_of(http)
-    ask = await front.read(http, CompletionRequest)
-    call = Call.of(front, http, ask, "cmpl-")
-    writer, requests = await asyncio.to_thread(lambda: _prepare(front, call, ask))
-    if ask.stream:
-        return front.stream(http, requests, writer.stream)
-    return await front.answer(http, requests, writer.whole)
+    return await run_call(http, CompletionRequest, "cmpl-", _prepare)
 
 
 def _prepare(front: Frontend, call: Call, ask: CompletionRequest) -> "tuple[Writer, list[Request]]":
@@ -94,7 +87,7 @@ class Writer:
         envelope = self.call.envelope("text_completion")
         first = Chunks(self.call.noted(envelope), usage=at_end)
         later = Chunks(envelope, usage=at_end)
-        latest: dict[int, RequestOutput] = {}
+        latest = self.call.timing.latest
         chunks = first
         async with aclosing(outputs):
             async for number, output in outputs:
@@ -112,8 +105,8 @@ class Writer:
                         chunks = later
                 if pieces:
                     yield b"".join(pieces)
-        if at_end:
-            yield later.usage(usage(latest.values(), self.num_generated))
+        if ending := self.call.ending(self.ask, self.num_generated):
+            yield later.end(ending)
 
     def _choice(self, number: int, output: RequestOutput, new: CompletionOutput) -> dict[str, Any] | None:
         """What is new of a sequence; None if nothing is."""

@@ -1,22 +1,30 @@
 """One call of an endpoint on its way through the engine: its requests, names, and what all answers share."""
 
+import asyncio
+import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 
 from quire import __version__
 from quire.engine.inputs import InputProcessor
 from quire.errors import InvalidRequest
 from quire.server.errors import bad_request
-from quire.server.frontend import Frontend
+from quire.server.frontend import Frontend, Numbered, frontend_of
 from quire.server.limits import MAX_PROMPT_SCORES, MAX_SEQUENCES
+from quire.server.openai.params import usage
 from quire.server.openai.protocol import GenerationRequest
-from quire.types import Prompt, Request, SamplingParams
+from quire.server.timing import Timing
+from quire.types import Prompt, Request, RequestOutput, SamplingParams
 
 FINGERPRINT = f"quire-{__version__}"
+PRIORITY = re.compile(r"-?[0-9]{1,8}")
+
+Ask = TypeVar("Ask", bound=GenerationRequest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +37,7 @@ class Call:
     priority: int
     created_s: int
     warnings: list[str]
+    timing: Timing = field(default_factory=Timing)
 
     @classmethod
     def of(cls, front: Frontend, http: HttpRequest, ask: GenerationRequest, prefix: str) -> "Call":
@@ -60,6 +69,15 @@ class Call:
     def noted(self, body: dict[str, Any]) -> dict[str, Any]:
         """With the warnings, if there are any."""
         return {**body, "warnings": self.warnings} if self.warnings else body
+
+    def ending(self, ask: GenerationRequest, num_generated: int) -> dict[str, Any]:
+        """What a stream's last chunk has besides the envelope; nothing if the request wants no such chunk."""
+        latest, fields = self.timing.latest, dict[str, Any]()
+        if latest and ask.usage_in_stream[0]:
+            fields["usage"] = usage(latest.values(), num_generated)
+        if latest and ask.return_timing:
+            fields["timing"] = self.timing.body()
+        return fields
 
     def requests(
         self,
@@ -93,7 +111,47 @@ class Call:
             for prompt in prompts
         ]
         _check_scores(front.service.inputs, made, params)
+        self.timing.requests += made
         return made
+
+
+class Writer(Protocol):
+    """Writes the outputs of one call."""
+
+    def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        """The body of an answer in one piece; outputs are in the order of the prompts."""
+
+    def stream(self, outputs: AsyncGenerator[Numbered, None]) -> AsyncGenerator[bytes, None]:
+        """Chunks of what is new in each output."""
+
+
+async def run_call(
+    http: HttpRequest,
+    kind: type[Ask],
+    prefix: str,
+    prepare: Callable[[Frontend, Call, Ask], tuple[Writer, list[Request]]],
+) -> Response:
+    """A generation call from its body to its answer. `prefix` begins its id; `prepare` runs in a thread.
+
+    Raises:
+        ApiError, QuireError: it is refused, or failed before anything was sent.
+    """
+    front = frontend_of(http)
+    ask = await front.read(http, kind)
+    call = Call.of(front, http, ask, prefix)
+    writer, requests = await asyncio.to_thread(lambda: prepare(front, call, ask))
+    http.scope["timing"] = call.timing  # for whoever traces
+    if ask.stream:
+        return front.stream(http, requests, writer.stream, call.timing.header)
+
+    def whole(outputs: list[RequestOutput]) -> dict[str, Any]:
+        call.timing.latest.update(enumerate(outputs))
+        body = writer.whole(outputs)
+        return {**body, "timing": call.timing.body()} if ask.return_timing else body
+
+    response = await front.answer(http, requests, whole)
+    response.headers.update(call.timing.header())
+    return response
 
 
 def _prompt(prompt: str | list[int], salt: str | None) -> Prompt:
@@ -118,6 +176,6 @@ def _priority(http: HttpRequest, ask: GenerationRequest) -> int:
     given = http.headers.get("x-vllm-priority")
     if given is None:
         return ask.priority
-    if not given.lstrip("-").isdecimal() or len(given) > 9:
+    if not PRIORITY.fullmatch(given):
         raise bad_request("the header X-Vllm-Priority must be a small integer", "priority")
     return int(given)

@@ -38,4 +38,5 @@ def _card(front: Frontend, name: str) -> dict[str, Any]:
         "root": front.names[0],
         "parent": None,
         "max_model_len": front.service.inputs.max_length,
+        "permission": [],
     }

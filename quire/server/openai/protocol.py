@@ -3,15 +3,18 @@
 None means that the request does not say: the model's own default holds.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr
 
 from quire.server.errors import bad_request, not_supported
 from quire.server.limits import MAX_MESSAGES
 
+MOST = (1 << 31) - 1
+
 # Lists stop at their first mistake, so that a million wrong items do not make a million messages.
-Int = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
+Int = Annotated[int, Field(ge=-MOST - 1, le=MOST)]
+Cap = Annotated[int, AfterValidator(lambda value: max(-1, min(value, MOST)))]  # no cap is too high
 Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
 Tokens = Annotated[list[StrictInt], Field(fail_fast=True)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_MESSAGES)]
@@ -20,12 +23,35 @@ Prompts = Annotated[
     Field(union_mode="left_to_right"),
 ]
 
+
+def unless_null(default: bool | int) -> BeforeValidator:
+    """OpenAI's clients write null where they have nothing to say."""
+    return BeforeValidator(
+        lambda value: default if value is None else value, json_schema_input_type=type(default) | None
+    )
+
+
+def between(low: float, high: float | None = None) -> dict[str, Any]:
+    """A range for the OpenAPI document; `SamplingParams` keeps it."""
+    return {"minimum": low} if high is None else {"minimum": low, "maximum": high}
+
+
+def example(**body: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [body]})
+
+
+Off = Annotated[bool, unless_null(False)]
+On = Annotated[bool, unless_null(True)]
+
 LATER = "this server cannot do it yet"
 NO_TEMPLATES = "templates come with the model; requests cannot bring their own"
 REMOVED = "it was removed from the protocol"
 # Fields that change the answer and that are not there. A value that asks for nothing (None, [], False) is accepted.
 REFUSED = {
     "tools": LATER,
+    "tool_choice": LATER,
+    "modalities": LATER,
+    "web_search_options": LATER,
     "functions": "it was removed from the protocol; use tools",
     "function_call": "it was removed from the protocol; use tool_choice",
     "structured_outputs": LATER,
@@ -55,56 +81,139 @@ REFUSED = {
     "logits_processors": "code cannot be sent; use logit_bias",
 }
 CLIENTS_FAULT = {"best_of", "functions", "function_call", "chat_template", "logits_processors", "suffix"}
-NEUTRAL = {
-    "response_format": {"type": "text"},
-    "function_call": "none",
-    "best_of": 1,
-    "length_penalty": 1.0,
-    "truncation_side": "right",
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "function_call": ("none",),
+    "tool_choice": ("none", "auto"),
+    "modalities": (["text"],),
+    "best_of": (1,),
+    "length_penalty": (1.0,),
+    "truncation_side": ("right",),
+}
+NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
+# Fields of the protocol that change no answer here.
+WITHOUT_EFFECT = {
+    "include_reasoning",
+    "metadata",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "safety_identifier",
+    "service_tier",
+    "session_id",
+    "spaces_between_special_tokens",
+    "store",
+    "stream_interval",
+    "verbosity",
 }
 
 
 class StreamOptions(BaseModel):
     """What a stream has besides text."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: Off = Field(default=False, description="Usage in a chunk of its own at the end.")
+    continuous_usage_stats: Off = Field(
+        default=False, description="With include_usage: usage so far in every chunk that has a choice."
+    )
 
 
-class GenerationRequest(BaseModel):
-    """What every request for generated text may say."""
+class Ask(BaseModel):
+    """What every body may say."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    model: str | None = None
-    n: Int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: StrictStr | Texts | None = None
-    stop_token_ids: Tokens | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    max_tokens: Int | None = None
-    min_tokens: Int | None = None
-    logit_bias: dict[int, float] | None = None
-    allowed_token_ids: Tokens | None = None
-    bad_words: Texts | None = None
-    skip_special_tokens: bool | None = None
-    prompt_logprobs: Int | None = None
-    stream: bool = False
+    model: str | None = Field(None, description="A name from /v1/models; without it the first.")
+
+    def unknown(self) -> list[str]:
+        """Refuse what cannot be done; returns a warning for each other field that is not known.
+
+        Raises:
+            ApiError: names the field.
+        """
+        warnings = []
+        for name, value in (self.model_extra or {}).items():
+            if name in WITHOUT_EFFECT:
+                if value not in NOTHING:
+                    warnings.append(f"{name!r} has no effect on this server")
+            elif name not in REFUSED:
+                warnings.append(f"{name[:100]!r} is not a known field; it had no effect")
+            elif value not in NOTHING and value not in NEUTRAL.get(name, ()):
+                raise (
+                    bad_request(f"{name}: {REFUSED[name]}", name)
+                    if name in CLIENTS_FAULT
+                    else not_supported(name, REFUSED[name])
+                )
+        return warnings
+
+
+class GenerationRequest(Ask):
+    """What every request for generated text may say."""
+
+    model_config = ConfigDict(frozen=True)
+
+    n: Int | None = Field(None, description="Outputs for each prompt.", json_schema_extra=between(1))
+    temperature: float | None = Field(
+        None, description="0: the likeliest token always.", json_schema_extra=between(0, 2)
+    )
+    top_p: float | None = Field(
+        None, description="Only the likeliest tokens of that much together.", json_schema_extra=between(0, 1)
+    )
+    top_k: Int | None = Field(
+        None, description="Only so many tokens; 0 or -1: all.", json_schema_extra=between(-1)
+    )
+    min_p: float | None = Field(
+        None,
+        description="Only tokens at least so likely, as a share of the likeliest one.",
+        json_schema_extra=between(0, 1),
+    )
+    presence_penalty: float | None = Field(
+        None, description="Against tokens that were generated before.", json_schema_extra=between(-2, 2)
+    )
+    frequency_penalty: float | None = Field(
+        None, description="As above, for each time that they were.", json_schema_extra=between(-2, 2)
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        description="Divides scores of tokens of prompt and output; 1: off.",
+        json_schema_extra=between(0),
+    )
+    seed: int | None = Field(None, description="The same seed, the same text.")
+    stop: StrictStr | Texts | None = Field(None, description="Up to 16 strings that end the text.")
+    stop_token_ids: Tokens | None = Field(None, description="Tokens that end the text.")
+    include_stop_str_in_output: bool | None = Field(None, description="Keep the stop string in the text.")
+    ignore_eos: bool | None = Field(None, description="Go on after the model's own end.")
+    max_tokens: Cap | None = Field(
+        None, description="A cap; the context's room holds as well.", json_schema_extra=between(0)
+    )
+    min_tokens: Int | None = Field(
+        None, description="No end before so many tokens.", json_schema_extra=between(0)
+    )
+    logit_bias: dict[int, float] | None = Field(
+        None, description="Token id to what is added to its score, -100 to 100; up to 1,024."
+    )
+    allowed_token_ids: Tokens | None = Field(None, description="Only these tokens.")
+    bad_words: Texts | None = Field(None, description="Words that are never written; up to 128.")
+    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text.")
+    prompt_logprobs: Int | None = Field(
+        None, description="Log probabilities of the prompt's tokens; not in streams."
+    )
+    stream: Off = Field(False, description="Server-sent events, ended by data: [DONE].")
     stream_options: StreamOptions | None = None
-    echo: bool = False
-    priority: Int = 0
-    cache_salt: str | None = None
-    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
-    return_token_ids: bool = False
-    return_tokens_as_token_ids: bool = False
+    echo: Off = Field(False, description="Begin with the prompt, or with the message that is continued.")
+    priority: Annotated[Int, unless_null(0)] = Field(0, description="Lower first.")
+    cache_salt: str | None = Field(
+        None, description="Prompts are found in the cache only under the same salt; up to 128 characters."
+    )
+    request_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._:-]{1,128}$",
+        description="Part of the answer's id, unless the header X-Request-Id is there.",
+    )
+    return_timing: Off = Field(False, description="How long the parts of the call took, as `timing`.")
+    return_token_ids: Off = Field(False, description="Token ids of prompt and text too.")
+    return_tokens_as_token_ids: Off = Field(
+        False, description="Tokens of log probabilities as token_id:7 instead of text."
+    )
     user: str | None = None
 
     def check(self) -> list[str]:
@@ -113,16 +222,7 @@ class GenerationRequest(BaseModel):
         Raises:
             ApiError: names the field.
         """
-        warnings = []
-        for name, value in (self.model_extra or {}).items():
-            if name not in REFUSED:
-                warnings.append(f"{name[:100]!r} is not a known field; it had no effect")
-            elif value not in (None, False, [], {}, "", NEUTRAL.get(name)):
-                raise (
-                    bad_request(f"{name}: {REFUSED[name]}", name)
-                    if name in CLIENTS_FAULT
-                    else not_supported(name, REFUSED[name])
-                )
+        warnings = self.unknown()
         if self.stream_options is not None and not self.stream:
             raise bad_request(
                 "stream_options is set, and stream is not; set stream to true", "stream_options"
@@ -141,41 +241,59 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     """The body of /v1/completions."""
 
-    prompt: Prompts
-    logprobs: Int | None = None
-    add_special_tokens: bool = True
+    model_config = example(prompt="Once upon a time", max_tokens=20, temperature=0)
+
+    prompt: Prompts = Field(description="Text or token ids, one prompt or up to 2,048.")
+    logprobs: Int | None = Field(
+        None, description="Log probabilities: how many tokens at each position; -1: all."
+    )
+    add_special_tokens: On = Field(True, description="Begin as the tokenizer does, such as with <s>.")
 
 
 class ChatRequest(GenerationRequest):
     """The body of /v1/chat/completions."""
 
-    messages: Objects
-    max_completion_tokens: Int | None = None
-    logprobs: bool = False
-    top_logprobs: Int | None = None
-    reasoning_effort: str | None = None
-    documents: Objects | None = None
-    add_generation_prompt: bool | None = None  # None: unless continue_final_message
-    continue_final_message: bool = False
-    add_special_tokens: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
+    model_config = example(messages=[{"role": "user", "content": "What is the capital of France?"}])
+
+    messages: Objects = Field(description="The conversation: role and content, by the model's own template.")
+    max_completion_tokens: Cap | None = Field(
+        None, description="As max_tokens, before which it goes.", json_schema_extra=between(1)
+    )
+    logprobs: Off = Field(False, description="Log probabilities of the tokens.")
+    top_logprobs: Int | None = Field(
+        None, description="With logprobs: how many tokens at each position.", json_schema_extra=between(-1)
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="Sets the template's enable_thinking, true unless it is none."
+    )
+    documents: Objects | None = Field(None, description="For templates that take documents.")
+    add_generation_prompt: bool | None = Field(
+        None, description="Begin an answer; without it: unless continue_final_message."
+    )
+    continue_final_message: Off = Field(False, description="Go on with the last message.")
+    add_special_tokens: Off = Field(False, description="In addition to those that the template writes.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More names for the template.")
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Ask):
     """The body of /tokenize: a text, or a conversation."""
 
-    model: str | None = None
+    model_config = example(prompt="Once upon a time")
+
     prompt: StrictStr | None = None
     messages: Objects | None = None
-    add_special_tokens: bool | None = None  # None: for a text, not for a conversation
+    add_special_tokens: bool | None = Field(
+        None, description="Without it: for a text, and not for a conversation."
+    )
     add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
+    continue_final_message: Off = False
     chat_template_kwargs: dict[str, Any] | None = None
-    return_token_strs: bool = False
+    return_token_strs: Off = Field(False, description="Each token as the vocabulary writes it, too.")
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Ask):
     """The body of /detokenize."""
 
-    model: str | None = None
+    model_config = example(tokens=[1, 2])
+
     tokens: Tokens

@@ -23,7 +23,9 @@ async def tokenize(http: HttpRequest) -> Response:
     front = frontend_of(http)
     ask = await front.read(http, TokenizeRequest)
     front.check_model(ask.model)
-    return json_response(await asyncio.to_thread(lambda: _tokens(ask, front.service.inputs)))
+    warnings = ask.unknown()
+    found = await asyncio.to_thread(lambda: _tokens(ask, front.service.inputs))
+    return json_response(_noted(found, warnings))
 
 
 @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
@@ -32,8 +34,13 @@ async def detokenize(http: HttpRequest) -> Response:
     front = frontend_of(http)
     ask = await front.read(http, DetokenizeRequest)
     front.check_model(ask.model)
+    warnings = ask.unknown()
     text = await asyncio.to_thread(lambda: front.service.inputs.text(ask.tokens))
-    return json_response({"prompt": text})
+    return json_response(_noted({"prompt": text}, warnings))
+
+
+def _noted(found: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
+    return {**found, "warnings": warnings} if warnings else found
 
 
 def _tokens(ask: TokenizeRequest, inputs: InputProcessor) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""The engine group with faults: in the steps of marked requests, or all the time. Only tests start it."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.engine import group
+from quire.engine.core import EngineCore
+from quire.runner.runner import Runner
+from quire.sampling.sampler import Sampled, Sampler
+from quire.scheduler.plan import Plan
+from tests.faults.injection import Board, Fault, Injection, jumping_clock, read_mark
+
+NO_TOKEN = 10**9
+
+
+def main(sock: socket.socket) -> None:
+    injection = Injection.read()
+    board = Board(injection.board)
+    board.set("pid", os.getpid())
+    is_first = board.count("engines") == 1
+    build, add = group.build_core, EngineCore.add
+
+    def build_late(*args: Any, **options: Any) -> Any:
+        time.sleep(injection.first_start_s if is_first else injection.other_starts_s)
+        return build(*args, **options)
+
+    def add_counted(self: EngineCore, submission: Any) -> None:
+        board.count("adds")
+        add(self, submission)
+
+    group.build_core = build_late
+    EngineCore.add = add_counted  # type: ignore[method-assign]
+    Faults(injection, board).install()
+    if injection.wrong_clock:
+        time.time = jumping_clock(time.time)
+    group.main(sock)
+
+
+class Faults:
+    """What befalls the steps. `active` are the marked sequences that a step meets their faults with, by slot."""
+
+    def __init__(self, injection: Injection, board: Board):
+        self.injection, self.board, self.num_steps = injection, board, 0
+        self.marks: dict[int, tuple[Fault, int]] = {}  # by sequence
+        self.prompt_len: dict[int, int] = {}
+        self.active: dict[int, Fault] = {}
+
+    def install(self) -> None:
+        launch, sample, admit = Runner.launch, Sampler.sample, Sampler.admit
+
+        def launch_with_faults(runner: Runner, plan: Plan) -> None:
+            self.before(plan)
+            launch(runner, plan)
+
+        def sample_with_faults(sampler: Sampler, logits: Tensor, slots: Any, positions: Any) -> Sampled:
+            self.spoil(sampler, logits, slots)
+            return sample(sampler, logits, slots, positions)
+
+        def admit_with_faults(sampler: Sampler, slot: int, *args: Any, **options: Any) -> None:
+            if self.active.get(slot) is Fault.SETUP:
+                raise RuntimeError("a fault was asked for")
+            admit(sampler, slot, *args, **options)
+
+        Runner.launch = launch_with_faults  # type: ignore[method-assign]
+        Sampler.sample = sample_with_faults  # type: ignore[method-assign]
+        Sampler.admit = admit_with_faults  # type: ignore[method-assign]
+
+    def before(self, plan: Plan) -> None:
+        """What happens before a step is computed."""
+        self.num_steps += 1
+        self.board.count("steps")
+        time.sleep(self.injection.step_s)
+        if self.num_steps == self.injection.dies_at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for start in plan.starts:
+            mark = read_mark(start.tokens[: start.prompt_len])
+            self.prompt_len[start.seq] = start.prompt_len
+            if mark is not None:
+                self.marks[start.seq] = mark
+        self.active = {}
+        for work in plan.work:
+            fault, at = self.marks.get(work.seq, (None, 0))
+            if fault is not None and work.start + work.count - self.prompt_len[work.seq] >= at:
+                self.active[work.slot] = fault
+        for fault in self.active.values():
+            _strike(fault)
+
+    def spoil(self, sampler: Sampler, logits: Tensor, slots: Any) -> None:
+        """What happens to rows of the sampler."""
+        for row, slot in enumerate(slots):
+            match self.active.get(slot):
+                case Fault.RAISES:
+                    raise RuntimeError("a fault was asked for")
+                case Fault.BIAS:
+                    sampler._rules._by_slot[slot].biased = torch.tensor([NO_TOKEN])
+                case Fault.NAN:
+                    logits[row] = torch.nan
+
+
+def _strike(fault: Fault) -> None:
+    match fault:
+        case Fault.KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case Fault.STOPPED:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case Fault.EXITS:
+            os._exit(3)
+        case Fault.ABORTS:
+            os.abort()
+        case Fault.HANGS:
+            threading.Event().wait()

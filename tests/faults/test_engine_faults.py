@@ -1,0 +1,47 @@
+"""The engine dies, hangs or is poisoned under streams: nobody is lost, and nobody gets another token than otherwise."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults import scenarios
+from tests.faults.injection import Fault
+from tests.faults.running import run
+
+pytestmark = pytest.mark.slow
+
+
+def test_kills_lose_nothing(tmp_path: Path) -> None:
+    report = run(scenarios.killed(tmp_path, num_streams=64, num_kills=10))
+    assert report.is_clean
+    assert max(report.recoveries_s) < 20
+
+
+def test_a_stopped_engine_is_noticed_and_replaced(tmp_path: Path) -> None:
+    report = run(scenarios.stopped(tmp_path, num_streams=32))
+    assert report.is_clean and report.num_restarts == 1
+
+
+def test_what_cannot_be_sampled_fails_alone(tmp_path: Path) -> None:
+    assert run(scenarios.cannot_be_sampled(tmp_path, num_streams=16)).is_clean
+
+
+def test_what_is_not_a_number_fails_alone(tmp_path: Path) -> None:
+    assert run(scenarios.not_a_number(tmp_path, num_streams=16)).is_clean
+
+
+@pytest.mark.parametrize(
+    ("fault", "at", "stream", "hang_s"),
+    [
+        (Fault.EXITS, 0, False, 10.0),
+        (Fault.EXITS, 7, True, 10.0),
+        (Fault.HANGS, 2, True, 1.0),
+    ],
+)
+def test_a_poison_fails_alone(tmp_path: Path, fault: Fault, at: int, stream: bool, hang_s: float) -> None:
+    report = run(scenarios.poison(tmp_path, fault, at, num_streams=16, stream=stream, hang_s=hang_s))
+    assert report.is_clean
+
+
+def test_engines_that_always_die_are_given_up(tmp_path: Path) -> None:
+    assert run(scenarios.always_dies(tmp_path, num_streams=16)).num_lost == 0
