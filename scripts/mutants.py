@@ -112,9 +112,13 @@ SCHEDULER = [
     ),
     ("and block not in kept", "", "blocks that are to be shared are counted as gained"),
     ("        self.tenants.leave(seq.tenant)\n", "", "tenants never leave"),
-    ("seq.tenant.served += seq.num_to_prefill", "pass", "prompts cost a tenant nothing"),
-    ("seq.tenant.served -= seq.num_to_prefill", "pass", "tenants pay for what was not computed"),
-    ("            seq.tenant.served += 1\n", "", "outputs cost a tenant nothing"),
+    ("seq.tenant.served += seq.num_to_prefill * seq.tenant.price", "pass", "prompts cost a tenant nothing"),
+    (
+        "seq.tenant.served -= seq.num_to_prefill * seq.tenant.price",
+        "pass",
+        "tenants pay for what was not computed",
+    ),
+    ("            seq.tenant.served += seq.tenant.price\n", "", "outputs cost a tenant nothing"),
     ("new.prompt + new.output)", "new.prompt)", "outputs that a sequence brings are forgotten"),
     (
         "num_outputs = len(seq.tokens) - len(tokens) - len(seq.new.prompt)",
@@ -137,8 +141,8 @@ SCHEDULER = [
         "cached outputs are called prompt",
     ),
     (
-        "self.cache_queries += len(seq.new.prompt)",
-        "self.cache_queries += len(seq.tokens)",
+        "count(pool, len(seq.new.prompt), ",
+        "count(pool, len(seq.tokens), ",
         "outputs that a sequence brings count as prompt looked up",
     ),
     ("if seq.stats.seated_s is None:", "if True:", "a return counts as a first seat"),
@@ -164,8 +168,8 @@ BLOCKS = [
     ("range(len(keys), num)", "range(num)", "keys are computed twice"),
     ("reversed(blocks)", "blocks", "a chain's head is evicted before its tail"),
     (
-        "            self._forget(block)\n            self.refs[block] = 1",
-        "            self.refs[block] = 1",
+        "if (key := self._forget(block)) is not None:",
+        "if (key := self.key_of.get(block)) is not None:",
         "an overwritten block is found",
     ),
     ("if not self.caching:", "if False:", "blocks are found with caching off"),
@@ -176,7 +180,17 @@ BLOCKS = [
     ),
     ("if key not in self.by_key and block not in self.key_of:", "if True:", "a key moves to another block"),
     ("                del self.free[block]\n", "                pass\n", "a block is free and held"),
-    ("popitem(last=False)", "popitem()", "the block used last is evicted first"),
+    (
+        "block, _ = self.free.popitem(last=False)",
+        "block, _ = self.free.popitem()",
+        "the last used goes first",
+    ),
+    ("self._evicted[key] = None", "pass", "nothing was ever evicted"),
+    (
+        "key in self._evicted or key in self.by_key",
+        "key in self._evicted",
+        "what is behind a gap was never there",
+    ),
 ]
 SHARING = [
     ("if owner is None or owner.rank[0] > seq.rank[0]:", "if owner is None:", "one waits for lower priority"),
@@ -193,7 +207,8 @@ SEATS = [
     ("self._ended = self._ended, []", "self._ended = self._ended, self._ended", "ends are told twice"),
 ]
 POLICY = [
-    ("Tenant(name, least or 0)", "Tenant(name)", "a new tenant starts at zero"),
+    ("Tenant(name, least or 0.0)", "Tenant(name, 0.0)", "a new tenant starts at zero"),
+    ("tenant.price = 1 / share", "tenant.price = 1.0", "shares are ignored"),
     ("tenant.served <= least", "False", "a tenant saves up what it did not use"),
     ("(seq.tenant.served, seq.rank)", "seq.rank", "tenants are served in order of arrival"),
     ("self._priorities[0]].values()", "self._priorities[-1]].values()", "lower priority first"),

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import socket
 import sys
@@ -37,9 +38,15 @@ def main(args: argparse.Namespace) -> int:
     from quire.engine.keeper import Keeper
     from quire.engine.metrics import Metrics
     from quire.engine.remote import RemoteEngine
+    from quire.server.auth import admission_of
     from quire.server.run import listen, listen_several, serve, serve_several
 
-    settings = dataclasses.replace(settings, served_model_name=settings.served_model_name or (config.model,))
+    settings = dataclasses.replace(
+        settings,
+        served_model_name=settings.served_model_name or (config.model,),
+        api_key=settings.api_key or keys_of_environment(),
+    )
+    admission = admission_of(settings)
     several = settings.api_server_count > 1
     with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         listeners = listen_several(settings) if several else [listen(settings)]
@@ -50,14 +57,20 @@ def main(args: argparse.Namespace) -> int:
             sys.stdout.flush()
 
         if several:
-            keeper = Keeper(config, Metrics(config.model, log_stats=not config.disable_log_stats))
+            metrics = Metrics(config.model, log_stats=not config.disable_log_stats)
+            keeper = Keeper(config, metrics, admission=admission)
             return runner.run(serve_several(keeper, config, settings, listeners, announce))
-        engine = RemoteEngine(config)
+        engine = RemoteEngine(config, admission=admission)
 
         def ready() -> None:
             announce(engine.facts, engine.inputs.template is not None)
 
         return runner.run(serve(engine, settings, listeners[0], ready))
+
+
+def keys_of_environment() -> tuple[str, ...]:
+    """Keys that are in no command line and in no file; the processes that are started do not inherit them."""
+    return tuple(os.environ.pop("QUIRE_API_KEY", "").split())
 
 
 def url_of(settings: ServerSettings, listener: socket.socket) -> str:

@@ -42,7 +42,8 @@ class Access:
             if not status:  # else the application has answered, logged it, and raised it again
                 await error_of(error, request_id).response()(scope, receive, record)
         finally:
-            path, seconds, quiet = scope["path"][:200], time.monotonic() - begin, scope["path"] in QUIET
+            path, seconds, route = scope["path"][:200], time.monotonic() - begin, scope.get("route")
+            quiet = (path if route is None else route.path_format) in QUIET  # under a proxy's path too
             if not quiet:
                 self.counts.observe(scope, status, seconds)
             if self.log and not quiet:

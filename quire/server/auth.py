@@ -1,16 +1,21 @@
-"""Who may ask: keys to tenants, checked before anything else looks at a request. Knows no routes but the probes.
+"""Who may ask, and for how much: keys to tenants, checked before anything else looks at a request.
+
+Knows no routes but the probes.
 
 Once there is a key, every path needs one, however it is written; only probes, spelled exactly, do not.
 """
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quire.engine.admission import Admission, TenantLimits
 from quire.errors import ConfigError
 from quire.server.errors import ApiError
 from quire.server.settings import ServerSettings, is_key
@@ -19,21 +24,45 @@ PROBES = ("/livez", "/readyz", "/startupz")  # what orchestrators ask; the answe
 REFUSAL = "a valid key is needed; send it as the header Authorization: Bearer KEY"
 
 
-class Keys:
-    """Hashes of keys, and whose they are. Keys of one name are one tenant."""
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A key, whose it is, and what its line in the file says that the tenant may have."""
 
-    def __init__(self, tenants: Iterable[tuple[str, str]]):
-        """`tenants`: (name, key)."""
-        self._hashes = [(_hash(key.encode()), name) for name, key in tenants]
+    tenant: str
+    key: str = field(repr=False)
+    limits: TenantLimits | None = None
+
+
+class Keys:
+    """Hashes of keys, and whose they are. Keys of one name are one tenant.
+
+    Attributes:
+        limits: what tenants may have, of those for whom the file says it.
+
+    Raises:
+        ConfigError: two lines give one tenant different limits.
+    """
+
+    def __init__(self, holders: Iterable[Holder]):
+        self._hashes: list[tuple[bytes, str]] = []
+        self.limits: dict[str, TenantLimits] = {}
+        for holder in holders:
+            self._hashes.append((_hash(holder.key.encode()), holder.tenant))
+            if holder.limits is not None:
+                known = self.limits.setdefault(holder.tenant, holder.limits)
+                if known != holder.limits:
+                    raise ConfigError(
+                        f"api_key_file gives {holder.tenant!r} two different limits; give them once, or alike"
+                    )
 
     @classmethod
     def of(cls, settings: ServerSettings) -> Self:
         """The keys of the command line and of the file.
 
         Raises:
-            ConfigError: the file cannot be read, or a line is not `KEY` or `NAME KEY`.
+            ConfigError: the file has no keys, or a line is not `KEY` or `NAME KEY [LIMIT=NUMBER ...]`.
         """
-        found = [(f"key-{number}", key) for number, key in enumerate(settings.api_key, 1)]
+        found = [Holder(f"key-{number}", key) for number, key in enumerate(settings.api_key, 1)]
         if settings.api_key_file is not None:
             found += _read(Path(settings.api_key_file))
             if not found:
@@ -89,13 +118,52 @@ def _hash(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _read(path: Path) -> Sequence[tuple[str, str]]:
+def _read(path: Path) -> Sequence[Holder]:
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:
             continue
-        if len(words) > 2 or not is_key(words[-1]):  # the message must not hold the key
-            raise ConfigError(f"line {number} of {path} must be a key, or a tenant's name and a key")
-        found.append((words[0] if len(words) == 2 else f"line-{number}", words[-1]))
+        name, key, *limits = words if len(words) > 1 else (f"line-{number}", words[0])
+        where = f"line {number} of {path}"
+        if not is_key(key):  # no message may hold the key
+            raise ConfigError(
+                f"{where} must be a key, or a tenant's name and a key; keys are printable ASCII"
+            )
+        found.append(Holder(name, key, _limits(limits, where) if limits else None))
     return found
+
+
+def _limits(words: Sequence[str], where: str) -> TenantLimits:
+    """From words such as `max_concurrent=8`."""
+    given: dict[str, float] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in TenantLimits.__dataclass_fields__:
+            known = ", ".join(TenantLimits.__dataclass_fields__)
+            raise ConfigError(f"{where}: what follows a name and a key must be LIMIT=NUMBER, of {known}")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (0 < value < math.inf) or (name != "share" and not value.is_integer()):
+            kind = "a number above 0" if name == "share" else "a whole number from 1"
+            raise ConfigError(f"{where}: {name} is {text!r}; it must be {kind}")
+        given[name] = value if name == "share" else int(value)
+    return TenantLimits(**given)  # type: ignore[arg-type]
+
+
+def admission_of(settings: ServerSettings) -> Admission:
+    """Who may wait for the engine, as the settings and the key file say.
+
+    Raises:
+        ConfigError: see `Keys.of`.
+    """
+    limits: Mapping[str, TenantLimits] = Keys.of(settings).limits
+    return Admission(
+        limits,
+        TenantLimits(),
+        settings.max_num_queued_reqs,
+        settings.max_num_queued_tokens,
+        settings.max_queue_seconds,
+    )

@@ -6,7 +6,15 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from quire.errors import EngineCrash, EngineDead, InvalidRequest, PromptTooLong, QuireError, RequestCancelled
+from quire.errors import (
+    EngineCrash,
+    EngineDead,
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+    QuireError,
+    RequestCancelled,
+)
 from quire.log import logger
 
 MAX_MESSAGE_CHARS = 2_000
@@ -18,6 +26,7 @@ NAMES = {
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
     413: "RequestTooLargeError",
+    429: "RateLimitError",
     500: "InternalServerError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
@@ -95,6 +104,11 @@ def error_of(error: Exception, request_id: str) -> ApiError:
         )
     if isinstance(error, InvalidRequest):
         return bad_request(str(error), error.param)
+    if isinstance(error, Overloaded):
+        own = error.scope == "tenant"
+        headers = {"Retry-After": str(error.retry_after_s)}
+        code = "rate_limit_exceeded" if own else "server_overloaded"
+        return ApiError(429 if own else 503, str(error), code=code, headers=headers, limit=error.reason)
     if isinstance(error, RequestCancelled):
         return ApiError(403, str(error), code="request_cancelled")  # a status that clients do not try again
     if isinstance(error, EngineCrash):

@@ -1,23 +1,34 @@
 """The HTTP server under the application: connections and the parser. Knows no route and no engine."""
 
+import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from quire.server.app import wrap
-from quire.server.errors import bad_request
+from quire.server.errors import ApiError, bad_request
 from quire.server.frontend import FAREWELL_S, Frontend
-from quire.server.limits import MAX_HEADER_BYTES
+from quire.server.limits import HEAD_TIMEOUT_S, MAX_HEADER_BYTES
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """HTTP/1.1, with an end to headers: the parser itself collects them without one."""
+    """HTTP/1.1, with an end to headers, in bytes and in time: the parser itself collects them without one."""
 
     head_bytes = 0
     in_head = True
+    head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         self.in_head = True
@@ -25,22 +36,42 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self.in_head, self.head_bytes = False, 0
+        self._stop_timer()
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self.transport.is_closing():
+            return None
         if self.in_head:
             self.head_bytes += len(data)
-            if self.head_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-                self.send_400_response("The headers are too large.")
+            if self.head_bytes > MAX_HEADER_BYTES:
+                return self.send_400_response("The headers are too large.")
+        if self.head_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect_head()
+        return None
 
     def send_400_response(self, msg: str) -> None:
-        """A refusal like the others. A response that has begun is cut off: it must not be written into."""
+        """A refusal like the others."""
+        self._refuse(bad_request(msg))
+
+    def _expect_head(self) -> None:
+        late = ApiError(408, "the headers did not arrive")
+        self.head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse, late)
+
+    def _stop_timer(self) -> None:
+        if self.head_timer is not None:
+            self.head_timer.cancel()
+            self.head_timer = None
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer and close. A response that has begun is cut off: it must not be written into."""
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            body = bad_request(msg).response().body
-            lines = ("HTTP/1.1 400 Bad Request", "content-type: application/json", "connection: close")
+            body, status = bytes(error.response().body), HTTPStatus(error.status)
+            first = f"HTTP/1.1 {status.value} {status.phrase}"
+            lines = (first, "content-type: application/json", "connection: close")
             head = "\r\n".join([*lines, f"content-length: {len(body)}", "", ""])
-            self.transport.write(head.encode() + bytes(body))
+            self.transport.write(head.encode() + body)
         self.transport.close()
 
 

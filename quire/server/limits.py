@@ -17,6 +17,7 @@ MAX_MESSAGES = 4_096
 MAX_PROMPTS = 2_048
 MAX_SEQUENCES = 2_048  # prompts * n
 MAX_PROMPT_SCORES = 4_000_000  # tokens * log probabilities for each
+HEAD_TIMEOUT_S = 60.0  # until a request's headers are complete
 BODY_TIMEOUT_S = 60.0  # between two pieces of a body
 SEND_TIMEOUT_S = 60.0  # until a client takes what was sent
 LARGE_BYTES = 64 << 10  # bodies above it are read in a thread, so that streams go on meanwhile

@@ -23,7 +23,9 @@ class ServerSettings:
         (), "Keys of which a request must bring one; each is a tenant. Others can see a command's arguments."
     )
     api_key_file: str | None = option(
-        None, "File with a key in each line, or a tenant's name and a key; # begins a comment."
+        None,
+        "File with a key in each line, or a tenant's name, a key and what the tenant may have: share=2"
+        " max_concurrent=8 requests_per_minute=60 tokens_per_minute=100000. # begins a comment.",
     )
     api_server_count: int = option(1, "Processes that speak HTTP at the port, for one engine; at most 64.")
     root_path: str = option("", "Path under which a proxy offers this server, such as /llm.")
@@ -34,6 +36,11 @@ class ServerSettings:
     ssl_keyfile: str | None = option(None, "Private key (PEM) of the certificate.")
     max_request_bytes: int = option(32 << 20, "Largest body of a request.")
     max_n: int = option(16, "Most outputs a request may ask for with n.")
+    max_num_queued_reqs: int = option(4096, "Most requests that may wait ahead of one.")
+    max_num_queued_tokens: int = option(4_000_000, "Most prompt tokens that may wait, its own included.")
+    max_queue_seconds: float = option(
+        30.0, "Longest that a request may be expected to wait; others are told when to come back."
+    )
     request_timeout: float = option(600.0, "Seconds until a request that has not ended is refused its rest.")
     drain_timeout: float = option(30.0, "Seconds that requests get to end after SIGTERM.")
     admin_socket: str | None = option(
@@ -61,8 +68,10 @@ class ServerSettings:
             self.ssl_certfile,
             "given when ssl_keyfile is",
         )
-        for name in ("max_request_bytes", "max_n", "request_timeout"):
+        for name in ("max_request_bytes", "max_n", "max_queue_seconds", "request_timeout"):
             _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(0 < self.api_server_count <= 64, "api_server_count", self.api_server_count, "from 1 to 64")
         _check(self.drain_timeout >= 0, "drain_timeout", self.drain_timeout, "at least 0")
         port = self.admin_port

@@ -22,7 +22,6 @@ from quire.types import FinishReason, Request, RequestOutput
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-PACKAGES = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 FLUSH_S = 1.0  # for the last spans, when the server stops
 EXPORT_EVERY_MS = 1000
 SPAN = "llm_request"
@@ -53,7 +52,7 @@ class Tracer:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise ConfigError(
-                f"otlp_traces_endpoint is {endpoint!r}, and {error.name} is not installed: pip install {PACKAGES}"
+                f"otlp_traces_endpoint is {endpoint!r}, and {error.name} is not installed: pip install 'quire[tracing]'"
             ) from None
         resource = Resource.create()
         if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):

@@ -256,10 +256,8 @@ def test_counts_are_true_and_come_back_to_nothing(
             except Overloaded as error:
                 assert error.scope == "tenant" or not alone, "the first one is always taken"
                 assert 1 <= error.retry_after_s <= 120
-                if error.reason == "max_num_queued_reqs":
-                    assert len(queued) + 1 > most_requests
-                if error.reason == "max_num_queued_tokens":
-                    assert sum(queued.values()) + size > most_tokens
+                assert error.reason != "max_num_queued_reqs" or len(queued) + 1 > most_requests
+                assert error.reason != "max_num_queued_tokens" or sum(queued.values()) + size > most_tokens
             else:
                 assert tenant == "b" or limits.max_concurrent is None or own < limits.max_concurrent
                 if len({t for n, t in tenant_of.items() if n in queued} | {tenant}) == 1:
@@ -285,13 +283,8 @@ def test_counts_are_true_and_come_back_to_nothing(
         assert (state.num_queued_reqs, state.num_queued_tokens) == (len(queued), sum(queued.values()))
         assert state.expected_wait_s >= 0 and (queued or state.expected_wait_s == 0)
         for account in found.accounts.values():
-            amounts = (
-                account.num_open,
-                account.queued.requests,
-                account.queued.tokens,
-                account.queued.sequences,
-            )
-            assert min(*amounts, account.used_requests, account.used_tokens) >= 0
+            waiting = (account.queued.requests, account.queued.tokens, account.queued.sequences)
+            assert min(account.num_open, *waiting, account.used_requests, account.used_tokens) >= 0
     for name in list(tenant_of):
         found.left(name, now)
     state = found.saturation(now)

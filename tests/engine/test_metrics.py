@@ -218,7 +218,8 @@ def test_an_engine_fills_all_of_them() -> None:
 def test_blocks_that_made_room_are_missed_as_evicted() -> None:
     """Room for 8 blocks of 16 tokens: each prompt needs most of them."""
     params = SamplingParams(temperature=0, max_tokens=1)
-    with LLM("demo", disable_log_stats=True, max_model_len=128, kv_cache_memory_bytes=1 << 19) as llm:
+    options = {"dtype": "bfloat16", "max_model_len": 128, "kv_cache_memory_bytes": 1 << 19}
+    with LLM("demo", disable_log_stats=True, **options) as llm:
         for prompt in ([7] * 100, [8] * 100, [9] * 100):
             llm.generate(prompt, params, use_tqdm=False)
         before = llm.engine.core.stats()

@@ -17,7 +17,7 @@ from quire.types import SamplingParams
 PROMPT = (511, 263, 1029, 77, 902, 1500, 33, 410, 88, 1207, 640, 19, 351, 7)
 LENGTH = 14
 SEEDED = SamplingParams(temperature=2.0, seed=11, max_tokens=LENGTH, ignore_eos=True)
-LATE = tuple(range(4, 4096, 5))  # a fifth of the vocabulary
+LATE = tuple(range(5, 4096, 4))  # a quarter of the vocabulary, of which the demo model draws one early
 PARAMS = {
     "greedy": SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True),
     "seeded": SEEDED,
@@ -131,7 +131,7 @@ def test_the_cases_do_what_they_are_called() -> None:
     for name in ("filters", "penalties", "stop", "bias", "allowed"):
         assert of[name] != of["seeded"], name
     assert len(of["stop"]) < 6 <= len(of["late stop"]) < LENGTH
-    assert len(set(of["penalties"])) > len(set(of["greedy"]))
+    assert of["greedy with penalties"] != of["greedy"]
     assert len({tokens(events) for events in uninterrupted("three").values()}) == 3
     ends = {len(events) for events in uninterrupted("three with all").values()}
     assert len(ends) > 1, "they end at different places"

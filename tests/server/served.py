@@ -44,10 +44,14 @@ class Served:
 
 
 @contextmanager
-def serve(log: Path, *options: str) -> Iterator[Served]:
+def serve(log: Path, *options: str, **environment: str) -> Iterator[Served]:
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [*COMMAND, "demo", *OPTIONS, *options], stdout=subprocess.PIPE, stderr=errors, text=True
+            [*COMMAND, "demo", *OPTIONS, *options],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **environment},
         )
     try:
         greeting = []

@@ -91,6 +91,8 @@ def test_routes_are_known_behind_a_proxys_path(service: InProcess) -> None:
         found = scraped(live)["http_requests"].samples
         handlers = {s.labels["handler"] for s in found if ROUTE in s.labels["handler"]}
         assert calls(live, "2xx") - before == 2 and handlers == {ROUTE}
+        assert live.get("/llm/livez").status_code == 200
+        assert "/livez" not in {s.labels["handler"] for s in scraped(live)["http_requests"].samples}
 
 
 def test_refusals_without_a_key_have_no_route(service: InProcess) -> None:

@@ -3,12 +3,11 @@
 from typing import Any
 
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.specs.openapi import checks as specs
 
 from tests.server.served import Served
-
-schemathesis = pytest.importorskip("schemathesis")
-specs = pytest.importorskip("schemathesis.specs.openapi.checks")
 
 CHECKS = (
     specs.status_code_conformance,

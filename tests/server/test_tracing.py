@@ -11,6 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from opentelemetry.sdk import trace as sdk
+from opentelemetry.sdk.trace import export
+from opentelemetry.sdk.trace.export import in_memory_span_exporter as memory
 
 from quire.errors import ConfigError
 from quire.server import app
@@ -19,11 +22,6 @@ from quire.server.settings import ServerSettings
 from quire.server.timing import Timing
 from quire.server.tracing import Tracer
 from tests.server.conftest import FRANCE, InProcess, Live, serving
-
-sdk = pytest.importorskip("opentelemetry.sdk.trace")
-export = pytest.importorskip("opentelemetry.sdk.trace.export")
-memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
-otlp = pytest.importorskip("opentelemetry.exporter.otlp.proto.http.trace_exporter")
 
 CHAT = ("/v1/chat/completions", {"messages": FRANCE, "temperature": 0, "max_tokens": 40})
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -172,9 +170,7 @@ def test_missing_packages_are_named(service: InProcess, monkeypatch: pytest.Monk
     settings = ServerSettings(
         served_model_name=("demo",), otlp_traces_endpoint="http://127.0.0.1:9/v1/traces"
     )
-    with pytest.raises(
-        ConfigError, match="pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
-    ):
+    with pytest.raises(ConfigError, match=r"pip install 'quire\[tracing\]'"):
         Frontend(service, settings)
 
 

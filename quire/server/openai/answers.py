@@ -227,7 +227,10 @@ class Load(BaseModel):
 
 
 class Problem(BaseModel):
-    """What went wrong. `code` is the HTTP status, or a name such as `context_length_exceeded`."""
+    """What went wrong. `code` is the HTTP status, or a name such as `context_length_exceeded`.
+
+    `limit` is the name of the limit that a 429 or 503 is about.
+    """
 
     message: str
     type: str
@@ -235,6 +238,7 @@ class Problem(BaseModel):
     code: int | str
     num_tokens: int | None = None
     max_model_len: int | None = None
+    limit: str | None = None
 
 
 class ErrorAnswer(BaseModel):
