@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import signal
 import socket
 import time
@@ -10,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tests.faults.client import COMPLETIONS, Body, Connection, Load, ask, get, streams
+from tests.faults.client import COMPLETIONS, Answer, Body, Connection, Load, ask, get, streams
 from tests.faults.scenarios import Report, undisturbed
 from tests.faults.server import Server, serving, until
 
@@ -93,6 +94,74 @@ def _send_only(client: socket.socket, url: str, body: Body) -> None:
     client.connect((parts.hostname, parts.port))
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+
+
+async def overloaded(
+    folder: Path, *, factor: float, seconds: float, wait_s: float = 2.0, deadline_s: float | None = None
+) -> Report:
+    """Many times the load that the server can bear, by chance, with a bound on waiting.
+
+    `deadline_s`: the longest time to the first token for 99 of 100 that get in; None where no time is promised.
+    """
+    report = Report("10", f"{factor:g} times the capacity for {seconds:g} s, wait {wait_s:g} s at most")
+    chance = random.Random(10)
+    async with serving(folder, "--max-num-seqs", "8", "--max-queue-seconds", f"{wait_s:g}") as server:
+        able = await _capacity(server, seconds / 4)
+        memory, firsts, tasks = server.resident_bytes(), list[float](), list[asyncio.Task[Answer]]()
+        due = time.monotonic()
+        for i in range(int(factor * able * seconds)):
+            due += chance.expovariate(factor * able)
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            tasks.append(asyncio.create_task(_timed(server, i, firsts)))
+        answers = await asyncio.gather(*tasks)
+        grown = server.resident_bytes() - memory
+        await server.idle()
+        report.num_restarts = await server.num_restarts()
+    refused = [answer for answer in answers if answer.status == 503]
+    late = sorted(firsts)[int(len(firsts) * 0.99)]
+    report.num_requests = len(answers)
+    report.num_lost = len(answers) - len(refused) - sum(answer.ok for answer in answers)
+    assert refused and firsts and report.num_restarts == 0
+    assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
+    assert grown < 64 << 20
+    assert deadline_s is None or late < deadline_s, f"the first token of 1 in 100 took {late:.2f} s"
+    report.note = (
+        f"{able:.0f} requests/s can be served; {len(firsts)} answered, {len(refused)} refused with Retry-After; "
+        f"p99 to the first token {late:.2f} s; memory {grown / 2**20:+.0f} MiB"
+    )
+    return report
+
+
+async def _capacity(server: Server, seconds: float) -> float:
+    """Requests per second, with twice as many at a time as the engine computes."""
+    begin, firsts, done = time.monotonic(), list[float](), 0
+
+    async def customer(number: int) -> None:
+        nonlocal done
+        while time.monotonic() - begin < seconds:
+            assert (await _timed(server, number, firsts)).ok
+            done += 1
+
+    await asyncio.gather(*(customer(number) for number in range(16)))
+    return done / (time.monotonic() - begin)
+
+
+async def _timed(server: Server, number: int, firsts: list[float]) -> Answer:
+    """An answer; if it has tokens, the seconds to the first are noted."""
+    asked, first = time.monotonic(), list[float]()
+    body = {
+        "prompt": f"Tell me about number {number}.",
+        "max_tokens": 48,
+        "ignore_eos": True,
+        "temperature": 0,
+    }
+    answer = await ask(
+        server.url,
+        {**body, "stream": True, "return_token_ids": True},
+        lambda num_tokens: first.append(time.monotonic() - asked) if num_tokens and not first else None,
+    )
+    firsts += first
+    return answer
 
 
 async def drained(folder: Path, *, num_streams: int) -> Report:

@@ -40,6 +40,7 @@ FULL_SIZE: list[tuple[str, Scenario]] = [
     ("6", lambda folder: scenarios.not_a_number(folder, num_streams=64)),
     ("8", lambda folder: crowds.disconnects(folder, num_clients=1000)),
     ("9", lambda folder: crowds.never_reads(folder, num_clients=16, stall_s=5.0)),
+    ("10", lambda folder: crowds.overloaded(folder, factor=10, seconds=60, wait_s=4, deadline_s=6)),
     ("11", lambda folder: crowds.drained(folder, num_streams=64)),
     ("11", lambda folder: crowds.second_signal(folder, num_streams=64)),
     ("12", lambda folder: crowds.frontend_killed(folder, num_streams=64)),

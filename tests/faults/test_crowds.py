@@ -18,6 +18,10 @@ def test_clients_that_never_read_are_given_up(tmp_path: Path) -> None:
     assert run(crowds.never_reads(tmp_path, num_clients=4)).is_clean
 
 
+def test_too_many_are_told_to_come_back(tmp_path: Path) -> None:
+    assert run(crowds.overloaded(tmp_path, factor=5, seconds=4)).is_clean
+
+
 def test_a_signal_loses_nothing(tmp_path: Path) -> None:
     assert run(crowds.drained(tmp_path, num_streams=32)).is_clean
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.server import http
 from quire.server.errors import ApiError
 from quire.server.limits import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, MAX_JSON_VALUES, check_structure
 from tests.server.conftest import FRANCE, InProcess, Live, serving
@@ -116,3 +117,22 @@ def test_scores_of_prompts_are_bounded(service: InProcess) -> None:
         body = {"prompt": [[5] * 2000] * 101, "max_tokens": 1, "prompt_logprobs": 20}
         answer = live.post("/v1/completions", json=body)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt_logprobs"
+
+
+def test_headers_have_a_time(service: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends them byte by byte, or nothing at all, holds no connection for ever."""
+    monkeypatch.setattr(http, "HEAD_TIMEOUT_S", 0.2)
+    with serving(service) as live:
+        for begun in (b"", b"\r\n", b"POST /v1/comp", POST):
+            with connect(live.url) as connection:
+                connection.sendall(begun)
+                assert status(read_all(connection)) == 408
+        with connect(live.url) as connection:  # the time begins again with every request
+            connection.sendall(b"GET /version HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            connection.sendall(b"GET /ver")
+            assert status(read_all(connection)) == 408
+        body = b'{"prompt": "hello", "max_tokens": 2000, "ignore_eos": true}'
+        with connect(live.url) as connection:  # what takes longer than that is no head
+            connection.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body + b"GET /next")
+            assert status(connection.recv(65536)) == 200
