@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
@@ -14,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from quire.engine.service import Service, Status
-from quire.server.errors import ApiError, error_of, unavailable
+from quire.server.errors import ApiError, bad_request, error_of, unavailable
 from quire.server.limits import read_body
 from quire.server.settings import ServerSettings
 from quire.server.sse import EventStream, answered
@@ -25,6 +26,7 @@ Body = TypeVar("Body", bound=BaseModel)
 Scrape = Callable[[], Awaitable[tuple[Collector, int]]]  # metrics, and how many calls wait for the engine
 Numbered = tuple[int, RequestOutput]  # which of a call's prompts, and what is new of it
 FAREWELL_S = 2.0
+SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 Stream = AsyncGenerator[RequestOutput, None]
 
 
@@ -85,6 +87,21 @@ class Frontend:
             raise ApiError(404, f"there is no model {name[:200]!r}; this server has {served}", param="model")
         return name
 
+    def timeout_s(self, http: HttpRequest) -> float:
+        """How long a call may take: as the client says in a header, within what the server allows.
+
+        Raises:
+            ApiError: the header is no number of seconds.
+        """
+        given, most = http.headers.get("x-request-timeout"), self.settings.request_timeout
+        if given is None:
+            return most
+        if not SECONDS.fullmatch(given) or not (seconds := float(given)):
+            raise bad_request(
+                "the header X-Request-Timeout must be seconds above 0, such as 2.5", "x-request-timeout"
+            )
+        return min(seconds, most)
+
     def explain(self, http: HttpRequest) -> Callable[[Exception], ApiError]:
         """What the client of a request reads about an exception."""
         return lambda error: error_of(error, http.scope["request_id"])
@@ -102,7 +119,7 @@ class Frontend:
                 found = {number: output async for number, output in outputs}
             return [found[number] for number in range(len(requests))]
 
-        outputs = await answered(http.receive, collect(), self.settings.request_timeout)
+        outputs = await answered(http.receive, collect(), self.timeout_s(http))
         return json_response(whole(outputs))
 
     def stream(
@@ -113,7 +130,7 @@ class Frontend:
         late_headers: Callable[[], Mapping[str, str]] = dict,
     ) -> Response:
         """Run requests; what `pieces` makes of each output is sent at once. `late_headers` come with the first."""
-        timeout_s = self.settings.request_timeout
+        timeout_s = self.timeout_s(http)
         return EventStream(
             pieces(self.run(requests)), self.explain(http), timeout_s=timeout_s, late_headers=late_headers
         )

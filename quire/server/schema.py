@@ -56,6 +56,7 @@ HEADERS = (
         "Names the call in the log and in the answer; letters, digits and ._:-, up to 128.",
     ),
     ("X-Vllm-Priority", "integer", "As the field priority, before which it goes."),
+    ("X-Request-Timeout", "number", "Seconds until the call is given up, waiting included."),
 )
 ASKED = (401, 503)  # what a route without a body refuses
 PROBES = {"/livez": (), "/readyz": (503,), "/startupz": (503,)}

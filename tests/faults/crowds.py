@@ -273,7 +273,7 @@ async def refused(folder: Path) -> Report:
 
 async def wrong_clock(folders: Sequence[Path], *, num_streams: int) -> Report:
     """A wall clock that jumps by years."""
-    report = Report("18", "wall clock jumps by ten years, to and fro")
+    report = Report("18", "wall clock jumps by up to ten years, either way")
     bodies = streams(num_streams)
     async with serving(folders[0]) as server:
         want = await undisturbed(server, bodies)

@@ -296,7 +296,7 @@ def test_a_chat_that_is_too_long_has_counts(client: openai.OpenAI) -> None:
 
 
 def test_the_other_routes_warn_and_refuse_too(served: Served) -> None:
-    tokens = post(served, "/tokenize", {"prompt": "hello", "promt": 1}).json()
+    tokens = post(served, "/tokenize", {"prompt": "hello", "prompts": 1}).json()
     assert answers.TokensAnswer.model_validate(tokens, extra="forbid").warnings
     text = post(served, "/detokenize", {"tokens": tokens["tokens"], "special": True}).json()
     assert answers.TextAnswer.model_validate(text, extra="forbid").warnings

@@ -157,6 +157,19 @@ def test_a_failure_before_and_within_a_stream(service: InProcess) -> None:
         error(live.post("/v1/completions", json={**OK, "stream": True}), 504, "TimeoutError")
 
 
+def test_a_call_may_say_how_long_it_is_worth(live: Live) -> None:
+    long = {"prompt": "hello", "max_tokens": 1500, "ignore_eos": True}
+    for options in ({}, {"stream": True}):  # of a stream, as an event, if it has begun
+        answer = live.post("/v1/completions", json={**long, **options}, headers={"X-Request-Timeout": "0.05"})
+        assert '"code":504' in answer.text
+    live.until_calls(0)
+    for wrong in ("0", "-1", "x", "inf", "1e3", "nan"):
+        answer = live.post("/v1/completions", json=OK, headers={"X-Request-Timeout": wrong})
+        assert "X-Request-Timeout" in error(answer, 400, "BadRequestError")["message"]
+    answer = live.post("/v1/completions", json=OK, headers={"X-Request-Timeout": "600.5"})
+    assert answer.status_code == 200
+
+
 def test_an_error_in_a_stream_is_an_event_and_then_done(service: InProcess) -> None:
     with serving(service) as live:
         body = {"prompt": "hello", "max_tokens": 1500, "ignore_eos": True}
