@@ -113,13 +113,14 @@ class Frontend:
         whole: Callable[[list[RequestOutput]], Any],
     ) -> Response:
         """Run requests to their ends; one JSON body. A client that leaves stops them."""
+        timeout_s = self.timeout_s(http)
 
         async def collect() -> list[RequestOutput]:
             async with aclosing(self.run(requests)) as outputs:
                 found = {number: output async for number, output in outputs}
             return [found[number] for number in range(len(requests))]
 
-        outputs = await answered(http.receive, collect(), self.timeout_s(http))
+        outputs = await answered(http.receive, collect(), timeout_s)
         return json_response(whole(outputs))
 
     def stream(
