@@ -1,5 +1,6 @@
 """`quire serve` as users start and stop it: its own process, and the engine's, and nothing left of them."""
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from tests.server.raw import connect
 from tests.server.served import COMMAND, OPTIONS, Served, gone, serve
 
 MAX_LINES = 25
+LISTENS = "0A"  # as /proc/net/tcp writes it
 LONG = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True, "stream": True}
 
 
@@ -37,6 +39,27 @@ def test_the_frontend_has_no_torch(served: Served) -> None:
     frontend, *others = served.family()
     assert "libtorch" not in Path(f"/proc/{frontend}/maps").read_text()
     assert any("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in others)
+
+
+def test_it_listens_at_one_loopback_port_and_nowhere_else(served: Served) -> None:
+    """Processes talk over socket pairs, which have no name that anybody else could use."""
+    inodes = set()
+    for pid in served.family():
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # it was closed meanwhile
+                inodes.add(entry.readlink().name.removeprefix("socket:[").removesuffix("]"))
+    listening, names = [], []
+    for kind in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == LISTENS and words[9] in inodes:
+                listening.append(words[1])
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        words = line.split()
+        if words[6] in inodes:
+            names += words[7:]
+    port = int(served.url.rpartition(":")[2])
+    assert listening == [f"0100007F:{port:04X}"] and names == []
 
 
 @pytest.mark.slow
