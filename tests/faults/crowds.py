@@ -19,6 +19,7 @@ CHAT = "/v1/chat/completions"
 MILLION = 10**6
 ENDLESS: Body = {"max_tokens": 1500, "ignore_eos": True, "stream": True}
 WAVE = 250  # clients at a time
+SEATS = 8  # sequences that are computed at a time, where there are to be too many
 
 
 async def disconnects(folder: Path, *, num_clients: int) -> Report:
@@ -105,7 +106,7 @@ async def overloaded(
     """
     report = Report("10", f"{factor:g} times the capacity for {seconds:g} s, wait {wait_s:g} s at most")
     chance = random.Random(10)
-    async with serving(folder, "--max-num-seqs", "8", "--max-queue-seconds", f"{wait_s:g}") as server:
+    async with serving(folder, "--max-num-seqs", str(SEATS), "--max-queue-seconds", f"{wait_s:g}") as server:
         able = await _capacity(server, seconds / 4)
         memory, firsts, tasks = server.resident_bytes(), list[float](), list[asyncio.Task[Answer]]()
         due = time.monotonic()
@@ -133,7 +134,7 @@ async def overloaded(
 
 
 async def _capacity(server: Server, seconds: float) -> float:
-    """Requests per second, with twice as many at a time as the engine computes."""
+    """Requests per second, with as many at a time as the engine computes, so that none has to wait."""
     begin, firsts, done = time.monotonic(), list[float](), 0
 
     async def customer(number: int) -> None:
@@ -142,7 +143,7 @@ async def _capacity(server: Server, seconds: float) -> float:
             assert (await _timed(server, number, firsts)).ok
             done += 1
 
-    await asyncio.gather(*(customer(number) for number in range(16)))
+    await asyncio.gather(*(customer(number) for number in range(SEATS)))
     return done / (time.monotonic() - begin)
 
 
