@@ -168,15 +168,11 @@ class Sampler:
         token_ids, bad = draw(logits, self._params.controls(slots, positions, uses))
         if not uses & Uses.LOGPROBS:
             return Sampled(token_ids, bad, ())
-        return Sampled(
-            token_ids, bad, (compute(logits, token_ids, FIXED_LOGPROBS, range(len(token_ids))),)
-        )
+        return Sampled(token_ids, bad, (compute(logits, token_ids, FIXED_LOGPROBS, range(len(token_ids))),))
 
     def num_logprobs(self, slots: Sequence[int]) -> list[int | None]:
         """How many each slot's sequence asks for, next to the chosen token's own; None for none at all."""
-        return [
-            None if num == NO_LOGPROBS else int(num) for num in self._params.num_logprobs[slots].tolist()
-        ]
+        return [None if num == NO_LOGPROBS else int(num) for num in self._params.num_logprobs[slots].tolist()]
 
     def _upload(self, slots: Sequence[int], positions: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Slots and positions on the device, in one copy where both are lists."""
