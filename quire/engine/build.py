@@ -183,7 +183,8 @@ def _core(
         SlotState(max_seqs, length, block_size, device),
         Sampler(spec.vocab_size, max_seqs, device),
     )
-    if (reason := why_not(model, device)) is not None:
+    reason = why_not(model, device)
+    if reason is not None and device.type == "cuda":
         logger.info("decode steps are no CUDA graphs: %s", reason)
     fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs()) if reason is None else None
     runner = Runner(*parts, block_size=block_size, fixed=fixed)
