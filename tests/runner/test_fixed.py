@@ -138,7 +138,9 @@ def test_every_kind_of_step_is_taken_and_preemption_changes_nothing(
     assert alone == {Uses(0), random, random | Uses.LOGPROBS, None}
 
 
-def test_a_step_that_cannot_be_fixed_is_computed_otherwise(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_that_cannot_be_fixed_is_computed_otherwise(
+    folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=12, ignore_eos=True, logprobs=1)
     work = [([3, 4, 5 + i], params, 2 * i) for i in range(3)]
     want = run(make_engine(folder), work)
@@ -149,7 +151,9 @@ def test_a_step_that_cannot_be_fixed_is_computed_otherwise(folder: str, caplog: 
         caplog.clear()
         with caplog.at_level("WARNING", "quire"):
             assert run(engine, work) == want
-        assert [r.message for r in caplog.records if "CUDA graph" in r.message and str(error) in r.message] != []
+        assert [
+            r.message for r in caplog.records if "CUDA graph" in r.message and str(error) in r.message
+        ] != []
         assert fixed.graphs.num_refused > 0 and fixed.ring.num_steps == 0
 
 
