@@ -9,6 +9,7 @@ CUDA one graph:
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -97,7 +98,8 @@ class FixedSteps:
         self.ring.make_room()
         if not self._run(num_rows, work, uses):
             return None
-        return self.ring.started(lambda words: self._read(words, num_rows, asked))
+        # Without `self`, whose ring keeps it: a closed engine's memory is free at once, not when cycles are collected.
+        return self.ring.started(partial(_read, shape=(num_rows, self.score_width), asked=asked))
 
     def forward(self, work: Sequence[Work]) -> tuple[Batch, Tensor] | None:
         """Start the network only: the batch and the network's output [rows, dim], both valid until the next step."""
@@ -169,11 +171,12 @@ class FixedSteps:
             *(sampled.token_ids, sampled.bad, scores, self.ring.entries, self.ring.count),
         )
 
-    def _read(self, words: Tensor, num_rows: int, asked: Sequence[int | None]) -> HostSampled:
-        count = len(asked)
-        bad = [flag != 0 for flag in words[num_rows : num_rows + count].tolist()]
-        scores = unpack_some(words[2 * num_rows :], (num_rows, self.score_width), asked)
-        return HostSampled(words[:count].tolist(), bad, scores)
+
+def _read(words: Tensor, *, shape: tuple[int, int], asked: Sequence[int | None]) -> HostSampled:
+    """A report of `advance` for `shape[0]` rows, of which the first belong to somebody."""
+    num_rows, count = shape[0], len(asked)
+    bad = [flag != 0 for flag in words[num_rows : num_rows + count].tolist()]
+    return HostSampled(words[:count].tolist(), bad, unpack_some(words[2 * num_rows :], shape, asked))
 
 
 def _fits(work: Sequence[Work]) -> bool:
