@@ -17,6 +17,7 @@ class Inputs(NamedTuple):
 
     token_ids: Tensor  # [B] int64
     positions: Tensor  # [B] int64
+    following: Tensor  # [B] int64: where what is sampled goes
     slot_mapping: Tensor  # [B] int64
     query_starts: Tensor  # [B + 1] int32, the first one always 0
     lengths: Tensor  # [B] int32
@@ -39,6 +40,7 @@ def gather(rows: Tensor, numbers: Tensor, tokens: Tensor, inputs: Inputs, block_
     places = blocks * block_size + positions % block_size
     inputs.token_ids.copy_(tokens[rows, positions])
     inputs.positions.copy_(positions)
+    inputs.following.copy_(positions + 1)
     inputs.slot_mapping.copy_(torch.where(present, places, -1))
     inputs.query_starts[1:].copy_(present.cumsum(0))
     inputs.lengths.copy_(lengths)
@@ -58,23 +60,22 @@ def advance(
     rows: Tensor,
     numbers: Tensor,
     tokens: Tensor,
-    positions: Tensor,
+    following: Tensor,
     token_ids: Tensor,
     bad: Tensor,
     scores: Tensor | None,
     entries: Tensor,
     count: Tensor,
 ) -> None:
-    """Append `token_ids` [B] to slots `rows` [B] after `positions` [B], and report them.
+    """Append `token_ids` [B] to slots `rows` [B] at positions `following` [B], and report them.
 
     The report goes to row `count % E` of `entries` [E, W] int32, which is memory of the host: token ids [B], `bad` [B]
     as 0 or 1, and `scores` [any] int32. Then `count` [1] int64 is one more.
     """
     present = rows < len(numbers) - 1
-    mine, ids = rows[present], token_ids[present].int()
-    following = positions[present] + 1
-    tokens[mine, following] = ids
-    numbers[mine, 0] = (following + 1).int()
+    mine, at = rows[present], following[present]
+    tokens[mine, at] = token_ids[present].int()
+    numbers[mine, 0] = (at + 1).int()
     parts = [token_ids.int(), bad.int()] + ([] if scores is None else [scores])
     report = torch.cat(parts).to(entries.device)
     entries[int(count) % len(entries), : len(report)] = report
@@ -86,7 +87,7 @@ def advance_triton(
     rows: Tensor,
     numbers: Tensor,
     tokens: Tensor,
-    positions: Tensor,
+    following: Tensor,
     token_ids: Tensor,
     bad: Tensor,
     scores: Tensor | None,
@@ -96,4 +97,4 @@ def advance_triton(
     """One kernel."""
     from quire.runner.triton.advance import advance
 
-    advance(rows, numbers, tokens, positions, token_ids, bad, scores, entries, count)
+    advance(rows, numbers, tokens, following, token_ids, bad, scores, entries, count)

@@ -75,6 +75,7 @@ class FixedSteps:
         self.inputs = Inputs(
             token_ids=zeros(most),
             positions=zeros(most),
+            following=zeros(most),
             slot_mapping=zeros(most),
             query_starts=zeros(most + 1, dtype=torch.int32),
             lengths=zeros(most, dtype=torch.int32),
@@ -118,7 +119,7 @@ class FixedSteps:
             sampling=tuple(work),
             last_rows=torch.arange(count, device=self.rows.device),
             slots=self.rows[:count],
-            sample_positions=inputs.positions[:count] + 1,
+            sample_positions=inputs.following[:count],
         )
         return batch, self.hidden[:count]
 
@@ -164,10 +165,10 @@ class FixedSteps:
             self.hidden[:num_rows].copy_(hidden)
             return
         logits = self.model.logits(hidden)
-        sampled = self.sampler.sample_fixed(logits, rows, inputs.positions + 1, uses)
+        sampled = self.sampler.sample_fixed(logits, rows, inputs.following, uses)
         scores = sampled.logprobs[0].pack() if sampled.logprobs else None
         advance(
-            *(rows, state.numbers, state.tokens, inputs.positions),
+            *(rows, state.numbers, state.tokens, inputs.following),
             *(sampled.token_ids, sampled.bad, scores, self.ring.entries, self.ring.count),
         )
 

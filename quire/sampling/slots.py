@@ -53,6 +53,7 @@ class SlotParams:
         self._host_ints = torch.tensor((0, vocab_size))[:, None].repeat(1, num_slots + 1)
         self._floats = self._host_floats.to(device)  # on a CPU these share the host's memory
         self._ints = self._host_ints.to(device)
+        self._greedy = self._floats.clone(), self._ints.clone()
         self._changed: set[int] = set()
 
     def write(self, slot: int, params: SamplingParams, seed: int, extra: Uses) -> None:
@@ -98,8 +99,11 @@ class SlotParams:
 
     def controls(self, slots: Tensor, positions: Tensor, union: Uses) -> Controls:
         """How to draw for slots [R] at positions [R], gathered on the device; `union` of what they use."""
-        scale, log_min_p, top_p = self._floats.index_select(1, slots).unbind(0)
-        seeds, top_k = self._ints.index_select(1, slots).unbind(0)
+        if union & Uses.RANDOM:
+            floats, ints = self._floats.index_select(1, slots), self._ints.index_select(1, slots)
+        else:
+            floats, ints = self._greedy[0][:, : len(slots)], self._greedy[1][:, : len(slots)]
+        (scale, log_min_p, top_p), (seeds, top_k) = floats.unbind(0), ints.unbind(0)
         filters = Filters(log_min_p, top_k, top_p)
         all_greedy, any_filter = not union & Uses.RANDOM, bool(union & Uses.FILTERS)
         return Controls(scale, filters, seeds, positions, all_greedy, any_filter)

@@ -46,6 +46,7 @@ def make_memory(num_rows: int) -> Memory:
     inputs = Inputs(
         token_ids=junk(num_rows),
         positions=junk(num_rows),
+        following=junk(num_rows),
         slot_mapping=junk(num_rows),
         query_starts=torch.zeros(num_rows + 1, dtype=torch.int32, device=DEVICE),
         lengths=junk(num_rows, dtype=torch.int32),
@@ -91,11 +92,11 @@ def test_kernels_equal_references(num_present: int, num_rows: int) -> None:
 
 
 def step_of(memory: Memory, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return rows, memory.numbers, memory.tokens, memory.inputs.positions
+    return rows, memory.numbers, memory.tokens, memory.inputs.following
 
 
 def check_inputs(got: Memory, want: Memory, num_present: int) -> None:
-    for name in ("token_ids", "positions", "slot_mapping", "query_starts", "lengths"):
+    for name in ("token_ids", "positions", "following", "slot_mapping", "query_starts", "lengths"):
         ours, theirs = (m.inputs._asdict()[name] for m in (got, want))
         if name == "token_ids":  # padding's may be anything that is a token
             ours, theirs = ours[:num_present], theirs[:num_present]

@@ -29,7 +29,7 @@ def advance(
     rows: Tensor,
     numbers: Tensor,
     tokens: Tensor,
-    positions: Tensor,
+    following: Tensor,
     token_ids: Tensor,
     bad: Tensor,
     scores: Tensor | None,
@@ -39,7 +39,7 @@ def advance(
     """Do what `quire.runner.advance.advance` does."""
     num_rows = len(rows)
     _advance[(1,)](
-        *(rows, numbers, tokens, positions, token_ids, bad.view(torch.uint8), scores, entries, count),
+        *(rows, numbers, tokens, following, token_ids, bad.view(torch.uint8), scores, entries, count),
         *(num_rows, len(numbers) - 1, 0 if scores is None else len(scores), len(entries)),
         *(numbers.stride(0), tokens.stride(0), entries.stride(0)),
         ROWS=triton.next_power_of_2(num_rows),
@@ -69,6 +69,7 @@ def _gather(
     num_present = tl.sum((inside & (slots < nobody)).to(tl.int32), 0)
     tl.store(inputs.token_ids + row, token.to(tl.int64))
     tl.store(inputs.positions + row, position.to(tl.int64))
+    tl.store(inputs.following + row, position.to(tl.int64) + 1)
     tl.store(inputs.slot_mapping + row, place)
     tl.store(inputs.query_starts + row + 1, num_present)
     tl.store(inputs.lengths + row, length)
@@ -84,7 +85,7 @@ def _gather(
     "num_rows", "nobody", "num_scores", "num_entries", "numbers_stride", "tokens_stride", "entries_stride"
 ])  # fmt: skip
 def _advance(
-    rows, numbers, tokens, positions, token_ids, bad, scores, entries, count,
+    rows, numbers, tokens, following, token_ids, bad, scores, entries, count,
     num_rows, nobody, num_scores, num_entries, numbers_stride, tokens_stride, entries_stride,
     ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -95,11 +96,11 @@ def _advance(
     inside = row < num_rows
     slot = tl.load(rows + row, mask=inside, other=nobody)
     present = inside & (slot < nobody)
-    following = tl.load(positions + row, mask=inside, other=0) + 1
+    at = tl.load(following + row, mask=inside, other=0)
     token = tl.load(token_ids + row, mask=inside, other=0).to(tl.int32)
     flag = tl.load(bad + row, mask=inside, other=0).to(tl.int32)
-    tl.store(tokens + slot * tokens_stride + following, token, mask=present)
-    tl.store(numbers + slot * numbers_stride, (following + 1).to(tl.int32), mask=present)
+    tl.store(tokens + slot * tokens_stride + at, token, mask=present)
+    tl.store(numbers + slot * numbers_stride, (at + 1).to(tl.int32), mask=present)
     tl.store(entry + row, token, mask=inside)
     tl.store(entry + num_rows + row, flag, mask=inside)
     if scores is not None:
