@@ -1,6 +1,7 @@
 """CUDA graphs of steps: captured when they are needed again, and replayed. Knows no batches and no networks."""
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -68,11 +69,18 @@ class Graphs:
         self.stream = self.stream or torch.cuda.Stream()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            # Threads of others may allocate meanwhile.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                compute()
-            finally:
-                graph.capture_end()
+        try:
+            with torch.cuda.stream(self.stream):
+                # Threads of others may allocate meanwhile.
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    compute()
+                finally:
+                    graph.capture_end()
+        except Exception:
+            # A capture that CUDA has ended leaves torch's allocator waiting for its end: it could not return free
+            # memory any more, which it must when memory runs out.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+            raise
         return graph

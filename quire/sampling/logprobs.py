@@ -55,10 +55,10 @@ def unpack_some(
     """The first rows of one `Logprobs.pack()` on the host, each with no more than `asked` likeliest tokens."""
     if all(k is None for k in asked):
         return [None] * len(asked)
-    ids, floats, ranks = _parts(packed, shape)
+    parts = [part[: len(asked)].tolist() for part in _parts(packed, shape)]
     return [
-        None if k is None else _report(ids[i, : 1 + k].tolist(), floats[i, : 1 + k].tolist(), int(ranks[i]))
-        for i, k in enumerate(asked)
+        None if k is None else _report(ids[: 1 + k], floats[: 1 + k], rank)
+        for k, ids, floats, rank in zip(asked, *parts, strict=True)
     ]
 
 

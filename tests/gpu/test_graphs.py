@@ -259,3 +259,10 @@ def test_a_failing_capture_leaves_a_working_engine(caplog: pytest.LogCaptureFixt
     print(f"  warnings: {warnings}")
     assert len(warnings) == 1
     report("failing", fixed)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # torch refuses that while it believes in a capture
+    with torch.cuda.graph(
+        torch.cuda.CUDAGraph()
+    ):  # after a failed one torch's generator waits for another's end
+        torch.zeros(1, device="cuda")
+    torch.randn(1, device="cuda")
