@@ -76,6 +76,10 @@ class Backend(Protocol):
     @property
     def block_size(self) -> int: ...
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold steps: nothing in them waits for the device."""
+
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this backend cannot run, or None if it can."""
 

@@ -13,6 +13,7 @@ class Reference:
     """Keys [num_blocks, Hkv, block_size, Dk] and values, likewise; float32 arithmetic."""
 
     name = "reference"
+    capturable = False
 
     def __init__(self, block_size: int = 16):
         self.block_size = block_size

@@ -89,6 +89,7 @@ class Triton:
     """
 
     name = "triton"
+    capturable = True
 
     def __init__(self, block_size: int = 64, invariant: bool = False):
         self.block_size, self.invariant = block_size, invariant
