@@ -1,0 +1,199 @@
+"""Products with weights on NVIDIA GPUs: which kernel, with which tiles. Registered beside their references.
+
+Up to 64 rows are ours (linear.py), since a weight that is read once is all there is to wait for; more are cuBLAS's. The
+sum of a residual stream is float32 from there on, and its norm is left unscaled: who reads it scales its own result.
+Results differ from those of separate operations by what these would have rounded in between: the product before it is
+added, gate and up before they are multiplied, and the norm's 1 / rms.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quire.kernels.reference import (
+    RmsNorm,
+    RowScale,
+    finish_norm,
+    linear,
+    linear_add_norm,
+    normed_act_mul,
+    normed_linear,
+    pack_linear,
+)
+from quire.kernels.triton import linear as kernels
+from quire.kernels.triton.ops import ACTIVATIONS, DTYPES, act_mul_triton, add_norm_triton, power_of_two
+from quire.kernels.triton.tiles import ROWS, SHARED_BYTES, Product, Tile, bucket, tile_for
+
+MOST_ROWS = ROWS[-1]
+UNSCALED = (torch.bfloat16, torch.float32)  # float16 might overflow before it is divided by the rms
+LEAST_TILE = 16  # rows of a weight, where programs share a tile
+SUMMED = 2048  # squares that a program adds up at once
+INTERPRETED_PROCESSORS = 6
+PDL_CAPABILITY = (9, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedWeight:
+    """A weight with what its programs need to agree; takes the place of a tensor as `linear`'s second argument."""
+
+    data: Tensor  # [outputs, inputs]
+    arrivals: Tensor  # [tiles] int32, zeros whenever no kernel runs. One product with a weight runs at a time.
+
+
+class Into(NamedTuple):
+    """Where a product is added, and what is left there."""
+
+    residual: Tensor  # [M, N]
+    total: Tensor  # [M, N] float32
+    norm: RmsNorm
+
+
+@pack_linear.on("cuda", *DTYPES)
+def pack_linear_triton(weight: Tensor) -> Tensor | StreamedWeight:
+    if weight.dim() != 2:
+        return weight
+    tiles = -(-weight.shape[0] // LEAST_TILE)
+    return StreamedWeight(
+        weight.contiguous(), torch.zeros(tiles, dtype=torch.int32, device=weight.device)
+    )
+
+
+@linear.on("cuda", *DTYPES)
+def linear_triton(
+    x: Tensor, weight: Tensor | StreamedWeight, bias: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    if isinstance(weight, Tensor):
+        return linear.reference(x, weight, bias, dtype)
+    num_rows = x.numel() // x.shape[-1]
+    if 0 < num_rows <= MOST_ROWS:
+        out = x.new_empty((*x.shape[:-1], len(weight.data)), dtype=dtype)
+        multiply(x.reshape(num_rows, -1), weight, out, bias=bias)
+        return out
+    if dtype is torch.float32 and x.dtype is not dtype and x.is_cuda and bias is None and num_rows:
+        y = torch.mm(x.reshape(num_rows, -1), weight.data.t(), out_dtype=dtype)  # never rounded to x's dtype
+        return y.view(*x.shape[:-1], -1)
+    return linear.reference(x, weight.data, bias, dtype)
+
+
+@normed_linear.on("cuda", *DTYPES)
+def normed_linear_triton(
+    values: Tensor, scale: RowScale | None, weight: Tensor | StreamedWeight, bias: Tensor | None
+) -> Tensor:
+    if scale is None or isinstance(weight, Tensor) or not _streams(values):
+        return linear_triton(finish_norm_triton(values, scale), weight, bias)
+    out = values.new_empty(len(values), len(weight.data))
+    multiply(values, weight, out, bias=bias, scale=scale)
+    return out
+
+
+@normed_act_mul.on("cuda", *DTYPES)
+def normed_act_mul_triton(
+    values: Tensor, scale: RowScale | None, weight: Tensor | StreamedWeight, bias: Tensor | None, kind: str
+) -> Tensor:
+    if isinstance(weight, Tensor) or not _streams(values):
+        return act_mul_triton(normed_linear_triton(values, scale, weight, bias), kind)
+    out = values.new_empty(len(values), len(weight.data) // 2)
+    multiply(values, weight, out, bias=bias, scale=scale, act=ACTIVATIONS[kind])
+    return out
+
+
+@linear_add_norm.on("cuda", *DTYPES)
+def linear_add_norm_triton(
+    x: Tensor, weight: Tensor | StreamedWeight, bias: Tensor | None, residual: Tensor, norm: RmsNorm
+) -> tuple[Tensor, Tensor, RowScale | None]:
+    if isinstance(weight, Tensor) or not _streams(x) or x.dtype not in UNSCALED:
+        return *add_norm_triton(linear_triton(x, weight, bias), residual, norm), None
+    out = x.new_empty(len(x), len(weight.data))
+    into = Into(residual.contiguous(), out.new_empty(out.shape, dtype=torch.float32), norm)
+    squares = multiply(x, weight, out, bias=bias, into=into)
+    return into.total, out, RowScale(squares, norm.eps)
+
+
+@finish_norm.on("cuda", *DTYPES)
+def finish_norm_triton(values: Tensor, scale: RowScale | None) -> Tensor:
+    if scale is None or not len(values):
+        return values
+    out, (num_rows, size) = torch.empty_like(values), values.shape
+    num_parts = scale.squares.shape[1]
+    kernels.finish_norm[(num_rows,)](
+        *(values, scale.squares, out, num_parts, scale.eps),
+        SIZE=size,
+        WIDTH=power_of_two(size),
+        PARTS=min(power_of_two(num_parts), SUMMED),
+        num_warps=min(max(size // 512, 1), 16),
+    )
+    return out
+
+
+def multiply(
+    x: Tensor,
+    weight: StreamedWeight,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: RowScale | None = None,
+    act: str = "",
+    into: Into | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """out [M, N] = x [M, K] @ weight.T, M <= 64, and what else is asked for; see linear.py.
+
+    Returns:
+        Sums of squares of the rows of `into.total`, [M, tiles] float32; nothing of use without `into`.
+    """
+    num_rows, inputs = x.shape
+    outputs, rows = out.shape[-1], bucket(num_rows)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    processors, shared_bytes, early = _machine(x.device)
+    product = Product(outputs, inputs, rows, act != "", x.element_size())
+    tile = tile or tile_for(product, processors, shared_bytes)
+    tiles, num_parts = -(-outputs // tile.rows), 0 if scale is None else scale.squares.shape[1]
+    new_squares = out.new_empty((num_rows, tiles) if into else (0, 0), dtype=torch.float32)
+    even = inputs % tile.step == 0
+    epilogue = (bias, out, *((into.residual, into.total, into.norm.weight) if into else (None, None, None)))
+    epilogue += (None if scale is None else scale.squares, new_squares if into else None)
+    sizes = (num_parts, 1.0 if scale is None else scale.eps, into.norm.offset if into else 0.0)
+    common = {"TILE": tile.rows, "STEP": tile.step, "ACT": act, "EVEN": even, "num_warps": tile.warps}
+    common["PARTS"] = min(power_of_two(num_parts), SUMMED // rows)
+    following = kernels.NEVER.value
+    if early and even:  # other loads than 16 bytes at once go through the first-level cache
+        following = kernels.EARLY.value if rows == 1 else kernels.LATE.value
+    common |= {"NEXT": following, "launch_pdl": following != kernels.NEVER.value}
+    if rows == 1:
+        kernels.one_row[(tiles,)](
+            *(x, weight.data, *epilogue, outputs, inputs, *sizes), UNROLL=tile.stages, **common
+        )
+        return new_squares
+    share = -(-inputs // (tile.split * tile.step)) * tile.step
+    parts = tiles * tile.split * (1 + (act != "")) * tile.rows * rows if tile.split > 1 else 0
+    partials = torch.empty(parts, dtype=torch.float32, device=x.device)
+    kernels.stream[(tiles * tile.split,)](
+        *(x, weight.data, *epilogue, partials, weight.arrivals, num_rows, outputs, inputs, x.stride(0), *sizes),
+        share,
+        ROWS=rows,
+        SPLIT=tile.split,
+        STAGES=tile.stages,
+        PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
+        **common,
+    )
+    return new_squares
+
+
+def _streams(x: Tensor) -> bool:
+    return x.dim() == 2 and 0 < len(x) <= MOST_ROWS
+
+
+@functools.cache
+def _machine(device: torch.device) -> tuple[int, int, bool]:
+    """(processors, bytes of shared memory of a program, whether kernels can start before the last one ends)."""
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS, SHARED_BYTES, False
+    found = torch.cuda.get_device_properties(device)
+    return (
+        found.multi_processor_count,
+        found.shared_memory_per_block_optin,
+        (found.major, found.minor) >= PDL_CAPABILITY,
+    )
