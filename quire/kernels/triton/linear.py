@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Products of few rows with a weight, as Triton kernels, and what is done to them before they leave. Knows no launch.
 
-y [M, N] = x [M, K] @ w [N, K]^T, where M <= 64: the weight passes by once and is all that takes time. A program has TILE
-rows of w, that is, columns of y, for all rows of x, as y^T [TILE, ROWS]:
+y [M, N] = x [M, K] @ w [N, K]^T, where M <= 64: the weight passes by once and is all that takes time. A program has
+TILE rows of w, that is, columns of y, for all rows of x, as y^T [TILE, ROWS]:
 
     scale     each row of y is multiplied by 1 / rms, from sums of squares that were left by who wrote x
     bias      is added
@@ -119,7 +119,7 @@ def _weights(at, k, inputs, K, EVEN: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def stream(
     x, w, bias, out, residual, total, gain, squares, new_squares, partials, arrivals,
-    num_rows, N, K, x_stride, num_parts, eps, offset, share,
+    num_rows, x_stride, share, N, K, num_parts, eps, offset,
     ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     PARTS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, NEXT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +199,9 @@ def one_row(
 
 
 @triton.jit(do_not_specialize=["num_parts"])
-def finish_norm(values, squares, out, num_parts, eps, SIZE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+def finish_norm(
+    values, squares, out, num_parts, eps, SIZE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
+):
     """A row of out [M, SIZE] = values / rms, from its sums of squares [M, num_parts]."""
     row, columns = tl.program_id(0), tl.arange(0, WIDTH)
     rows = row + tl.arange(0, 1)

@@ -76,7 +76,11 @@ def add_norm_triton(
     if size > MOST_COLUMNS or x.dim() != 2 or x.stride(1) != 1 or residual.stride(1) != 1:
         return add_norm.reference(x, residual, norm, post)
     total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
-    out, after, width = torch.empty(x.shape, dtype=x.dtype, device=x.device), post or NO_NORM, power_of_two(size)
+    out, after, width = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        post or NO_NORM,
+        power_of_two(size),
+    )
     if out.numel():
         elementwise.add_norm[(len(x),)](
             *(x, residual, total, out, norm.weight, after.weight, norm.eps, norm.offset),

@@ -8,10 +8,11 @@ added, gate and up before they are multiplied, and the norm's 1 / rms.
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from quire.kernels.reference import (
     RmsNorm,
@@ -32,6 +33,7 @@ UNSCALED = (torch.bfloat16, torch.float32)  # float16 might overflow before it i
 LEAST_TILE = 16  # rows of a weight, where programs share a tile
 SUMMED = 2048  # squares that a program adds up at once
 INTERPRETED_PROCESSORS = 6
+ALIGNED = 16  # numbers; else loads are short ones, which go through the first-level cache
 PDL_CAPABILITY = (9, 0)
 
 
@@ -40,7 +42,9 @@ class StreamedWeight:
     """A weight with what its programs need to agree; takes the place of a tensor as `linear`'s second argument."""
 
     data: Tensor  # [outputs, inputs]
-    arrivals: Tensor  # [tiles] int32, zeros whenever no kernel runs. One product with a weight runs at a time.
+    arrivals: (
+        Tensor  # [tiles] int32, zeros whenever no kernel runs. One product with a weight runs at a time.
+    )
 
 
 class Into(NamedTuple):
@@ -56,9 +60,7 @@ def pack_linear_triton(weight: Tensor) -> Tensor | StreamedWeight:
     if weight.dim() != 2:
         return weight
     tiles = -(-weight.shape[0] // LEAST_TILE)
-    return StreamedWeight(
-        weight.contiguous(), torch.zeros(tiles, dtype=torch.int32, device=weight.device)
-    )
+    return StreamedWeight(weight.contiguous(), torch.zeros(tiles, dtype=torch.int32, device=weight.device))
 
 
 @linear.on("cuda", *DTYPES)
@@ -144,42 +146,54 @@ def multiply(
     Returns:
         Sums of squares of the rows of `into.total`, [M, tiles] float32; nothing of use without `into`.
     """
-    num_rows, inputs = x.shape
-    outputs, rows = out.shape[-1], bucket(num_rows)
     x = x if x.stride(1) == 1 else x.contiguous()
-    processors, shared_bytes, early = _machine(x.device)
-    product = Product(outputs, inputs, rows, act != "", x.element_size())
-    tile = tile or tile_for(product, processors, shared_bytes)
+    (num_rows, inputs), outputs = x.shape, out.shape[-1]
+    rows = bucket(num_rows)
+    processors, shared_bytes, can_start_early = _machine(x.device)
+    if tile is None:
+        product = Product(outputs, inputs, rows, act != "", x.element_size())
+        tile = tile_for(product, processors, shared_bytes)
     tiles, num_parts = -(-outputs // tile.rows), 0 if scale is None else scale.squares.shape[1]
     new_squares = out.new_empty((num_rows, tiles) if into else (0, 0), dtype=torch.float32)
-    even = inputs % tile.step == 0
-    epilogue = (bias, out, *((into.residual, into.total, into.norm.weight) if into else (None, None, None)))
-    epilogue += (None if scale is None else scale.squares, new_squares if into else None)
-    sizes = (num_parts, 1.0 if scale is None else scale.eps, into.norm.offset if into else 0.0)
-    common = {"TILE": tile.rows, "STEP": tile.step, "ACT": act, "EVEN": even, "num_warps": tile.warps}
-    common["PARTS"] = min(power_of_two(num_parts), SUMMED // rows)
-    following = kernels.NEVER.value
-    if early and even:  # other loads than 16 bytes at once go through the first-level cache
-        following = kernels.EARLY.value if rows == 1 else kernels.LATE.value
-    common |= {"NEXT": following, "launch_pdl": following != kernels.NEVER.value}
+    places = (bias, out, *((into.residual, into.total, into.norm.weight) if into else (None, None, None)))
+    places += (None if scale is None else scale.squares, new_squares if into else None)
+    sizes = (outputs, inputs, num_parts, scale.eps if scale else 1.0, into.norm.offset if into else 0.0)
+    constants = {"TILE": tile.rows, "STEP": tile.step, "ACT": act, "EVEN": inputs % tile.step == 0}
+    constants |= {"PARTS": min(power_of_two(num_parts), SUMMED // rows), "num_warps": tile.warps}
+    if can_start_early and inputs % ALIGNED == 0 and x.stride(0) % ALIGNED == 0:
+        # Early only where programs are small: large ones would take the room of those that still run.
+        following = kernels.EARLY if rows == 1 else kernels.LATE
+        constants |= {"NEXT": following.value, "launch_pdl": True}
+    else:
+        constants |= {"NEXT": kernels.NEVER.value}
     if rows == 1:
-        kernels.one_row[(tiles,)](
-            *(x, weight.data, *epilogue, outputs, inputs, *sizes), UNROLL=tile.stages, **common
-        )
-        return new_squares
-    share = -(-inputs // (tile.split * tile.step)) * tile.step
-    parts = tiles * tile.split * (1 + (act != "")) * tile.rows * rows if tile.split > 1 else 0
-    partials = torch.empty(parts, dtype=torch.float32, device=x.device)
-    kernels.stream[(tiles * tile.split,)](
-        *(x, weight.data, *epilogue, partials, weight.arrivals, num_rows, outputs, inputs, x.stride(0), *sizes),
-        share,
+        kernels.one_row[(tiles,)](x, weight.data, *places, *sizes, UNROLL=tile.stages, **constants)
+    else:
+        _stream(x, weight, places, sizes, tile, constants)
+    return new_squares
+
+
+def _stream(
+    x: Tensor,
+    weight: StreamedWeight,
+    places: tuple[Any, ...],
+    sizes: tuple[Any, ...],
+    tile: Tile,
+    constants: dict[str, Any],
+) -> None:
+    (num_rows, inputs), outputs, split = x.shape, sizes[0], tile.split
+    rows, tiles = bucket(num_rows), -(-outputs // tile.rows)
+    share = -(-inputs // (split * tile.step)) * tile.step
+    left = tiles * split * (2 if constants["ACT"] else 1) * tile.rows * rows if split > 1 else 0
+    partials = torch.empty(left, dtype=torch.float32, device=x.device)
+    kernels.stream[(tiles * split,)](
+        *(x, weight.data, *places, partials, weight.arrivals, num_rows, x.stride(0), share, *sizes),
+        **constants,
         ROWS=rows,
-        SPLIT=tile.split,
+        SPLIT=split,
         STAGES=tile.stages,
         PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
-        **common,
     )
-    return new_squares
 
 
 def _streams(x: Tensor) -> bool:
@@ -192,8 +206,5 @@ def _machine(device: torch.device) -> tuple[int, int, bool]:
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS, SHARED_BYTES, False
     found = torch.cuda.get_device_properties(device)
-    return (
-        found.multi_processor_count,
-        found.shared_memory_per_block_optin,
-        (found.major, found.minor) >= PDL_CAPABILITY,
-    )
+    shared_bytes = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return found.multi_processor_count, shared_bytes, (found.major, found.minor) >= PDL_CAPABILITY

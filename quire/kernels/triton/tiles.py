@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("tiles.json")
 ROWS = (1, 8, 16, 32, 64)  # rows that tiles are made for; above these, cuBLAS is as fast
-FULL, NEARLY = 1.9, 0.95  # programs per processor: several small ones, or one that fills it
+FULL, NEARLY = 1.9, 0.9  # programs per processor: several small ones, or one that fills it
+LITTLE = 1.1  # times the inputs, with what is multiplied in vain
+MANY_OUTPUTS = 2**15  # a vocabulary's
 SHARED_BYTES = 227 * 1024  # of an H100's processor
 
 
@@ -70,26 +72,44 @@ def fitted(tile: Tile, product: Product, shared_bytes: int = SHARED_BYTES) -> Ti
 def rule(product: Product, processors: int) -> Tile:
     """Tiles near the best for Llama 8B and Qwen3 0.6B at all their sizes (an H100), by what these have in common.
 
-    Few rows are bound by what is on its way from memory: many small programs. Many are bound by reading x again for
-    each tile: tall ones, which share their inputs where there are not enough to fill the GPU.
+    Few rows wait for what is on its way from memory: many small programs. With many rows, x is what is read again for
+    each tile: few tall ones, which share their inputs where there are not enough to fill the GPU.
     """
-    narrow = 2 // product.itemsize or 1  # float32 is twice as wide: half the step
-    longest = max(16, 1 << (product.inputs - 1).bit_length())
-    if product.rows == 1:
-        if product.gated:
-            return Tile(2, min(1024, longest), 1, 1, 4)
-        if product.outputs // 8 >= 3 * processors > product.outputs // 16:
-            return Tile(8, min(512, longest), 1, 4, 4)
-        return Tile(4, min(1024, longest), 1, 1 if product.outputs < 2**15 else 4, 4)
+    return _divided(
+        _one_row(product, processors) if product.rows == 1 else _rows(product, processors), product
+    )
+
+
+def _one_row(product: Product, processors: int) -> Tile:
+    if product.gated:
+        return Tile(2, 1024, 1, 1, 4)
+    if 3 * processors <= product.outputs // 8 <= 4 * processors:
+        return Tile(8, 512, 1, 4, 4)
+    return Tile(4, 1024, 1, 1 if product.outputs < MANY_OUTPUTS else 4, 4)
+
+
+def _rows(product: Product, processors: int) -> Tile:
+    wide, many = product.itemsize // 2, product.outputs >= MANY_OUTPUTS
     if product.rows == 8:
-        step = min(256 if product.gated or product.outputs >= 2**15 else 128, longest) // narrow
-        tile = Tile(16, step, 1, 3 if product.gated else 4 if step == 256 else 6, 1)
-        return _split(tile, product, 0.9 * processors)
-    if product.rows == 64 and not product.gated and product.outputs >= 2**15:
-        return Tile(128, min(128, longest) // narrow, 1, 3, 8)
-    step = min(64 if product.rows == 64 and product.gated else 128, longest) // narrow
-    tile = Tile(64, step, 1, 3 if product.gated and step > 64 else 4, 4)
+        step = 256 if product.gated or many else 128
+        stages = 3 if product.gated else 4 if many else 6
+        return _split(Tile(16, step // wide, 1, stages, 1), product, NEARLY * processors)
+    if product.rows == 64 and many and not product.gated:
+        return Tile(128, 128 // wide, 1, 3, 8)
+    step = 64 if product.rows == 64 and product.gated else 128
+    tile = Tile(64, step // wide, 1, 3 if product.gated and step == 128 else 4, 4)
     return _split(tile, product, (NEARLY if product.rows == 64 else FULL) * processors)
+
+
+def _divided(tile: Tile, product: Product) -> Tile:
+    """The longest step that leaves little rest, with more rows where it had to be shorter and there is one row."""
+    longest = min(tile.step, max(16, 1 << (product.inputs - 1).bit_length()))
+    least = min(longest, 256 if product.rows == 1 else 64)
+    steps = [longest >> i for i in range(longest.bit_length()) if longest >> i >= least]
+    padded = {step: -(-product.inputs // step) * step for step in steps}
+    little = max(LITTLE * product.inputs, min(padded.values()))
+    step = next(step for step in steps if padded[step] <= little)
+    return tile._replace(step=step, rows=tile.rows * (longest // step if product.rows == 1 else 1))
 
 
 def _split(tile: Tile, product: Product, programs: float) -> Tile:
