@@ -149,7 +149,7 @@ def multiply(
     x = x if x.stride(1) == 1 else x.contiguous()
     (num_rows, inputs), outputs = x.shape, out.shape[-1]
     rows = bucket(num_rows)
-    processors, shared_bytes, can_start_early = _machine(x.device)
+    processors, shared_bytes, can_start_early = machine(x.device)
     if tile is None:
         product = Product(outputs, inputs, rows, act != "", x.element_size())
         tile = tile_for(product, processors, shared_bytes)
@@ -201,7 +201,7 @@ def _streams(x: Tensor) -> bool:
 
 
 @functools.cache
-def _machine(device: torch.device) -> tuple[int, int, bool]:
+def machine(device: torch.device) -> tuple[int, int, bool]:
     """(processors, bytes of shared memory of a program, whether kernels can start before the last one ends)."""
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS, SHARED_BYTES, False
