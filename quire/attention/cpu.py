@@ -6,7 +6,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged
+from quire.attention.base import LayerCache, Ragged, Turn, turn_and_write
 from quire.attention.shapes import DIM_STEP, CacheShape
 from quire.kernels.cpu.native import isa, load
 
@@ -105,6 +105,9 @@ class Cpu:
             *(cache.handle, self._layout(step), k.data_ptr(), k.stride(0)),
             *((None, 0) if v is None else (v.data_ptr(), v.stride(0))),
         )
+
+    def place(self, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
+        return turn_and_write(self, cache, heads, turn, step)
 
     def attend(
         self,
