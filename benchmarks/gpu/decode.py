@@ -174,7 +174,7 @@ def profile(case: Case) -> None:
             case.engine.step()
         torch.cuda.synchronize()
     print(
-        kernels.key_averages().table(sort_by="cuda_time_total", row_limit=24, max_name_column_width=60),
+        kernels.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=60),
         flush=True,
     )
     host = cProfile.Profile()

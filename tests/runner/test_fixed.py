@@ -55,14 +55,19 @@ def block_bytes(folder: str) -> int:
     return engine.config.kv_cache_memory_bytes // engine.core.stats().num_blocks
 
 
-def run(engine: Engine, work: list) -> dict[str, list]:
-    """Each request's sequences, as (tokens, log probabilities, finish reason), when requests come over time."""
+def run(engine: Engine, work: list, aborted: tuple[str, int] = ("", -1)) -> dict[str, list]:
+    """Each request's sequences, as (tokens, log probabilities, finish reason), when requests come over time.
+
+    `aborted`: a request, and the step before which it is.
+    """
     got: dict[str, list] = {}
     step, waiting = 0, sorted(enumerate(work), key=lambda item: item[1][2])
     while waiting or not engine.idle:
         while waiting and waiting[0][1][2] <= step:
             i, (prompt, params, _) = waiting.pop(0)
             engine.add(engine.inputs.request(prompt, params, request_id=str(i)))
+        if step == aborted[1]:
+            engine.abort(aborted[0])
         for output in engine.step():
             got[output.request_id] = [(o.token_ids, o.logprobs, o.finish_reason) for o in output.outputs]
         step += 1
@@ -155,6 +160,27 @@ def test_a_step_that_cannot_be_fixed_is_computed_otherwise(
             r.message for r in caplog.records if "CUDA graph" in r.message and str(error) in r.message
         ] != []
         assert fixed.graphs.num_refused > 0 and fixed.ring.num_steps == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_bad_rows_and_aborts_leave_the_others_alone(folder: str, overlap: bool) -> None:
+    shared = {"max_tokens": 16, "ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY}
+    greedy, random = SamplingParams(temperature=0, **shared), SamplingParams(seed=4, **shared)
+    work = [([3, 4 + i, 5], random if i % 2 else greedy, i) for i in range(5)]
+    work += [([5, 6, 7 + i], random, 14 + i) for i in range(3)]  # in slots and blocks that others had
+    options = {"max_num_seqs": 5, "async_scheduling": overlap, "enable_prefix_caching": False}
+    poison = run(make_engine(folder, **options), work)["1"][0][0][5]
+    got = []
+    for prepare in (fix, lambda engine: None):
+        engine = make_engine(folder, **options)
+        network = engine.core.runner.model
+        network.embedding = network.embedding.clone()  # the head's stays as it is
+        network.embedding[poison] = torch.nan
+        prepare(engine)
+        got.append(run(engine, work, aborted=("2", 7)))
+    assert got[0] == got[1]
+    reasons = [output[0][2] for output in got[0].values()]
+    assert got[0]["1"][0][2] == "error" and len(got[0]["1"][0][0]) <= 6 and "length" in reasons
 
 
 class Failing:
