@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quire.attention.cpu import Cpu
 from quire.config import Config
 from quire.engine.engine import Engine
 from quire.layers.decoder import Decoder
@@ -99,9 +100,12 @@ prompts = st.lists(st.integers(3, 6), min_size=1, max_size=16)
 requests = st.lists(st.tuples(prompts, greedy | random, st.integers(0, 15)), min_size=1, max_size=6)
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
-@given(requests, st.sampled_from([4, 16, 2048]), st.integers(1, 6), st.integers(9, 30), st.booleans())
-def test_fixed_steps_equal_others(
+cases = st.tuples(
+    requests, st.sampled_from([4, 16, 2048]), st.integers(1, 6), st.integers(9, 30), st.booleans()
+)
+
+
+def check(
     folder: str, block_bytes: int, work: list, batched: int, seqs: int, blocks: int, overlap: bool
 ) -> None:
     options = {
@@ -115,11 +119,24 @@ def test_fixed_steps_equal_others(
     assert run(engine, work) == run(make_engine(folder, **options), work)
 
 
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(cases)
+def test_fixed_steps_equal_others(folder: str, block_bytes: int, case: tuple[Any, ...]) -> None:
+    check(folder, block_bytes, *case)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(cases)
+def test_fixed_steps_equal_others_at_length(folder: str, block_bytes: int, case: tuple[Any, ...]) -> None:
+    check(folder, block_bytes, *case)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_every_kind_of_step_is_taken_and_preemption_changes_nothing(
     folder: str, block_bytes: int, overlap: bool
 ) -> None:
-    shared = {"max_tokens": 20, "ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY}
+    shared = {"max_tokens": 14, "ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY}
     kinds = [
         {"temperature": 0.0},
         {"temperature": 1.0, "seed": 5, "top_p": 0.9},
@@ -127,10 +144,10 @@ def test_every_kind_of_step_is_taken_and_preemption_changes_nothing(
         {"temperature": 0.0, "presence_penalty": 0.5},
     ]
     work = [
-        ([3 + (i + j) % 9 for j in range(8)], SamplingParams(**shared, **kind), 40 * i)
+        ([3 + (i + j) % 9 for j in range(8)], SamplingParams(**shared, **kind), 24 * i)
         for i, kind in enumerate(kinds)
     ]
-    work += [(prompt, params, 200) for prompt, params, _ in work]
+    work += [(prompt, params, 110) for prompt, params, _ in work]
     options = {"kv_cache_memory_bytes": 16 * block_bytes, "async_scheduling": overlap}
     engine = make_engine(folder, **options)
     fixed = fix(engine)
@@ -162,12 +179,24 @@ def test_a_step_that_cannot_be_fixed_is_computed_otherwise(
         assert fixed.graphs.num_refused > 0 and fixed.ring.num_steps == 0
 
 
+def test_compiled_attention_takes_padding(folder: str) -> None:
+    shared = {"max_tokens": 12, "ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY, "logprobs": 2}
+    work = [([3 + i] * (2 + 4 * i), SamplingParams(seed=i, **shared), 2 * i) for i in range(5)]
+    options = {"block_size": 16, "max_num_seqs": 6}
+    engine = make_engine(folder, **options)
+    fixed = fix(engine)
+    assert run(engine, work) == run(make_engine(folder, **options), work)
+    name = engine.core.runner.model.backend.name
+    assert name == "cpu" or Cpu(16).why_not(torch.float32, torch.device("cpu"))
+    assert {rows for rows, _, _ in fixed.graphs.ready} >= {4, 6}
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_bad_rows_and_aborts_leave_the_others_alone(folder: str, overlap: bool) -> None:
-    shared = {"max_tokens": 16, "ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY}
+    shared = {"max_tokens": 10, "ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY}
     greedy, random = SamplingParams(temperature=0, **shared), SamplingParams(seed=4, **shared)
     work = [([3, 4 + i, 5], random if i % 2 else greedy, i) for i in range(5)]
-    work += [([5, 6, 7 + i], random, 14 + i) for i in range(3)]  # in slots and blocks that others had
+    work += [([5, 6, 7 + i], random, 10 + i) for i in range(3)]  # in slots and blocks that others had
     options = {"max_num_seqs": 5, "async_scheduling": overlap, "enable_prefix_caching": False}
     poison = run(make_engine(folder, **options), work)["1"][0][0][5]
     got = []
