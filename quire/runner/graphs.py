@@ -24,7 +24,8 @@ class Graphs:
         self.capture = capture
         self.captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.ready: set[Hashable] = set()
-        self.num_refused = 0  # further steps
+        self.num_refused = 0  # steps for which no further kind is tried
+        self.has_failed = False
         self.pool: Any = None  # of memory, by torch's handle
         self.stream: torch.cuda.Stream | None = None  # nothing runs there; the default one cannot be captured
 
@@ -46,20 +47,20 @@ class Graphs:
                 return True
             graph = self._capture(compute)
         except torch.OutOfMemoryError:
-            self._refuse(CALM_STEPS, "there is no memory for it")
+            self._refuse(CALM_STEPS)
             return False
-        except (
-            Exception
-        ) as error:  # of a driver, a compiler or a library: steps are slower without graphs, not wrong
-            logger.debug("a step could not be captured", exc_info=True)
-            self._refuse(NEVER, f"{type(error).__name__}: {error}")
+        except Exception:  # of a driver, a compiler or a library: steps are slower without graphs, not wrong
+            self._refuse(NEVER)
             return False
         self.captured[kind] = graph
         graph.replay()
         return True
 
-    def _refuse(self, num_steps: int, reason: str) -> None:
-        logger.warning("decode steps run without a new CUDA graph, and slower: %s", reason)
+    def _refuse(self, num_steps: int) -> None:
+        """Compute no further kind for so many steps; called where an exception is handled."""
+        if not self.has_failed:
+            logger.warning("decode steps go on without new CUDA graphs, and slower", exc_info=True)
+        self.has_failed = True
         self.num_refused = num_steps
         if not self.captured:
             self.pool = None  # torch takes a pool back that has lost its last graph

@@ -126,7 +126,7 @@ def report(name: str, fixed: FixedSteps) -> None:
     kinds = sorted(f"{rows}x{longest}:{uses!r}" for rows, longest, uses in graphs.captured)
     print(
         f"  {name}: {len(graphs.captured)} graphs, {len(graphs.ready)} kinds, {fixed.ring.num_steps} whole steps,"
-        f" refused {graphs.num_refused}, reserved {torch.cuda.memory_reserved() >> 20} MiB: {kinds}"
+        f" failed {graphs.has_failed}, reserved {torch.cuda.memory_reserved() >> 20} MiB: {kinds}"
     )
 
 
@@ -145,7 +145,7 @@ def test_graphs_equal_the_same_steps_uncaptured(dtype: str, overlap: bool) -> No
             assert share == 1.0 and got == want
     report(dtype, fixed_of(engine))
     assert len(fixed_of(engine).graphs.captured) > 4
-    assert fixed_of(engine).graphs.num_refused == 0
+    assert fixed_of(engine).graphs.has_failed is False
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -158,7 +158,7 @@ def test_graphs_equal_ordinary_steps(dtype: str) -> None:
         share = compare(f"{dtype} seed {seed}", run(engine, asked), run(plain, asked), asked)
         assert share == 1.0 if dtype == "float32" else share > 0.3
     report(dtype, fixed_of(engine))
-    assert fixed_of(engine).graphs.num_refused == 0
+    assert fixed_of(engine).graphs.has_failed is False
 
 
 def test_preemption_changes_nothing() -> None:
@@ -236,7 +236,7 @@ def test_nothing_waits_in_a_steady_step() -> None:
             torch.cuda.set_sync_debug_mode("default")
         print(f"  {num_steps} steps without waiting")
     report("steady", fixed_of(engine))
-    assert fixed_of(engine).graphs.num_refused == 0
+    assert fixed_of(engine).graphs.has_failed is False
 
 
 def test_a_failing_capture_leaves_a_working_engine(caplog: pytest.LogCaptureFixture) -> None:
