@@ -35,7 +35,7 @@ NETWORKS = {  # dim, hidden, outputs of q, k, v, inputs of the output, vocabular
     "Llama 70B / 8": (8192, 3584, 1280, 1024, 16032),
     "odd": (1001, 333, 77, 130, 999),
 }
-ROWS = (1, 7, 16, 31, 64)
+ROWS = (1, 7, 31, 64)  # 16 share the tiles of 32
 CASES = [(name, torch.bfloat16) for name in NETWORKS] + [
     ("Qwen 0.5B", torch.float16),
     ("Qwen 0.5B", torch.float32),
@@ -289,6 +289,7 @@ def generate(decoder: Decoder, num_seqs: int, *, graph: bool = False) -> Tensor:
     return torch.stack([prefill, *(step([n + i for n in lengths], [1] * num_seqs) for i in range(3))])
 
 
+@torch.inference_mode()  # as the network's own results are, which may be changed nowhere else
 def replayed(run: Callable[[], Tensor]) -> Tensor:
     """From a graph; a decode step can be repeated, since it writes the same keys again."""
     want = run().clone()
@@ -304,13 +305,13 @@ def replayed(run: Callable[[], Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("num_seqs", [1, 5, 40])
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma2", "Gemma3"])
 def test_bfloat16_networks_are_as_near_to_float32_as_plain_ones(name: str, num_seqs: int) -> None:
-    graph = name != "Mixtral"  # whose experts are counted on the host
+    """Dense ones: of experts, a rounding may choose another."""
     exact, plain = (
         generate(load(name, dtype, Reference(64), CPU), num_seqs) for dtype in (torch.float32, BF16)
     )
-    ours = generate(load(name, BF16, Triton(64), GPU), num_seqs, graph=graph).cpu()
+    ours = generate(load(name, BF16, Triton(64), GPU), num_seqs, graph=True).cpu()
     assert off(ours, exact) <= 1.3 * off(plain, exact) + 1e-3, (off(ours, exact), off(plain, exact))
 
 
