@@ -9,6 +9,7 @@ import triton.runtime.interpreter as interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _patch = interpreter._patch_lang_tensor
+_cast_others = interpreter.InterpreterBuilder.cast_impl
 
 
 def _patch_with_index(tensor: Any, scope: Any) -> None:
@@ -28,5 +29,16 @@ def _dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> A
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def _cast(self: Any, src: Any, dst_type: Any) -> Any:
+    """To the nearest bfloat16, as GPUs do; Triton 3.6 rounds towards zero."""
+    if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+        return _cast_others(self, src, dst_type)
+    bits = np.ascontiguousarray(src.data).view(np.uint32)
+    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    numbers = np.where(np.isnan(src.data), 0x7FC0, nearest).astype(np.uint16)
+    return interpreter.TensorHandle(numbers, tl.bfloat16)
+
+
 interpreter._patch_lang_tensor = _patch_with_index
 interpreter.InterpreterBuilder.create_dot = _dot
+interpreter.InterpreterBuilder.cast_impl = _cast

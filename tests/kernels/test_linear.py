@@ -24,7 +24,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 TILES = [  # of 70 outputs and 200 inputs: whole and partial ones, programs without inputs, one step and many
     Tile(16, 64, 1, 3, 1),
     Tile(16, 32, 4, 2, 1),
-    Tile(64, 128, 2, 4, 4),
+    Tile(64, 64, 2, 2, 4),
     Tile(32, 64, 8, 2, 2),
 ]
 OUTPUTS, INPUTS = 70, 200

@@ -76,4 +76,4 @@ def test_measured_tiles_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         )
         assert list(read_table()) == [known, other]
     finally:
-        read_table.cache_clear()
+        tiles.forget()

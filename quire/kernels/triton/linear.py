@@ -116,7 +116,7 @@ def _weights(at, k, inputs, K, EVEN: tl.constexpr):
     return w
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_parts"])
+@triton.jit(do_not_specialize=["num_rows"])
 def stream(
     x, w, bias, out, residual, total, gain, squares, new_squares, partials, arrivals,
     num_rows, x_stride, share, N, K, num_parts, eps, offset,
@@ -156,7 +156,7 @@ def stream(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit
 def one_row(
     x, w, bias, out, residual, total, gain, squares, new_squares, N, K, num_parts, eps, offset,
     TILE: tl.constexpr, STEP: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr,
@@ -198,7 +198,7 @@ def one_row(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit
 def finish_norm(
     values, squares, out, num_parts, eps, SIZE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
 ):

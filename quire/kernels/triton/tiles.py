@@ -43,6 +43,7 @@ def bucket(num_rows: int) -> int:
     return next(rows for rows in ROWS if num_rows <= rows)
 
 
+@functools.cache
 def tile_for(product: Product, processors: int, shared_bytes: int = SHARED_BYTES) -> Tile:
     """The tile measured to be fastest, or the rule's."""
     return fitted(read_table().get(product) or rule(product, processors), product, shared_bytes)
@@ -57,7 +58,13 @@ def write_table(table: dict[Product, Tile]) -> None:
     """One product in a line, in order."""
     keyed = sorted((list(astuple(product)), list(tile)) for product, tile in table.items())
     TABLE.write_text("[\n" + ",\n".join(map(json.dumps, keyed)) + "\n]\n", encoding="utf-8")
+    forget()
+
+
+def forget() -> None:
+    """Read the table again when it is asked for next."""
     read_table.cache_clear()
+    tile_for.cache_clear()
 
 
 def fitted(tile: Tile, product: Product, shared_bytes: int = SHARED_BYTES) -> Tile:

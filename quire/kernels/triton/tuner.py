@@ -2,7 +2,7 @@
 """How fast products of few rows are here, and which tiles are the fastest. Prints nothing.
 
 A time is that of a CUDA graph of several products, each with a weight of its own, so that none is left in the second-
-level cache; divided by their number; the median of a few replays.
+level cache; divided by their number; the median of a few replays. Ends and beginnings overlap, as in a network.
 """
 
 import functools
