@@ -9,6 +9,7 @@ from tests.kernels.test_kernels import INPUTS, Inputs, check, noise
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # torch says it does not see all of them
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 GPU = torch.device("cuda")
