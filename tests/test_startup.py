@@ -39,6 +39,7 @@ def test_import_loads_nothing_heavy() -> None:
         ["bench"],
         ["bench", "throughput"],
         ["bench", "serve"],
+        ["bench", "kernels"],
         ["inspect"],
         ["replay"],
     ],

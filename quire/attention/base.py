@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.shapes import CacheShape
+from quire.kernels import ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,17 @@ class LayerCache:
     handle: Any = None  # whatever else the backend wants to have at hand
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What queries and keys go through before they meet: an RMS norm per head where it has weights, then a rotation."""
+
+    cos: Tensor  # [max_length, R] float32: 2 * R numbers of a head turn
+    sin: Tensor
+    interleaved: bool
+    weights: Tensor | None = None  # [H + Hkv, D] float32
+    eps: float = 0.0
+
+
 class Backend(Protocol):
     """Attention over the paged cache on one kind of device."""
 
@@ -76,6 +88,10 @@ class Backend(Protocol):
     @property
     def block_size(self) -> int: ...
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold steps: nothing in them waits for the device."""
+
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this backend cannot run, or None if it can."""
 
@@ -84,6 +100,12 @@ class Backend(Protocol):
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
         """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None where values are in keys) at the step's slots."""
+
+    def place(self, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
+        """Turn the queries and keys of heads [T, H + 2 * Hkv, D]: queries, keys, values; store keys and values.
+
+        Returns the queries [T, H, D]. May work in place.
+        """
 
     def attend(
         self,
@@ -102,3 +124,16 @@ class Backend(Protocol):
         positions, itself included. Scores pass through softcap * tanh(score / softcap). `sinks` [H] float32
         are logits that take part in the softmax and have no value (Xiao et al. 2023).
         """
+
+
+def turn_and_write(backend: Backend, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
+    """`Backend.place` of backends that have no kernel for it."""
+    num_kv_heads = cache.shape.num_kv_heads
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    qk = ops.norm_rope(
+        heads.narrow(1, 0, num_heads + num_kv_heads),
+        *(turn.weights, turn.eps, turn.cos, turn.sin, step.positions, turn.interleaved),
+    )
+    v = heads.narrow(1, num_heads + num_kv_heads, num_kv_heads)
+    backend.write(cache, qk.narrow(1, num_heads, num_kv_heads), v, step)
+    return qk.narrow(1, 0, num_heads)

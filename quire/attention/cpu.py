@@ -6,7 +6,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged
+from quire.attention.base import LayerCache, Ragged, Turn, turn_and_write
 from quire.attention.shapes import DIM_STEP, CacheShape
 from quire.kernels.cpu.native import isa, load
 
@@ -37,6 +37,7 @@ class Cpu:
     """
 
     name = "cpu"
+    capturable = False
 
     def __init__(self, block_size: int = PAGE_TOKENS, level: int | None = None):
         """`level`: the instruction set (see native.isa); None for the best there is."""
@@ -104,6 +105,9 @@ class Cpu:
             *(cache.handle, self._layout(step), k.data_ptr(), k.stride(0)),
             *((None, 0) if v is None else (v.data_ptr(), v.stride(0))),
         )
+
+    def place(self, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
+        return turn_and_write(self, cache, heads, turn, step)
 
     def attend(
         self,

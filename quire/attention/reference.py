@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged
+from quire.attention.base import LayerCache, Ragged, Turn, turn_and_write
 from quire.attention.shapes import CacheShape
 
 SCORE_BYTES = 64 * 2**20  # queries are taken in pieces whose float32 scores fit in about this much
@@ -13,6 +13,7 @@ class Reference:
     """Keys [num_blocks, Hkv, block_size, Dk] and values, likewise; float32 arithmetic."""
 
     name = "reference"
+    capturable = False
 
     def __init__(self, block_size: int = 16):
         self.block_size = block_size
@@ -40,6 +41,9 @@ class Reference:
         cache.k[blocks, :, offsets] = k[kept]
         if v is not None:
             cache.v[blocks, :, offsets] = v[kept]
+
+    def place(self, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
+        return turn_and_write(self, cache, heads, turn, step)
 
     def attend(
         self,

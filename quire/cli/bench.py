@@ -1,4 +1,7 @@
-"""`quire bench throughput|latency|serve`: how fast, and how near to what the machine could do. Names as in vLLM."""
+"""`quire bench throughput|latency|serve|kernels`: how fast, and how near to what the machine could do.
+
+Names as in vLLM.
+"""
 
 import argparse
 import json
@@ -6,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quire.cli import bench_serve
+from quire.cli import bench_kernels, bench_serve
 from quire.cli.options import add_config_options, config_options, whole
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     serve = kinds.add_parser("serve", help="A server, over HTTP.", allow_abbrev=False)
     bench_serve.add_options(serve)
+    kernels = kinds.add_parser("kernels", help="Products of few rows on a GPU.", allow_abbrev=False)
+    bench_kernels.add_options(kernels)
 
 
 def _add_lengths(parser: argparse.ArgumentParser, *, input_len: int, output_len: int) -> None:
@@ -78,6 +83,8 @@ def _add_lengths(parser: argparse.ArgumentParser, *, input_len: int, output_len:
 def main(args: argparse.Namespace) -> int:
     if args.kind == "serve":
         return bench_serve.main(args)
+    if args.kind == "kernels":
+        return bench_kernels.main(args)
     import random
 
     from quire.cli.workload import Shape

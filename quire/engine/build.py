@@ -31,6 +31,8 @@ from quire.models.spec import Decoder as DecoderSpec
 from quire.platforms.base import Platform
 from quire.platforms.detect import detect
 from quire.resolve import Machine, Resolved, resolve, resolve_dtype
+from quire.runner.fixed import FixedSteps, why_not
+from quire.runner.graphs import Graphs
 from quire.runner.memory import allocate_cache
 from quire.runner.runner import Runner
 from quire.runner.state import SlotState
@@ -175,13 +177,17 @@ def _core(
     if max_seqs is None or length is None or block_size is None or config.max_num_batched_tokens is None:
         raise ConfigError("the options are not resolved")
     cache = allocate_cache(memory.num_blocks, memory.block_bytes, device)
-    runner = Runner(
+    parts = (
         model,
         model.caches(cache),
         SlotState(max_seqs, length, block_size, device),
         Sampler(spec.vocab_size, max_seqs, device),
-        block_size=block_size,
     )
+    reason = why_not(model, device)
+    if reason is not None and device.type == "cuda":
+        logger.info("decode steps are no CUDA graphs: %s", reason)
+    fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs()) if reason is None else None
+    runner = Runner(*parts, block_size=block_size, fixed=fixed)
     secret = os.urandom(16)  # nobody outside can predict which prompts share a block
     pool = BlockPool(memory.num_blocks, block_size, secret=secret, caching=config.enable_prefix_caching)
     scheduler = Scheduler(

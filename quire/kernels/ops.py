@@ -5,10 +5,41 @@ import importlib.util
 import torch
 
 from quire.kernels.cpu import ops as _cpu  # noqa: F401  (importing it registers its kernels)
-from quire.kernels.reference import act, act_mul, layer_norm, linear, norm_rope, pack_linear, rms_norm
+from quire.kernels.reference import (
+    RmsNorm,
+    RowScale,
+    act,
+    act_mul,
+    add_norm,
+    finish_norm,
+    layer_norm,
+    linear,
+    linear_add_norm,
+    norm_rope,
+    normed_act_mul,
+    normed_linear,
+    pack_linear,
+    rms_norm,
+)
 
 # How torch was built says enough. To ask for a GPU would start CUDA, and no process may fork after that.
 if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
     from quire.kernels.triton import ops as _triton  # noqa: F401
+    from quire.kernels.triton import products as _products  # noqa: F401
 
-__all__ = ["act", "act_mul", "layer_norm", "linear", "norm_rope", "pack_linear", "rms_norm"]
+__all__ = [
+    "RmsNorm",
+    "RowScale",
+    "act",
+    "act_mul",
+    "add_norm",
+    "finish_norm",
+    "layer_norm",
+    "linear",
+    "linear_add_norm",
+    "norm_rope",
+    "normed_act_mul",
+    "normed_linear",
+    "pack_linear",
+    "rms_norm",
+]

@@ -1,6 +1,10 @@
-"""What every operation computes, in plain torch: float32 inside, the input's dtype outside."""
+"""What every operation computes, in plain torch: float32 inside, the input's dtype outside.
 
-from typing import Any
+Operations that are several in one are written as these, each of which may have a kernel. A kernel of the whole rounds
+less often: only what it stores.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,39 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y if weight is None else y * (weight.float() + offset)).to(x.dtype)
+
+
+class RmsNorm(NamedTuple):
+    """An RMS norm's part of an operation; see `rms_norm`."""
+
+    weight: Tensor | None
+    eps: float
+    offset: float = 0.0
+
+
+class RowScale(NamedTuple):
+    """What rows [M, D] have still to be multiplied by: 1 / sqrt(sum(squares) / D + eps)."""
+
+    squares: Tensor  # [M, parts] float32
+    eps: float
+
+
+@op
+def finish_norm(values: Tensor, scale: RowScale | None) -> Tensor:
+    """values [M, D], each row multiplied by its scale, if any."""
+    if scale is None:
+        return values
+    mean = scale.squares.sum(-1, keepdim=True) / values.shape[-1]
+    return (values.float() * torch.rsqrt(mean + scale.eps)).to(values.dtype)
+
+
+@op
+def add_norm(
+    x: Tensor, residual: Tensor, norm: RmsNorm, post: RmsNorm | None = None
+) -> tuple[Tensor, Tensor]:
+    """(residual + post(x), its norm in x's dtype). x and residual [T, D]; the sum is as precise as the residual."""
+    total = residual + (x if post is None else rms_norm(x, *post))
+    return total, rms_norm(total, *norm).to(x.dtype)
 
 
 @op
@@ -99,6 +136,31 @@ def linear(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype | Non
     else:
         y = F.linear(x, weight, bias)
     return y if dtype is None else y.to(dtype)
+
+
+@op
+def normed_linear(values: Tensor, scale: RowScale | None, weight: Any, bias: Tensor | None) -> Tensor:
+    """`linear` of a norm's result whose rows may be unscaled. values [T, inputs] -> [T, outputs]."""
+    return linear(finish_norm(values, scale), weight, bias)
+
+
+@op
+def normed_act_mul(
+    values: Tensor, scale: RowScale | None, weight: Any, bias: Tensor | None, kind: str
+) -> Tensor:
+    """`act_mul` of `normed_linear`. values [T, inputs], weight [2 * I, inputs]: gates, then ups -> [T, I]."""
+    return act_mul(normed_linear(values, scale, weight, bias), kind)
+
+
+@op
+def linear_add_norm(
+    x: Tensor, weight: Any, bias: Tensor | None, residual: Tensor, norm: RmsNorm
+) -> tuple[Tensor, Tensor, RowScale | None]:
+    """(residual + linear(x), its norm, what the norm's rows have still to be multiplied by).
+
+    x [T, inputs], residual [T, outputs] -> [T, outputs] twice: at least as precise as the residual, and in x's dtype.
+    """
+    return *add_norm(linear(x, weight, bias), residual, norm), None
 
 
 @op

@@ -1,13 +1,15 @@
 """Multi-head, grouped-query and multi-query attention over the paged cache."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from quire.attention.base import LayerCache, Ragged
+from quire.attention.base import LayerCache, Ragged, Turn
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
-from quire.layers.norm import Norm
+from quire.layers.norm import Norm, Normed
 from quire.models import spec
 
 
@@ -25,12 +27,10 @@ class Attention(nn.Module):
         self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias)
         self.q_norm = self._qk_norm(s.num_heads)
         self.k_norm = self._qk_norm(s.num_kv_heads)
-        self.table = build.ropes.table(s.rope) if s.rope else ()
+        self.table = build.ropes.table(s.rope) if s.rope else None
         self.scale = s.head_dim**-0.5 if s.scale is None else s.scale
         self.sinks: Tensor | None = None
-        per_head_rms = s.qk_norm is not None and s.qk_norm.kind == "rms" and not s.qk_norm.bias
-        self.fused = bool(per_head_rms and s.qk_norm_span != "full" and s.rope and not s.norm_after_rope)
-        self.head_weights: Tensor | None = None  # [H + Hkv, D] float32, where fused
+        self.turn = self._turn()
 
     def load(self, weights: Weights, name: str) -> None:
         s = self.spec
@@ -39,32 +39,42 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             self.q_norm.load(weights, f"{name}.q_norm")
             self.k_norm.load(weights, f"{name}.k_norm")
-            if self.fused:
+            if self.turn is not None:
                 rows = _head_weights(self.q_norm, s.num_heads), _head_weights(self.k_norm, s.num_kv_heads)
-                self.head_weights = torch.cat(rows).to(self.build.device)
+                self.turn = replace(self.turn, weights=torch.cat(rows).to(self.build.device))
         if s.sinks:
             self.sinks = self.build.pull(weights, f"{name}.sinks", s.num_heads, dtype=torch.float32)
 
-    def forward(self, x: Tensor, step: Ragged, cache: LayerCache) -> Tensor:
-        """x [T, dim] -> [T, dim]."""
+    def heads(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
+        """x [T, dim] -> what its heads found [T, H * D], which `out` takes."""
         s, backend = self.spec, self.build.backend
         num_qk = s.num_heads + s.num_kv_heads
-        heads = self.qkv(x).unflatten(-1, (num_qk + s.num_kv_heads, s.head_dim))
-        q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
-        backend.write(cache, k, heads.narrow(1, num_qk, s.num_kv_heads), step)
+        heads = self.qkv.of(x).unflatten(-1, (num_qk + s.num_kv_heads, s.head_dim))
+        if self.turn is not None:
+            q = backend.place(cache, heads, self.turn, step)
+        else:
+            q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
+            backend.write(cache, k, heads.narrow(1, num_qk, s.num_kv_heads), step)
         y = backend.attend(
             q, cache, step, scale=self.scale, window=s.window, softcap=s.softcap, sinks=self.sinks
         )
-        return self.out(y.flatten(1))
+        return y.flatten(1)
+
+    def _turn(self) -> Turn | None:
+        """The norms and the rotation, where they are one operation; norms have no weights yet."""
+        s, norm = self.spec, self.spec.qk_norm
+        per_head = norm is not None and norm.kind == "rms" and not norm.bias and s.qk_norm_span != "full"
+        if s.rope is None or self.table is None or (norm is not None and (s.norm_after_rope or not per_head)):
+            return None
+        return Turn(*self.table, s.rope.interleaved, eps=norm.eps if norm else 0.0)
 
     def _place(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise and rotate qk [T, H + Hkv, D]."""
+        """Normalise and rotate qk [T, H + Hkv, D], in whatever order."""
         s = self.spec
-        eps = s.qk_norm.eps if s.qk_norm else 0.0
-        if not self.fused and not s.norm_after_rope:
+        if not s.norm_after_rope:
             qk = self._norm(qk)
-        if s.rope is not None:
-            qk = ops.norm_rope(qk, self.head_weights, eps, *self.table, positions, s.rope.interleaved)
+        if s.rope is not None and self.table is not None:
+            qk = ops.norm_rope(qk, None, 0.0, *self.table, positions, s.rope.interleaved)
         if s.norm_after_rope:
             qk = self._norm(qk)
         return qk.narrow(1, 0, s.num_heads), qk.narrow(1, s.num_heads, s.num_kv_heads)

@@ -8,7 +8,7 @@ from quire.layers.base import Build, Weights
 from quire.layers.mla import MLA
 from quire.layers.mlp import MLP
 from quire.layers.moe import MoE
-from quire.layers.norm import Norm
+from quire.layers.norm import Norm, Normed, add, normed
 from quire.models import spec
 
 
@@ -43,20 +43,32 @@ class Block(nn.Module):
             if norm is not None:
                 norm.load(weights, f"{name}.{part}")
 
-    def forward(self, x: Tensor, step: Ragged, cache: LayerCache) -> Tensor:
-        """x [T, dim] -> [T, dim]."""
-        y = _apply(self.attn_norm, x)
-        h = x + self._scaled(_apply(self.attn_post_norm, self.mixer(y, step, cache)))
-        if not self.spec.parallel:
-            y = _apply(self.mlp_norm, h)
-        elif self.mlp_norm is not None:
-            y = self.mlp_norm(x)
-        return h + self._scaled(_apply(self.mlp_post_norm, self.mlp(y)))
+    def forward(
+        self, x: Tensor, y: Normed, step: Ragged, cache: LayerCache, following: Norm | None
+    ) -> tuple[Tensor, Normed]:
+        """x [T, dim] and y, its norm by this block -> the same after it, by the norm that follows.
 
-    def _scaled(self, x: Tensor) -> Tensor:
+        x becomes more precise than y where kernels hold it so.
+        """
+        mixed = self.mixer.heads(y, step, cache)
+        if self.spec.parallel:
+            return self._parallel(x, y, self.mixer.out(mixed), following)
+        if self.spec.residual_scale != 1.0:
+            x, y = self._scaled(x, self.mixer.out(mixed), self.attn_post_norm, self.mlp_norm)
+            return self._scaled(x, self.mlp(y.tensor()), self.mlp_post_norm, following)
+        x, y = self.mixer.out.added(mixed, x, self.attn_post_norm, self.mlp_norm)
+        if isinstance(self.mlp, MoE):
+            return add(self.mlp(y.tensor()), x, self.mlp_post_norm, following)
+        return self.mlp.down.added(self.mlp.hidden(y), x, self.mlp_post_norm, following)
+
+    def _scaled(self, x: Tensor, y: Tensor, post: Norm | None, norm: Norm | None) -> tuple[Tensor, Normed]:
+        return add((y if post is None else post(y)) * self.spec.residual_scale, x, None, norm)
+
+    def _parallel(self, x: Tensor, y: Normed, mixed: Tensor, following: Norm | None) -> tuple[Tensor, Normed]:
         scale = self.spec.residual_scale
-        return x if scale == 1.0 else x * scale
-
-
-def _apply(norm: Norm | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
+        if self.mlp_norm is not None:
+            y = normed(x.to(y.values.dtype), self.mlp_norm)
+        if self.attn_post_norm is not None:
+            mixed = self.attn_post_norm(mixed)
+        h = x + (mixed if scale == 1.0 else mixed * scale)
+        return self._scaled(h, self.mlp(y.tensor()), self.mlp_post_norm, following)

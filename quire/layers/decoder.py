@@ -12,7 +12,7 @@ from quire.attention.shapes import cache_shapes, layer_offsets
 from quire.layers.base import Build, Weights
 from quire.layers.block import Block
 from quire.layers.linear import Linear
-from quire.layers.norm import Norm
+from quire.layers.norm import Norm, normed
 from quire.layers.rope import RopeTables
 from quire.models import spec
 
@@ -70,9 +70,11 @@ class Decoder(nn.Module):
             x = x * self.embed_scale
         if self.positions is not None:
             x = x + F.embedding(step.positions + self.spec.position_offset, self.positions)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, step, cache)
-        return self.norm(x)
+        norms = [*(cast(Block, layer).attn_norm for layer in self.layers), self.norm]
+        y = normed(x, norms[0])
+        for layer, cache, following in zip(self.layers, caches, norms[1:], strict=True):
+            x, y = layer(x, y, step, cache, following)
+        return y.tensor()
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
+from quire.layers.norm import Norm, Normed, add, rms_of
 
 
 class Linear(nn.Module):
@@ -42,6 +43,20 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x [T, inputs] -> [T, sum of parts], as `dtype` or x's."""
         return ops.linear(x, self.weight, self.bias, dtype)
+
+    def of(self, y: Normed) -> Tensor:
+        """The same of a norm's result."""
+        return ops.normed_linear(y.values, y.scale, self.weight, self.bias)
+
+    def added(
+        self, x: Tensor, residual: Tensor, post: Norm | None, following: Norm | None
+    ) -> tuple[Tensor, Normed]:
+        """(residual + post(this of x), its norm): one operation where that is all RMS norm and no post."""
+        norm = rms_of(following)
+        if norm is None or post is not None:
+            return add(self(x), residual, post, following)
+        total, values, scale = ops.linear_add_norm(x, self.weight, self.bias, residual, norm)
+        return total, Normed(values, scale)
 
 
 def _join(*names: str) -> str:

@@ -13,7 +13,7 @@ from quire.attention.base import LayerCache, Ragged
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
-from quire.layers.norm import Norm
+from quire.layers.norm import Norm, Normed
 from quire.models import spec
 
 
@@ -52,10 +52,10 @@ class MLA(nn.Module):
         up_k, up_v = up.unflatten(0, (s.num_heads, -1)).split((s.nope_dim, s.v_dim), 1)
         self.up_k, self.up_v = ops.pack_linear(up_k.transpose(1, 2)), ops.pack_linear(up_v)
 
-    def forward(self, x: Tensor, step: Ragged, cache: LayerCache) -> Tensor:
-        """x [T, dim] -> [T, dim]."""
+    def heads(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
+        """x [T, dim] -> what its heads found [T, H * v_dim], which `out` takes."""
         s, backend = self.spec, self.build.backend
-        both = self.down(x)
+        both = self.down.of(x)
         q, latent = both.split((both.shape[-1] - s.kv_rank - s.rope_dim, s.kv_rank + s.rope_dim), -1)
         if self.q_norm is not None and self.q_up is not None:
             q = self.q_up(self.q_norm(q))
@@ -67,4 +67,4 @@ class MLA(nn.Module):
         backend.write(cache, torch.cat((self.kv_norm(latent), rotated[:, -1]), -1)[:, None], None, step)
         absorbed = ops.linear(q_nope, self.up_k, None)  # [T, H, kv_rank]
         y = backend.attend(torch.cat((absorbed, rotated[:, :-1]), -1), cache, step, scale=self.scale)
-        return self.out(ops.linear(y, self.up_v, None).flatten(1))
+        return ops.linear(y, self.up_v, None).flatten(1)

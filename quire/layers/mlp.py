@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
+from quire.layers.norm import Normed
 from quire.models import spec
 
 
@@ -24,5 +25,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, dim] -> [T, dim]."""
-        activate = ops.act_mul if self.spec.gated else ops.act
-        return self.down(activate(self.up(x), self.spec.act))
+        return self.down(self.hidden(Normed(x)))
+
+    def hidden(self, y: Normed) -> Tensor:
+        """y [T, dim] -> [T, hidden], what `down` takes."""
+        if self.spec.gated:
+            return ops.normed_act_mul(y.values, y.scale, self.up.weight, self.up.bias, self.spec.act)
+        return ops.act(self.up.of(y), self.spec.act)

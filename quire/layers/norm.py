@@ -1,10 +1,23 @@
-"""RMS norm and layer norm."""
+"""RMS norm and layer norm, and the residual stream that they read."""
+
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.models import spec
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """A norm's result [T, dim]; its rows may be unscaled, for whoever reads it to scale what comes of them."""
+
+    values: Tensor
+    scale: ops.RowScale | None = None
+
+    def tensor(self) -> Tensor:
+        return ops.finish_norm(self.values, self.scale)
 
 
 class Norm(nn.Module):
@@ -29,3 +42,27 @@ class Norm(nn.Module):
             return ops.layer_norm(x, self.weight, self.bias, s.eps, s.offset)
         y = ops.rms_norm(x, self.weight, s.eps, s.offset)
         return y if self.bias is None else y + self.bias
+
+    @property
+    def rms(self) -> ops.RmsNorm | None:
+        """What operations with an RMS norm in them take; None for other norms."""
+        s = self.spec
+        return ops.RmsNorm(self.weight, s.eps, s.offset) if s.kind == "rms" and not s.bias else None
+
+
+def rms_of(norm: Norm | None) -> ops.RmsNorm | None:
+    return None if norm is None else norm.rms
+
+
+def add(x: Tensor, residual: Tensor, post: Norm | None, following: Norm | None) -> tuple[Tensor, Normed]:
+    """(residual + post(x), its norm), in as few operations as their kinds allow."""
+    norm = rms_of(following)
+    if norm is not None and (post is None or post.rms is not None):
+        total, y = ops.add_norm(x, residual, norm, rms_of(post))
+        return total, Normed(y)
+    total = residual + (x if post is None else post(x))
+    return total, normed(total.to(x.dtype), following)
+
+
+def normed(x: Tensor, norm: Norm | None) -> Normed:
+    return Normed(x if norm is None else norm(x))

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from quire.attention.base import Ragged
+from quire.runner.staging import upload
 from quire.runner.state import SlotState
 from quire.scheduler.plan import Work
 
@@ -42,28 +42,33 @@ class Batch:
 
 def make_batch(work: Sequence[Work], state: SlotState, block_size: int) -> Batch:
     """Gather what the work covers; one upload of indices, the tokens themselves are on the device already."""
-    device = state.tokens.device
     counts = np.array([w.count for w in work])
     begins = np.array([w.start for w in work])
     slots = np.array([w.slot for w in work])
     starts = np.concatenate(([0], np.cumsum(counts)))
-    positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - begins, counts)
     lengths = begins + counts
     sampling = [i for i, w in enumerate(work) if w.samples]
-
-    def upload(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
-    row_slots, at = upload(np.repeat(slots, counts)), upload(positions)
     max_length = int(lengths.max())
-    tables = state.tables[upload(slots), : -(-max_length // block_size)]
+    row_slots, at, query_starts, of, ends, last_rows, sampled, sample_positions = upload(
+        (
+            np.repeat(slots, counts),
+            np.arange(starts[-1]) - np.repeat(starts[:-1] - begins, counts),
+            starts,
+            slots,
+            lengths,
+            starts[1:][sampling] - 1,
+            slots[sampling],
+            lengths[sampling],
+        ),
+        state.tokens.device,
+    )
     blocks = state.tables[row_slots, at // block_size].long()
     ragged = Ragged(
         positions=at,
         slot_mapping=blocks * block_size + at % block_size,
-        query_starts=upload(starts.astype(np.int32)),
-        lengths=upload(lengths.astype(np.int32)),
-        block_tables=tables,
+        query_starts=query_starts.int(),
+        lengths=ends.int(),
+        block_tables=state.tables[of, : -(-max_length // block_size)],
         max_query=int(counts.max()),
         max_length=max_length,
     )
@@ -73,7 +78,7 @@ def make_batch(work: Sequence[Work], state: SlotState, block_size: int) -> Batch
         ragged=ragged,
         starts=starts,
         sampling=tuple(work[i] for i in sampling),
-        last_rows=upload(starts[1:][sampling] - 1),
-        slots=upload(slots[sampling]),
-        sample_positions=upload(lengths[sampling]),
+        last_rows=last_rows,
+        slots=sampled,
+        sample_positions=sample_positions,
     )

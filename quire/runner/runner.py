@@ -16,6 +16,7 @@ from quire.attention.base import LayerCache
 from quire.layers.decoder import Decoder
 from quire.log import logger
 from quire.runner.batch import Batch, make_batch
+from quire.runner.fixed import FixedSteps
 from quire.runner.pieces import PieceSize
 from quire.runner.state import SlotState
 from quire.sampling.logprobs import prompt_logprobs
@@ -50,20 +51,23 @@ class Runner:
         sampler: Sampler,
         *,
         block_size: int,
+        fixed: FixedSteps | None = None,
     ):
+        """`fixed`: how steps of newest tokens are computed, where that is not how all steps are."""
         self.model, self.caches, self.state, self.sampler = model, caches, state, sampler
-        self.block_size = block_size
+        self.block_size, self.fixed = block_size, fixed
         self.sampling: dict[int, Sampling] = {}  # by sequence, from `register` to `forget`
         self.logprobs: dict[int, deque[TokenLogprobs]] = {}  # by sequence, a token each, oldest first
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by sequence, for prompt tokens 1, 2, ...
         self.failed: dict[int, str] = {}  # sequences whose start failed, until a plan's result says so
         self.pieces = PieceSize()
         self.launched: list[tuple[Batch, Tensor]] = []  # in order, with [T, dim] of the network's output
+        self.drawn: list[Drawn] = []  # what the launched plan has sampled already
 
     def close(self) -> None:
         """Let go of the device's memory; nothing can be launched afterwards."""
-        del self.model, self.caches, self.state, self.sampler
-        self.launched = []
+        del self.model, self.caches, self.state, self.sampler, self.fixed
+        self.launched, self.drawn = [], []
 
     def register(self, seq: int, sampling: Sampling) -> None:
         """Make a sequence known before the scheduler may plan it."""
@@ -92,14 +96,14 @@ class Runner:
         self.state.apply(plan)
         for start in plan.starts:
             self._admit(start)
-        self.launched = []
-        if plan.work:
+        self.launched, self.drawn = [], []
+        if plan.work and not (self.fixed and self._launch_fixed(self.fixed, plan.work)):
             self._compute(plan.work)
 
     @torch.inference_mode()
     def sample(self, plan: Plan, masks: None = None) -> Callable[[], Result]:
         """Draw the tokens of the launched plan; the returned call waits for them."""
-        drawn: list[Drawn] = []
+        drawn = self.drawn
         for batch, hidden in self.launched:
             self._score_prompts(batch, hidden)
             if batch.sampling:
@@ -107,6 +111,14 @@ class Runner:
                 if not some and len(batch.sampling) > 1:
                     raise RuntimeError("no sequence of the step could be sampled; the log says why")
         return lambda: self._result(plan, drawn)
+
+    def _launch_fixed(self, fixed: FixedSteps, work: tuple[Work, ...]) -> bool:
+        """Start the work's step in fixed memory, with its sampling if possible; whether it was started."""
+        if (fetch := fixed.sample(work)) is not None:
+            self.drawn = [(work, fetch)]
+        elif (forwarded := fixed.forward(work)) is not None:
+            self.launched = [forwarded]
+        return bool(self.drawn or self.launched)
 
     def _compute(self, work: Sequence[Work]) -> None:
         """The forward pass, in pieces if it must be.

@@ -4,47 +4,56 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.runner.staging import send, upload
 from quire.scheduler.plan import Plan
 
 
 class SlotState:
-    """Tokens and block tables by slot; a plan brings only what changed.
+    """Tokens, their number and block tables by slot; a plan brings only what changed.
+
+        numbers: | number of tokens | block of positions 0 .. | block of the next positions | .. |
+
+    One row more than there are slots: the last one is `nobody`'s, which a batch that is padded takes its padding from.
 
     Attributes:
-        tokens: [num_slots, max_length + 1] int32, prompt and outputs; the device writes what it samples. The last
+        tokens: [num_slots + 1, max_length + 1] int32, prompt and outputs; the device writes what it samples. The last
             column takes a token that fills the context and is never read.
-        tables: [num_slots, max_blocks] int32, KV blocks in the order of the positions they hold.
+        numbers: [num_slots + 1, 1 + max_blocks] int32, in one tensor so that one write changes all that a step changes.
+        tables: its columns of KV blocks, in the order of the positions they hold.
     """
 
     def __init__(self, num_slots: int, max_length: int, block_size: int, device: torch.device):
         max_blocks = -(-max_length // block_size)
-        self.tokens = torch.zeros(num_slots, max_length + 1, dtype=torch.int32, device=device)
-        self.tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
+        self.nobody, self.max_length = num_slots, max_length
+        self.tokens = torch.zeros(num_slots + 1, max_length + 1, dtype=torch.int32, device=device)
+        self.numbers = torch.zeros(num_slots + 1, 1 + max_blocks, dtype=torch.int32, device=device)
+        self.tables = self.numbers[:, 1:]
         self.num_blocks = [0] * num_slots
         self.prompt_len = [0] * num_slots
 
     def apply(self, plan: Plan) -> None:
         """Take over the plan's new sequences and new blocks."""
+        width = self.numbers.shape[1]
+        places: list[int] = []  # in `numbers`, flat; none twice
+        values: list[int] = []
         for start in plan.starts:
-            self.tokens[start.slot, : len(start.tokens)] = torch.from_numpy(
-                np.array(start.tokens, dtype=np.int32)
-            )
+            num_tokens = len(start.tokens)
+            send(np.array(start.tokens, dtype=np.int32), self.tokens[start.slot, :num_tokens])
+            places.append(start.slot * width)
+            values.append(num_tokens)
             self.num_blocks[start.slot] = 0
             self.prompt_len[start.slot] = start.prompt_len
-        slots: list[int] = []
-        columns: list[int] = []
-        blocks: list[int] = []
         for work in plan.work:
             if work.new_blocks:
                 first = self.num_blocks[work.slot]
                 self.num_blocks[work.slot] = last = first + len(work.new_blocks)
-                slots += [work.slot] * len(work.new_blocks)
-                columns += range(first, last)
-                blocks += work.new_blocks
-        if blocks:
-            put = torch.tensor((slots, columns, blocks), device=self.tables.device)
-            self.tables[put[0], put[1]] = put[2].int()
+                places += range(work.slot * width + 1 + first, work.slot * width + 1 + last)
+                values += work.new_blocks
+        if places:
+            at, what = upload((np.array(places), np.array(values)), self.numbers.device)
+            self.numbers.view(-1)[at] = what.int()
 
     def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
         """Remember sampled tokens, so that the next step can start before the host has seen them."""
         self.tokens[slots, positions] = tokens.int()
+        self.numbers[slots, 0] = (positions + 1).int()

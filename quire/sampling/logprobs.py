@@ -42,14 +42,31 @@ def unpack(packed: Tensor, shapes: Sequence[tuple[int, int]]) -> list[TokenLogpr
     """The rows of several `Logprobs.pack()` joined in one tensor on the host, given their `shape`."""
     found: list[TokenLogprobs] = []
     start = 0
-    for num_rows, width in shapes:
-        size = num_rows * width
-        ids = packed[start : start + size].view(num_rows, width)
-        floats = packed[start + size : start + 2 * size].view(torch.float32).view(num_rows, width)
-        ranks = packed[start + 2 * size : start + 2 * size + num_rows]
-        start += 2 * size + num_rows
+    for shape in shapes:
+        ids, floats, ranks = _parts(packed[start:], shape)
+        start += shape[0] * (2 * shape[1] + 1)
         found += map(_report, ids.tolist(), floats.tolist(), ranks.tolist())
     return found
+
+
+def unpack_some(
+    packed: Tensor, shape: tuple[int, int], asked: Sequence[int | None]
+) -> list[TokenLogprobs | None]:
+    """The first rows of one `Logprobs.pack()` on the host, each with no more than `asked` likeliest tokens."""
+    if all(k is None for k in asked):
+        return [None] * len(asked)
+    parts = [part[: len(asked)].tolist() for part in _parts(packed, shape)]
+    return [
+        None if k is None else _report(ids[: 1 + k], floats[: 1 + k], rank)
+        for k, ids, floats, rank in zip(asked, *parts, strict=True)
+    ]
+
+
+def _parts(packed: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and log probabilities [Q, 1 + k] and ranks [Q] of a `Logprobs.pack()` on the host."""
+    num_rows, size = shape[0], shape[0] * shape[1]
+    ids, floats = packed[:size], packed[size : 2 * size].view(torch.float32)
+    return ids.view(shape), floats.view(shape), packed[2 * size : 2 * size + num_rows]
 
 
 def _report(ids: list[int], logprobs: list[float], rank: int) -> TokenLogprobs:

@@ -23,8 +23,10 @@ from quire.sampling.draw import draw
 from quire.sampling.logprobs import Logprobs, compute, unpack
 from quire.sampling.penalties import Penalties
 from quire.sampling.rules import Rules
-from quire.sampling.slots import SlotParams, Uses, upload
+from quire.sampling.slots import NO_LOGPROBS, SlotParams, Uses, upload
 from quire.types import SamplingParams, TokenLogprobs
+
+FIXED_LOGPROBS = 20  # what OpenAI's protocol allows, and what a graph computes if any row asks for some
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ class Sampler:
         `positions` [R] are the chosen tokens' indices in their sequences: the prompt's length for the first
         output. A slot appears at most once.
         """
+        self._params.flush()
         where, at = self._upload(slots, positions)
         uses = self._params.uses[slots]
         union = Uses(int(np.bitwise_or.reduce(uses, initial=0)))
@@ -139,6 +142,37 @@ class Sampler:
         if ruled:
             self._rules.note(ruled, ruled_slots, token_ids)
         return Sampled(token_ids, bad, tuple(groups))
+
+    def fixed_uses(self, slots: Sequence[int]) -> Uses | None:
+        """What the slots need of `sample_fixed`, or None where it does not do it; sends what has changed of them.
+
+        There are two ways to draw: what is left of a filter that no row uses costs less than graphs of its absence.
+        """
+        self._params.flush()
+        uses = self._params.uses[slots]
+        union = Uses(int(np.bitwise_or.reduce(uses, initial=0)))
+        if union & (Uses.RULES | Uses.PENALTIES):
+            return None
+        if union & Uses.LOGPROBS:
+            wanted = self._params.num_logprobs[slots]
+            if wanted.max() > FIXED_LOGPROBS or (wanted == -1).any():
+                return None
+        return union | Uses.FILTERS if union & Uses.RANDOM else union
+
+    def sample_fixed(self, logits: Tensor, slots: Tensor, positions: Tensor, uses: Uses) -> Sampled:
+        """`sample` for slots [R] int64 that only the device knows, which need no more than `uses`.
+
+        What it does depends on shapes and on `uses` alone, so that a CUDA graph can hold it. Log probabilities are of
+        FIXED_LOGPROBS tokens, for every row.
+        """
+        token_ids, bad = draw(logits, self._params.controls(slots, positions, uses))
+        if not uses & Uses.LOGPROBS:
+            return Sampled(token_ids, bad, ())
+        return Sampled(token_ids, bad, (compute(logits, token_ids, FIXED_LOGPROBS, range(len(token_ids))),))
+
+    def num_logprobs(self, slots: Sequence[int]) -> list[int | None]:
+        """How many each slot's sequence asks for, next to the chosen token's own; None for none at all."""
+        return [None if num == NO_LOGPROBS else int(num) for num in self._params.num_logprobs[slots].tolist()]
 
     def _upload(self, slots: Sequence[int], positions: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Slots and positions on the device, in one copy where both are lists."""

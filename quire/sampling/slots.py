@@ -13,6 +13,7 @@ from quire.sampling.filters import Filters
 from quire.types import SamplingParams
 
 NO_LOGPROBS = -2  # -1 asks for the whole vocabulary
+GREEDY = (0.0, -math.inf, 1.0)  # 1 / temperature, log(min_p), top_p
 
 
 class Uses(IntFlag):
@@ -37,7 +38,10 @@ def upload(values: Values, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class SlotParams:
-    """The numbers of `num_slots` slots: written on the host, sent to the device together when they change."""
+    """The numbers of `num_slots` slots: written on the host, sent to the device together when they change.
+
+    On the device there is a greedy row more, which is nobody's, for the padding of batches.
+    """
 
     def __init__(self, vocab_size: int, num_slots: int, device: torch.device):
         self._vocab_size = vocab_size
@@ -45,16 +49,17 @@ class SlotParams:
         self.uses = np.zeros(num_slots, np.uint8)
         self.num_logprobs = np.full(num_slots, NO_LOGPROBS, np.int64)
         # Rows: 1 / temperature, log(min_p), top_p; seed, top_k. What is gathered for a batch is then contiguous.
-        self._host_floats = torch.zeros(3, num_slots)
-        self._host_ints = torch.zeros(2, num_slots, dtype=torch.int64)
+        self._host_floats = torch.tensor(GREEDY)[:, None].repeat(1, num_slots + 1)
+        self._host_ints = torch.tensor((0, vocab_size))[:, None].repeat(1, num_slots + 1)
         self._floats = self._host_floats.to(device)  # on a CPU these share the host's memory
         self._ints = self._host_ints.to(device)
+        self._greedy = self._floats.clone(), self._ints.clone()
         self._changed: set[int] = set()
 
     def write(self, slot: int, params: SamplingParams, seed: int, extra: Uses) -> None:
         """Set a slot's numbers. `extra`: what it uses beyond temperature, filters and log probabilities."""
         uses = extra
-        row = (0.0, -math.inf, 1.0)
+        row = GREEDY
         top_k = self._vocab_size
         if not params.is_greedy:
             uses |= Uses.RANDOM
@@ -68,26 +73,37 @@ class SlotParams:
             uses |= Uses.LOGPROBS
         self.num_logprobs[slot] = NO_LOGPROBS if params.logprobs is None else params.logprobs
         self.uses[slot] = uses
-        self._host_floats[:, slot] = torch.tensor(row)
-        self._host_ints[:, slot] = torch.tensor((seed, top_k))
-        self._changed.add(slot)
+        self._put(slot, row, (seed, top_k))
 
     def clear(self, slot: int) -> None:
+        """Make the slot greedy: with numbers that its `uses` do not name it would be drawn wrongly."""
+        if self.uses[slot] & Uses.RANDOM:
+            self._put(slot, GREEDY, (0, self._vocab_size))
         self.uses[slot] = 0
         self.num_logprobs[slot] = NO_LOGPROBS
 
-    def controls(self, slots: Tensor, positions: Tensor, union: Uses) -> Controls:
-        """How to draw for slots [R] at positions [R], gathered on the device; `union` of what they use."""
+    def _put(self, slot: int, floats: tuple[float, float, float], ints: tuple[int, int]) -> None:
+        self._host_floats[:, slot] = torch.tensor(floats)
+        self._host_ints[:, slot] = torch.tensor(ints)
+        self._changed.add(slot)
+
+    def flush(self) -> None:
+        """Send what has changed; the host does not wait."""
         if self._changed and self._device.type != "cpu":
             changed = sorted(self._changed)
             rows = upload(changed, torch.int64, self._device)
-            self._floats[:, rows] = upload(
-                self._host_floats[:, changed].pin_memory(), torch.float32, self._device
-            )
-            self._ints[:, rows] = upload(self._host_ints[:, changed].pin_memory(), torch.int64, self._device)
+            floats, ints = self._host_floats[:, changed], self._host_ints[:, changed]
+            self._floats[:, rows] = upload(floats.pin_memory(), torch.float32, self._device)
+            self._ints[:, rows] = upload(ints.pin_memory(), torch.int64, self._device)
         self._changed.clear()
-        scale, log_min_p, top_p = self._floats.index_select(1, slots).unbind(0)
-        seeds, top_k = self._ints.index_select(1, slots).unbind(0)
+
+    def controls(self, slots: Tensor, positions: Tensor, union: Uses) -> Controls:
+        """How to draw for slots [R] at positions [R], gathered on the device; `union` of what they use."""
+        if union & Uses.RANDOM:
+            floats, ints = self._floats.index_select(1, slots), self._ints.index_select(1, slots)
+        else:
+            floats, ints = self._greedy[0][:, : len(slots)], self._greedy[1][:, : len(slots)]
+        (scale, log_min_p, top_p), (seeds, top_k) = floats.unbind(0), ints.unbind(0)
         filters = Filters(log_min_p, top_k, top_p)
         all_greedy, any_filter = not union & Uses.RANDOM, bool(union & Uses.FILTERS)
         return Controls(scale, filters, seeds, positions, all_greedy, any_filter)

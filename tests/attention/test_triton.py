@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from quire.attention.base import ragged
+from quire.attention.base import Turn, ragged, turn_and_write
 from quire.attention.reference import Reference
 from quire.attention.select import select
 from quire.attention.shapes import CacheShape
@@ -122,6 +122,33 @@ def test_a_step_whose_tensors_are_written_in_place() -> None:
             got = backend.attend(data.q[0][:1], layer, step, scale=0.1)
             want = oracle.attend(data.q[0][:1], plain, step, scale=0.1)
             torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "dim", "half", "normed", "interleaved"),
+    [(4, 2, 32, 16, True, False), (5, 1, 24, 8, True, True), (3, 3, 18, 5, False, False)],
+)
+def test_turning_and_storing_at_once(
+    num_heads: int, num_kv_heads: int, dim: int, half: int, normed: bool, interleaved: bool
+) -> None:
+    """As the two operations do it; of what has no slot, only the queries turn."""
+    shape, backend, tokens = CacheShape(num_kv_heads, dim, dim), Triton(16), 21
+    generator = torch.Generator().manual_seed(dim)
+    heads = torch.randn(tokens, num_heads + 2 * num_kv_heads, dim, generator=generator).to(DEVICE)
+    angles = torch.randn(64, half, generator=generator).to(DEVICE)
+    weights = torch.randn(num_heads + num_kv_heads, dim, generator=generator).to(DEVICE) if normed else None
+    turn = Turn(angles.cos(), angles.sin(), interleaved, weights, 1e-6)
+    step = ragged([7], [tokens], [[2, 0]], 16, DEVICE)
+    step.slot_mapping[4] = -1
+    pools = [torch.zeros(3, shape.num_bytes(16, 4), dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    caches = [backend.views(pool, 0, shape, torch.float32) for pool in pools]
+    got = backend.place(caches[0], heads.clone(), turn, step)
+    want = turn_and_write(backend, caches[1], heads.clone(), turn, step)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    for kind in (0, 1):
+        stored = [(cache.k, cache.v)[kind] for cache in caches]
+        torch.testing.assert_close(stored[0], stored[1], rtol=0, atol=1e-5)
+        assert stored[0].any()
 
 
 def test_a_head_dimension_is_two_powers_of_two() -> None:

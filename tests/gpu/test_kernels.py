@@ -9,10 +9,11 @@ from tests.kernels.test_kernels import INPUTS, Inputs, check, noise
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # torch says it does not see all of them
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 GPU = torch.device("cuda")
-OPS = (ops.rms_norm, ops.layer_norm, ops.norm_rope, ops.act, ops.act_mul)
+OPS = (ops.rms_norm, ops.layer_norm, ops.add_norm, ops.norm_rope, ops.act, ops.act_mul)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -23,6 +24,12 @@ def large(name: str, dtype: torch.dtype) -> Inputs:
             weight = noise(size, dtype=dtype, seed=1)
             bias = (None,) if name == "layer_norm" else ()
             yield noise(rows, size, dtype=dtype), weight, *bias, 1e-6
+    elif name == "add_norm":
+        for rows, size in ((1, 4096), (256, 1024), (8192, 4096), (3, 16384), (2, 40000)):
+            x, residual = noise(rows, size, dtype=dtype), noise(rows, size, dtype=dtype, seed=2)
+            norm = ops.RmsNorm(noise(size, dtype=dtype, seed=1), 1e-6)
+            yield x, residual, norm
+            yield x, residual.float(), norm, ops.RmsNorm(norm.weight, 1e-6, 1.0)
     elif name == "norm_rope":
         for tokens, heads, size, half in (
             (1, 40, 128, 64),

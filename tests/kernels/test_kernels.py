@@ -4,6 +4,8 @@ import ctypes
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ from quire.kernels.dispatch import Kernel, Op, op
 
 if importlib.util.find_spec("triton") is not None:
     importlib.import_module("tests.interpreter")
-    importlib.import_module(
-        "quire.kernels.triton.ops"
-    )  # registers kernels for GPUs, whether there is one or not
+    # These register kernels for GPUs, whether there is one or not.
+    importlib.import_module("quire.kernels.triton.ops")
+    STREAMED: Any = importlib.import_module("quire.kernels.triton.products").StreamedWeight
+else:
+    STREAMED = ()
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the latter: in Triton's interpreter
 OPS = [value for name in ops.__all__ if isinstance(value := getattr(ops, name), Op)]
@@ -81,22 +85,75 @@ def gates(dtype: torch.dtype) -> Inputs:
     )
 
 
+@dataclass(frozen=True)
+class Pack:
+    """A weight to be packed for the device whose kernel is tested."""
+
+    dense: Tensor
+
+
 def products(dtype: torch.dtype) -> Inputs:
-    for rows, inputs, outputs in ((1, 64, 48), (8, 96, 130), (40, 33, 7), (0, 64, 48)):
+    for rows, inputs, outputs in ((1, 64, 48), (8, 96, 130), (40, 33, 7), (70, 64, 48), (0, 64, 48)):
         x, weight = (
             noise(rows, inputs, dtype=dtype, scale=0.5),
             noise(outputs, inputs, dtype=dtype, seed=1, scale=0.1),
         )
         for bias in (None, noise(outputs, dtype=dtype, seed=2)):
-            yield x, ops.pack_linear(weight), bias
-            yield x, ops.pack_linear(weight), bias, torch.float32
+            yield x, Pack(weight), bias
+            yield x, Pack(weight), bias, torch.float32
             yield x, weight, bias
     for inputs in (64, 40):  # a weight per head, and heads further apart than they are long
         x, weight = noise(9, 3, 96, dtype=dtype), noise(3, 70, inputs, dtype=dtype, seed=1, scale=0.1)
-        yield x[..., :inputs], ops.pack_linear(weight), None
+        yield x[..., :inputs], Pack(weight), None
         yield x[..., :inputs], weight, None
-    yield noise(5, 3, 64, dtype=dtype), ops.pack_linear(noise(8, 64, dtype=dtype, scale=0.1)), None
-    yield noise(5, 96, dtype=dtype)[:, 32:], ops.pack_linear(noise(8, 64, dtype=dtype, scale=0.1)), None
+    yield noise(5, 3, 64, dtype=dtype), Pack(noise(8, 64, dtype=dtype, scale=0.1)), None
+    yield noise(5, 96, dtype=dtype)[:, 32:], Pack(noise(8, 64, dtype=dtype, scale=0.1)), None
+
+
+def row_scale(rows: int, parts: int, seed: int = 3) -> ops.RowScale:
+    return ops.RowScale(noise(rows, parts, seed=seed).square() + 1, 1e-6)
+
+
+def normed_products(dtype: torch.dtype) -> Inputs:
+    for rows, inputs, outputs, parts in ((1, 64, 24, 3), (7, 96, 33, 70), (33, 40, 5, 1), (70, 64, 24, 4)):
+        x, scale = noise(rows, inputs, dtype=dtype, scale=0.5), row_scale(rows, parts)
+        weight = noise(2 * outputs, inputs, dtype=dtype, seed=1, scale=0.1)
+        yield x, scale, Pack(weight), noise(2 * outputs, dtype=dtype, seed=2)
+        yield x, scale, Pack(weight), None
+    yield x[:9], None, Pack(weight), None
+    yield x, scale, weight, None
+
+
+def gated_products(dtype: torch.dtype) -> Inputs:
+    for i, args in enumerate(normed_products(dtype)):
+        yield *args, ("silu", "gelu_pytorch_tanh", "silu")[i % 3]
+
+
+def added_products(dtype: torch.dtype) -> Inputs:
+    for rows, inputs, outputs in ((1, 96, 50), (9, 64, 130), (20, 30, 65), (70, 64, 48)):
+        x, residual = noise(rows, inputs, dtype=dtype, scale=0.5), noise(rows, outputs, dtype=dtype, seed=4)
+        weight = noise(outputs, inputs, dtype=dtype, seed=1, scale=0.1)
+        for bias, gain in ((None, noise(outputs, dtype=dtype, seed=2)), (noise(outputs, dtype=dtype), None)):
+            yield x, Pack(weight), bias, residual.float(), ops.RmsNorm(gain, 1e-5, 1.0)
+        yield x, Pack(weight), None, residual, ops.RmsNorm(gain, 1e-6)
+    yield x, weight, None, residual, ops.RmsNorm(gain, 1e-6)
+
+
+def sums(dtype: torch.dtype) -> Inputs:
+    for shape in ((1, 16), (3, 1024), (5, 33), (0, 16)):
+        x, residual, gain = noise(*shape, dtype=dtype), noise(*shape, dtype=dtype, seed=1), noise(shape[1])
+        after = ops.RmsNorm(noise(shape[1], dtype=dtype, seed=2), 1e-5, 1.0)
+        yield x, residual, ops.RmsNorm(gain.to(dtype), 1e-6)
+        yield x, residual.float(), ops.RmsNorm(None, 1e-6), after
+        yield x, residual, ops.RmsNorm(gain.to(dtype), 1e-6, 1.0), ops.RmsNorm(None, 1e-6)
+    wide = noise(6, 80, dtype=dtype)
+    yield wide[:, 16:64], wide[:, 32:], ops.RmsNorm(noise(48, dtype=dtype), 1e-6)  # rows further apart
+
+
+def unscaled(dtype: torch.dtype) -> Inputs:
+    for rows, size, parts in ((1, 16, 1), (5, 33, 70), (20, 640, 5)):
+        yield noise(rows, size, dtype=dtype), row_scale(rows, parts)
+    yield noise(2, 16, dtype=dtype), None
 
 
 def weights(dtype: torch.dtype) -> Inputs:
@@ -113,11 +170,26 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "act_mul": gates,
     "linear": products,
     "pack_linear": weights,
+    "normed_linear": normed_products,
+    "normed_act_mul": gated_products,
+    "linear_add_norm": added_products,
+    "add_norm": sums,
+    "finish_norm": unscaled,
 }
+COMPOSED = (
+    "normed_linear",
+    "normed_act_mul",
+    "linear_add_norm",
+    "add_norm",
+)  # parts round on the way, wholes do not
 
 
 def plain(x: object) -> object:
     """A packed weight as the tensor it was; anything else as it is."""
+    if isinstance(x, Pack):
+        return x.dense
+    if isinstance(x, STREAMED):
+        return x.data
     if not isinstance(x, PackedWeight):
         return x
     rows = x.data.transpose(2, 3).flatten(3).flatten(1, 2)[:, : x.outputs, : x.inputs]
@@ -128,24 +200,56 @@ def copy(x: object) -> object:
     return x.clone() if isinstance(x, Tensor) else x
 
 
-def moved(x: object, device: torch.device) -> object:
+def moved(x: Any, device: torch.device) -> Any:
     """x on the device, a view as far apart as it was."""
+    if isinstance(x, Pack):
+        return Pack(moved(x.dense, device))
+    if isinstance(x, tuple):
+        return type(x)(*(moved(part, device) for part in x))
     if not isinstance(x, Tensor) or x.device == device:
         return x
     there = torch.zeros(x.untyped_storage().nbytes() // x.itemsize, dtype=x.dtype, device=device)
     return there.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
 
 
-def check(o: Op, kernel: Kernel, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> None:
+def results(found: Any) -> list[Tensor]:
+    """The tensors that an operation returned, with rows scaled that were left unscaled."""
+    if not isinstance(found, tuple):
+        return [found]
+    total, y, *scale = found
+    return [total, ops.finish_norm.reference(y.float(), scale[0]).to(y.dtype) if scale and scale[0] else y]
+
+
+def check(
+    o: Op, kernel: Kernel, inputs: Inputs, dtype: torch.dtype, device: torch.device, registered: str = ""
+) -> None:
+    """`registered`: the device that the kernel is for, if the interpreter runs it on another one."""
+    pack = ops.pack_linear.kernels.get((registered or device.type, dtype), ops.pack_linear.reference)
     for args in inputs:
         args = tuple(moved(x, device) for x in args)
-        want = o.reference(*[copy(plain(x)) for x in args])
-        got = plain(kernel(*args))
-        assert isinstance(got, Tensor) and got.dtype == want.dtype and got.shape == want.shape
-        size = want.float().abs().clamp(min=1)
-        same = (got == want) | (got.isnan() & want.isnan())  # infinities, too
-        error = ((got.float() - want.float()).abs() / size).masked_fill(same, 0).nan_to_num(torch.inf)
-        assert error.numel() == 0 or error.max() <= TOLERANCE[dtype], [getattr(x, "shape", x) for x in args]
+        expected = results(o.reference(*[copy(plain(x)) for x in args]))
+        found = results(plain(kernel(*[pack(x.dense) if isinstance(x, Pack) else x for x in args])))
+        exact = results(o.reference(*[precise(plain(x)) for x in args])) if o.name in COMPOSED else expected
+        for got, want, ideal in zip(found, expected, exact, strict=True):
+            assert got.dtype in (want.dtype, torch.float32) and got.shape == want.shape
+            overall = o.name in COMPOSED
+            compare(got.float(), ideal.float(), TOLERANCE[dtype] * (1 + overall), overall, args)
+
+
+def precise(x: Any) -> Any:
+    """x in float32, and what is in it."""
+    if isinstance(x, tuple):
+        return type(x)(*map(precise, x))
+    return x.float() if isinstance(x, Tensor) else x
+
+
+def compare(got: Tensor, want: Tensor, limit: float, overall: bool, args: Any) -> None:
+    """Each number, relative to the greater of it and 1; or `overall`, relative to all of them."""
+    size = want.abs().max() * 2 if overall and want.numel() else want.abs().clamp(min=1)
+    same = (got == want) | (got.isnan() & want.isnan())  # infinities, too
+    error = ((got - want).abs() / size).masked_fill(same, 0).nan_to_num(torch.inf)
+    assert error.numel() == 0 or error.max() <= limit, [getattr(x, "shape", x) for x in args]
+    assert not overall or (got - want).norm() <= limit * want.norm(), [getattr(x, "shape", x) for x in args]
 
 
 @pytest.mark.filterwarnings(
@@ -160,8 +264,9 @@ def test_kernel_equals_reference(o: Op, device: str, dtype: torch.dtype) -> None
     where = GPU if device == "cuda" else torch.device(device)
     inputs = INPUTS[o.name](dtype)
     if where.type != device:  # in the interpreter
-        inputs = (args for args in inputs if isinstance(args[0], Tensor) and len(args[0]) <= MOST_INTERPRETED)
-    check(o, o.kernels[device, dtype], inputs, dtype, where)
+        most = MOST_INTERPRETED if o.name not in COMPOSED else 2 * MOST_INTERPRETED  # cuBLAS's, too
+        inputs = (args for args in inputs if isinstance(args[0], Tensor) and len(args[0]) <= most)
+    check(o, o.kernels[device, dtype], inputs, dtype, where, device)
 
 
 @pytest.mark.skipif(native.load()[0] is None, reason="the C++ kernels are not built")

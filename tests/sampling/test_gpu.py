@@ -54,3 +54,21 @@ def generate(device: torch.device, steps: int) -> list[list[int]]:
 
 def test_same_tokens_as_on_the_cpu_without_waiting() -> None:
     assert generate(torch.device("cuda"), 30) == generate(torch.device("cpu"), 30)
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 4096, 32_000, 128_256, 151_936, 262_144])
+@pytest.mark.parametrize("given", [{"temperature": 0}, {}, {"top_p": 0.6}, {"temperature": 0.7, "top_k": 20}])
+def test_the_likeliest_token_is_found_wherever_it_is(vocab_size: int, given: dict[str, Any]) -> None:
+    """At the edges of chunks, in the last one, and anywhere: so much likelier than others that any draw takes it."""
+    edges = [0, 1, 3, 4, 4095, 4096, 4099, vocab_size - 4097, vocab_size - 2, vocab_size - 1]
+    generator = torch.Generator().manual_seed(0)
+    tokens = [token for token in edges if 0 <= token < vocab_size]
+    tokens += torch.randint(vocab_size, (50,), generator=generator).tolist()
+    logits = torch.randn(len(tokens), vocab_size, generator=generator)
+    logits[range(len(tokens)), tokens] = 60.0
+    sampler = Sampler(vocab_size, len(tokens), torch.device("cuda"))
+    for slot in range(len(tokens)):
+        params = SamplingParams(**given)
+        sampler.admit(slot, params, seed=slot, prompt=[1], outputs=[], stop_token_ids=[], bad_words=[])
+    sampled = sampler.sample(logits.cuda(), range(len(tokens)), [1] * len(tokens))
+    assert sampled.to_host().token_ids == tokens

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged
+from quire.attention.base import LayerCache, Ragged, Turn
 from quire.attention.shapes import DIM_STEP, CacheShape
 
 LOG2E = 1.4426950408889634
@@ -89,6 +89,7 @@ class Triton:
     """
 
     name = "triton"
+    capturable = True
 
     def __init__(self, block_size: int = 64, invariant: bool = False):
         self.block_size, self.invariant = block_size, invariant
@@ -168,6 +169,44 @@ class Triton:
             PAGE=self.block_size,
             COUNT=kernels.BLOCK,
         )
+
+    def place(self, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
+        kernels, layout, heads = _kernels("write"), _layout(cache), _rows(heads)
+        tokens, num_kv_heads, (dim, half) = (
+            len(heads),
+            cache.shape.num_kv_heads,
+            (heads.shape[2], turn.cos.shape[1]),
+        )
+        num_heads = heads.shape[1] - 2 * num_kv_heads
+        rest = dim - 2 * half
+        at_once = max(1, min(_power_of_two(num_kv_heads), kernels.BLOCK // _power_of_two(dim)))
+        groups, kv_groups = -(-num_heads // at_once), -(-num_kv_heads // at_once)
+        if tokens:
+            kernels.place[tokens, groups + 2 * kv_groups](
+                *(
+                    heads,
+                    cache.k,
+                    cache.v,
+                    step.slot_mapping,
+                    step.positions,
+                    turn.weights,
+                    turn.cos,
+                    turn.sin,
+                ),
+                *(turn.eps, heads.stride(0), heads.stride(1), layout.k_stride, layout.v_stride),
+                HEADS=num_heads,
+                KV_HEADS=num_kv_heads,
+                AT_ONCE=at_once,
+                PAGE=self.block_size,
+                DIM=dim,
+                STORED=layout.dims["K_STORED"],
+                HALF=half,
+                WIDTH=_power_of_two(half),
+                REST=_power_of_two(rest) if rest else 0,
+                COLUMNS=_power_of_two(dim),
+                INTERLEAVED=turn.interleaved,
+            )
+        return heads.narrow(1, 0, num_heads)
 
     def attend(
         self,

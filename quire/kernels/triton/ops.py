@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels import reference
-from quire.kernels.reference import layer_norm, norm_rope, rms_norm
+from quire.kernels.reference import RmsNorm, add_norm, layer_norm, norm_rope, rms_norm
 from quire.kernels.triton import elementwise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,10 +19,11 @@ ACTIVATIONS = {
 }
 COUNT = 1024  # numbers of an activation that a program computes
 HEAD_NUMBERS = 2048  # of a token that a program rotates
+NO_NORM = RmsNorm(None, 0.0)
 MOST_COLUMNS = 32768  # that a program normalises; wider rows would not fit in its registers
 
 
-def _power_of_two(value: int) -> int:
+def power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
@@ -38,7 +39,7 @@ def _normalised(
         strides = (inner * x.stride(0), x.stride(0))
     else:
         strides = (x.stride(-3), x.stride(-2)) if x.dim() > 2 else (size, size)
-    width = _power_of_two(size)
+    width = power_of_two(size)
     if out.numel():
         elementwise.norm[(out.numel() // size,)](
             *(x, out, weight if weight is None else weight.contiguous(), bias, eps, offset, inner),
@@ -67,6 +68,31 @@ def layer_norm_triton(
     return _normalised(x, weight, bias, eps, offset, True)
 
 
+@add_norm.on("cuda", *DTYPES)
+def add_norm_triton(
+    x: Tensor, residual: Tensor, norm: RmsNorm, post: RmsNorm | None = None
+) -> tuple[Tensor, Tensor]:
+    size = x.shape[-1]
+    if size > MOST_COLUMNS or x.dim() != 2 or x.stride(1) != 1 or residual.stride(1) != 1:
+        return add_norm.reference(x, residual, norm, post)
+    total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    out, after, width = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        post or NO_NORM,
+        power_of_two(size),
+    )
+    if out.numel():
+        elementwise.add_norm[(len(x),)](
+            *(x, residual, total, out, norm.weight, after.weight, norm.eps, norm.offset),
+            *(after.eps, after.offset, x.stride(0), residual.stride(0)),
+            SIZE=size,
+            WIDTH=width,
+            POST=post is not None,
+            num_warps=min(max(width // 512, 1), 16),
+        )
+    return total, out
+
+
 @norm_rope.on("cuda", *DTYPES)
 def norm_rope_triton(
     x: Tensor,
@@ -81,7 +107,7 @@ def norm_rope_triton(
     if x.stride(2) != 1:
         x = x.contiguous()
     half = cos.shape[-1]
-    at_once = min(_power_of_two(heads), max(1, HEAD_NUMBERS // _power_of_two(size)))
+    at_once = min(power_of_two(heads), max(1, HEAD_NUMBERS // power_of_two(size)))
     rest = size - 2 * half
     if tokens:
         elementwise.norm_rope[tokens, -(-heads // at_once)](
@@ -90,8 +116,8 @@ def norm_rope_triton(
             AT_ONCE=at_once,
             DIM=size,
             HALF=half,
-            WIDTH=_power_of_two(half),
-            REST=_power_of_two(rest) if rest else 0,
+            WIDTH=power_of_two(half),
+            REST=power_of_two(rest) if rest else 0,
             INTERLEAVED=interleaved,
         )
     return x

@@ -119,11 +119,11 @@ def scan(
                 tl.store(found.maxima + at * num_groups + tl.arange(0, num_groups), maxima)
         if kind == RANDOM:
             scores = x * tl.load(knobs.scale + row) + noise(first, sizes.chunk, knobs, row)
-            best, index = greatest(scores, sizes.chunk)
+            best, index = greatest(scores)
             tl.store(found.best + at, best)
             tl.store(found.token + at, first + index)
     if kind == GREEDY:
-        best, index = greatest(x, sizes.chunk)
+        best, index = greatest(x)
         tl.store(found.best + at, best)
         tl.store(found.token + at, first + index)
 
@@ -270,5 +270,5 @@ def draw_among(scratch, row, count, cut, most, mass, knobs, sizes: tl.constexpr,
             total = tl.sum(weights, 0).to(tl.float64)
         least = lowest(keys, weights, top_p.to(tl.float64) * total, least - 1, high)
     scores = tl.where(inside & (keys >= least), x + noise_of(tokens, knobs, row), -INF)
-    _, best = greatest(scores, sizes.kept)
+    _, best = greatest(scores)
     return tl.load(scratch.tokens + row * (sizes.live + sizes.kept) + best)

@@ -93,14 +93,14 @@ def _report(logits, row_stride, vocab_size, chosen, seen, out, k, sizes: tl.cons
     )  # of a group's tokens that equal its key, those up to here are taken
     done = scalar(0)
     while done < k:
-        key, group = greatest(keys, sizes.width * (sizes.chunk // sizes.group))
+        key, group = greatest(keys)
         past = tl.max(tl.where(groups == group, after, -1), 0)
         members = tl.arange(0, sizes.group)
         tokens = group * sizes.group + members
         x = tl.load(logits + tokens, mask=tokens < vocab_size, other=0.0)
         left = tl.where(tokens < vocab_size, key_of(x), NOTHING)
         left = tl.where((left < key) | ((left == key) & (members > past)), left, NOTHING)
-        _, first = greatest(left, sizes.group)
+        _, first = greatest(left)
         done += 1
         tl.store(ids + done, (group * sizes.group + first).to(tl.int64))
         tl.store(values + done, float_of(key) - top - log_sum)

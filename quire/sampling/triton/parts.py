@@ -182,9 +182,20 @@ def noise_of(tokens, knobs, row):
 
 
 @triton.jit
-def greatest(scores, size: tl.constexpr):
-    """The greatest of `size` scores of any shape, and where it is first."""
-    return tl.max(tl.reshape(scores, [size]), 0, return_indices=True, return_indices_tie_break_left=True)
+def greatest(scores):
+    """The greatest of scores [N] or [N, M], and where it is first, counted row by row.
+
+    Rows are not joined first: Triton lets a reduction read a reshaped tensor in any order, and its indices are then
+    those of other places.
+    """
+    if len(scores.shape) == 1:
+        top, index = tl.max(scores, 0, return_indices=True, return_indices_tie_break_left=True)
+    else:
+        each, columns = tl.max(scores, 1, return_indices=True, return_indices_tie_break_left=True)
+        top, row = tl.max(each, 0, return_indices=True, return_indices_tie_break_left=True)
+        column = tl.sum(tl.where(tl.arange(0, scores.shape[0]) == row, columns, 0), 0)
+        index = row * scores.shape[1] + column
+    return top, index
 
 
 @triton.jit
@@ -198,5 +209,5 @@ def pick(found, row, num_chunks, width: tl.constexpr):
     """The token with the row's greatest score."""
     chunks = tl.arange(0, width)
     best = tl.load(found.best + row * num_chunks + chunks, mask=chunks < num_chunks, other=-INF)
-    _, chunk = greatest(best, width)
+    _, chunk = greatest(best)
     return tl.load(found.token + row * num_chunks + chunk)

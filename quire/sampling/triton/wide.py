@@ -191,7 +191,7 @@ def best_above(logits, vocab_size, first, scale, low, of, count: tl.constexpr):
     tokens = tile_of(first, count)
     x = tl.load(logits + tokens, mask=tokens < vocab_size, other=-INF) * scale
     scores = tl.where(x > low, x + noise(first, count, of[0], of[1]), -INF)
-    best, index = greatest(scores, count)
+    best, index = greatest(scores)
     return best, first + index
 
 

@@ -1,0 +1,258 @@
+"""A decode step of the whole engine on a GPU: its time, and the share of what reading weights and cache would allow.
+
+    python benchmarks/gpu/decode.py [--models 8B 0.6B] [--batches 1 8 64 256] [--eager] [--profile] [--dtype bfloat16]
+
+Random weights in the shapes of Llama 3.1 8B and Qwen3 0.6B, prompts of random tokens, greedy, about 190 positions each.
+A time is the median of a few runs of some steps, as `LLM` takes them: scheduling, sampling and outputs included. `host`
+is what of it the host did not wait for the device. The bound is (weights + cached keys and values) / measured reading
+speed. --eager measures without CUDA graphs too; --profile prints kernels and Python functions of some steps.
+"""
+
+import argparse
+import cProfile
+import gc
+import io
+import json
+import pstats
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from quire import LLM, SamplingParams  # noqa: E402
+from quire.models.parameters import kv_bytes_per_token, num_parameters  # noqa: E402
+from quire.runner.runner import Runner  # noqa: E402
+from quire.scheduler.plan import Plan  # noqa: E402
+from quire.types import OutputKind  # noqa: E402
+
+PROMPT, WARM_UP, RUNS, STEPS = 156, 12, 5, 10  # positions during the runs: 168 to 218
+CACHE_BYTES = 20 << 30  # 256 sequences of the larger network, also in float32
+SHAPES: dict[str, dict[str, Any]] = {
+    "8B": {  # Llama 3.1 8B
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+    },
+    "0.6B": {  # Qwen3 0.6B
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 151936,
+    },
+}
+
+
+@triton.jit
+def read(x, out, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums of COUNT numbers, for how fast memory is read."""
+    at = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    tl.store(out + tl.program_id(0), tl.sum(tl.load(x + at), 0))
+
+
+def bytes_per_s() -> float:
+    """What this GPU reads, from 4 GiB."""
+    count, size = 4096, 1 << 30
+    x = torch.zeros(size, dtype=torch.float32, device="cuda")
+    out = torch.empty(size // count, device="cuda")
+    times = []
+    for _ in range(8):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        read[(size // count,)](x, out, COUNT=count, num_warps=4)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return 4 * size / statistics.median(times[1:])
+
+
+class Waits:
+    """A runner that measures how long its results were waited for."""
+
+    def __init__(self, runner: Runner):
+        self.runner, self.waited_s = runner, 0.0
+
+    def launch(self, plan: Plan) -> None:
+        self.runner.launch(plan)
+
+    def sample(self, plan: Plan, masks: None = None) -> Callable[[], Any]:
+        fetch = self.runner.sample(plan, masks)
+
+        def timed() -> Any:
+            start = time.perf_counter()
+            result = fetch()
+            self.waited_s += time.perf_counter() - start
+            return result
+
+        return timed
+
+
+class Case:
+    """One engine with `batch` sequences that decode."""
+
+    def __init__(self, llm: LLM, batch: int, num_steps: int):
+        self.engine, self.batch = llm.engine, batch
+        core = self.engine.core
+        self.waits = Waits(core.runner)
+        core.loop.device = self.waits
+        chance = random.Random(batch)
+        most = WARM_UP + num_steps + 20
+        params = SamplingParams(
+            temperature=0, max_tokens=most, ignore_eos=True, output_kind=OutputKind.FINAL_ONLY
+        )
+        for i in range(batch):
+            prompt = [chance.randrange(llm.spec.vocab_size) for _ in range(PROMPT)]
+            self.engine.add(self.engine.inputs.request(prompt, params, request_id=f"{batch}.{i}"))
+        while core.stats().num_waiting or core.stats().prefill_tokens or not core.stats().num_running:
+            self.engine.step()
+        for _ in range(WARM_UP):
+            self.engine.step()
+
+    def run(self) -> tuple[float, float]:
+        """Milliseconds of a step, and those of them that the host was busy; a step is in flight before and after."""
+        self.waits.waited_s, start = 0.0, time.perf_counter()
+        for _ in range(STEPS):
+            self.engine.step()
+        spent = time.perf_counter() - start
+        return spent * 1e3 / STEPS, (spent - self.waits.waited_s) * 1e3 / STEPS
+
+    def close(self) -> None:
+        for i in range(self.batch):
+            self.engine.abort(f"{self.batch}.{i}")
+        while not self.engine.idle:
+            self.engine.step()
+
+
+def bound_ms(llm: LLM, batch: int, speed: float, item_bytes: int) -> float:
+    """Each step reads all weights but the rows of the embedding that it does not need, and the cache."""
+    spec = llm.spec
+    weights = num_parameters(spec).total - (0 if spec.tied else spec.vocab_size * spec.dim)
+    length = PROMPT + WARM_UP + RUNS * STEPS / 2
+    cached = batch * length * kv_bytes_per_token(spec, item_bytes)
+    return (weights * item_bytes + cached) / speed * 1e3
+
+
+def profile(case: Case) -> None:
+    """Where the device's and the host's time of a step goes."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    with torch_profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as kernels:
+        for _ in range(4):
+            case.engine.step()
+        torch.cuda.synchronize()
+    print(
+        kernels.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=60),
+        flush=True,
+    )
+    host = cProfile.Profile()
+    host.enable()
+    for _ in range(8):
+        case.engine.step()
+    host.disable()
+    text = io.StringIO()
+    pstats.Stats(host, stream=text).sort_stats("tottime").print_stats(22)
+    print("of 8 steps:\n" + "\n".join(text.getvalue().splitlines()[4:]), flush=True)
+
+
+def measure(llm: LLM, batch: int, profiled: bool) -> tuple[float, float]:
+    case = Case(llm, batch, RUNS * STEPS + (16 if profiled else 0))
+    runs = [case.run() for _ in range(RUNS)]
+    if profiled:
+        profile(case)
+    case.close()
+    return statistics.median(t for t, _ in runs), statistics.median(t for _, t in runs)
+
+
+def bench(folder: Path, model: str, batches: Sequence[int], args: argparse.Namespace, speed: float) -> None:
+    (folder / "config.json").write_text(json.dumps(SHAPES[model]))
+    options = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": 1024,
+        "dtype": args.dtype,
+    }
+    start = time.perf_counter()
+    with LLM(str(folder), **options, max_num_seqs=max(batches), disable_log_stats=True) as llm:
+        print(f"<!-- {model}: ready in {time.perf_counter() - start:.1f} s -->", flush=True)
+        runner = llm.engine.core.runner
+        fixed, item_bytes = runner.fixed, 4 if args.dtype == "float32" else 2
+        for batch in batches:
+            start = time.perf_counter()
+            step, host = measure(llm, batch, args.profile)
+            eager = ""
+            if args.eager:
+                runner.fixed = None
+                eager = f"{measure(llm, batch, False)[0]:.2f}"
+                runner.fixed = fixed
+            bound = bound_ms(llm, batch, speed, item_bytes)
+            print(
+                f"| {model} | {batch} | {step:.3f} | {bound:.3f} | {bound / step:.0%} | {host:.3f} | {eager} |"
+                f" <!-- {time.perf_counter() - start:.0f} s -->",
+                flush=True,
+            )
+        if fixed is None:
+            print("<!-- no graphs: the log says why -->")
+        else:
+            graphs = fixed.graphs
+            print(f"<!-- {len(graphs.captured)} graphs, failed {graphs.has_failed} -->", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    speed = bytes_per_s()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, reads {speed / 1e12:.2f} TB/s\n")
+    print("| model | batch | ms per step | bound ms | % of bound | host ms | without graphs ms |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    torch.cuda.empty_cache()
+    for model in args.models:
+        with tempfile.TemporaryDirectory() as name:
+            bench(Path(name), model, args.batches, args, speed)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

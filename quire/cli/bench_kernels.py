@@ -1,0 +1,137 @@
+"""`quire bench kernels`: products of few rows with a network's weights on this GPU, beside cuBLAS; `--tune` them."""
+
+import argparse
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+from quire.cli.options import whole
+from quire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from quire.kernels.triton.tuner import Case
+    from quire.models.spec import Decoder
+
+DTYPES = ("bfloat16", "float16", "float32")
+SIZES = {  # dim, hidden, heads, key heads, their size, vocabulary
+    "llama-8b": (4096, 14336, 32, 8, 128, 128256),
+    "qwen3-0.6b": (1024, 3072, 16, 8, 128, 151936),
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="llama-8b",
+        help=f"Folder or Hugging Face id, or the sizes of {' or '.join(SIZES)} (%(default)s).",
+    )
+    parser.add_argument("--revision", metavar="X", help="Branch, tag or commit of Hugging Face ids.")
+    parser.add_argument(
+        "--rows",
+        type=whole,
+        nargs="+",
+        default=[1, 8, 16, 32, 64],
+        metavar="N",
+        help="Rows to multiply, 64 at most (1 8 16 32 64).",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(%(default)s)")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="Time all tiles and keep the fastest, in the package's own table.",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    _check(args)
+    import torch
+
+    from quire.kernels.triton.tuner import Bench, read_bytes_per_s
+
+    dtype, speed = getattr(torch, args.dtype), read_bytes_per_s()
+    found = torch.cuda.get_device_name()
+    _say(f"{args.model} in {args.dtype} on {found}, which reads {speed / 1e12:.2f} TB/s")
+    cases = cases_of(SIZES[args.model]) if args.model in SIZES else cases_of(_sizes(args))
+    if args.tune:
+        _tune(args, cases)
+    _say(
+        f"{'':10}{'outputs':>8} {'inputs':>7} {'rows':>5} {'us':>8} {'TB/s':>6} {'of read':>8} {'cuBLAS us':>10}"
+    )
+    for case in cases:
+        for rows in args.rows:
+            bench = Bench(case, rows, dtype)
+            ours, cublas = bench.ours(), bench.cublas()
+            rate = case.num_weights * dtype.itemsize / ours
+            _say(
+                f"{case.name:10}{case.outputs:8} {case.inputs:7} {rows:5} {ours * 1e6:8.2f} {rate / 1e12:6.2f}"
+                f" {rate / speed:8.1%} {cublas * 1e6:10.2f}"
+            )
+            del bench
+    return 0
+
+
+def cases_of(sizes: tuple[int, int, int, int, int, int]) -> "list[Case]":
+    """A dense layer's products, and the head's."""
+    from quire.kernels.triton.tuner import Case
+
+    dim, hidden, heads, kv_heads, head_dim, vocab = sizes
+    return [
+        Case("qkv", (heads + 2 * kv_heads) * head_dim, dim, "normed"),
+        Case("out", dim, heads * head_dim, "added"),
+        Case("gate, up", hidden, dim, "gated"),
+        Case("down", dim, hidden, "added"),
+        Case("head", vocab, dim, "logits"),
+    ]
+
+
+def _check(args: argparse.Namespace) -> None:
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "bench kernels measures Triton's kernels, and triton is missing; pip install triton"
+        )
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        raise ConfigError("bench kernels measures a GPU, and torch finds no CUDA GPU here")
+    if not all(1 <= rows <= 64 for rows in args.rows):
+        raise ConfigError(f"--rows is {args.rows}; they must be from 1 to 64, since cuBLAS multiplies more")
+
+
+def _sizes(args: argparse.Namespace) -> tuple[int, int, int, int, int, int]:
+    """Those of the first layer that is dense."""
+    from quire.checkpoint.files import read_config
+    from quire.checkpoint.source import resolve
+    from quire.models.registry import decoder_spec
+    from quire.models.spec import MLP, Attention
+
+    spec: Decoder = decoder_spec(read_config(resolve(args.model, args.revision, weights=False).folder))[0]
+    for block in spec.blocks:
+        if isinstance(block.mixer, Attention) and isinstance(block.mlp, MLP) and block.mlp.gated:
+            mixer = block.mixer
+            heads = (mixer.num_heads, mixer.num_kv_heads, mixer.head_dim)
+            return (spec.dim, block.mlp.hidden, *heads, spec.vocab_size)
+    raise ConfigError(f"{args.model} has no dense layer with gates, whose products these kernels are for")
+
+
+def _tune(args: argparse.Namespace, cases: "list[Case]") -> None:
+    import torch
+
+    from quire.kernels.triton.tiles import read_table, write_table
+    from quire.kernels.triton.tuner import Bench
+
+    table = dict(read_table())
+    for case in cases:
+        for rows in args.rows:
+            bench = Bench(case, rows, getattr(torch, args.dtype))
+            tile, best, before = bench.best()
+            table[bench.product] = tile
+            write_table(table)  # each one, so that nothing measured is lost
+            _say(f"{case.name:10}{rows:5} rows: {tuple(tile)} {best * 1e6:.2f} us, before {before * 1e6:.2f}")
+            del bench
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

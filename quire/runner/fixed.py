@@ -1,0 +1,184 @@
+"""Steps in which each work is one sequence's newest token, in memory that stays where it is. Knows no scheduler.
+
+Which slot each row is goes up when it has changed; everything else is on the device, which also counts lengths. Rows
+are padded to one of few sizes with nobody's slot. So a step is the same kernels on the same memory each time, and on
+CUDA one graph:
+
+    gather | network | logits | draw | advance, which reports to the host        or, where the sampler must run on
+    gather | network | copy of its output                                        the host's numbers, the first half
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.attention.base import LayerCache, Ragged
+from quire.layers.decoder import Decoder
+from quire.models.spec import MoE
+from quire.runner.advance import Inputs, advance, gather
+from quire.runner.batch import Batch
+from quire.runner.graphs import Graphs
+from quire.runner.ring import Ring
+from quire.runner.staging import send
+from quire.runner.state import SlotState
+from quire.sampling.logprobs import unpack_some
+from quire.sampling.sampler import FIXED_LOGPROBS, HostSampled, Sampler
+from quire.sampling.slots import Uses
+from quire.scheduler.plan import Work
+
+FEW_ROWS, SHORT = 2, 4096  # attention divides so few sequences otherwise if they are short (attention/triton)
+
+
+def why_not(model: Decoder, device: torch.device) -> str | None:
+    """Why decode steps cannot be CUDA graphs, or None if they can."""
+    if device.type != "cuda":
+        return f"the device is {device}"
+    if not model.backend.capturable:
+        return f"attention backend {model.backend.name} waits for the device"
+    if any(isinstance(block.mlp, MoE) for block in model.spec.blocks):
+        return "the host distributes tokens to experts"
+    return None
+
+
+def sizes_up_to(most: int) -> list[int]:
+    """Numbers of rows that steps are padded to: fine where another row costs most, `most` itself the last."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 64)]
+    return [*(size for size in sizes if size < most), most]
+
+
+class FixedSteps:
+    """The steps of one runner. A method that returns None has not computed its step, which is then done otherwise."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        caches: Sequence[LayerCache],
+        state: SlotState,
+        sampler: Sampler,
+        *,
+        block_size: int,
+        graphs: Graphs,
+    ):
+        self.model, self.caches, self.state, self.sampler = model, caches, state, sampler
+        self.block_size, self.graphs = block_size, graphs
+        most, device, build = state.nobody, state.tokens.device, model.build
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.sizes = sizes_up_to(most)
+        self.slots: list[int] = []  # of the rows, as the host knows them, without padding
+        self.rows = torch.full((most,), state.nobody, dtype=torch.int64, device=device)
+        self.inputs = Inputs(
+            token_ids=zeros(most),
+            positions=zeros(most),
+            following=zeros(most),
+            slot_mapping=zeros(most),
+            query_starts=zeros(most + 1, dtype=torch.int32),
+            lengths=zeros(most, dtype=torch.int32),
+            tables=zeros(most, state.tables.shape[1], dtype=torch.int32),
+        )
+        self.hidden = zeros(most, build.dim, dtype=build.dtype)
+        self.score_width = 1 + min(FIXED_LOGPROBS, model.spec.vocab_size)
+        self.ring = Ring(most * (2 + 2 * self.score_width + 1), device)
+        self.steps: dict[tuple[int, int], tuple[Inputs, Ragged]] = {}  # by rows and longest length
+
+    def sample(self, work: Sequence[Work]) -> Callable[[], HostSampled] | None:
+        """Start the work's whole step; the returned call waits for its tokens."""
+        if not _fits(work):
+            return None
+        slots = [w.slot for w in work]
+        uses = self.sampler.fixed_uses(slots)
+        if uses is None:
+            return None
+        asked = self.sampler.num_logprobs(slots) if uses & Uses.LOGPROBS else [None] * len(slots)
+        num_rows = self._place(slots)
+        self.ring.make_room()
+        if not self._run(num_rows, work, uses):
+            return None
+        # Without `self`, whose ring keeps it: a closed engine's memory is free at once, not when cycles are collected.
+        return self.ring.started(partial(_read, shape=(num_rows, self.score_width), asked=asked))
+
+    def forward(self, work: Sequence[Work]) -> tuple[Batch, Tensor] | None:
+        """Start the network only: the batch and the network's output [rows, dim], both valid until the next step."""
+        if not _fits(work):
+            return None
+        num_rows = self._place([w.slot for w in work])
+        if not self._run(num_rows, work, None):
+            return None
+        inputs, ragged = self._step(num_rows, self.state.max_length)
+        count = len(work)
+        batch = Batch(
+            work=tuple(work),
+            token_ids=inputs.token_ids,
+            ragged=ragged,
+            starts=np.arange(count + 1),
+            sampling=tuple(work),
+            last_rows=torch.arange(count, device=self.rows.device),
+            slots=self.rows[:count],
+            sample_positions=inputs.following[:count],
+        )
+        return batch, self.hidden[:count]
+
+    def _place(self, slots: list[int]) -> int:
+        """Tell the device whose rows follow, if it does not know; the number of rows with padding."""
+        num_rows = next(size for size in self.sizes if size >= len(slots))
+        if slots != self.slots:
+            rows = np.full(len(self.rows), self.state.nobody)  # to the end: larger steps have padding there
+            rows[: len(slots)] = slots
+            send(rows, self.rows)
+            self.slots = slots
+        return num_rows
+
+    def _run(self, num_rows: int, work: Sequence[Work], uses: Uses | None) -> bool:
+        longest = self.state.max_length
+        if num_rows <= FEW_ROWS and max(w.start for w in work) < SHORT:
+            longest = min(longest, SHORT)
+        return self.graphs.run(
+            (num_rows, longest, uses), lambda: self._compute(num_rows, *self._step(num_rows, longest), uses)
+        )
+
+    def _step(self, num_rows: int, longest: int) -> tuple[Inputs, Ragged]:
+        """The same objects each time: attention backends know by them that it is the same memory."""
+        if (num_rows, longest) not in self.steps:
+            inputs = self.inputs.first(num_rows)
+            ragged = Ragged(
+                positions=inputs.positions,
+                slot_mapping=inputs.slot_mapping,
+                query_starts=inputs.query_starts,
+                lengths=inputs.lengths,
+                block_tables=inputs.tables,
+                max_query=1,
+                max_length=longest,
+            )
+            self.steps[num_rows, longest] = inputs, ragged
+        return self.steps[num_rows, longest]
+
+    def _compute(self, num_rows: int, inputs: Inputs, ragged: Ragged, uses: Uses | None) -> None:
+        state, rows = self.state, self.rows[:num_rows]
+        gather(rows, state.numbers, state.tokens, inputs, self.block_size)
+        hidden = self.model(inputs.token_ids, ragged, self.caches)
+        if uses is None:
+            self.hidden[:num_rows].copy_(hidden)
+            return
+        logits = self.model.logits(hidden)
+        sampled = self.sampler.sample_fixed(logits, rows, inputs.following, uses)
+        scores = sampled.logprobs[0].pack() if sampled.logprobs else None
+        advance(
+            *(rows, state.numbers, state.tokens, inputs.following),
+            *(sampled.token_ids, sampled.bad, scores, self.ring.entries, self.ring.count),
+        )
+
+
+def _read(words: Tensor, *, shape: tuple[int, int], asked: Sequence[int | None]) -> HostSampled:
+    """A report of `advance` for `shape[0]` rows, of which the first belong to somebody."""
+    num_rows, count = shape[0], len(asked)
+    bad = [flag != 0 for flag in words[num_rows : num_rows + count].tolist()]
+    return HostSampled(words[:count].tolist(), bad, unpack_some(words[2 * num_rows :], shape, asked))
+
+
+def _fits(work: Sequence[Work]) -> bool:
+    return all(w.count == 1 and w.samples and not w.drafts for w in work)

@@ -1,0 +1,87 @@
+"""CUDA graphs of steps: captured when they are needed again, and replayed. Knows no batches and no networks."""
+
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from quire.log import logger
+from quire.runner.pieces import CALM_STEPS
+
+NEVER = 1 << 60
+
+
+class Graphs:
+    """One graph for each kind of step, all in one pool of memory: they run one after another.
+
+    A kind runs uncaptured the first time, for Triton and cuBLAS to get ready; the second time it is captured. What
+    cannot be captured runs without a graph, and what has no memory for it is tried again after a while.
+    """
+
+    def __init__(self, *, capture: bool = True):
+        """`capture`: False to run every step uncaptured, as machines without CUDA do in tests."""
+        self.capture = capture
+        self.captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self.ready: set[Hashable] = set()
+        self.num_refused = 0  # steps for which no further kind is tried
+        self.has_failed = False
+        self.pool: Any = None  # of memory, by torch's handle
+        self.stream: torch.cuda.Stream | None = None  # nothing runs there; the default one cannot be captured
+
+    def run(self, kind: Hashable, compute: Callable[[], None]) -> bool:
+        """Run `compute`, whose kernels and memory depend on `kind` alone; False if that was not possible.
+
+        Then it has changed nothing that another attempt would not overwrite: its last kernel is the one that counts.
+        """
+        if (graph := self.captured.get(kind)) is not None:
+            graph.replay()
+            return True
+        if self.num_refused:
+            self.num_refused -= 1
+            return False
+        try:
+            if kind not in self.ready or not self.capture:
+                compute()
+                self.ready.add(kind)
+                return True
+            graph = self._capture(compute)
+        except torch.OutOfMemoryError:
+            self._refuse(CALM_STEPS)
+            return False
+        except Exception:  # of a driver, a compiler or a library: steps are slower without graphs, not wrong
+            self._refuse(NEVER)
+            return False
+        self.captured[kind] = graph
+        graph.replay()
+        return True
+
+    def _refuse(self, num_steps: int) -> None:
+        """Compute no further kind for so many steps; called where an exception is handled."""
+        if not self.has_failed:
+            logger.warning("decode steps go on without new CUDA graphs, and slower", exc_info=True)
+        self.has_failed = True
+        self.num_refused = num_steps
+        if not self.captured:
+            self.pool = None  # torch takes a pool back that has lost its last graph
+
+    def _capture(self, compute: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        # Not torch.cuda.graph(), which collects garbage and returns torch's free memory: 0.1 s in a running engine.
+        self.stream = self.stream or torch.cuda.Stream()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(self.stream):
+                # Threads of others may allocate meanwhile.
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    compute()
+                finally:
+                    graph.capture_end()
+        except Exception:
+            # A capture that CUDA has ended leaves torch's allocator waiting for its end: it could not return free
+            # memory any more, which it must when memory runs out.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+            raise
+        return graph

@@ -1,0 +1,238 @@
+"""Steps in fixed memory give what other steps give: the same tokens and log probabilities, whatever runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quire.attention.cpu import Cpu
+from quire.config import Config
+from quire.engine.engine import Engine
+from quire.layers.decoder import Decoder
+from quire.runner.fixed import FixedSteps, sizes_up_to, why_not
+from quire.runner.graphs import Graphs
+from quire.sampling.slots import Uses
+from quire.types import OutputKind, SamplingParams
+from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
+
+BLOCK_SIZE = 4
+
+
+def make_engine(folder: str, **options: object) -> Engine:
+    base = {
+        "dtype": "float32",
+        "device": "cpu",
+        "skip_tokenizer_init": True,
+        "block_size": BLOCK_SIZE,
+        "disable_log_stats": True,
+        "max_model_len": 32,
+        "max_logprobs": 200,
+    }
+    return Engine(Config.of(model=folder, **base | options), offline=True)
+
+
+def fix(engine: Engine) -> FixedSteps:
+    """Have the engine's decode steps computed in fixed memory, as on a GPU but for the capture."""
+    runner = engine.core.runner
+    parts = (runner.model, runner.caches, runner.state, runner.sampler)
+    runner.fixed = FixedSteps(*parts, block_size=runner.block_size, graphs=Graphs(capture=False))
+    return runner.fixed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path: Path = tmp_path_factory.mktemp("qwen3")
+    build_hf(BY_NAME["Qwen3"], path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def block_bytes(folder: str) -> int:
+    engine = make_engine(folder)
+    return engine.config.kv_cache_memory_bytes // engine.core.stats().num_blocks
+
+
+def run(engine: Engine, work: list, aborted: tuple[str, int] = ("", -1)) -> dict[str, list]:
+    """Each request's sequences, as (tokens, log probabilities, finish reason), when requests come over time.
+
+    `aborted`: a request, and the step before which it is.
+    """
+    got: dict[str, list] = {}
+    step, waiting = 0, sorted(enumerate(work), key=lambda item: item[1][2])
+    while waiting or not engine.idle:
+        while waiting and waiting[0][1][2] <= step:
+            i, (prompt, params, _) = waiting.pop(0)
+            engine.add(engine.inputs.request(prompt, params, request_id=str(i)))
+        if step == aborted[1]:
+            engine.abort(aborted[0])
+        for output in engine.step():
+            got[output.request_id] = [(o.token_ids, o.logprobs, o.finish_reason) for o in output.outputs]
+        step += 1
+        assert step < 5000, "no progress"
+    assert engine.core.stats().used_blocks == 0
+    return got
+
+
+every = {
+    "repetition_penalty": st.sampled_from([1.0, 1.0, 1.0, 1.3]),
+    "logprobs": st.sampled_from([None, None, 0, 3, 20, 25, -1]),
+    "logit_bias": st.sampled_from([None, None, None, {5: 2.0}]),
+    "max_tokens": st.integers(1, 12),
+    "stop_token_ids": st.lists(st.integers(3, VOCAB_SIZE - 1), max_size=8),
+    "output_kind": st.just(OutputKind.FINAL_ONLY),
+}
+greedy = st.builds(SamplingParams, temperature=st.just(0.0), **every)
+random = st.builds(
+    SamplingParams,
+    n=st.integers(1, 3),
+    temperature=st.sampled_from([0.7, 1.5]),
+    top_p=st.sampled_from([1.0, 0.8]),
+    top_k=st.sampled_from([0, 5]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    seed=st.integers(0, 1000),
+    **every,
+)
+prompts = st.lists(st.integers(3, 6), min_size=1, max_size=16)
+requests = st.lists(st.tuples(prompts, greedy | random, st.integers(0, 15)), min_size=1, max_size=6)
+
+
+cases = st.tuples(
+    requests, st.sampled_from([4, 16, 2048]), st.integers(1, 6), st.integers(9, 30), st.booleans()
+)
+
+
+def check(
+    folder: str, block_bytes: int, work: list, batched: int, seqs: int, blocks: int, overlap: bool
+) -> None:
+    options = {
+        "max_num_batched_tokens": batched,
+        "max_num_seqs": min(seqs, batched),
+        "kv_cache_memory_bytes": blocks * block_bytes,
+        "async_scheduling": overlap,
+    }
+    engine = make_engine(folder, **options)
+    fixed = fix(engine)
+    assert run(engine, work) == run(make_engine(folder, **options), work)
+    assert not fixed.graphs.has_failed  # or all of it would have been computed otherwise
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(cases)
+def test_fixed_steps_equal_others(folder: str, block_bytes: int, case: tuple[Any, ...]) -> None:
+    check(folder, block_bytes, *case)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(cases)
+def test_fixed_steps_equal_others_at_length(folder: str, block_bytes: int, case: tuple[Any, ...]) -> None:
+    check(folder, block_bytes, *case)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_every_kind_of_step_is_taken_and_preemption_changes_nothing(
+    folder: str, block_bytes: int, overlap: bool
+) -> None:
+    shared = {"max_tokens": 14, "ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY}
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": 5, "top_p": 0.9},
+        {"temperature": 1.0, "seed": 6, "logprobs": 2},
+        {"temperature": 0.0, "presence_penalty": 0.5},
+    ]
+    work = [
+        ([3 + (i + j) % 9 for j in range(8)], SamplingParams(**shared, **kind), 24 * i)
+        for i, kind in enumerate(kinds)
+    ]
+    work += [(prompt, params, 110) for prompt, params, _ in work]
+    options = {"kv_cache_memory_bytes": 16 * block_bytes, "async_scheduling": overlap}
+    engine = make_engine(folder, **options)
+    fixed = fix(engine)
+    got = run(engine, work)
+    assert got == run(make_engine(folder, **options), work)
+    assert [got[str(i)][0][0] for i in range(4)] == [got[str(i)][0][0] for i in range(4, 8)]
+    assert engine.core.stats().num_preemptions > 0
+    random = Uses.RANDOM | Uses.FILTERS
+    alone = {uses for rows, _, uses in fixed.graphs.ready if rows == 1}
+    assert alone == {Uses(0), random, random | Uses.LOGPROBS, None}
+
+
+def test_a_step_that_cannot_be_fixed_is_computed_otherwise(
+    folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=12, ignore_eos=True, logprobs=1)
+    work = [([3, 4, 5 + i], params, 2 * i) for i in range(3)]
+    want = run(make_engine(folder), work)
+    for error in (torch.OutOfMemoryError("no memory"), ValueError("no such kernel")):
+        engine = make_engine(folder)
+        fixed = fix(engine)
+        fixed.model = Failing(fixed.model, error)  # type: ignore[assignment]
+        caplog.clear()
+        with caplog.at_level("WARNING", "quire"):
+            assert run(engine, work) == want
+        warnings = [r for r in caplog.records if "CUDA graph" in r.message]
+        assert [r.exc_info and r.exc_info[1] for r in warnings] == [error]
+        assert fixed.graphs.num_refused > 0 and fixed.ring.num_steps == 0
+
+
+def test_compiled_attention_takes_padding(folder: str) -> None:
+    shared = {"max_tokens": 12, "ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY, "logprobs": 2}
+    work = [([3 + i] * (2 + 4 * i), SamplingParams(seed=i, **shared), 2 * i) for i in range(5)]
+    options = {"block_size": 16, "max_num_seqs": 6}
+    engine = make_engine(folder, **options)
+    fixed = fix(engine)
+    assert run(engine, work) == run(make_engine(folder, **options), work)
+    name = engine.core.runner.model.backend.name
+    assert name == "cpu" or Cpu(16).why_not(torch.float32, torch.device("cpu"))
+    assert {rows for rows, _, _ in fixed.graphs.ready} >= {4, 6}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_bad_rows_and_aborts_leave_the_others_alone(folder: str, overlap: bool) -> None:
+    shared = {"max_tokens": 10, "ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY}
+    greedy, random = SamplingParams(temperature=0, **shared), SamplingParams(seed=4, **shared)
+    work = [([3, 4 + i, 5], random if i % 2 else greedy, i) for i in range(5)]
+    work += [([5, 6, 7 + i], random, 10 + i) for i in range(3)]  # in slots and blocks that others had
+    options = {"max_num_seqs": 5, "async_scheduling": overlap, "enable_prefix_caching": False}
+    poison = run(make_engine(folder, **options), work)["1"][0][0][5]
+    got = []
+    for prepare in (fix, lambda engine: None):
+        engine = make_engine(folder, **options)
+        network = engine.core.runner.model
+        network.embedding = network.embedding.clone()  # the head's stays as it is
+        network.embedding[poison] = torch.nan
+        fixed = prepare(engine)
+        got.append(run(engine, work, aborted=("2", 7)))
+        assert fixed is None or (fixed.ring.num_steps and not fixed.graphs.has_failed)
+    assert got[0] == got[1]
+    reasons = [output[0][2] for output in got[0].values()]
+    assert got[0]["1"][0][2] == "error" and len(got[0]["1"][0][0]) <= 6 and "length" in reasons
+
+
+class Failing:
+    """A network without a head."""
+
+    def __init__(self, network: Decoder, error: Exception):
+        self.network, self.error = network, error
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.network(*args)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        raise self.error
+
+
+def test_sizes_cover_every_number_of_rows() -> None:
+    assert sizes_up_to(1) == [1] and sizes_up_to(3) == [1, 2, 3] and sizes_up_to(8) == [1, 2, 4, 8]
+    for most in (5, 24, 100, 256, 1000):
+        sizes = sizes_up_to(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most
+
+
+def test_a_cpu_has_no_graphs(folder: str) -> None:
+    runner = make_engine(folder).core.runner
+    assert runner.fixed is None and why_not(runner.model, torch.device("cpu")) is not None
