@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -80,7 +81,8 @@ class Tracer:
 
         def flush() -> None:
             self.provider.shutdown()
-            loop.call_soon_threadsafe(done.set)
+            with suppress(RuntimeError):  # the loop is closed: nobody waited for so long
+                loop.call_soon_threadsafe(done.set)
 
         threading.Thread(target=flush, name="quire-spans", daemon=True).start()
         try:

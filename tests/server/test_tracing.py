@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from opentelemetry.sdk.trace import export
 from opentelemetry.sdk.trace.export import in_memory_span_exporter as memory
 
 from quire.errors import ConfigError
-from quire.server import app
+from quire.server import app, tracing
 from quire.server.frontend import Frontend
 from quire.server.settings import ServerSettings
 from quire.server.timing import Timing
@@ -163,6 +164,27 @@ def test_without_the_option_there_is_no_tracer(service: InProcess, live: Live) -
         layers.append(layer)
         layer = vars(layer).get("app", layer)
     assert "Traced" not in [type(each).__name__ for each in layers]
+
+
+class Slow(sdk.SpanProcessor):
+    """Ends when it is let."""
+
+    def __init__(self) -> None:
+        self.ends = threading.Event()
+
+    def shutdown(self) -> None:
+        self.ends.wait(30)
+
+
+def test_a_collector_that_is_slower_than_the_server_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "FLUSH_S", 0.01)
+    provider, slow = sdk.TracerProvider(shutdown_on_exit=False), Slow()
+    provider.add_span_processor(slow)
+    asyncio.run(Tracer(provider, "demo").close())
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "quire-spans"]
+    slow.ends.set()
+    thread.join(30)
+    assert not thread.is_alive()  # an exception in it would fail this test
 
 
 def test_missing_packages_are_named(service: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
