@@ -214,7 +214,8 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=128, help="tokens of an answer")
     args, rest = parser.parse_known_args()
     options = ["--max-num-seqs", str(SEATS), "--device", "cpu", "--num-threads", "1", "--disable-log-stats"]
-    options += ["--max-queue-seconds", str(args.wait), "--disable-access-log", *rest]
+    options += ["--max-queue-seconds", str(args.wait), "--disable-access-log"]
+    options += ["--kv-cache-memory-bytes", "64M", *rest]  # soon full: what it fills later is no leak
     with server(options) as (url, pid):
         uvloop.run(measure(Overload(url, pid, args.wait, args.output_len), args.factor, args.seconds))
 

@@ -17,6 +17,8 @@ WINDOW_S = 30.0
 MIN_TOKENS, MIN_SEQUENCES = 1000, 8  # that a measurement rests on, even if they take longer than the window
 LATEST = 0.1  # what the latest value counts in a running mean
 MINUTE_S = 60.0
+NEARLY_ALL = 0.95  # requests that are to wait no longer than the limit
+MARGIN_STEP, MOST_MARGIN = 0.02, 0.5  # of the limit: the margin's pace, and the most that is kept of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,7 @@ class Admitted:
     account: "Account"
     amount: Amount
     since_s: float
+    expected_s: float | None  # how long it was expected to wait; None if nobody knew
     waits: bool = True
 
 
@@ -162,6 +165,23 @@ class Speed:
         self.num_running = self.cache_hits = 0
 
 
+class Margin:
+    """How much longer than expected nearly every request waits, going by those of late: a running quantile.
+
+    Args:
+        limit_s: the longest wait that is allowed.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.seconds, self.limit_s = 0.0, limit_s
+
+    def learn(self, expected_s: float, waited_s: float) -> None:
+        """A request that was expected to wait has begun."""
+        longer = waited_s > expected_s + self.seconds
+        change = MARGIN_STEP * self.limit_s * (NEARLY_ALL if longer else NEARLY_ALL - 1)
+        self.seconds = min(max(self.seconds + change, 0.0), MOST_MARGIN * self.limit_s)
+
+
 class Admission:
     """Admits requests or refuses them. `now` is seconds on one clock that never goes back.
 
@@ -172,7 +192,7 @@ class Admission:
         limits: by tenant; others have `default`.
         max_num_queued_reqs: requests that may wait ahead of one, at least 1.
         max_num_queued_tokens: their prompt tokens and its own; a prompt of any length may wait alone.
-        max_queue_seconds: how long a request may be expected to wait. Holds once that can be told.
+        max_queue_seconds: how long nearly every request may wait at most. Holds once waits can be told.
     """
 
     def __init__(
@@ -189,7 +209,7 @@ class Admission:
         self.max_queue_seconds = max_queue_seconds
         self.open: dict[str, Admitted] = {}
         self.accounts: dict[str, Account] = {}
-        self.speed = Speed()
+        self.speed, self.margin = Speed(), Margin(max_queue_seconds)
         self.request_s = 0.0  # that a request took of late
 
     def admit(self, name: str, tenant: str, num_prompt_tokens: int, num_sequences: int, now: float) -> None:
@@ -200,10 +220,10 @@ class Admission:
         """
         account = self._account(tenant, now)
         _check_tenant(account, num_prompt_tokens, self.request_s)
-        self._check_server(account, num_prompt_tokens)
+        expected_s = self._check_server(account, num_prompt_tokens)
         amount = Amount(1, num_prompt_tokens, num_sequences)
         self.accounts[tenant] = account
-        self.open[name] = Admitted(account, amount, now)
+        self.open[name] = Admitted(account, amount, now, expected_s or None)
         account.num_open += 1
         account.queued.add(amount)
         account.charge(1, num_prompt_tokens)
@@ -214,6 +234,8 @@ class Admission:
         request = self.open.get(name)
         if request is not None and request.waits:
             request.waits = False
+            if request.expected_s is not None:
+                self.margin.learn(request.expected_s, now - request.since_s)
             request.account.queued.add(request.amount, -1)
             self.speed.seated(request.amount.sequences)
 
@@ -245,6 +267,8 @@ class Admission:
     def restarted(self, now: float) -> None:
         """The engine was lost. Its requests come back without being admitted again."""
         self.speed.interrupt()
+        for request in self.open.values():
+            request.expected_s = None  # nobody expected that
 
     def share(self, tenant: str) -> float:
         """A tenant's part of the machine, relative to others'."""
@@ -273,9 +297,15 @@ class Admission:
             if not (account.num_open or account.used_requests or account.used_tokens):
                 del self.accounts[tenant]
 
-    def _check_server(self, account: Account, num_tokens: int) -> None:
+    def _check_server(self, account: Account, num_tokens: int) -> float:
+        """How long a request is expected to wait.
+
+        Raises:
+            Overloaded: that is too long, or too much is ahead.
+        """
         ahead = self._ahead(account, num_tokens)
         wait_s = self.speed.wait_s(ahead.tokens, ahead.sequences)
+        most_s = self.max_queue_seconds - self.margin.seconds
         reached: list[tuple[float, str]] = []  # when the queue will be short enough, by what limit
         for reason, waiting, added, most in (
             ("max_num_queued_reqs", ahead.requests, 1, self.max_num_queued_reqs),
@@ -284,11 +314,12 @@ class Admission:
             if waiting and waiting + added > most:
                 kept = max(min(RELIEVED * most, most - added), 0)
                 reached.append((wait_s * (1 - kept / waiting), reason))
-        if wait_s > self.max_queue_seconds:
-            reached.append((wait_s - RELIEVED * self.max_queue_seconds, "max_queue_seconds"))
+        if wait_s > most_s:
+            reached.append((wait_s - RELIEVED * most_s, "max_queue_seconds"))
         if reached:
             seconds, reason = max(reached)
             raise _refusal("server", reason, "the server has more requests than it can serve", seconds)
+        return wait_s
 
     def _ahead(self, account: Account, num_tokens: int) -> Amount:
         """What is computed before a new request: its tenant's queue, and of others what comes in turn meanwhile."""

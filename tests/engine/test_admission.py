@@ -1,6 +1,7 @@
 """Who may wait: limits that hold, counts that come back to nothing, and waits as long as they were said to be."""
 
 import contextlib
+import random
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.engine.admission import Admission, TenantLimits
+from quire.engine.admission import Admission, Margin, TenantLimits
 from quire.engine.metrics import StepStats
 from quire.errors import Overloaded
 
@@ -450,3 +451,48 @@ def test_one_that_comes_back_as_told_finds_room() -> None:
     while engine.now < back_s:
         engine.step()
     engine.add("back", 300)
+
+
+def test_the_margin_is_what_nearly_all_stay_within() -> None:
+    margin, chance = Margin(10.0), random.Random(0)
+    for _ in range(2000):
+        margin.learn(1.0, chance.uniform(0.5, 3.5))
+    assert margin.seconds == pytest.approx(2.35, abs=0.3)  # 95 of 100 are below
+    for _ in range(400):
+        margin.learn(1.0, 0.9)
+    assert margin.seconds == 0.0, "those that wait less than expected take it back"
+    for _ in range(1000):
+        margin.learn(1.0, 1000.0)
+    assert margin.seconds == 5.0, "half of the limit is left"
+
+
+def test_where_requests_wait_longer_than_expected_fewer_may() -> None:
+    def room(found: Admission) -> int:
+        """How many get in, of a second each."""
+        for number in range(40):
+            try:
+                found.admit(str(number), "", 1000, 1, 0.0)
+            except Overloaded:
+                return number
+        pytest.fail("there is no end")
+
+    assert room(busy(admission(seconds=30))) == 31
+    late = busy(admission(seconds=30))
+    for _ in range(40):
+        late.admit("ahead", "", 1000, 1, 0.0)
+        late.admit("behind", "", 1000, 1, 0.0)
+        late.entered("ahead", 0.0)
+        late.entered("behind", 11.0)  # ten seconds more
+        late.left("ahead", 11.0)
+        late.left("behind", 11.0)
+    assert 20 <= room(late) <= 22
+
+
+def test_what_a_restart_adds_to_a_wait_was_not_expected_of_it() -> None:
+    found = busy(admission())
+    for name in "ab":
+        found.admit(name, "", 1000, 1, 0.0)
+    found.restarted(1.0)
+    found.entered("a", 100.0)
+    found.entered("b", 200.0)
+    assert found.margin.seconds == 0.0
