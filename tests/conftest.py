@@ -3,7 +3,12 @@
 import os
 from pathlib import Path
 
-import torch
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # before torch: two processes with two threads each wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(
