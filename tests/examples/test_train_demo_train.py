@@ -72,6 +72,7 @@ def test_loss_goes_down(folders: Iterator[Path]) -> None:
     assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_as_if_it_had_not(folders: Iterator[Path]) -> None:
     whole, parts = next(folders), next(folders)
     module, loss_of, wanted = make_module(0)

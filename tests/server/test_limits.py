@@ -132,7 +132,7 @@ def test_headers_have_a_time(service: InProcess, monkeypatch: pytest.MonkeyPatch
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
             connection.sendall(b"GET /ver")
             assert status(read_all(connection)) == 408
-        body = b'{"prompt": "hello", "max_tokens": 2000, "ignore_eos": true}'
+        body = b'{"prompt": "hello", "max_tokens": 300, "ignore_eos": true}'
         with connect(live.url) as connection:  # what takes longer than that is no head
             connection.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body + b"GET /next")
             assert status(connection.recv(65536)) == 200

@@ -21,7 +21,7 @@ ada key-of-ada max_concurrent=1 share=2
 bob key-of-bob requests_per_minute=2
 eve key-of-eve tokens_per_minute=40
 """
-LONG = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "stream": True}
 SHORT = {"prompt": "Once upon a time", "max_tokens": 1}
 
 
