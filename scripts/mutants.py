@@ -186,6 +186,7 @@ BLOCKS = [
         "the last used goes first",
     ),
     ("self._evicted[key] = None", "pass", "nothing was ever evicted"),
+    ("while len(self._evicted) > MAX_EVICTED:", "while False:", "every key is remembered for ever"),
     (
         "key in self._evicted or key in self.by_key",
         "key in self._evicted",

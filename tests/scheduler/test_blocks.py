@@ -147,3 +147,25 @@ def test_without_caching_only_held_blocks_are_found() -> None:
 def test_impossible_pools_are_refused(num_blocks: int, block_size: int, secret: bytes) -> None:
     with pytest.raises(ConfigError, match="must"):
         BlockPool(num_blocks, block_size, secret=secret)
+
+
+def test_what_made_room_is_remembered_and_what_is_behind_it_is_no_news() -> None:
+    pool = BlockPool(5, 2, secret=SECRET)
+    keys, blocks = keys_of(pool, TOKENS), published(pool, TOKENS)
+    unknown = keys_of(pool, array("q", (0, 0)))[0]
+    pool.release(blocks[:1])  # the chain's head makes room, the rest stays
+    pool.take(1)
+    assert pool.match(keys) == []
+    assert [pool.was_evicted(key) for key in keys] == [True] * 5
+    assert not pool.was_evicted(unknown)
+    pool.forget(blocks[1:])  # as what a failed sequence wrote: nobody had to make room
+    assert [pool.was_evicted(key) for key in keys] == [True] + [False] * 4
+
+
+def test_not_everything_that_made_room_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.scheduler.blocks.MAX_EVICTED", 2)
+    pool = BlockPool(5, 2, secret=SECRET)
+    keys, blocks = keys_of(pool, TOKENS), published(pool, TOKENS)
+    pool.release(blocks)
+    pool.take(5)
+    assert [pool.was_evicted(key) for key in keys] == [True, True, False, False, False]  # heads went last
