@@ -332,8 +332,8 @@ def survives(mutant: Mutant, folder: Path, package: Path, timeout_s: float) -> b
     return found is None
 
 
-def main(words: Sequence[str]) -> int:
-    chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.what}" for word in words)]
+def num_survivors(mutants: Sequence[Mutant]) -> int:
+    """How many bugs the tests do not find."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         package = copy_of_the_package(folder)
@@ -341,9 +341,14 @@ def main(words: Sequence[str]) -> int:
         if (failed := run_tests(folder, MAX_S)) is not None:
             raise SystemExit(f"the tests fail without any bug: {failed}")
         timeout_s = 3 * (time.monotonic() - begin) + 10
-        num_survivors = sum(survives(mutant, folder, package, timeout_s) for mutant in chosen)
-    say(f"{len(chosen) - num_survivors} of {len(chosen)} killed")
-    return 1 if num_survivors else 0
+        return sum(survives(mutant, folder, package, timeout_s) for mutant in mutants)
+
+
+def main(words: Sequence[str]) -> int:
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.what}" for word in words)]
+    survivors = num_survivors(chosen)
+    say(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":
