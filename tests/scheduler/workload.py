@@ -141,7 +141,8 @@ class Run:
         for id, epoch in decoding.items():
             assert id in planned or scheduler.seqs[id].epoch > epoch, "a decoding sequence skips a step"
         assert not scheduler._ended, "ended sequences pile up"
-        decodes = sum(w.count + w.drafts for w in plan.work if w.seq in decoding)
+        # One that was preempted and seated again in this very plan is a prefill.
+        decodes = sum(w.count + w.drafts for w in plan.work if decoding.get(w.seq) == w.epoch)
         prefills = scheduler.batched_tokens - decodes
         assert prefills == scheduler.prefill_tokens
         assert prefills or not scheduler.seats.prefilling, "prefills starve"
