@@ -17,7 +17,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import uvicorn
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -33,7 +32,7 @@ from quire.errors import ConfigError, QuireError, RequestCancelled
 from quire.log import LEVELS, logger
 from quire.server.errors import ApiError, error_of
 from quire.server.frontend import json_response
-from quire.server.http import HttpProtocol, HttpServer
+from quire.server.http import server_of
 from quire.server.limits import read_body
 from quire.server.settings import ServerSettings, is_key
 
@@ -276,19 +275,7 @@ async def _served(app: ASGIApp, listeners: list[socket.socket]) -> AsyncIterator
     if not listeners:
         yield
         return
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what it has to say, we say ourselves
-    config = uvicorn.Config(
-        app,
-        http=HttpProtocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=GOODBYE_S,
-    )
-    server = HttpServer(config)
+    server = server_of(app, goodbye_s=GOODBYE_S)
     serving = asyncio.create_task(server.serve(sockets=listeners))
     try:
         yield

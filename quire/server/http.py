@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from quire.server.app import wrap
@@ -84,10 +85,21 @@ class HttpServer(uvicorn.Server):
 
 
 def http_server(front: Frontend) -> HttpServer:
-    """The HTTP server over a frontend; `serve(sockets=[...])` runs it until `should_exit`."""
+    """The HTTP server over a frontend; see `server_of`."""
+    files = {"ssl_certfile": front.settings.ssl_certfile, "ssl_keyfile": front.settings.ssl_keyfile}
+    server = server_of(wrap(front), goodbye_s=int(FAREWELL_S), **files)
+    server.config.load()  # so that a certificate that cannot be read is known now
+    return server
+
+
+def server_of(app: ASGIApp, *, goodbye_s: int, **files: str | None) -> HttpServer:
+    """An HTTP server over an application; `serve(sockets=[...])` runs it until `should_exit`.
+
+    `goodbye_s` is for answers that are on their way then; `files` are uvicorn's names for those of TLS.
+    """
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what it has to say, we say ourselves
     config = uvicorn.Config(
-        wrap(front),
+        app,
         http=HttpProtocol,
         ws="none",
         lifespan="off",
@@ -95,9 +107,7 @@ def http_server(front: Frontend) -> HttpServer:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        ssl_certfile=front.settings.ssl_certfile,
-        ssl_keyfile=front.settings.ssl_keyfile,
-        timeout_graceful_shutdown=int(FAREWELL_S),
+        timeout_graceful_shutdown=goodbye_s,
+        **files,  # type: ignore[arg-type]
     )
-    config.load()  # so that a certificate that cannot be read is known now
     return HttpServer(config)
