@@ -34,7 +34,7 @@ from quire.server.errors import ApiError, error_of
 from quire.server.frontend import json_response
 from quire.server.http import server_of
 from quire.server.limits import read_body
-from quire.server.settings import ServerSettings, is_key
+from quire.server.settings import ServerSettings, is_key, lines_of_keys
 
 MAX_BODY_BYTES = 4 << 10
 BACKLOG = 16
@@ -257,17 +257,11 @@ def read_keys(path: Path) -> list[str]:
     Raises:
         ConfigError: it cannot be read, has no key, or a line is none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"admin_key_file is {str(path)!r}, which cannot be read: {error}") from None
-    keys = [line.partition("#")[0].strip() for line in lines]
-    for number, key in enumerate(keys, 1):
-        if key and not is_key(key):  # the message must not hold it
+    lines = lines_of_keys("admin_key_file", path)
+    for number, words in lines:
+        if len(words) != 1 or not is_key(words[0]):  # the message must not hold it
             raise ConfigError(f"line {number} of {path} must be a key: printable ASCII without spaces")
-    if not any(keys):
-        raise ConfigError(f"admin_key_file is {str(path)!r}; it must hold at least one key")
-    return [key for key in keys if key]
+    return [words[0] for _, words in lines]
 
 
 @asynccontextmanager

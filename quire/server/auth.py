@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from quire.engine.admission import Admission, TenantLimits
 from quire.errors import ConfigError
 from quire.server.errors import ApiError
-from quire.server.settings import ServerSettings, is_key
+from quire.server.settings import ServerSettings, is_key, lines_of_keys
 
 PROBES = ("/livez", "/readyz", "/startupz")  # what orchestrators ask; the answers say only yes or no
 REFUSAL = "a valid key is needed; send it as the header Authorization: Bearer KEY"
@@ -60,13 +60,11 @@ class Keys:
         """The keys of the command line and of the file.
 
         Raises:
-            ConfigError: the file has no keys, or a line is not `KEY` or `NAME KEY [LIMIT=NUMBER ...]`.
+            ConfigError: the file cannot be read or has no keys, or a line is not `KEY` or `NAME KEY [LIMIT=NUMBER ...]`.
         """
         found = [Holder(f"key-{number}", key) for number, key in enumerate(settings.api_key, 1)]
         if settings.api_key_file is not None:
             found += _read(Path(settings.api_key_file))
-            if not found:
-                raise ConfigError(f"api_key_file is {settings.api_key_file!r}; it must hold at least one key")
         return cls(found)
 
     def __bool__(self) -> bool:
@@ -120,10 +118,7 @@ def _hash(key: bytes) -> bytes:
 
 def _read(path: Path) -> Sequence[Holder]:
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
+    for number, words in lines_of_keys("api_key_file", path):
         name, key, *limits = words if len(words) > 1 else (f"line-{number}", words[0])
         where = f"line {number} of {path}"
         if not is_key(key):  # no message may hold the key

@@ -1,6 +1,7 @@
 """Options of the HTTP server, as one frozen value; those of the engine are in `quire/config.py`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from quire.config import option
 from quire.errors import ConfigError
@@ -102,3 +103,23 @@ def _check(ok: bool, name: str, value: object, rule: str) -> None:
 def is_key(text: str) -> bool:
     """What can be sent in a header, and be told from its neighbours in a file."""
     return bool(text) and text.isascii() and text.isprintable() and " " not in text
+
+
+def lines_of_keys(option: str, path: Path) -> list[tuple[int, list[str]]]:
+    """The lines of a file of keys that are not empty, as their numbers and words; # begins a comment.
+
+    Raises:
+        ConfigError: it cannot be read, or has no such line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{option} is {str(path)!r}, which cannot be read: {error}") from None
+    except UnicodeDecodeError:  # which would show what is in it
+        raise ConfigError(f"{option} is {str(path)!r}, which is no UTF-8 text") from None
+    found = [
+        (number, words) for number, line in enumerate(lines, 1) if (words := line.partition("#")[0].split())
+    ]
+    if not found:
+        raise ConfigError(f"{option} is {str(path)!r}; it must hold at least one key")
+    return found

@@ -160,6 +160,10 @@ def test_files_that_are_no_keys(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message) as caught:
             Keys.of(ServerSettings(api_key_file=str(path)))
         assert "the-key" not in str(caught.value)
+    path.write_bytes(b"the-key\xff\n")
+    with pytest.raises(ConfigError, match="no UTF-8 text") as caught:
+        Keys.of(ServerSettings(api_key_file=str(path)))
+    assert "the-key" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"api_key is '\*\*\*'"):
         ServerSettings(api_key=("with space",))
 
