@@ -60,7 +60,7 @@ class Keys:
         """The keys of the command line and of the file.
 
         Raises:
-            ConfigError: the file cannot be read or has no keys, or a line is not `KEY` or `NAME KEY [LIMIT=NUMBER ...]`.
+            ConfigError: the file cannot be read, has no keys, or a line is not `KEY` or `NAME KEY [LIMIT=NUMBER ...]`.
         """
         found = [Holder(f"key-{number}", key) for number, key in enumerate(settings.api_key, 1)]
         if settings.api_key_file is not None:
