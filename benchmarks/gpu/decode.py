@@ -210,15 +210,15 @@ def bench(folder: Path, model: str, batches: Sequence[int], args: argparse.Names
     with LLM(str(folder), **options, max_num_seqs=max(batches), disable_log_stats=True) as llm:
         print(f"<!-- {model}: ready in {time.perf_counter() - start:.1f} s -->", flush=True)
         runner = llm.engine.core.runner
-        fixed, item_bytes = runner.fixed, 4 if args.dtype == "float32" else 2
+        fixed, mixed, item_bytes = runner.fixed, runner.mixed, 4 if args.dtype == "float32" else 2
         for batch in batches:
             start = time.perf_counter()
             step, host = measure(llm, batch, args.profile)
             eager = ""
             if args.eager:
-                runner.fixed = None
+                runner.fixed = runner.mixed = None
                 eager = f"{measure(llm, batch, False)[0]:.2f}"
-                runner.fixed = fixed
+                runner.fixed, runner.mixed = fixed, mixed
             bound = bound_ms(llm, batch, speed, item_bytes)
             print(
                 f"| {model} | {batch} | {step:.3f} | {bound:.3f} | {bound / step:.0%} | {host:.3f} | {eager} |"

@@ -29,6 +29,7 @@ class Ragged:
     block_tables: Tensor  # [S, max_blocks] int32
     max_query: int  # the longest chunk, on the host
     max_length: int  # the longest sequence, on the host
+    mixed: bool = False  # there may be sequences of one position beside longer ones
 
 
 def ragged(
@@ -55,6 +56,7 @@ def ragged(
         block_tables=torch.tensor(padded, dtype=torch.int32, device=device).reshape(len(tables), width),
         max_query=max(counts, default=0),
         max_length=max(lengths, default=0),
+        mixed=1 in counts and max(counts) > 1,
     )
 
 

@@ -8,8 +8,9 @@ CUDA one graph:
     gather | network | copy of its output                                        the host's numbers, the first half
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +48,13 @@ def sizes_up_to(most: int) -> list[int]:
     """Numbers of rows that steps are padded to: fine where another row costs most, `most` itself the last."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 64)]
     return [*(size for size in sizes if size < most), most]
+
+
+class Asked(NamedTuple):
+    """What the rows of a step need of their sampling."""
+
+    uses: Uses
+    num_logprobs: list[int | None]  # by row; None for none at all
 
 
 class FixedSteps:
@@ -91,23 +99,46 @@ class FixedSteps:
         if not _fits(work):
             return None
         slots = [w.slot for w in work]
+        asked = self.asked(slots)
+        if asked is None:
+            return None
+        num_rows = self._place(slots)
+        kind, compute = self._kind(num_rows, work, asked.uses)
+        return self.start(kind, compute, num_rows, asked.num_logprobs)
+
+    def asked(self, slots: Sequence[int]) -> Asked | None:
+        """What sampling these slots takes, or None where a whole step cannot do it."""
         uses = self.sampler.fixed_uses(slots)
         if uses is None:
             return None
-        asked = self.sampler.num_logprobs(slots) if uses & Uses.LOGPROBS else [None] * len(slots)
-        num_rows = self._place(slots)
+        return Asked(uses, self.sampler.num_logprobs(slots) if uses & Uses.LOGPROBS else [None] * len(slots))
+
+    def start(
+        self, kind: Hashable, compute: Callable[[], None], num_rows: int, num_logprobs: Sequence[int | None]
+    ) -> Callable[[], HostSampled] | None:
+        """Start a step that ends with `finish` for `num_rows` rows; the returned call waits for the first ones."""
         self.ring.make_room()
-        if not self._run(num_rows, work, uses):
+        if not self.graphs.run(kind, compute):
             return None
         # Without `self`, whose ring keeps it: a closed engine's memory is free at once, not when cycles are collected.
-        return self.ring.started(partial(_read, shape=(num_rows, self.score_width), asked=asked))
+        return self.ring.started(partial(_read, shape=(num_rows, self.score_width), asked=num_logprobs))
+
+    def finish(self, hidden: Tensor, rows: Tensor, following: Tensor, uses: Uses) -> None:
+        """Sample what follows hidden [R, dim] at positions `following` [R] of slots `rows` [R], and report it."""
+        state, logits = self.state, self.model.logits(hidden)
+        sampled = self.sampler.sample_fixed(logits, rows, following, uses)
+        scores = sampled.logprobs[0].pack() if sampled.logprobs else None
+        advance(
+            *(rows, state.numbers, state.tokens, following),
+            *(sampled.token_ids, sampled.bad, scores, self.ring.entries, self.ring.count),
+        )
 
     def forward(self, work: Sequence[Work]) -> tuple[Batch, Tensor] | None:
         """Start the network only: the batch and the network's output [rows, dim], both valid until the next step."""
         if not _fits(work):
             return None
         num_rows = self._place([w.slot for w in work])
-        if not self._run(num_rows, work, None):
+        if not self.graphs.run(*self._kind(num_rows, work, None)):
             return None
         inputs, ragged = self._step(num_rows, self.state.max_length)
         count = len(work)
@@ -133,13 +164,14 @@ class FixedSteps:
             self.slots = slots
         return num_rows
 
-    def _run(self, num_rows: int, work: Sequence[Work], uses: Uses | None) -> bool:
+    def _kind(
+        self, num_rows: int, work: Sequence[Work], uses: Uses | None
+    ) -> tuple[tuple[int, int, Uses | None], Callable[[], None]]:
         longest = self.state.max_length
         if num_rows <= FEW_ROWS and max(w.start for w in work) < SHORT:
             longest = min(longest, SHORT)
-        return self.graphs.run(
-            (num_rows, longest, uses), lambda: self._compute(num_rows, *self._step(num_rows, longest), uses)
-        )
+        kind = (num_rows, longest, uses)
+        return kind, lambda: self._compute(num_rows, *self._step(num_rows, longest), uses)
 
     def _step(self, num_rows: int, longest: int) -> tuple[Inputs, Ragged]:
         """The same objects each time: attention backends know by them that it is the same memory."""
@@ -163,14 +195,8 @@ class FixedSteps:
         hidden = self.model(inputs.token_ids, ragged, self.caches)
         if uses is None:
             self.hidden[:num_rows].copy_(hidden)
-            return
-        logits = self.model.logits(hidden)
-        sampled = self.sampler.sample_fixed(logits, rows, inputs.following, uses)
-        scores = sampled.logprobs[0].pack() if sampled.logprobs else None
-        advance(
-            *(rows, state.numbers, state.tokens, inputs.following),
-            *(sampled.token_ids, sampled.bad, scores, self.ring.entries, self.ring.count),
-        )
+        else:
+            self.finish(hidden, rows, inputs.following, uses)
 
 
 def _read(words: Tensor, *, shape: tuple[int, int], asked: Sequence[int | None]) -> HostSampled:

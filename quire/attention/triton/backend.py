@@ -76,6 +76,7 @@ class Share:
     step: Ragged
     layer: LayerCache
     key: tuple[int, ...]
+    most: int  # queries of a sequence that takes part
     work: Tensor  # int32
     partials: Tensor  # float32
 
@@ -244,11 +245,13 @@ class Triton:
             "CAPPED": softcap is not None,
         }
         few = step.max_query == 1 or step.max_query * group <= DECODE_ROWS
-        if few and not self.invariant:
-            share, sizes = self._share(cache, step, group, window)
+        most = 0 if self.invariant else step.max_query if few else 1 if step.mixed else 0
+        if most:
+            share, sizes = self._share(cache, step, most, group, window)
             self._decode((q, cache.k, cache.v, step.block_tables, *common), share, rest, constants | sizes)
-        else:
-            self._prefill((q, cache.k, cache.v), (step.block_tables, *common), cache, rest, constants)
+        if most < step.max_query:
+            inputs = (step.block_tables, *common, most + 1)
+            self._prefill((q, cache.k, cache.v), inputs, cache, rest, constants)
         return out
 
     def _decode(
@@ -256,7 +259,7 @@ class Triton:
     ) -> None:
         tiles = _layout(share.layer).tiles
         _kernels("decode").decode[(share.key[0],)](
-            *(*inputs, share.work, share.partials, *rest),
+            *(*inputs, share.work, share.partials, share.most, *rest),
             **constants,
             TILE=tiles.decode_tile,
             STAGES=tiles.decode_stages,
@@ -285,15 +288,17 @@ class Triton:
         )
 
     def _share(
-        self, cache: LayerCache, step: Ragged, group: int, window: int
+        self, cache: LayerCache, step: Ragged, most: int, group: int, window: int
     ) -> tuple[Share, dict[str, int]]:
-        """The step's division and its sizes. Layers of equal shape and window have it computed once.
+        """The division of sequences with up to `most` queries, and its sizes.
+
+        Layers of equal shape and window have it computed once.
 
         A layer attends once a step. If the one that had it computed comes again, the step has new contents: its
         tensors are written in place where CUDA graphs are replayed.
         """
         kernels, layout, shape = _kernels("decode"), _layout(cache), cache.shape
-        num_rows = step.max_query * group
+        num_rows = most * group
         rows = min(max(16, _power_of_two(num_rows)), layout.tiles.most_rows)
         groups = -(-num_rows // rows)
         count = min(rows, _power_of_two(num_rows))
@@ -303,7 +308,7 @@ class Triton:
         width = layout.dims["V0"] + layout.dims["V1"]
         sizes = {"ROWS": rows, "GROUPS": groups, "COUNT": count}
         sizes["AT_ONCE"] = max(1, MERGED_NUMBERS // (count * _power_of_two(width)))
-        key = (num_programs, pairs, window, count, width, layout.tiles.decode_tile)
+        key = (num_programs, pairs, window, most, count, width, layout.tiles.decode_tile)
         if any(share.step is not step for share in self._shares.values()):
             self._shares.clear()
         found = self._shares.get(key)
@@ -313,11 +318,12 @@ class Triton:
             step=step,
             layer=cache,
             key=key,
+            most=most,
             work=torch.empty(2 + num_programs + num_seqs * (1 + pairs), dtype=torch.int32, device=device),
             partials=torch.empty(2 * num_programs * count * (width + 2), device=device),
         )
         kernels.divide[(-(-num_programs // kernels.PROGRAMS),)](
-            *(step.lengths, step.query_starts, share.work, num_seqs, pairs, num_programs, window),
+            *(step.lengths, step.query_starts, share.work, num_seqs, pairs, num_programs, most, window),
             TILE=layout.tiles.decode_tile,
             COUNT=kernels.PROGRAMS,
         )

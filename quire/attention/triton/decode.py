@@ -34,25 +34,30 @@ PROGRAMS = 64  # of the line's pieces, per program of `divide`
 
 
 @triton.jit
-def _num_tiles(lengths, starts, first, num_seqs, window, TILE: tl.constexpr):
+def _num_tiles(lengths, starts, first, num_seqs, most, window, TILE: tl.constexpr):
     """(sequences first .. first + SEQS, which of them are there, their tiles for each head)."""
     seqs = first + tl.arange(0, SEQS)
     there = seqs < num_seqs
     begin = tl.load(starts + seqs, mask=there, other=0)
     count = tl.load(starts + seqs + 1, mask=there, other=0) - begin
+    count = tl.where(count > most, 0, count)
     _, tiles = extent(tl.load(lengths + seqs, mask=there, other=0), count, window, TILE)
     return seqs, there, tiles
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_programs", "window"])
+@triton.jit(do_not_specialize=["num_seqs", "num_programs", "most", "window"])
 def divide(
-    lengths, starts, work, num_seqs, num_heads, num_programs, window, TILE: tl.constexpr, COUNT: tl.constexpr
-):
-    """Fill `work`; each program finds the first sequences of COUNT pieces, program 0 does the rest too."""
+    lengths, starts, work, num_seqs, num_heads, num_programs, most, window,
+    TILE: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Fill `work`, with nothing of sequences that have more than `most` queries.
+
+    Each program finds the first sequences of COUNT pieces; program 0 does the rest too.
+    """
     program = tl.program_id(0)
     all_tiles = tl.zeros([SEQS], tl.int32)
     for first in range(0, num_seqs, SEQS):
-        _, _, tiles = _num_tiles(lengths, starts, first, num_seqs, window, TILE)
+        _, _, tiles = _num_tiles(lengths, starts, first, num_seqs, most, window, TILE)
         all_tiles += tiles * num_heads
     total = tl.sum(all_tiles, 0)
     share = tl.maximum((total + num_programs - 1) // num_programs, 1)
@@ -64,7 +69,7 @@ def divide(
     before = total * 0
     begins = work + 2 + num_programs
     for first in range(0, num_seqs, SEQS):
-        seqs, there, tiles = _num_tiles(lengths, starts, first, num_seqs, window, TILE)
+        seqs, there, tiles = _num_tiles(lengths, starts, first, num_seqs, most, window, TILE)
         ends = before + tl.cumsum(tiles * num_heads, 0)
         passed = there[None, :] & (ends[None, :] <= (pieces * share)[:, None])
         owners += tl.sum(passed.to(tl.int32), 1)
@@ -179,9 +184,9 @@ def _finish(
             store_rows(out + places * V_DIM, used < num_rows, sum0, sum1, V0, V1, V_DIM)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_rows", "window", "table_stride"])
+@triton.jit(do_not_specialize=["num_seqs", "num_rows", "most", "window", "table_stride"])
 def decode(
-    q, k, v, tables, lengths, starts, work, partials, out, sinks, scale, cap, window, num_seqs, num_rows,
+    q, k, v, tables, lengths, starts, work, partials, most, out, sinks, scale, cap, window, num_seqs, num_rows,
     q_stride, q_head_stride, table_stride, k_stride, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
     AT_ONCE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
@@ -191,7 +196,8 @@ def decode(
 ):  # fmt: skip
     """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's piece of the line.
 
-    A key head's rows are cut into GROUPS of ROWS, of which at most COUNT are used.
+    A key head's rows are cut into GROUPS of ROWS, of which at most COUNT are used. Rows of sequences that have more
+    than `most` queries are another kernel's.
     """
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     zero_padding(out, starts, num_seqs, num_rows, HEADS * V_DIM)
@@ -207,7 +213,7 @@ def decode(
         num_queries = tl.load(starts + seq + 1) - first_row
         length = tl.load(lengths + seq)
         first_tile, tiles = extent(length, num_queries, window, TILE)
-        if tiles == 0:
+        if (tiles == 0) | (num_queries > most):
             seq += 1
         else:
             before = tl.load(begins + seq)
