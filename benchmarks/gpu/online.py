@@ -3,8 +3,8 @@
     python benchmarks/gpu/online.py [--models 8B 0.6B] [--streams 1 8 64 256] [--input 512] [--output 128] [-- OPTIONS]
 
 Random weights in the shapes of Llama 3.1 8B and Qwen3 0.6B, with the demo model's tokenizer; prompts of random tokens,
-lengths uniform within half of the given ones, greedy. OPTIONS are the server's. "Ready" is from the start of the process
-to the first answer of /readyz.
+lengths uniform within half of the given ones, greedy. OPTIONS are the server's. "Ready" is from the start of the
+process to the first answer of /readyz.
 """
 
 import argparse

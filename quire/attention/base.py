@@ -103,12 +103,6 @@ class Backend(Protocol):
     def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
         """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None where values are in keys) at the step's slots."""
 
-    def place(self, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
-        """Turn the queries and keys of heads [T, H + 2 * Hkv, D]: queries, keys, values; store keys and values.
-
-        Returns the queries [T, H, D]. May work in place.
-        """
-
     def attend(
         self,
         q: Tensor,
@@ -127,9 +121,26 @@ class Backend(Protocol):
         are logits that take part in the softmax and have no value (Xiao et al. 2023).
         """
 
+    def attend_turned(
+        self,
+        heads: Tensor,
+        cache: LayerCache,
+        turn: Turn,
+        step: Ragged,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """`attend` of heads [T, H + 2 * Hkv, D]: queries, keys, values. May work in place.
+
+        Queries and keys are turned, and keys and values stored, before.
+        """
+
 
 def turn_and_write(backend: Backend, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
-    """`Backend.place` of backends that have no kernel for it."""
+    """Turn the queries and keys of heads [T, H + 2 * Hkv, D], store keys and values; the queries [T, H, D]."""
     num_kv_heads = cache.shape.num_kv_heads
     num_heads = heads.shape[1] - 2 * num_kv_heads
     qk = ops.norm_rope(

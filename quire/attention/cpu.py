@@ -2,6 +2,7 @@
 
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,8 +107,8 @@ class Cpu:
             *((None, 0) if v is None else (v.data_ptr(), v.stride(0))),
         )
 
-    def place(self, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
-        return turn_and_write(self, cache, heads, turn, step)
+    def attend_turned(self, heads: Tensor, cache: LayerCache, turn: Turn, step: Ragged, **how: Any) -> Tensor:
+        return self.attend(turn_and_write(self, cache, heads, turn, step), cache, step, **how)
 
     def attend(
         self,

@@ -151,6 +151,58 @@ def test_turning_and_storing_at_once(
         assert stored[0].any()
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "dim", "half", "normed", "interleaved"),
+    [
+        (4, 2, 32, 16, True, False),
+        (5, 1, 24, 8, True, True),
+        (3, 3, 18, 5, False, False),
+        (6, 2, 80, 40, True, False),
+        (36, 1, 16, 8, False, True),  # more rows of a key head than one program takes
+    ],
+)
+def test_newest_tokens_are_turned_stored_and_attended_at_once(
+    num_heads: int, num_kv_heads: int, dim: int, half: int, normed: bool, interleaved: bool
+) -> None:
+    """As by two operations, for short sequences and long ones that several programs share; not for padding."""
+    shape, lengths = CacheShape(num_kv_heads, dim, dim), [1, 16, 17, 150]
+    backend, oracle = Triton(16), Reference(16)
+    generator = torch.Generator().manual_seed(dim)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(DEVICE)
+
+    angles = draw(160, half)
+    weights = draw(num_heads + num_kv_heads, dim) if normed else None
+    turn = Turn(angles.cos(), angles.sin(), interleaved, weights, 1e-6)
+    tables = [[i] for i in range(2)] + [[2, 3], list(range(4, 14))]
+    pools = [torch.zeros(14, shape.num_bytes(16, 4), dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    caches = [
+        b.views(pool, 0, shape, torch.float32) for b, pool in zip((backend, oracle), pools, strict=True)
+    ]
+    before = ragged([0] * 4, [length - 1 for length in lengths], tables, 16, DEVICE)
+    k, v = (draw(sum(lengths) - 4, num_kv_heads, dim) for _ in range(2))
+    for b, cache in zip((backend, oracle), caches, strict=True):
+        b.write(cache, k, v, before)
+    step = ragged([length - 1 for length in lengths], [1] * 4, tables, 16, DEVICE)
+    heads = draw(6, num_heads + 2 * num_kv_heads, dim)
+    nobody = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    padded = dataclasses.replace(
+        step,
+        positions=torch.cat((step.positions, nobody)),
+        slot_mapping=torch.cat((step.slot_mapping, nobody - 1)),
+        query_starts=torch.cat((step.query_starts, step.query_starts[-1:].expand(2))),
+        lengths=torch.cat((step.lengths, nobody)),
+        block_tables=torch.cat((step.block_tables, nobody[:, None].expand(2, 10))),
+    )
+    got = backend.attend_turned(heads.clone(), caches[0], turn, padded, scale=0.2, window=40)
+    want = oracle.attend_turned(heads[:4].clone(), caches[1], turn, step, scale=0.2, window=40)
+    torch.testing.assert_close(got[:4], want, rtol=0, atol=2e-5)
+    assert not got[4:].any()
+    for ours, theirs in ((caches[0].k, caches[1].k), (caches[0].v, caches[1].v)):
+        torch.testing.assert_close(ours[..., :dim], theirs, rtol=0, atol=1e-5)
+
+
 def test_a_head_dimension_is_two_powers_of_two() -> None:
     found = {dim: halves(dim) for dim in (10, 16, 22, 64, 80, 96, 112, 128, 192, 256, 576)}
     assert found[10] == found[16] == (16, 0) and found[22] == (16, 16)

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,15 @@ class Layout:
     dims: dict[str, Any]  # constants of the kernels
     tiles: Tiles
     described: tuple[Any, Any]  # tensor descriptors of keys and values, or None
+
+
+class How(NamedTuple):
+    """The parameters of `Backend.attend`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +218,23 @@ class Triton:
             )
         return heads.narrow(1, 0, num_heads)
 
+    def attend_turned(
+        self,
+        heads: Tensor,
+        cache: LayerCache,
+        turn: Turn,
+        step: Ragged,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        how = How(scale, window, softcap, sinks)
+        if self.invariant or step.max_query > 1:
+            return self._attended(self.place(cache, heads, turn, step), None, cache, step, how)
+        return self._attended(heads, turn, cache, step, how)
+
     def attend(
         self,
         q: Tensor,
@@ -220,21 +246,24 @@ class Triton:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        q = _rows(q)
-        tokens, heads, _ = q.shape
-        num_seqs = step.lengths.shape[0]
+        return self._attended(q, None, cache, step, How(scale, window, softcap, sinks))
+
+    def _attended(self, q: Tensor, turn: Turn | None, cache: LayerCache, step: Ragged, how: How) -> Tensor:
+        """Attention of q [T, H, D], or with `turn` of heads as `attend_turned` takes them, one for each sequence."""
+        q, num_seqs, num_kv_heads = _rows(q), step.lengths.shape[0], cache.shape.num_kv_heads
+        tokens, heads = len(q), q.shape[1] - (2 * num_kv_heads if turn else 0)
         if num_seqs == 0 or tokens == 0:
             return q.new_zeros(tokens, heads, cache.shape.v_dim)
         out = q.new_empty(tokens, heads, cache.shape.v_dim)
-        group = heads // cache.shape.num_kv_heads
+        group, window, softcap = heads // num_kv_heads, how.window, how.softcap
         common = (step.lengths, step.query_starts)
-        scales = (scale * LOG2E, 0.0)
+        scales = (how.scale * LOG2E, 0.0)
         if softcap is not None:
-            scales = (2 * LOG2E * scale / softcap, softcap * LOG2E)
+            scales = (2 * LOG2E * how.scale / softcap, softcap * LOG2E)
         if window is None or window >= step.max_length:
             window = NO_WINDOW
         rest = (
-            *(out, sinks, *scales, window, num_seqs, tokens, q.stride(0), q.stride(1)),
+            *(out, how.sinks, *scales, window, num_seqs, tokens, q.stride(0), q.stride(1)),
             *(step.block_tables.stride(0), _layout(cache).k_stride, _layout(cache).v_stride),
         )
         constants = {
@@ -248,18 +277,34 @@ class Triton:
         most = 0 if self.invariant else step.max_query if few else 1 if step.mixed else 0
         if most:
             share, sizes = self._share(cache, step, most, group, window)
-            self._decode((q, cache.k, cache.v, step.block_tables, *common), share, rest, constants | sizes)
+            inputs = (q, cache.k, cache.v, step.block_tables, *common)
+            self._decode(inputs, share, turn, rest, constants | sizes)
         if most < step.max_query:
-            inputs = (step.block_tables, *common, most + 1)
-            self._prefill((q, cache.k, cache.v), inputs, cache, rest, constants)
+            self._prefill(
+                (q, cache.k, cache.v), (step.block_tables, *common, most + 1), cache, rest, constants
+            )
         return out
 
     def _decode(
-        self, inputs: tuple[Any, ...], share: Share, rest: tuple[Any, ...], constants: dict[str, Any]
+        self,
+        inputs: tuple[Any, ...],
+        share: Share,
+        turn: Turn | None,
+        rest: tuple[Any, ...],
+        constants: dict[str, Any],
     ) -> None:
-        tiles = _layout(share.layer).tiles
-        _kernels("decode").decode[(share.key[0],)](
-            *(*inputs, share.work, share.partials, share.most, *rest),
+        kernels, tiles = _kernels("decode"), _layout(share.layer).tiles
+        turning = (None, None, None, 0.0) if turn is None else (turn.weights, turn.cos, turn.sin, turn.eps)
+        constants |= {
+            "HALF": turn.cos.shape[1] if turn else 0,
+            "INTERLEAVED": bool(turn and turn.interleaved),
+        }
+        constants["NEXT"] = kernels.NEVER.value
+        if _can_start_early(inputs[0].device):  # as products do (kernels/triton/products.py)
+            following = kernels.EARLY if len(inputs[0]) == 1 else kernels.LATE
+            constants |= {"NEXT": following.value, "launch_pdl": True}
+        kernels.decode[(share.key[0],)](
+            *(*inputs, share.work, share.partials, share.most, *turning, *rest),
             **constants,
             TILE=tiles.decode_tile,
             STAGES=tiles.decode_stages,
@@ -366,6 +411,11 @@ def _is_small(device: torch.device) -> bool:
         return False
     major, minor = torch.cuda.get_device_capability(device)
     return (major, minor) != (8, 0) and major not in (9, 10)
+
+
+def _can_start_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one ahead of it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= DESCRIBED_CAPABILITY
 
 
 def _kernels(name: str) -> ModuleType:

@@ -15,6 +15,7 @@ arrivals of each pair |. It is made on the device, so that nothing here depends 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quire.attention.triton.tiles import (
     FLOOR,
@@ -25,9 +26,11 @@ from quire.attention.triton.tiles import (
     start_state,
     store_rows,
     token_pointers,
+    turned_parts,
     two_parts,
     zero_padding,
 )
+from quire.kernels.triton.linear import EARLY, LATE, NEVER
 
 SEQS = tl.constexpr(128)
 PROGRAMS = 64  # of the line's pieces, per program of `divide`
@@ -82,16 +85,37 @@ def divide(
 
 
 @triton.jit
+def _take_newest(
+    x, weight, k, v, page, cos, sin, eps, head, position, k_stride, v_stride, x_head_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Store a token's turned key and its value at `position` of a page; x is its row of heads."""
+    one = tl.zeros([1], tl.int32)
+    keep, row = one == 0, head * PAGE + position % PAGE + one
+    weights = weight
+    if weight is not None:
+        weights = weight + (HEADS + head + one) * K_DIM
+    k0, k1 = turned_parts(
+        x + (HEADS + head + one) * x_head_stride, keep, weights, cos, sin, eps, K0, K1, K_DIM, HALF, INTERLEAVED
+    )  # fmt: skip
+    store_rows(k + page.to(tl.int64) * k_stride + row * K_STORED, keep, k0, k1, K0, K1, K_DIM)
+    v0, v1 = two_parts(x + (HEADS + KV_HEADS + head + one) * x_head_stride, keep, V0, V1, V_DIM)
+    store_rows(v + page.to(tl.int64) * v_stride + row * V_STORED, keep, v0, v1, V0, V1, V_DIM)
+
+
+@triton.jit
 def _attend_tiles(
-    q, k, v, table, sinks, rows, keep, heads, head, length, num_queries, first, stop, with_sinks,
+    q0, q1, k, v, table, sinks, rows, keep, heads, head, length, num_queries, first, stop, with_sinks,
     scale, cap, window, k_stride, v_stride,
     GROUP: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state of a sequence's rows over tiles first .. stop. q [ROWS] pointers, heads [ROWS] of sinks."""
-    q0, q1 = two_parts(q, keep, K0, K1, K_DIM)
+    """The state of a sequence's rows over tiles first .. stop; heads [ROWS] are those of sinks."""
     acc0, acc1, m, total = start_state(sinks, heads, keep & with_sinks, ROWS, V0, V1)
     positions = length - num_queries + rows // GROUP
     last = (length - 1) // PAGE
@@ -186,19 +210,25 @@ def _finish(
 
 @triton.jit(do_not_specialize=["num_seqs", "num_rows", "most", "window", "table_stride"])
 def decode(
-    q, k, v, tables, lengths, starts, work, partials, most, out, sinks, scale, cap, window, num_seqs, num_rows,
-    q_stride, q_head_stride, table_stride, k_stride, v_stride,
+    q, k, v, tables, lengths, starts, work, partials, most, weight, cos, sin, eps, out, sinks, scale, cap, window,
+    num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
     AT_ONCE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's piece of the line.
 
     A key head's rows are cut into GROUPS of ROWS, of which at most COUNT are used. Rows of sequences that have more
-    than `most` queries are another kernel's.
+    than `most` queries are another kernel's. Where HALF is not 0, queries still have to be turned, and behind those of
+    a token lie its key, which must be too, and its value: the program of a head's last tile stores both first.
     """
+    if NEXT == EARLY:
+        gdc_launch_dependents()
+    if NEXT != NEVER:
+        gdc_wait()
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     zero_padding(out, starts, num_seqs, num_rows, HEADS * V_DIM)
     share, all_tiles = tl.load(work), tl.load(work + 1)
@@ -225,8 +255,29 @@ def decode(
             keep = rows < num_queries * GROUP
             heads = group // GROUPS * GROUP + rows % GROUP
             at = (first_row + rows // GROUP).to(tl.int64) * q_stride + heads * q_head_stride
+            table = tables + seq.to(tl.int64) * table_stride
+            if HALF > 0:
+                newest = length - 1
+                cos_row, sin_row = cos + newest.to(tl.int64) * HALF, sin + newest.to(tl.int64) * HALF
+                weights = weight
+                if weight is not None:
+                    weights = weight + heads * K_DIM
+                q0, q1 = turned_parts(
+                    q + at, keep, weights, cos_row, sin_row, eps, K0, K1, K_DIM, HALF, INTERLEAVED
+                )  # fmt: skip
+                q0, q1 = q0.to(q.dtype.element_ty), q1.to(q.dtype.element_ty)
+                if stop == end:
+                    _take_newest(
+                        q + first_row.to(tl.int64) * q_stride, weight, k, v, tl.load(table + newest // PAGE),
+                        cos_row, sin_row, eps, group // GROUPS, newest, k_stride, v_stride, q_head_stride,
+                        HEADS, HEADS // GROUP, PAGE, K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED,
+                        HALF, INTERLEAVED,
+                    )  # fmt: skip
+                    tl.debug_barrier()  # all threads of this program read it
+            else:
+                q0, q1 = two_parts(q + at, keep, K0, K1, K_DIM)
             acc0, acc1, m, total = _attend_tiles(
-                q + at, k, v, tables + seq.to(tl.int64) * table_stride, sinks, rows, keep, heads,
+                q0, q1, k, v, table, sinks, rows, keep, heads,
                 group // GROUPS, length, num_queries, first_tile + t - begin, first_tile + stop - begin,
                 t == begin, scale, cap, window, k_stride, v_stride,
                 GROUP, ROWS, PAGE, TILE, STAGES, K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED,
@@ -240,3 +291,5 @@ def decode(
             t = stop
             if stop == before + num_heads * tiles:
                 seq += 1
+    if NEXT == LATE:
+        gdc_launch_dependents()
