@@ -85,25 +85,43 @@ def divide(
 
 
 @triton.jit
+def _queries(
+    q, keep, heads, weight, cos, sin, eps, position, K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Both parts of a position's queries at pointers [N], turned where HALF says so."""
+    if HALF == 0:
+        q0, q1 = two_parts(q, keep, K0, K1, K_DIM)
+    else:
+        weights = weight if weight is None else weight + heads * K_DIM
+        row = position.to(tl.int64) * HALF
+        q0, q1 = turned_parts(q, keep, weights, cos + row, sin + row, eps, K0, K1, K_DIM, HALF, INTERLEAVED)
+        q0, q1 = q0.to(q.dtype.element_ty), q1.to(q.dtype.element_ty)
+    return q0, q1
+
+
+@triton.jit
 def _take_newest(
-    x, weight, k, v, page, cos, sin, eps, head, position, k_stride, v_stride, x_head_stride,
+    x, is_last, weight, k, v, table, cos, sin, eps, head, position, k_stride, v_stride, x_head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Store a token's turned key and its value at `position` of a page; x is its row of heads."""
-    one = tl.zeros([1], tl.int32)
-    keep, row = one == 0, head * PAGE + position % PAGE + one
-    weights = weight
-    if weight is not None:
-        weights = weight + (HEADS + head + one) * K_DIM
-    k0, k1 = turned_parts(
-        x + (HEADS + head + one) * x_head_stride, keep, weights, cos, sin, eps, K0, K1, K_DIM, HALF, INTERLEAVED
-    )  # fmt: skip
-    store_rows(k + page.to(tl.int64) * k_stride + row * K_STORED, keep, k0, k1, K0, K1, K_DIM)
-    v0, v1 = two_parts(x + (HEADS + KV_HEADS + head + one) * x_head_stride, keep, V0, V1, V_DIM)
-    store_rows(v + page.to(tl.int64) * v_stride + row * V_STORED, keep, v0, v1, V0, V1, V_DIM)
+    """The program of a head's last tile stores a position's turned key and its value; x is its row of heads."""
+    if is_last:
+        page, turns = tl.load(table + position // PAGE).to(tl.int64), position.to(tl.int64) * HALF
+        one = tl.zeros([1], tl.int32)
+        keep, row = one == 0, head * PAGE + position % PAGE + one
+        weights = weight if weight is None else weight + (HEADS + head + one) * K_DIM
+        k0, k1 = turned_parts(
+            x + (HEADS + head + one) * x_head_stride, keep, weights, cos + turns, sin + turns, eps,
+            K0, K1, K_DIM, HALF, INTERLEAVED,
+        )  # fmt: skip
+        store_rows(k + page * k_stride + row * K_STORED, keep, k0, k1, K0, K1, K_DIM)
+        v0, v1 = two_parts(x + (HEADS + KV_HEADS + head + one) * x_head_stride, keep, V0, V1, V_DIM)
+        store_rows(v + page * v_stride + row * V_STORED, keep, v0, v1, V0, V1, V_DIM)
+        tl.debug_barrier()  # all threads of this program are going to read it
 
 
 @triton.jit
@@ -208,6 +226,15 @@ def _finish(
             store_rows(out + places * V_DIM, used < num_rows, sum0, sum1, V0, V1, V_DIM)
 
 
+@triton.jit
+def _start(NEXT: tl.constexpr):
+    """Wait for the kernel ahead, where this one has been launched before its end; see linear.py."""
+    if NEXT == EARLY:
+        gdc_launch_dependents()
+    if NEXT != NEVER:
+        gdc_wait()
+
+
 @triton.jit(do_not_specialize=["num_seqs", "num_rows", "most", "window", "table_stride"])
 def decode(
     q, k, v, tables, lengths, starts, work, partials, most, weight, cos, sin, eps, out, sinks, scale, cap, window,
@@ -221,65 +248,42 @@ def decode(
 ):  # fmt: skip
     """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's piece of the line.
 
-    A key head's rows are cut into GROUPS of ROWS, of which at most COUNT are used. Rows of sequences that have more
-    than `most` queries are another kernel's. Where HALF is not 0, queries still have to be turned, and behind those of
-    a token lie its key, which must be too, and its value: the program of a head's last tile stores both first.
+    A key head's rows are cut into GROUPS of ROWS, of which COUNT are used; sequences of more than `most` queries are
+    another kernel's. Where HALF is not 0, queries still have to be turned, and a token's key and value lie behind them.
     """
-    if NEXT == EARLY:
-        gdc_launch_dependents()
-    if NEXT != NEVER:
-        gdc_wait()
+    _start(NEXT)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     zero_padding(out, starts, num_seqs, num_rows, HEADS * V_DIM)
-    share, all_tiles = tl.load(work), tl.load(work + 1)
-    seq = tl.load(work + 2 + program)
-    begins = work + 2 + num_programs
+    share, all_tiles, seq = tl.load(work), tl.load(work + 1), tl.load(work + 2 + program)
     num_heads: tl.constexpr = HEADS // GROUP * GROUPS
-    sums = partials + num_programs * (2 * COUNT * (V0 + V1))
-    t = program * share
-    last = tl.minimum(t + share, all_tiles)
+    begins, sums = work + 2 + num_programs, partials + num_programs * (2 * COUNT * (V0 + V1))
+    t, last = program * share, tl.minimum(program * share + share, all_tiles)
     while t < last:
-        first_row = tl.load(starts + seq)
+        first_row, length = tl.load(starts + seq), tl.load(lengths + seq)
         num_queries = tl.load(starts + seq + 1) - first_row
-        length = tl.load(lengths + seq)
         first_tile, tiles = extent(length, num_queries, window, TILE)
         if (tiles == 0) | (num_queries > most):
             seq += 1
         else:
             before = tl.load(begins + seq)
             group = (t - before) // tiles
-            begin = before + group * tiles
-            end = begin + tiles
-            stop = tl.minimum(end, last)
-            rows = group % GROUPS * ROWS + tl.arange(0, ROWS)
-            keep = rows < num_queries * GROUP
-            heads = group // GROUPS * GROUP + rows % GROUP
-            at = (first_row + rows // GROUP).to(tl.int64) * q_stride + heads * q_head_stride
+            begin, end = before + group * tiles, before + (group + 1) * tiles
+            stop, rows = tl.minimum(end, last), group % GROUPS * ROWS + tl.arange(0, ROWS)
+            keep, heads = rows < num_queries * GROUP, group // GROUPS * GROUP + rows % GROUP
             table = tables + seq.to(tl.int64) * table_stride
+            q0, q1 = _queries(
+                q + (first_row + rows // GROUP).to(tl.int64) * q_stride + heads * q_head_stride, keep, heads,
+                weight, cos, sin, eps, length - 1, K0, K1, K_DIM, HALF, INTERLEAVED,
+            )  # fmt: skip
             if HALF > 0:
-                newest = length - 1
-                cos_row, sin_row = cos + newest.to(tl.int64) * HALF, sin + newest.to(tl.int64) * HALF
-                weights = weight
-                if weight is not None:
-                    weights = weight + heads * K_DIM
-                q0, q1 = turned_parts(
-                    q + at, keep, weights, cos_row, sin_row, eps, K0, K1, K_DIM, HALF, INTERLEAVED
+                _take_newest(
+                    q + first_row.to(tl.int64) * q_stride, stop == end, weight, k, v, table, cos, sin, eps,
+                    group // GROUPS, length - 1, k_stride, v_stride, q_head_stride, HEADS, HEADS // GROUP, PAGE,
+                    K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED, HALF, INTERLEAVED,
                 )  # fmt: skip
-                q0, q1 = q0.to(q.dtype.element_ty), q1.to(q.dtype.element_ty)
-                if stop == end:
-                    _take_newest(
-                        q + first_row.to(tl.int64) * q_stride, weight, k, v, tl.load(table + newest // PAGE),
-                        cos_row, sin_row, eps, group // GROUPS, newest, k_stride, v_stride, q_head_stride,
-                        HEADS, HEADS // GROUP, PAGE, K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED,
-                        HALF, INTERLEAVED,
-                    )  # fmt: skip
-                    tl.debug_barrier()  # all threads of this program read it
-            else:
-                q0, q1 = two_parts(q + at, keep, K0, K1, K_DIM)
             acc0, acc1, m, total = _attend_tiles(
-                q0, q1, k, v, table, sinks, rows, keep, heads,
-                group // GROUPS, length, num_queries, first_tile + t - begin, first_tile + stop - begin,
-                t == begin, scale, cap, window, k_stride, v_stride,
+                q0, q1, k, v, table, sinks, rows, keep, heads, group // GROUPS, length, num_queries,
+                first_tile + t - begin, first_tile + stop - begin, t == begin, scale, cap, window, k_stride, v_stride,
                 GROUP, ROWS, PAGE, TILE, STAGES, K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED,
                 V_IS_K0, CAPPED, PRECISION,
             )  # fmt: skip
@@ -289,7 +293,6 @@ def decode(
                 GROUP, ROWS, COUNT, HEADS, GROUPS, V0, V1, V_DIM, AT_ONCE,
             )  # fmt: skip
             t = stop
-            if stop == before + num_heads * tiles:
-                seq += 1
+            seq += (stop == before + num_heads * tiles).to(tl.int32)
     if NEXT == LATE:
         gdc_launch_dependents()
