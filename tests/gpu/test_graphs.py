@@ -15,7 +15,7 @@ from quire.engine.engine import Engine
 from quire.runner.batch import make_batch
 from quire.runner.fixed import FixedSteps
 from quire.runner.graphs import Graphs
-from quire.runner.mixed import Kind
+from quire.runner.mixed import MixedKind
 from quire.runner.runner import Runner
 from quire.scheduler.plan import Work
 from quire.types import OutputKind, SamplingParams
@@ -146,7 +146,7 @@ def test_graphs_equal_the_same_steps_uncaptured(dtype: str, overlap: bool) -> No
             assert share == 1.0 and got == want
     report(dtype, fixed_of(engine))
     captured = fixed_of(engine).graphs.captured
-    assert len(captured) > 4 and any(isinstance(kind, Kind) for kind in captured)
+    assert len(captured) > 4 and any(isinstance(kind, MixedKind) for kind in captured)
     assert fixed_of(engine).graphs.has_failed is False
 
 

@@ -16,7 +16,15 @@ from quire.engine.engine import Engine
 from quire.layers.decoder import Decoder
 from quire.runner.fixed import FixedSteps, sizes_up_to, why_not
 from quire.runner.graphs import Graphs
-from quire.runner.mixed import LEAST_TOKENS, MOST_TOKENS, Kind, MixedSteps, seq_sizes, token_sizes, worthwhile
+from quire.runner.mixed import (
+    LEAST_TOKENS,
+    MOST_TOKENS,
+    MixedKind,
+    MixedSteps,
+    seq_sizes,
+    token_sizes,
+    worthwhile,
+)
 from quire.sampling.slots import Uses
 from quire.types import OutputKind, SamplingParams
 from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
@@ -169,7 +177,7 @@ def test_every_kind_of_step_is_taken_and_preemption_changes_nothing(
     assert [got[str(i)][0][0] for i in range(4)] == [got[str(i)][0][0] for i in range(4, 8)]
     assert engine.core.stats().num_preemptions > 0
     random = Uses.RANDOM | Uses.FILTERS
-    alone = {uses for rows, _, uses in fixed.graphs.ready if rows == 1}
+    alone = {kind.uses for kind in fixed.graphs.ready if kind.num_rows == 1}
     assert alone == {Uses(0), random, random | Uses.LOGPROBS, None}
 
 
@@ -186,7 +194,7 @@ def test_prompts_join_newest_tokens_in_mixed_steps(folder: str) -> None:
     engine, plain = make_engine(folder, **options), make_engine(folder, **options)
     mixed = mix(engine)
     assert run(engine, work) == run(plain, work)
-    kinds_seen = {kind for kind in mixed.fixed.graphs.ready if isinstance(kind, Kind)}
+    kinds_seen = {kind for kind in mixed.fixed.graphs.ready if isinstance(kind, MixedKind)}
     assert {kind.mixed for kind in kinds_seen} == {True, False}
     assert {kind.num_seqs for kind in kinds_seen} == {1, 6}
     assert {kind.num_tokens for kind in kinds_seen} == {32}
@@ -195,7 +203,7 @@ def test_prompts_join_newest_tokens_in_mixed_steps(folder: str) -> None:
     narrow = make_engine(folder, **options)
     mixed = mix(narrow, 11)
     assert run(narrow, work) == run(plain, work)
-    assert {kind.num_tokens for kind in mixed.fixed.graphs.ready if isinstance(kind, Kind)} == {11}
+    assert {kind.num_tokens for kind in mixed.fixed.graphs.ready if isinstance(kind, MixedKind)} == {11}
 
 
 def test_a_step_that_cannot_be_fixed_is_computed_otherwise(
@@ -225,7 +233,7 @@ def test_compiled_attention_takes_padding(folder: str) -> None:
     assert run(engine, work) == run(make_engine(folder, **options), work)
     name = engine.core.runner.model.backend.name
     assert name == "cpu" or Cpu(16).why_not(torch.float32, torch.device("cpu"))
-    assert {rows for rows, _, _ in fixed.graphs.ready} >= {4, 6}
+    assert {kind.num_rows for kind in fixed.graphs.ready} >= {4, 6}
 
 
 @pytest.mark.parametrize("overlap", [False, True])
