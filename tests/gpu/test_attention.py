@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged, Turn, ragged
+from quire.attention.base import LayerCache, Ragged, Shared, Turn, ragged
 from quire.attention.reference import Reference
 from quire.attention.shapes import CacheShape
 from quire.attention.triton.backend import Triton
@@ -238,3 +238,35 @@ def test_newest_tokens_at_once(heads: int, kv_heads: int, dim: int, half: int, d
             out.zero_()
             graph.replay()
             assert torch.equal(out, got)
+
+
+@pytest.mark.parametrize("shape_name", ["32/8x128", "16/8x64", "8/1x80", "16/4x256", "71/1x64", "mla16"])
+def test_common_beginnings_are_read_once(shape_name: str) -> None:
+    """As without saying so, for more sequences than a group holds, and the same bits each time."""
+    heads, shape = SHAPES[shape_name]
+    generator = torch.Generator(GPU).manual_seed(1)
+    common, own = [range(64), range(64, 66)], iter(range(66, 2000))
+    rows, lengths, tables = [list(range(40)), list(range(40, 46))], [], []
+    for row in range(50):
+        mine = list(common[0] if row < 40 else common[1] if row < 46 else [])
+        lengths.append(64 * len(mine) + 1 + 37 * row % 200)
+        tables.append([*mine, *(next(own) for _ in range(-(-lengths[-1] // 64) - len(mine)))])
+    step = ragged([n - 1 for n in lengths], [1] * 50, tables, 64, GPU)
+    members = torch.full((12, 16), -1, dtype=torch.int32)
+    pages, num_pages = torch.zeros(12, dtype=torch.int32), torch.zeros(50, dtype=torch.int32)
+    parts = [(rows[0][i : i + 16], 64) for i in (0, 16, 32)] + [(rows[1], 2)]
+    for i, (some, count) in enumerate(parts):
+        members[i, : len(some)], pages[i] = torch.tensor(some), count
+        num_pages[some] = count
+    shared = dataclasses.replace(step, shared=Shared(members.to(GPU), pages.to(GPU), num_pages.to(GPU)))
+    numbers = torch.randn(next(own), shape.num_bytes(64, 2) // 2, generator=generator, device=GPU)
+    pool = numbers.bfloat16().view(torch.uint8)
+    q = torch.randn(50, heads, shape.k_dim, generator=generator, device=GPU).bfloat16()
+    for feature in ("plain", "softcap", "sinks"):
+        chosen = {**options(feature, heads), "scale": shape.k_dim**-0.5}
+        backend = Triton(64)
+        cache = backend.views(pool, 0, shape, torch.bfloat16)
+        want = backend.attend(q, cache, step, **chosen).float()
+        got = backend.attend(q, cache, shared, **chosen)
+        assert (got.float() - want).norm() / want.norm() <= TOLERANCE[torch.bfloat16]
+        assert torch.equal(got, backend.attend(q, cache, shared, **chosen))

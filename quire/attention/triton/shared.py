@@ -28,7 +28,7 @@ class Left(NamedTuple):
     """What is left to the decode kernel, for S sequences."""
 
     num_pages: Tensor  # [S] int32: how much of it each sequence has in common with others
-    values: Tensor  # [SPLITS, S, HEADS, V0 + V1] float32
+    numbers: Tensor  # [SPLITS, S, HEADS, V0 + V1] float32
     sums: Tensor  # [SPLITS, S, HEADS, 2] float32: greatest score, sum of weights
 
 
@@ -80,7 +80,7 @@ def attend(
                 v0, v1 = two_parts(values, every, V0, V1, V_DIM)
             acc0, acc1, m, total = accumulate(acc0, acc1, m, total, s, factor, v0, v1, V1, PRECISION)
         places = (tl.program_id(1).to(tl.int64) * num_seqs + seqs) * HEADS + heads
-        store_rows(left.values + places * (V0 + V1), keep, acc0, acc1, V0, V1, V0 + V1)
+        store_rows(left.numbers + places * (V0 + V1), keep, acc0, acc1, V0, V1, V0 + V1)
         tl.store(left.sums + places * 2, m, mask=keep)
         tl.store(left.sums + places * 2 + 1, total, mask=keep)
 
@@ -98,7 +98,7 @@ def add_left(
         their_total = tl.load(left.sums + places * 2 + 1, mask=keep, other=0.0)
         new = tl.maximum(m, their_m)
         fade, weight = tl.exp2(m - new), tl.exp2(their_m - new)
-        rows = left.values + places * (V0 + V1)
+        rows = left.numbers + places * (V0 + V1)
         total = total * fade + their_total * weight
         acc0 = acc0 * fade[:, None] + columns_of(rows, keep, 0, V0, V0 + V1) * weight[:, None]
         if V1 > 0:
