@@ -21,7 +21,7 @@ from quire.sampling.slots import Uses
 from quire.scheduler.plan import Work
 
 LAUNCH_S, FLOPS = 3e-4, 5e14  # to launch a layer's kernels, and per second in them: measured on an H100
-LEAST_TOKENS, MOST_TOKENS = 512, 2048
+LEAST_TOKENS, MOST_TOKENS = 512, 4096
 
 
 class MixedKind(NamedTuple):
