@@ -279,7 +279,7 @@ class Triton:
         if most:
             shared = step.shared if most == 1 and window == NO_WINDOW else None
             share, sizes = self._share(cache, step, shared, most, group, window)
-            inputs = (q, cache.k, cache.v, step.block_tables, *common)
+            inputs = (q, cache.k, cache.v, step.block_tables, *common, step.slot_mapping)
             left, sizes["SPLITS"] = None, 0
             if shared is not None:
                 left, sizes["SPLITS"] = self._left(q, cache, step, shared, scales, constants)

@@ -47,9 +47,10 @@ def _num_tiles(
     begin = tl.load(starts + seqs, mask=there, other=0)
     count = tl.load(starts + seqs + 1, mask=there, other=0) - begin
     count = tl.where(count > most, 0, count)
-    _, tiles = extent(tl.load(lengths + seqs, mask=there, other=0), count, window, TILE)
+    length = tl.load(lengths + seqs, mask=there, other=0)
+    _, tiles = extent(length, count, window, TILE)
     if common is not None:
-        ahead = tiles_in_common(tl.load(common + seqs, mask=there, other=0), PAGE, TILE)
+        ahead = tiles_in_common(tl.load(common + seqs, mask=there, other=0), length, PAGE, TILE)
         tiles = tl.where(count > 0, tiles - ahead, 0)
     return seqs, there, tiles
 
@@ -96,7 +97,7 @@ def _own_tiles(left, seq, length, num_queries, window, PAGE: tl.constexpr, TILE:
     first, tiles = extent(length, num_queries, window, TILE)
     ahead = tiles * 0
     if left is not None:
-        ahead = tiles_in_common(tl.load(left.num_pages + seq), PAGE, TILE)
+        ahead = tiles_in_common(tl.load(left.num_pages + seq), length, PAGE, TILE)
     return first + ahead, tiles - ahead, ahead
 
 
@@ -118,17 +119,17 @@ def _queries(
 
 @triton.jit
 def _take_newest(
-    x, is_last, weight, k, v, table, cos, sin, eps, head, position, k_stride, v_stride, x_head_stride,
+    x, is_last, weight, k, v, slot, cos, sin, eps, head, position, k_stride, v_stride, x_head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """The program of a head's last tile stores a position's turned key and its value; x is its row of heads."""
-    if is_last:
-        page, turns = tl.load(table + position // PAGE).to(tl.int64), position.to(tl.int64) * HALF
+    if is_last & (slot >= 0):
+        page, turns = slot // PAGE, position.to(tl.int64) * HALF
         one = tl.zeros([1], tl.int32)
-        keep, row = one == 0, head * PAGE + position % PAGE + one
+        keep, row = one == 0, head * PAGE + slot % PAGE + one
         weights = weight if weight is None else weight + (HEADS + head + one) * K_DIM
         k0, k1 = turned_parts(
             x + (HEADS + head + one) * x_head_stride, keep, weights, cos + turns, sin + turns, eps,
@@ -259,7 +260,7 @@ def _start(NEXT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_seqs", "num_rows", "most", "window", "table_stride"])
 def decode(
-    q, k, v, tables, lengths, starts, work, partials, left, most, weight, cos, sin, eps, out, sinks, scale, cap,
+    q, k, v, tables, lengths, starts, slots, work, partials, left, most, weight, cos, sin, eps, out, sinks, scale, cap,
     window, num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
     SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
@@ -299,9 +300,9 @@ def decode(
             )  # fmt: skip
             if HALF > 0:
                 _take_newest(
-                    q + first_row.to(tl.int64) * q_stride, stop == end, weight, k, v, table, cos, sin, eps,
-                    group // GROUPS, length - 1, k_stride, v_stride, q_head_stride, HEADS, HEADS // GROUP, PAGE,
-                    K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED, HALF, INTERLEAVED,
+                    q + first_row.to(tl.int64) * q_stride, stop == end, weight, k, v, tl.load(slots + first_row),
+                    cos, sin, eps, group // GROUPS, length - 1, k_stride, v_stride, q_head_stride, HEADS,
+                    HEADS // GROUP, PAGE, K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED, HALF, INTERLEAVED,
                 )  # fmt: skip
             acc0, acc1, m, total = _attend_tiles(
                 q0, q1, k, v, table, sinks, left, ahead, seq, num_seqs, rows, keep, heads, group // GROUPS, length,

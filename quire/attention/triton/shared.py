@@ -33,9 +33,9 @@ class Left(NamedTuple):
 
 
 @triton.jit
-def tiles_in_common(num_pages, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Whole tiles of keys; the rest is each sequence's own business."""
-    return num_pages * PAGE // TILE
+def tiles_in_common(num_pages, length, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Whole tiles of keys, of sequences that still have them: one that has ended may be shorter than it was."""
+    return tl.where(num_pages * PAGE < length, num_pages * PAGE // TILE, 0)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
@@ -52,7 +52,7 @@ def attend(
     num_kv_heads: tl.constexpr = HEADS // GROUP
     head, part = tl.program_id(0) % num_kv_heads, tl.program_id(0) // num_kv_heads % PARTS
     group = tl.program_id(0) // (num_kv_heads * PARTS)
-    num_tiles = tiles_in_common(tl.load(member_pages + group), PAGE, TILE)
+    num_tiles = tl.load(member_pages + group) * PAGE // TILE
     share = (num_tiles + tl.num_programs(1) - 1) // tl.num_programs(1)
     first = tl.program_id(1) * share
     stop = tl.minimum(first + share, num_tiles)
