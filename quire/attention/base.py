@@ -92,6 +92,10 @@ class Backend(Protocol):
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold steps: nothing in them waits for the device."""
 
+    @property
+    def invariant(self) -> bool:
+        """Whether a position's result is the same bits whatever shares its batch and however its prompt is cut."""
+
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this backend cannot run, or None if it can."""
 

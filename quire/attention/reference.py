@@ -14,6 +14,7 @@ class Reference:
 
     name = "reference"
     capturable = False
+    invariant = False
 
     def __init__(self, block_size: int = 16):
         self.block_size = block_size
