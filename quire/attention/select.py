@@ -34,6 +34,7 @@ def select(
     """
     if forced is not None and forced not in BACKENDS:
         raise ConfigError(f"attention_backend is {forced!r}; it must be one of {', '.join(sorted(BACKENDS))}")
+    reasons: list[str] = []
     for name in order if forced is None else (forced,):
         backend = _make(name, block_size, invariant)
         reason = backend.why_not(dtype, device)
@@ -46,8 +47,8 @@ def select(
                 f"attention_backend {name!r} cannot run here: {reason}; leave it unset to choose"
             )
         logger.info("attention backend %s is not used: %s", name, reason)
-    wish = " as deterministic demands" if invariant else ""
-    raise ConfigError(f"no attention backend of {', '.join(order)} runs {dtype} on {device}{wish}")
+        reasons.append(f"{name}: {reason}")
+    raise ConfigError(f"no attention backend runs {dtype} on {device}: {'; '.join(reasons)}")
 
 
 def _make(name: str, block_size: int | None, invariant: bool) -> Backend:

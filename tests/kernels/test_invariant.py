@@ -17,6 +17,8 @@ from quire.kernels.triton.products import (  # noqa: E402
     pack_linear_triton,
 )
 from quire.kernels.triton.tiles import Product  # noqa: E402
+from quire.resolve import EXACT_LOGPROBS  # noqa: E402
+from quire.sampling.triton.logprobs import MOST  # noqa: E402
 from tests.interpreter import INTERPRETED  # noqa: E402  (it imports Triton)
 from tests.kernels.test_kernels import noise  # noqa: E402
 
@@ -101,7 +103,7 @@ def test_parts_are_added_alike_by_one_program_and_by_several() -> None:
 def test_a_weight_per_head(dtype: torch.dtype) -> None:
     weight, x = packed(3, 40, 48, dtype=dtype), draw(70, 3, 48, dtype=dtype)
     whole = linear_triton(x, weight, None)
-    want = torch.einsum("thi,hoi->tho", x.float(), weight.data.float())
+    want = torch.einsum("tbi,boi->tbo", x.float(), weight.data.float())
     torch.testing.assert_close(whole.float(), want, rtol=1e-2, atol=1e-2)
     for some in (slice(0, 1), slice(3, 20), slice(5, 70)):
         assert torch.equal(linear_triton(x[some], weight, None), whole[some])
@@ -126,3 +128,7 @@ def test_tiles_follow_from_the_weight_alone(outputs: int, inputs: int) -> None:
             tiles = -(-outputs // tile.rows)
             shared = [n for n in range(1, 9000, 63) if programs_of(tile, tiles * -(-n // ROWS)) > 1]
             assert all(tiles * -(-n // ROWS) < ENOUGH for n in shared)
+
+
+def test_a_log_probability_of_the_most_that_deterministic_allows_has_a_kernel() -> None:
+    assert EXACT_LOGPROBS == MOST

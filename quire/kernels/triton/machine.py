@@ -28,7 +28,7 @@ def machine(device: torch.device) -> tuple[int, int, bool]:
 
 def following(x: Tensor, when: tl.constexpr) -> dict[str, Any]:
     """Constants that let the kernel after one of x [M, K] start `when` it can, where it can at all; see linear.py."""
-    can_start_early = machine(x.device)[2]
+    can_start_early = machine(x.device)[2] and when != NEVER
     if can_start_early and x.shape[-1] % ALIGNED == 0 and x.stride(0) % ALIGNED == 0:
         return {"NEXT": when.value, "launch_pdl": True}
     return {"NEXT": NEVER.value}
