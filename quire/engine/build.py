@@ -22,6 +22,7 @@ from quire.engine.core import EngineCore
 from quire.engine.inputs import InputProcessor
 from quire.engine.text import model_config, read_text
 from quire.errors import ConfigError
+from quire.kernels import ops
 from quire.layers.decoder import Decoder
 from quire.log import logger
 from quire.models.names import Names
@@ -147,6 +148,7 @@ def _backend(config: Config, platform: Platform, dtype: str) -> Backend:
         platform.device,
         forced=None if config.attention_backend == "auto" else config.attention_backend,
         block_size=config.block_size,
+        invariant=config.deterministic,
     )
 
 
@@ -154,7 +156,16 @@ def _load(
     config: Config, spec: DecoderSpec, names: Names, folder: Path, backend: Backend, device: torch.device
 ) -> Decoder:
     dtype = getattr(torch, config.dtype)
-    model = Decoder(spec, backend=backend, dtype=dtype, device=device, max_length=config.max_model_len)
+    if config.deterministic and (reason := ops.why_not_invariant(device, dtype)):
+        raise ConfigError(f"deterministic cannot be had here: {reason}")
+    model = Decoder(
+        spec,
+        backend=backend,
+        dtype=dtype,
+        device=device,
+        max_length=config.max_model_len,
+        invariant=config.deterministic,
+    )
     if config.load_format == "dummy":
         model.load(DummyCheckpoint(config.seed, dtype))
         return model

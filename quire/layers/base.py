@@ -1,12 +1,13 @@
 """What layers are built from and loaded from. Layers pull their weights by their own names."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quire.attention.base import Backend
+from quire.kernels import ops
 from quire.layers.rope import RopeTables
 
 
@@ -28,6 +29,11 @@ class Build:
     device: torch.device
     backend: Backend
     ropes: RopeTables
+    invariant: bool = False  # a row's result is the same bits whatever else is in its batch
+
+    def pack(self, weight: Tensor) -> Any:
+        """A weight in the form of the fastest product that is good enough; see `ops.pack_linear`."""
+        return ops.pack_linear(weight, self.invariant)
 
     def pull(self, weights: Weights, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A weight in the model's dtype (or `dtype`) on its device, in memory of its own."""

@@ -261,7 +261,7 @@ class Triton:
         scales = (how.scale * LOG2E, 0.0)
         if softcap is not None:
             scales = (2 * LOG2E * how.scale / softcap, softcap * LOG2E)
-        if window is None or window >= step.max_length:
+        if window is None or (window >= step.max_length and not self.invariant):
             window = NO_WINDOW
         rest = (
             *(out, how.sinks, *scales, window, num_seqs, tokens, q.stride(0), q.stride(1)),
