@@ -1,25 +1,23 @@
 """A decode step of the whole engine on a GPU: its time, and the share of what reading weights and cache would allow.
 
-    python benchmarks/gpu/decode.py [--models 8B 0.6B] [--batches 1 8 64 256] [--deterministic] [--eager] [--profile]
-        [--dtype bfloat16]
+    python benchmarks/gpu/decode.py [--models 8B 0.6B] [--batches 1 8 64 256 32x4096 1x131072+31x4096]
+        [--deterministic] [--eager] [--profile] [--dtype bfloat16]
 
-Random weights in the shapes of Llama 3.1 8B and Qwen3 0.6B, prompts of random tokens, greedy, about 190 positions each.
-A time is the median of a few runs of some steps, as `LLM` takes them: scheduling, sampling and outputs included. `host`
-is what of it the host did not wait for the device. The bound is (weights + cached keys and values) / measured reading
-speed. --deterministic measures that mode; --eager measures without CUDA graphs too; --profile prints kernels and Python
-functions of some steps.
+Random weights in the shapes of Llama 3.1 8B and Qwen3 0.6B, prompts of random tokens, greedy. A batch is a number of
+sequences of about 190 positions each, or says how many there are of which length. A time is the median of a few runs
+of some steps, as `LLM` takes them: scheduling, sampling and outputs included. `host` is what of it the host did not
+wait for the device. The bound is (weights + cached keys and values) / measured reading speed. --deterministic measures
+that mode; --eager measures without CUDA graphs too; --profile prints kernels and Python functions of some steps.
 """
 
 import argparse
 import cProfile
 import gc
 import io
-import json
 import pstats
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,52 +29,20 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.gpu.shapes import SHAPES, folder_of  # noqa: E402
 from quire import LLM, SamplingParams  # noqa: E402
 from quire.models.parameters import kv_bytes_per_token, num_parameters  # noqa: E402
 from quire.runner.runner import Runner  # noqa: E402
 from quire.scheduler.plan import Plan  # noqa: E402
 from quire.types import OutputKind  # noqa: E402
 
-PROMPT, WARM_UP, RUNS, STEPS = 156, 12, 5, 10  # positions during the runs: 168 to 218
-CACHE_BYTES = 20 << 30  # 256 sequences of the larger network, also in float32
-SHAPES: dict[str, dict[str, Any]] = {
-    "8B": {  # Llama 3.1 8B
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 128256,
-    },
-    "0.6B": {  # Qwen3 0.6B
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "attention_bias": False,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "max_position_embeddings": 40960,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 151936,
-    },
-}
+LENGTH, WARM_UP, RUNS, STEPS = (
+    190,
+    12,
+    5,
+    10,
+)  # positions halfway through the runs, and steps before and in them
+HALFWAY = WARM_UP + RUNS * STEPS // 2
 
 
 @triton.jit
@@ -123,22 +89,28 @@ class Waits:
         return timed
 
 
-class Case:
-    """One engine with `batch` sequences that decode."""
+def lengths_of(batch: str) -> list[int]:
+    """`8` is eight sequences of the usual length, `1x131072+31x4096` one long and many shorter ones."""
+    parts = [part.partition("x") for part in batch.split("+")]
+    return [length for count, _, size in parts for length in [int(size or LENGTH)] * int(count)]
 
-    def __init__(self, llm: LLM, batch: int, num_steps: int):
-        self.engine, self.batch = llm.engine, batch
+
+class Case:
+    """One engine with sequences that decode, of `lengths` halfway through the runs."""
+
+    def __init__(self, llm: LLM, lengths: Sequence[int], num_steps: int):
+        self.engine, self.count = llm.engine, len(lengths)
         core = self.engine.core
         self.waits = Waits(core.runner)
         core.loop.device = self.waits
-        chance = random.Random(batch)
+        chance = random.Random(len(lengths))
         most = WARM_UP + num_steps + 20
         params = SamplingParams(
             temperature=0, max_tokens=most, ignore_eos=True, output_kind=OutputKind.FINAL_ONLY
         )
-        for i in range(batch):
-            prompt = [chance.randrange(llm.spec.vocab_size) for _ in range(PROMPT)]
-            self.engine.add(self.engine.inputs.request(prompt, params, request_id=f"{batch}.{i}"))
+        for i, length in enumerate(lengths):
+            prompt = [chance.randrange(llm.spec.vocab_size) for _ in range(length - HALFWAY)]
+            self.engine.add(self.engine.inputs.request(prompt, params, request_id=str(i)))
         while core.stats().num_waiting or core.stats().prefill_tokens or not core.stats().num_running:
             self.engine.step()
         for _ in range(WARM_UP):
@@ -153,18 +125,17 @@ class Case:
         return spent * 1e3 / STEPS, (spent - self.waits.waited_s) * 1e3 / STEPS
 
     def close(self) -> None:
-        for i in range(self.batch):
-            self.engine.abort(f"{self.batch}.{i}")
+        for i in range(self.count):
+            self.engine.abort(str(i))
         while not self.engine.idle:
             self.engine.step()
 
 
-def bound_ms(llm: LLM, batch: int, speed: float, item_bytes: int) -> float:
+def bound_ms(llm: LLM, lengths: Sequence[int], speed: float, item_bytes: int) -> float:
     """Each step reads all weights but the rows of the embedding that it does not need, and the cache."""
     spec = llm.spec
     weights = num_parameters(spec).total - (0 if spec.tied else spec.vocab_size * spec.dim)
-    length = PROMPT + WARM_UP + RUNS * STEPS / 2
-    cached = batch * length * kv_bytes_per_token(spec, item_bytes)
+    cached = sum(lengths) * kv_bytes_per_token(spec, item_bytes)
     return (weights * item_bytes + cached) / speed * 1e3
 
 
@@ -191,8 +162,8 @@ def profile(case: Case) -> None:
     print("of 8 steps:\n" + "\n".join(text.getvalue().splitlines()[4:]), flush=True)
 
 
-def measure(llm: LLM, batch: int, profiled: bool) -> tuple[float, float]:
-    case = Case(llm, batch, RUNS * STEPS + (16 if profiled else 0))
+def measure(llm: LLM, lengths: Sequence[int], profiled: bool) -> tuple[float, float]:
+    case = Case(llm, lengths, RUNS * STEPS + (16 if profiled else 0))
     runs = [case.run() for _ in range(RUNS)]
     if profiled:
         profile(case)
@@ -200,29 +171,29 @@ def measure(llm: LLM, batch: int, profiled: bool) -> tuple[float, float]:
     return statistics.median(t for t, _ in runs), statistics.median(t for _, t in runs)
 
 
-def bench(folder: Path, model: str, batches: Sequence[int], args: argparse.Namespace, speed: float) -> None:
-    (folder / "config.json").write_text(json.dumps(SHAPES[model]))
+def bench(folder: str, model: str, batches: Sequence[str], args: argparse.Namespace, speed: float) -> None:
+    all_lengths = [lengths_of(batch) for batch in batches]
     options = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "max_model_len": 1024,
+        "max_model_len": max(1024, 256 + max(map(max, all_lengths))),
         "dtype": args.dtype,
         "deterministic": args.deterministic,
     }
     start = time.perf_counter()
-    with LLM(str(folder), **options, max_num_seqs=max(batches), disable_log_stats=True) as llm:
+    with LLM(folder, **options, max_num_seqs=max(map(len, all_lengths)), disable_log_stats=True) as llm:
         print(f"<!-- {model}: ready in {time.perf_counter() - start:.1f} s -->", flush=True)
         runner = llm.engine.core.runner
-        fixed, item_bytes = runner.fixed, 4 if args.dtype == "float32" else 2
-        for batch in batches:
+        fixed, mixed, item_bytes = runner.fixed, runner.mixed, 4 if args.dtype == "float32" else 2
+        for batch, lengths in zip(batches, all_lengths, strict=True):
             start = time.perf_counter()
-            step, host = measure(llm, batch, args.profile)
+            step, host = measure(llm, lengths, args.profile)
             eager = ""
             if args.eager:
-                runner.fixed = None
-                eager = f"{measure(llm, batch, False)[0]:.2f}"
-                runner.fixed = fixed
-            bound = bound_ms(llm, batch, speed, item_bytes)
+                runner.fixed = runner.mixed = None
+                eager = f"{measure(llm, lengths, False)[0]:.2f}"
+                runner.fixed, runner.mixed = fixed, mixed
+            bound = bound_ms(llm, lengths, speed, item_bytes)
             print(
                 f"| {model} | {batch} | {step:.3f} | {bound:.3f} | {bound / step:.0%} | {host:.3f} | {eager} |"
                 f" <!-- {time.perf_counter() - start:.0f} s -->",
@@ -240,7 +211,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
+    parser.add_argument("--batches", nargs="+", default=["1", "8", "64", "256"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--profile", action="store_true")
@@ -252,8 +223,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     torch.cuda.empty_cache()
     for model in args.models:
-        with tempfile.TemporaryDirectory() as name:
-            bench(Path(name), model, args.batches, args, speed)
+        with folder_of(model) as folder:
+            bench(folder, model, args.batches, args, speed)
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -15,6 +15,22 @@ from quire.kernels import ops
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Which of a step's S sequences, of one position each, begin with the same pages; backends may read these once.
+
+    A group of more members than M is several groups. Rows and pages past the last group's are 0 and -1.
+    """
+
+    members: Tensor  # [G, M] int32: sequences, then -1
+    member_pages: Tensor  # [G] int32: how many whole pages they have in common
+    num_pages: Tensor  # [S] int32: the same by sequence; 0 for those in no group
+
+    def first(self, num_groups: int, num_seqs: int) -> "Shared":
+        """The same memory for fewer."""
+        return Shared(self.members[:num_groups], self.member_pages[:num_groups], self.num_pages[:num_seqs])
+
+
+@dataclass(frozen=True, slots=True)
 class Ragged:
     """A step's sequences laid end to end: T positions of S sequences, prefill chunks and decodes alike.
 
@@ -29,6 +45,8 @@ class Ragged:
     block_tables: Tensor  # [S, max_blocks] int32
     max_query: int  # the longest chunk, on the host
     max_length: int  # the longest sequence, on the host
+    mixed: bool = False  # there may be sequences of one position beside longer ones
+    shared: Shared | None = None
 
 
 def ragged(
@@ -55,6 +73,7 @@ def ragged(
         block_tables=torch.tensor(padded, dtype=torch.int32, device=device).reshape(len(tables), width),
         max_query=max(counts, default=0),
         max_length=max(lengths, default=0),
+        mixed=1 in counts and max(counts) > 1,
     )
 
 
@@ -96,6 +115,10 @@ class Backend(Protocol):
     def invariant(self) -> bool:
         """Whether a position's result is the same bits whatever shares its batch and however its prompt is cut."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether it is worth to say what sequences share (`Ragged.shared`)."""
+
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this backend cannot run, or None if it can."""
 
@@ -104,12 +127,6 @@ class Backend(Protocol):
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
         """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None where values are in keys) at the step's slots."""
-
-    def place(self, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
-        """Turn the queries and keys of heads [T, H + 2 * Hkv, D]: queries, keys, values; store keys and values.
-
-        Returns the queries [T, H, D]. May work in place.
-        """
 
     def attend(
         self,
@@ -129,9 +146,26 @@ class Backend(Protocol):
         are logits that take part in the softmax and have no value (Xiao et al. 2023).
         """
 
+    def attend_turned(
+        self,
+        heads: Tensor,
+        cache: LayerCache,
+        turn: Turn,
+        step: Ragged,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """`attend` of heads [T, H + 2 * Hkv, D]: queries, keys, values. May work in place.
+
+        Queries and keys are turned, and keys and values stored, before.
+        """
+
 
 def turn_and_write(backend: Backend, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
-    """`Backend.place` of backends that have no kernel for it."""
+    """Turn the queries and keys of heads [T, H + 2 * Hkv, D], store keys and values; the queries [T, H, D]."""
     num_kv_heads = cache.shape.num_kv_heads
     num_heads = heads.shape[1] - 2 * num_kv_heads
     qk = ops.norm_rope(

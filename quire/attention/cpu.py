@@ -2,6 +2,7 @@
 
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Cpu:
     name = "cpu"
     capturable = False
     invariant = True
+    shares = False
 
     def __init__(self, block_size: int = PAGE_TOKENS, level: int | None = None):
         """`level`: the instruction set (see native.isa); None for the best there is."""
@@ -107,8 +109,8 @@ class Cpu:
             *((None, 0) if v is None else (v.data_ptr(), v.stride(0))),
         )
 
-    def place(self, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
-        return turn_and_write(self, cache, heads, turn, step)
+    def attend_turned(self, heads: Tensor, cache: LayerCache, turn: Turn, step: Ragged, **how: Any) -> Tensor:
+        return self.attend(turn_and_write(self, cache, heads, turn, step), cache, step, **how)
 
     def attend(
         self,

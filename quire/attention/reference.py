@@ -1,5 +1,7 @@
 """Attention over the paged cache in plain torch, on any device: the oracle, and the path without kernels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ class Reference:
     name = "reference"
     capturable = False
     invariant = False
+    shares = False
 
     def __init__(self, block_size: int = 16):
         self.block_size = block_size
@@ -43,8 +46,8 @@ class Reference:
         if v is not None:
             cache.v[blocks, :, offsets] = v[kept]
 
-    def place(self, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
-        return turn_and_write(self, cache, heads, turn, step)
+    def attend_turned(self, heads: Tensor, cache: LayerCache, turn: Turn, step: Ragged, **how: Any) -> Tensor:
+        return self.attend(turn_and_write(self, cache, heads, turn, step), cache, step, **how)
 
     def attend(
         self,

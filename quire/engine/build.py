@@ -35,6 +35,7 @@ from quire.resolve import Machine, Resolved, resolve, resolve_dtype
 from quire.runner.fixed import FixedSteps, why_not
 from quire.runner.graphs import Graphs
 from quire.runner.memory import allocate_cache
+from quire.runner.mixed import MixedSteps, worthwhile
 from quire.runner.runner import Runner
 from quire.runner.state import SlotState
 from quire.sampling.sampler import Sampler
@@ -198,7 +199,9 @@ def _core(
     if reason is not None and device.type == "cuda":
         logger.info("decode steps are no CUDA graphs: %s", reason)
     fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs()) if reason is None else None
-    runner = Runner(*parts, block_size=block_size, fixed=fixed)
+    most_tokens = min(config.max_num_batched_tokens, worthwhile(spec))
+    mixed = None if fixed is None else MixedSteps(fixed, most_tokens)
+    runner = Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed)
     secret = os.urandom(16)  # nobody outside can predict which prompts share a block
     pool = BlockPool(memory.num_blocks, block_size, secret=secret, caching=config.enable_prefix_caching)
     scheduler = Scheduler(

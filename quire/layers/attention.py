@@ -1,6 +1,7 @@
 """Multi-head, grouped-query and multi-query attention over the paged cache."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,15 +51,12 @@ class Attention(nn.Module):
         s, backend = self.spec, self.build.backend
         num_qk = s.num_heads + s.num_kv_heads
         heads = self.qkv.of(x).unflatten(-1, (num_qk + s.num_kv_heads, s.head_dim))
+        how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
         if self.turn is not None:
-            q = backend.place(cache, heads, self.turn, step)
-        else:
-            q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
-            backend.write(cache, k, heads.narrow(1, num_qk, s.num_kv_heads), step)
-        y = backend.attend(
-            q, cache, step, scale=self.scale, window=s.window, softcap=s.softcap, sinks=self.sinks
-        )
-        return y.flatten(1)
+            return backend.attend_turned(heads, cache, self.turn, step, **how).flatten(1)
+        q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
+        backend.write(cache, k, heads.narrow(1, num_qk, s.num_kv_heads), step)
+        return backend.attend(q, cache, step, **how).flatten(1)
 
     def _turn(self) -> Turn | None:
         """The norms and the rotation, where they are one operation; norms have no weights yet."""

@@ -71,6 +71,7 @@ def make_batch(work: Sequence[Work], state: SlotState, block_size: int) -> Batch
         block_tables=state.tables[of, : -(-max_length // block_size)],
         max_query=int(counts.max()),
         max_length=max_length,
+        mixed=int(counts.min()) == 1 < int(counts.max()),
     )
     return Batch(
         work=tuple(work),

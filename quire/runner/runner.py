@@ -17,6 +17,7 @@ from quire.layers.decoder import Decoder
 from quire.log import logger
 from quire.runner.batch import Batch, make_batch
 from quire.runner.fixed import FixedSteps
+from quire.runner.mixed import MixedSteps
 from quire.runner.pieces import PieceSize
 from quire.runner.state import SlotState
 from quire.sampling.logprobs import prompt_logprobs
@@ -52,10 +53,11 @@ class Runner:
         *,
         block_size: int,
         fixed: FixedSteps | None = None,
+        mixed: MixedSteps | None = None,
     ):
-        """`fixed`: how steps of newest tokens are computed, where that is not how all steps are."""
+        """`fixed`, `mixed`: how steps of newest tokens, and small ones of any, are computed if not as all others."""
         self.model, self.caches, self.state, self.sampler = model, caches, state, sampler
-        self.block_size, self.fixed = block_size, fixed
+        self.block_size, self.fixed, self.mixed = block_size, fixed, mixed
         self.sampling: dict[int, Sampling] = {}  # by sequence, from `register` to `forget`
         self.logprobs: dict[int, deque[TokenLogprobs]] = {}  # by sequence, a token each, oldest first
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by sequence, for prompt tokens 1, 2, ...
@@ -66,7 +68,7 @@ class Runner:
 
     def close(self) -> None:
         """Let go of the device's memory; nothing can be launched afterwards."""
-        del self.model, self.caches, self.state, self.sampler, self.fixed
+        del self.model, self.caches, self.state, self.sampler, self.fixed, self.mixed
         self.launched, self.drawn = [], []
 
     def register(self, seq: int, sampling: Sampling) -> None:
@@ -97,7 +99,7 @@ class Runner:
         for start in plan.starts:
             self._admit(start)
         self.launched, self.drawn = [], []
-        if plan.work and not (self.fixed and self._launch_fixed(self.fixed, plan.work)):
+        if plan.work and not self._launch_whole(plan.work):
             self._compute(plan.work)
 
     @torch.inference_mode()
@@ -112,12 +114,14 @@ class Runner:
                     raise RuntimeError("no sequence of the step could be sampled; the log says why")
         return lambda: self._result(plan, drawn)
 
-    def _launch_fixed(self, fixed: FixedSteps, work: tuple[Work, ...]) -> bool:
+    def _launch_whole(self, work: tuple[Work, ...]) -> bool:
         """Start the work's step in fixed memory, with its sampling if possible; whether it was started."""
-        if (fetch := fixed.sample(work)) is not None:
+        if self.fixed and (fetch := self.fixed.sample(work)) is not None:
             self.drawn = [(work, fetch)]
-        elif (forwarded := fixed.forward(work)) is not None:
+        elif self.fixed and (forwarded := self.fixed.forward(work)) is not None:
             self.launched = [forwarded]
+        elif self.mixed and not any(map(self._to_score, work)) and (drawn := self.mixed.sample(work)):
+            self.drawn = [drawn]
         return bool(self.drawn or self.launched)
 
     def _compute(self, work: Sequence[Work]) -> None:
@@ -188,23 +192,29 @@ class Runner:
 
     def _score_prompts(self, batch: Batch, hidden: Tensor) -> None:
         for i, work in enumerate(batch.work):
-            sampling = self.sampling.get(work.seq)
-            if sampling is None or sampling.params.prompt_logprobs is None:
+            if not (positions := self._to_score(work)):
                 continue
-            done = len(self.prompt_logprobs[work.seq])  # a preempted prompt is computed twice and scored once
-            first = max(work.start, done)
-            last = min(work.start + work.count, self.state.prompt_len[work.slot] - 1)
+            num_logprobs = self.sampling[work.seq].params.prompt_logprobs or 0
             try:
-                for begin in range(first, last, PROMPT_ROWS):
-                    end = min(begin + PROMPT_ROWS, last)
+                for begin in positions[::PROMPT_ROWS]:
+                    end = min(begin + PROMPT_ROWS, positions.stop)
                     row = int(batch.starts[i]) + begin - work.start
                     logits = self.model.logits(hidden[row : row + end - begin])
                     targets = self.state.tokens[work.slot, begin + 1 : end + 1].long()
-                    scores = prompt_logprobs(logits, targets, sampling.params.prompt_logprobs)
+                    scores = prompt_logprobs(logits, targets, num_logprobs)
                     self.prompt_logprobs[work.seq] += scores.to_lists()
             except RuntimeError as error:  # of memory, say: the others need no scores
                 logger.exception("the prompt of sequence %d could not be scored", work.seq)
                 self.failed[work.seq] = f"the prompt could not be scored: {type(error).__name__}"
+
+    def _to_score(self, work: Work) -> range:
+        """The positions that tell log probabilities of the prompt that somebody waits for."""
+        sampling = self.sampling.get(work.seq)
+        if sampling is None or sampling.params.prompt_logprobs is None:
+            return range(0)
+        done = len(self.prompt_logprobs[work.seq])  # a preempted prompt is computed twice and scored once
+        last = min(work.start + work.count, self.state.prompt_len[work.slot] - 1)
+        return range(max(work.start, done), last)
 
     def _result(self, plan: Plan, drawn: Sequence[Drawn]) -> Result:
         tokens: dict[int, tuple[int, ...]] = {}

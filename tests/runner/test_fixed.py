@@ -1,5 +1,6 @@
 """Steps in fixed memory give what other steps give: the same tokens and log probabilities, whatever runs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from quire.engine.engine import Engine
 from quire.layers.decoder import Decoder
 from quire.runner.fixed import FixedSteps, sizes_up_to, why_not
 from quire.runner.graphs import Graphs
+from quire.runner.mixed import (
+    LEAST_TOKENS,
+    MOST_TOKENS,
+    MixedKind,
+    MixedSteps,
+    seq_sizes,
+    token_sizes,
+    worthwhile,
+)
 from quire.sampling.slots import Uses
 from quire.types import OutputKind, SamplingParams
 from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
@@ -41,6 +51,12 @@ def fix(engine: Engine) -> FixedSteps:
     parts = (runner.model, runner.caches, runner.state, runner.sampler)
     runner.fixed = FixedSteps(*parts, block_size=runner.block_size, graphs=Graphs(capture=False))
     return runner.fixed
+
+
+def mix(engine: Engine, most_tokens: int = 40) -> MixedSteps:
+    """The same, and all steps of so many positions too."""
+    engine.core.runner.mixed = MixedSteps(fix(engine), most_tokens)
+    return engine.core.runner.mixed
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +87,7 @@ def run(engine: Engine, work: list, aborted: tuple[str, int] = ("", -1)) -> dict
             engine.abort(aborted[0])
         for output in engine.step():
             got[output.request_id] = [(o.token_ids, o.logprobs, o.finish_reason) for o in output.outputs]
+            got[output.request_id].append(output.prompt_logprobs)
         step += 1
         assert step < 5000, "no progress"
     assert engine.core.stats().used_blocks == 0
@@ -80,6 +97,7 @@ def run(engine: Engine, work: list, aborted: tuple[str, int] = ("", -1)) -> dict
 every = {
     "repetition_penalty": st.sampled_from([1.0, 1.0, 1.0, 1.3]),
     "logprobs": st.sampled_from([None, None, 0, 3, 20, 25, -1]),
+    "prompt_logprobs": st.sampled_from([None, None, None, 2]),
     "logit_bias": st.sampled_from([None, None, None, {5: 2.0}]),
     "max_tokens": st.integers(1, 12),
     "stop_token_ids": st.lists(st.integers(3, VOCAB_SIZE - 1), max_size=8),
@@ -114,10 +132,12 @@ def check(
         "kv_cache_memory_bytes": blocks * block_bytes,
         "async_scheduling": overlap,
     }
-    engine = make_engine(folder, **options)
-    fixed = fix(engine)
-    assert run(engine, work) == run(make_engine(folder, **options), work)
-    assert not fixed.graphs.has_failed  # or all of it would have been computed otherwise
+    want = run(make_engine(folder, **options), work)
+    for prepare in (fix, lambda engine: mix(engine).fixed):
+        engine = make_engine(folder, **options)
+        fixed = prepare(engine)
+        assert run(engine, work) == want
+        assert not fixed.graphs.has_failed  # or all of it would have been computed otherwise
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
@@ -157,8 +177,33 @@ def test_every_kind_of_step_is_taken_and_preemption_changes_nothing(
     assert [got[str(i)][0][0] for i in range(4)] == [got[str(i)][0][0] for i in range(4, 8)]
     assert engine.core.stats().num_preemptions > 0
     random = Uses.RANDOM | Uses.FILTERS
-    alone = {uses for rows, _, uses in fixed.graphs.ready if rows == 1}
+    alone = {kind.uses for kind in fixed.graphs.ready if kind.num_rows == 1}
     assert alone == {Uses(0), random, random | Uses.LOGPROBS, None}
+
+
+def test_prompts_join_newest_tokens_in_mixed_steps(folder: str) -> None:
+    """In chunks, beside each other, and with whatever is sampled; larger steps and scored prompts go elsewhere."""
+    shared = {"max_tokens": 20, "ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY}
+    kinds = [{"temperature": 0.0}, {"seed": 5, "top_p": 0.9}, {"seed": 6, "logprobs": 2}]
+    work = [
+        ([3 + (i * j) % 90 for j in range(6 + 4 * i)], SamplingParams(**shared, **kinds[i % 3]), i)
+        for i in range(5)
+    ]
+    work.append(([7] * 9, SamplingParams(**shared, temperature=0.0, prompt_logprobs=1), 12))
+    options = {"max_num_seqs": 6, "max_num_batched_tokens": 12, "enable_prefix_caching": False}
+    engine, plain = make_engine(folder, **options), make_engine(folder, **options)
+    mixed = mix(engine)
+    assert run(engine, work) == run(plain, work)
+    kinds_seen = {kind for kind in mixed.fixed.graphs.ready if isinstance(kind, MixedKind)}
+    assert {kind.mixed for kind in kinds_seen} == {True, False}
+    assert {kind.num_seqs for kind in kinds_seen} == {1, 6}
+    assert {kind.num_tokens for kind in kinds_seen} == {32}
+    assert {Uses(0), Uses.RANDOM | Uses.FILTERS | Uses.LOGPROBS} <= {kind.uses for kind in kinds_seen}
+    assert not mixed.fixed.graphs.has_failed
+    narrow = make_engine(folder, **options)
+    mixed = mix(narrow, 11)
+    assert run(narrow, work) == run(plain, work)
+    assert {kind.num_tokens for kind in mixed.fixed.graphs.ready if isinstance(kind, MixedKind)} == {11}
 
 
 def test_a_step_that_cannot_be_fixed_is_computed_otherwise(
@@ -188,7 +233,7 @@ def test_compiled_attention_takes_padding(folder: str) -> None:
     assert run(engine, work) == run(make_engine(folder, **options), work)
     name = engine.core.runner.model.backend.name
     assert name == "cpu" or Cpu(16).why_not(torch.float32, torch.device("cpu"))
-    assert {rows for rows, _, _ in fixed.graphs.ready} >= {4, 6}
+    assert {kind.num_rows for kind in fixed.graphs.ready} >= {4, 6}
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -231,6 +276,17 @@ def test_sizes_cover_every_number_of_rows() -> None:
     for most in (5, 24, 100, 256, 1000):
         sizes = sizes_up_to(most)
         assert sizes == sorted(set(sizes)) and sizes[-1] == most
+
+
+def test_sizes_of_mixed_steps(folder: str) -> None:
+    for most in (1, 32, 100, 512, 700, 2048):
+        sizes = token_sizes(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most
+        assert seq_sizes(most)[-1] == most
+    small = make_engine(folder).core.runner.model.spec
+    assert worthwhile(small) == MOST_TOKENS
+    large = replace(small, vocab_size=10**9)  # computing takes longer than launching
+    assert worthwhile(large) == LEAST_TOKENS
 
 
 def test_a_cpu_has_no_graphs(folder: str) -> None:

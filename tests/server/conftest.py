@@ -49,7 +49,8 @@ class Live:
     loop: asyncio.AbstractEventLoop
 
     def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        http = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))  # leaves no socket
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, http_client=http)
 
     def async_client(self, key: str = "none") -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)

@@ -73,6 +73,7 @@ def test_a_tenant_has_its_own_limits(small: Served) -> None:
         stream = begin(stack, small, "key-of-ada")
         check_refusal(post(small, "key-of-ada", SHORT), 429, "rate_limit_exceeded", "tenant_concurrency")
         client = openai.OpenAI(base_url=f"{small.url}/v1", api_key="key-of-ada", max_retries=0)
+        stack.enter_context(client)
         with pytest.raises(openai.RateLimitError, match="1 requests at a time"):
             client.completions.create(model="demo", prompt="x", max_tokens=1)
         stream.close()

@@ -7,12 +7,12 @@ import functools
 import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged, Turn
+from quire.attention.base import LayerCache, Ragged, Shared, Turn
 from quire.attention.shapes import DIM_STEP, CacheShape
 
 LOG2E = 1.4426950408889634
@@ -23,6 +23,7 @@ DESCRIBED_CAPABILITY = (9, 0)  # copies by tensor descriptors
 MAX_DIM = 512 + 64  # DeepSeek's latent and key, the widest that tiles were made for
 DECODE_ROWS = 32  # a key head's queries of a sequence that the decode kernel takes beside one per sequence
 MERGED_NUMBERS = 4096  # that a program merges at once: as many registers as it has to spare
+MOST_SPLITS = 16  # programs that share pages in common; the decode kernel adds up what they leave
 INTERPRETED_PROCESSORS = 3  # as many as make the interpreter divide sequences
 
 
@@ -69,6 +70,15 @@ class Layout:
     described: tuple[Any, Any]  # tensor descriptors of keys and values, or None
 
 
+class How(NamedTuple):
+    """The parameters of `Backend.attend`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """How a step's keys are divided among the programs (decode.py), and the layer that had it computed."""
@@ -76,6 +86,7 @@ class Share:
     step: Ragged
     layer: LayerCache
     key: tuple[int, ...]
+    most: int  # queries of a sequence that takes part
     work: Tensor  # int32
     partials: Tensor  # float32
 
@@ -92,7 +103,7 @@ class Triton:
     capturable = True
 
     def __init__(self, block_size: int = 64, invariant: bool = False):
-        self.block_size, self.invariant = block_size, invariant
+        self.block_size, self.invariant, self.shares = block_size, invariant, not invariant
         self._shares: dict[tuple[int, ...], Share] = {}  # of the newest step
 
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -208,6 +219,23 @@ class Triton:
             )
         return heads.narrow(1, 0, num_heads)
 
+    def attend_turned(
+        self,
+        heads: Tensor,
+        cache: LayerCache,
+        turn: Turn,
+        step: Ragged,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        how = How(scale, window, softcap, sinks)
+        if self.invariant or step.max_query > 1 or step.shared:
+            return self._attended(self.place(cache, heads, turn, step), None, cache, step, how)
+        return self._attended(heads, turn, cache, step, how)
+
     def attend(
         self,
         q: Tensor,
@@ -219,21 +247,24 @@ class Triton:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        q = _rows(q)
-        tokens, heads, _ = q.shape
-        num_seqs = step.lengths.shape[0]
+        return self._attended(q, None, cache, step, How(scale, window, softcap, sinks))
+
+    def _attended(self, q: Tensor, turn: Turn | None, cache: LayerCache, step: Ragged, how: How) -> Tensor:
+        """Attention of q [T, H, D], or with `turn` of heads as `attend_turned` takes them, one for each sequence."""
+        q, num_seqs, num_kv_heads = _rows(q), step.lengths.shape[0], cache.shape.num_kv_heads
+        tokens, heads = len(q), q.shape[1] - (2 * num_kv_heads if turn else 0)
         if num_seqs == 0 or tokens == 0:
             return q.new_zeros(tokens, heads, cache.shape.v_dim)
         out = q.new_empty(tokens, heads, cache.shape.v_dim)
-        group = heads // cache.shape.num_kv_heads
+        group, window, softcap = heads // num_kv_heads, how.window, how.softcap
         common = (step.lengths, step.query_starts)
-        scales = (scale * LOG2E, 0.0)
+        scales = (how.scale * LOG2E, 0.0)
         if softcap is not None:
-            scales = (2 * LOG2E * scale / softcap, softcap * LOG2E)
+            scales = (2 * LOG2E * how.scale / softcap, softcap * LOG2E)
         if window is None or (window >= step.max_length and not self.invariant):
             window = NO_WINDOW
         rest = (
-            *(out, sinks, *scales, window, num_seqs, tokens, q.stride(0), q.stride(1)),
+            *(out, how.sinks, *scales, window, num_seqs, tokens, q.stride(0), q.stride(1)),
             *(step.block_tables.stride(0), _layout(cache).k_stride, _layout(cache).v_stride),
         )
         constants = {
@@ -244,24 +275,81 @@ class Triton:
             "CAPPED": softcap is not None,
         }
         few = step.max_query == 1 or step.max_query * group <= DECODE_ROWS
-        if few and not self.invariant:
-            share, sizes = self._share(cache, step, group, window)
-            self._decode((q, cache.k, cache.v, step.block_tables, *common), share, rest, constants | sizes)
-        else:
-            self._prefill((q, cache.k, cache.v), (step.block_tables, *common), cache, rest, constants)
+        most = 0 if self.invariant else step.max_query if few else 1 if step.mixed else 0
+        if most:
+            shared = step.shared if most == 1 and window == NO_WINDOW else None
+            share, sizes = self._share(cache, step, shared, most, group, window)
+            inputs = (q, cache.k, cache.v, step.block_tables, *common, step.slot_mapping)
+            left, sizes["SPLITS"] = None, 0
+            if shared is not None:
+                left, sizes["SPLITS"] = self._left(q, cache, step, shared, scales, constants)
+            self._decode(inputs, (share, left), turn, rest, constants | sizes)
+        if most < step.max_query:
+            self._prefill(
+                (q, cache.k, cache.v), (step.block_tables, *common, most + 1), cache, rest, constants
+            )
         return out
 
     def _decode(
-        self, inputs: tuple[Any, ...], share: Share, rest: tuple[Any, ...], constants: dict[str, Any]
+        self,
+        inputs: tuple[Any, ...],
+        division: tuple[Share, Any],
+        turn: Turn | None,
+        rest: tuple[Any, ...],
+        constants: dict[str, Any],
     ) -> None:
-        tiles = _layout(share.layer).tiles
-        _kernels("decode").decode[(share.key[0],)](
-            *(*inputs, share.work, share.partials, *rest),
+        share, left = division
+        kernels, tiles = _kernels("decode"), _layout(share.layer).tiles
+        turning = (None, None, None, 0.0) if turn is None else (turn.weights, turn.cos, turn.sin, turn.eps)
+        constants |= {
+            "HALF": turn.cos.shape[1] if turn else 0,
+            "INTERLEAVED": bool(turn and turn.interleaved),
+        }
+        constants["NEXT"] = kernels.NEVER.value
+        if _can_start_early(inputs[0].device):  # as products do (kernels/triton/products.py)
+            following = kernels.EARLY if len(inputs[0]) == 1 else kernels.LATE
+            constants |= {"NEXT": following.value, "launch_pdl": True}
+        kernels.decode[(share.key[0],)](
+            *(*inputs, share.work, share.partials, left, share.most, *turning, *rest),
             **constants,
             TILE=tiles.decode_tile,
             STAGES=tiles.decode_stages,
             num_warps=tiles.decode_warps * (2 if constants["ROWS"] > DECODE_ROWS else 1),
         )
+
+    def _left(
+        self,
+        q: Tensor,
+        cache: LayerCache,
+        step: Ragged,
+        shared: Shared,
+        scales: tuple[float, float],
+        constants: dict[str, Any],
+    ) -> tuple[Any, int]:
+        """Attention to the pages that sequences share, and among how many programs these were divided."""
+        kernels, layout, dims = _kernels("shared"), _layout(cache), constants
+        tiles, num_seqs = layout.tiles, len(step.lengths)
+        (num_groups, size), num_kv_heads = shared.members.shape, cache.shape.num_kv_heads
+        rows = min(max(16, _power_of_two(size * dims["GROUP"])), tiles.rows)
+        parts = -(-size * dims["GROUP"] // rows)
+        busy = -(-num_seqs // size) * parts * num_kv_heads  # programs, if all sequences share
+        splits = min(max(2 * _num_processors(q.device) // busy, 1), MOST_SPLITS)
+        shape = (splits, num_seqs, dims["HEADS"])
+        values = q.new_empty(*shape, dims["V0"] + dims["V1"], dtype=torch.float32)
+        left = kernels.Left(shared.num_pages, values, values.new_empty(*shape, 2))
+        kernels.attend[(num_groups * parts * num_kv_heads, splits)](
+            *(q, cache.k, cache.v, step.block_tables, step.query_starts, shared.members, shared.member_pages),
+            *(left, *scales, num_seqs, q.stride(0), q.stride(1), step.block_tables.stride(0)),
+            *(layout.k_stride, layout.v_stride),
+            **constants,
+            SEQS=size,
+            PARTS=parts,
+            ROWS=rows,
+            TILE=tiles.decode_tile,
+            STAGES=tiles.stages,
+            num_warps=tiles.warps,
+        )
+        return left, splits
 
     def _prefill(
         self,
@@ -285,15 +373,17 @@ class Triton:
         )
 
     def _share(
-        self, cache: LayerCache, step: Ragged, group: int, window: int
+        self, cache: LayerCache, step: Ragged, shared: Shared | None, most: int, group: int, window: int
     ) -> tuple[Share, dict[str, int]]:
-        """The step's division and its sizes. Layers of equal shape and window have it computed once.
+        """The division of sequences with up to `most` queries, of what they do not share, and its sizes.
+
+        Layers of equal shape and window have it computed once.
 
         A layer attends once a step. If the one that had it computed comes again, the step has new contents: its
         tensors are written in place where CUDA graphs are replayed.
         """
         kernels, layout, shape = _kernels("decode"), _layout(cache), cache.shape
-        num_rows = step.max_query * group
+        num_rows = most * group
         rows = min(max(16, _power_of_two(num_rows)), layout.tiles.most_rows)
         groups = -(-num_rows // rows)
         count = min(rows, _power_of_two(num_rows))
@@ -303,7 +393,7 @@ class Triton:
         width = layout.dims["V0"] + layout.dims["V1"]
         sizes = {"ROWS": rows, "GROUPS": groups, "COUNT": count}
         sizes["AT_ONCE"] = max(1, MERGED_NUMBERS // (count * _power_of_two(width)))
-        key = (num_programs, pairs, window, count, width, layout.tiles.decode_tile)
+        key = (num_programs, pairs, window, most, count, width, layout.tiles.decode_tile)
         if any(share.step is not step for share in self._shares.values()):
             self._shares.clear()
         found = self._shares.get(key)
@@ -313,11 +403,14 @@ class Triton:
             step=step,
             layer=cache,
             key=key,
+            most=most,
             work=torch.empty(2 + num_programs + num_seqs * (1 + pairs), dtype=torch.int32, device=device),
             partials=torch.empty(2 * num_programs * count * (width + 2), device=device),
         )
         kernels.divide[(-(-num_programs // kernels.PROGRAMS),)](
-            *(step.lengths, step.query_starts, share.work, num_seqs, pairs, num_programs, window),
+            *(step.lengths, step.query_starts, None if shared is None else shared.num_pages, share.work),
+            *(num_seqs, pairs, num_programs, most, window),
+            PAGE=self.block_size,
             TILE=layout.tiles.decode_tile,
             COUNT=kernels.PROGRAMS,
         )
@@ -360,6 +453,11 @@ def _is_small(device: torch.device) -> bool:
         return False
     major, minor = torch.cuda.get_device_capability(device)
     return (major, minor) != (8, 0) and major not in (9, 10)
+
+
+def _can_start_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one ahead of it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= DESCRIBED_CAPABILITY
 
 
 def _kernels(name: str) -> ModuleType:

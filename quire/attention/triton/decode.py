@@ -15,7 +15,9 @@ arrivals of each pair |. It is made on the device, so that nothing here depends 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quire.attention.triton.shared import add_left, tiles_in_common
 from quire.attention.triton.tiles import (
     FLOOR,
     accumulate,
@@ -25,34 +27,47 @@ from quire.attention.triton.tiles import (
     start_state,
     store_rows,
     token_pointers,
+    turned_parts,
     two_parts,
     zero_padding,
 )
+from quire.kernels.triton.linear import EARLY, LATE, NEVER
 
 SEQS = tl.constexpr(128)
 PROGRAMS = 64  # of the line's pieces, per program of `divide`
 
 
 @triton.jit
-def _num_tiles(lengths, starts, first, num_seqs, window, TILE: tl.constexpr):
-    """(sequences first .. first + SEQS, which of them are there, their tiles for each head)."""
+def _num_tiles(
+    lengths, starts, common, first, num_seqs, most, window, PAGE: tl.constexpr, TILE: tl.constexpr
+):
+    """(sequences first .. first + SEQS, which of them are there, their own tiles for each head)."""
     seqs = first + tl.arange(0, SEQS)
     there = seqs < num_seqs
     begin = tl.load(starts + seqs, mask=there, other=0)
     count = tl.load(starts + seqs + 1, mask=there, other=0) - begin
-    _, tiles = extent(tl.load(lengths + seqs, mask=there, other=0), count, window, TILE)
+    count = tl.where(count > most, 0, count)
+    length = tl.load(lengths + seqs, mask=there, other=0)
+    _, tiles = extent(length, count, window, TILE)
+    if common is not None:
+        ahead = tiles_in_common(tl.load(common + seqs, mask=there, other=0), length, PAGE, TILE)
+        tiles = tl.where(count > 0, tiles - ahead, 0)
     return seqs, there, tiles
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_programs", "window"])
+@triton.jit(do_not_specialize=["num_seqs", "num_programs", "most", "window"])
 def divide(
-    lengths, starts, work, num_seqs, num_heads, num_programs, window, TILE: tl.constexpr, COUNT: tl.constexpr
-):
-    """Fill `work`; each program finds the first sequences of COUNT pieces, program 0 does the rest too."""
+    lengths, starts, common, work, num_seqs, num_heads, num_programs, most, window,
+    PAGE: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Fill `work`, with nothing of sequences that have more than `most` queries, nor of pages in `common` [S], or None.
+
+    Each program finds the first sequences of COUNT pieces; program 0 does the rest too.
+    """
     program = tl.program_id(0)
     all_tiles = tl.zeros([SEQS], tl.int32)
     for first in range(0, num_seqs, SEQS):
-        _, _, tiles = _num_tiles(lengths, starts, first, num_seqs, window, TILE)
+        _, _, tiles = _num_tiles(lengths, starts, common, first, num_seqs, most, window, PAGE, TILE)
         all_tiles += tiles * num_heads
     total = tl.sum(all_tiles, 0)
     share = tl.maximum((total + num_programs - 1) // num_programs, 1)
@@ -64,7 +79,7 @@ def divide(
     before = total * 0
     begins = work + 2 + num_programs
     for first in range(0, num_seqs, SEQS):
-        seqs, there, tiles = _num_tiles(lengths, starts, first, num_seqs, window, TILE)
+        seqs, there, tiles = _num_tiles(lengths, starts, common, first, num_seqs, most, window, PAGE, TILE)
         ends = before + tl.cumsum(tiles * num_heads, 0)
         passed = there[None, :] & (ends[None, :] <= (pieces * share)[:, None])
         owners += tl.sum(passed.to(tl.int32), 1)
@@ -77,17 +92,72 @@ def divide(
 
 
 @triton.jit
+def _own_tiles(left, seq, length, num_queries, window, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """(a sequence's first tile here, how many, how many another kernel has attended before)."""
+    first, tiles = extent(length, num_queries, window, TILE)
+    ahead = tiles * 0
+    if left is not None:
+        ahead = tiles_in_common(tl.load(left.num_pages + seq), length, PAGE, TILE)
+    return first + ahead, tiles - ahead, ahead
+
+
+@triton.jit
+def _queries(
+    q, keep, heads, weight, cos, sin, eps, position, K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Both parts of a position's queries at pointers [N], turned where HALF says so."""
+    if HALF == 0:
+        q0, q1 = two_parts(q, keep, K0, K1, K_DIM)
+    else:
+        weights = weight if weight is None else weight + heads * K_DIM
+        row = position.to(tl.int64) * HALF
+        q0, q1 = turned_parts(q, keep, weights, cos + row, sin + row, eps, K0, K1, K_DIM, HALF, INTERLEAVED)
+        q0, q1 = q0.to(q.dtype.element_ty), q1.to(q.dtype.element_ty)
+    return q0, q1
+
+
+@triton.jit
+def _take_newest(
+    x, is_last, weight, k, v, slot, cos, sin, eps, head, position, k_stride, v_stride, x_head_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """The program of a head's last tile stores a position's turned key and its value; x is its row of heads."""
+    if is_last & (slot >= 0):
+        page, turns = slot // PAGE, position.to(tl.int64) * HALF
+        one = tl.zeros([1], tl.int32)
+        keep, row = one == 0, head * PAGE + slot % PAGE + one
+        weights = weight if weight is None else weight + (HEADS + head + one) * K_DIM
+        k0, k1 = turned_parts(
+            x + (HEADS + head + one) * x_head_stride, keep, weights, cos + turns, sin + turns, eps,
+            K0, K1, K_DIM, HALF, INTERLEAVED,
+        )  # fmt: skip
+        store_rows(k + page * k_stride + row * K_STORED, keep, k0, k1, K0, K1, K_DIM)
+        v0, v1 = two_parts(x + (HEADS + KV_HEADS + head + one) * x_head_stride, keep, V0, V1, V_DIM)
+        store_rows(v + page * v_stride + row * V_STORED, keep, v0, v1, V0, V1, V_DIM)
+        tl.debug_barrier()  # all threads of this program are going to read it
+
+
+@triton.jit
 def _attend_tiles(
-    q, k, v, table, sinks, rows, keep, heads, head, length, num_queries, first, stop, with_sinks,
-    scale, cap, window, k_stride, v_stride,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    q0, q1, k, v, table, sinks, left, ahead, seq, num_seqs, rows, keep, heads, head, length, num_queries,
+    first, stop, is_first, scale, cap, window, k_stride, v_stride,
+    HEADS: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state of a sequence's rows over tiles first .. stop. q [ROWS] pointers, heads [ROWS] of sinks."""
-    q0, q1 = two_parts(q, keep, K0, K1, K_DIM)
-    acc0, acc1, m, total = start_state(sinks, heads, keep & with_sinks, ROWS, V0, V1)
+    """The state of a sequence's rows over tiles first .. stop, and where these are its first over all before."""
+    acc0, acc1, m, total = start_state(sinks, heads, keep & is_first, ROWS, V0, V1)
+    if left is not None:
+        acc0, acc1, m, total = add_left(
+            acc0, acc1, m, total, left, tl.where(is_first, ahead, 0), seq, num_seqs, heads, keep,
+            HEADS, SPLITS, V0, V1,
+        )  # fmt: skip
     positions = length - num_queries + rows // GROUP
     last = (length - 1) // PAGE
     pages = page_ids(table, first, last, PAGE, TILE)
@@ -179,52 +249,66 @@ def _finish(
             store_rows(out + places * V_DIM, used < num_rows, sum0, sum1, V0, V1, V_DIM)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_rows", "window", "table_stride"])
+@triton.jit
+def _start(NEXT: tl.constexpr):
+    """Wait for the kernel ahead, where this one has been launched before its end; see linear.py."""
+    if NEXT == EARLY:
+        gdc_launch_dependents()
+    if NEXT != NEVER:
+        gdc_wait()
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_rows", "most", "window", "table_stride"])
 def decode(
-    q, k, v, tables, lengths, starts, work, partials, out, sinks, scale, cap, window, num_seqs, num_rows,
-    q_stride, q_head_stride, table_stride, k_stride, v_stride,
+    q, k, v, tables, lengths, starts, slots, work, partials, left, most, weight, cos, sin, eps, out, sinks, scale, cap,
+    window, num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
-    AT_ONCE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's piece of the line.
 
-    A key head's rows are cut into GROUPS of ROWS, of which at most COUNT are used.
+    A key head's rows are cut into GROUPS of ROWS, of which COUNT are used; sequences of more than `most` queries are
+    another kernel's. Where HALF is not 0, queries still have to be turned, and a token's key and value lie behind them.
     """
+    _start(NEXT)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     zero_padding(out, starts, num_seqs, num_rows, HEADS * V_DIM)
-    share, all_tiles = tl.load(work), tl.load(work + 1)
-    seq = tl.load(work + 2 + program)
-    begins = work + 2 + num_programs
+    share, all_tiles, seq = tl.load(work), tl.load(work + 1), tl.load(work + 2 + program)
     num_heads: tl.constexpr = HEADS // GROUP * GROUPS
-    sums = partials + num_programs * (2 * COUNT * (V0 + V1))
-    t = program * share
-    last = tl.minimum(t + share, all_tiles)
+    begins, sums = work + 2 + num_programs, partials + num_programs * (2 * COUNT * (V0 + V1))
+    t, last = program * share, tl.minimum(program * share + share, all_tiles)
     while t < last:
-        first_row = tl.load(starts + seq)
+        first_row, length = tl.load(starts + seq), tl.load(lengths + seq)
         num_queries = tl.load(starts + seq + 1) - first_row
-        length = tl.load(lengths + seq)
-        first_tile, tiles = extent(length, num_queries, window, TILE)
-        if tiles == 0:
+        first_tile, tiles, ahead = _own_tiles(left, seq, length, num_queries, window, PAGE, TILE)
+        if (tiles == 0) | (num_queries > most):
             seq += 1
         else:
             before = tl.load(begins + seq)
             group = (t - before) // tiles
-            begin = before + group * tiles
-            end = begin + tiles
-            stop = tl.minimum(end, last)
-            rows = group % GROUPS * ROWS + tl.arange(0, ROWS)
-            keep = rows < num_queries * GROUP
-            heads = group // GROUPS * GROUP + rows % GROUP
-            at = (first_row + rows // GROUP).to(tl.int64) * q_stride + heads * q_head_stride
+            begin, end = before + group * tiles, before + (group + 1) * tiles
+            stop, rows = tl.minimum(end, last), group % GROUPS * ROWS + tl.arange(0, ROWS)
+            keep, heads = rows < num_queries * GROUP, group // GROUPS * GROUP + rows % GROUP
+            table = tables + seq.to(tl.int64) * table_stride
+            q0, q1 = _queries(
+                q + (first_row + rows // GROUP).to(tl.int64) * q_stride + heads * q_head_stride, keep, heads,
+                weight, cos, sin, eps, length - 1, K0, K1, K_DIM, HALF, INTERLEAVED,
+            )  # fmt: skip
+            if HALF > 0:
+                _take_newest(
+                    q + first_row.to(tl.int64) * q_stride, stop == end, weight, k, v, tl.load(slots + first_row),
+                    cos, sin, eps, group // GROUPS, length - 1, k_stride, v_stride, q_head_stride, HEADS,
+                    HEADS // GROUP, PAGE, K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED, HALF, INTERLEAVED,
+                )  # fmt: skip
             acc0, acc1, m, total = _attend_tiles(
-                q + at, k, v, tables + seq.to(tl.int64) * table_stride, sinks, rows, keep, heads,
-                group // GROUPS, length, num_queries, first_tile + t - begin, first_tile + stop - begin,
-                t == begin, scale, cap, window, k_stride, v_stride,
-                GROUP, ROWS, PAGE, TILE, STAGES, K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED,
-                V_IS_K0, CAPPED, PRECISION,
+                q0, q1, k, v, table, sinks, left, ahead, seq, num_seqs, rows, keep, heads, group // GROUPS, length,
+                num_queries, first_tile + t - begin, first_tile + stop - begin, t == begin, scale, cap, window,
+                k_stride, v_stride, HEADS, SPLITS, GROUP, ROWS, PAGE, TILE, STAGES, K0, K1, K_DIM, K_STORED,
+                V0, V1, V_DIM, V_STORED, V_IS_K0, CAPPED, PRECISION,
             )  # fmt: skip
             _finish(
                 out, partials, sums, begins + num_seqs + seq * num_heads + group, acc0, acc1, m, total,
@@ -232,5 +316,6 @@ def decode(
                 GROUP, ROWS, COUNT, HEADS, GROUPS, V0, V1, V_DIM, AT_ONCE,
             )  # fmt: skip
             t = stop
-            if stop == before + num_heads * tiles:
-                seq += 1
+            seq += (stop == before + num_heads * tiles).to(tl.int32)
+    if NEXT == LATE:
+        gdc_launch_dependents()

@@ -93,9 +93,9 @@ def _sweep(
     return acc0, acc1, m, total
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_rows", "window", "table_stride"])
+@triton.jit(do_not_specialize=["num_seqs", "num_rows", "least", "window", "table_stride"])
 def prefill(
-    q, k, v, k_described, v_described, tables, lengths, starts, out, sinks, scale, cap, window,
+    q, k, v, k_described, v_described, tables, lengths, starts, least, out, sinks, scale, cap, window,
     num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
@@ -103,7 +103,10 @@ def prefill(
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's tile of ROWS rows of one key head."""
+    """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's tile of ROWS rows of one key head.
+
+    Rows of sequences that have fewer than `least` queries are another kernel's.
+    """
     zero_padding(out, starts, num_seqs, num_rows, HEADS * V_DIM)
     num_kv_heads: tl.constexpr = HEADS // GROUP
     head = tl.program_id(0) % num_kv_heads
@@ -113,7 +116,7 @@ def prefill(
     first_row = tl.load(starts + seq)
     num_queries = tl.load(starts + seq + 1) - first_row
     x = (query_tile - first_tile) * ROWS
-    if x < num_queries * GROUP:
+    if (x < num_queries * GROUP) & (num_queries >= least):
         length = tl.load(lengths + seq)
         rows = x + tl.arange(0, ROWS)
         keep = rows < num_queries * GROUP

@@ -66,6 +66,63 @@ def two_parts(rows, keep, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr)
 
 
 @triton.jit
+def _fresh_columns(rows, keep, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """columns_of what the kernel ahead wrote, past the first-level cache, as float32."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    mask = keep[:, None] & (columns < DIM)[None, :]
+    return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0, cache_modifier=".cg").to(
+        tl.float32
+    )
+
+
+@triton.jit
+def _turn_columns(
+    x, rows, keep, weight, scale, cos, sin, FIRST: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST .. of rows, which are x [N, WIDTH], normed where there are weights [N] and turned."""
+    columns = FIRST + tl.arange(0, x.shape[1])
+    turns, inside = columns < 2 * HALF, keep[:, None] & (columns < DIM)[None, :]
+    if INTERLEAVED:
+        partners, pairs, is_first = columns ^ 1, columns // 2, columns % 2 == 0
+    else:
+        is_first = columns < HALF
+        partners, pairs = tl.where(is_first, columns + HALF, columns - HALF), columns % HALF
+    both = inside & turns[None, :]
+    y = tl.load(rows[:, None] + partners[None, :], mask=both, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if weight is not None:
+        x = x * scale[:, None] * tl.load(weight[:, None] + columns[None, :], mask=inside, other=0.0)
+        y = y * scale[:, None] * tl.load(weight[:, None] + partners[None, :], mask=both, other=0.0)
+    c = tl.load(cos + pairs, mask=turns, other=1.0)[None, :]
+    s = tl.load(sin + pairs, mask=turns, other=0.0)[None, :]
+    return tl.where(is_first[None, :], x * c - y * s, x * c + y * s)
+
+
+@triton.jit
+def turned_parts(
+    rows, keep, weight, cos, sin, eps, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """two_parts of heads at pointers [N], normed by weights at pointers [N], or None, and turned: float32.
+
+    HALF pairs of numbers turn, by cos and sin [HALF].
+    """
+    part0, scale = _fresh_columns(rows, keep, 0, W0, DIM), eps
+    part1 = part0
+    if W1 > 0:
+        part1 = _fresh_columns(rows, keep, W0, W1, DIM)
+    if weight is not None:
+        squares = tl.sum(part0 * part0, 1)
+        if W1 > 0:
+            squares += tl.sum(part1 * part1, 1)
+        scale = tl.rsqrt(squares / DIM + eps)
+    part0 = _turn_columns(part0, rows, keep, weight, scale, cos, sin, 0, DIM, HALF, INTERLEAVED)
+    if W1 > 0:
+        part1 = _turn_columns(part1, rows, keep, weight, scale, cos, sin, W0, DIM, HALF, INTERLEAVED)
+    return part0, part1
+
+
+@triton.jit
 def scores_of(q0, q1, k0, k1, scale, cap, K1: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
     """(q k^T [ROWS, TILE], what to multiply it by); soft caps are applied, and their factor is 1.
 
