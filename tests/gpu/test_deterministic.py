@@ -13,7 +13,7 @@ from quire.config import Config
 from quire.engine.engine import Engine
 from quire.errors import ConfigError
 from quire.kernels import ops
-from quire.types import OutputKind, SamplingParams
+from quire.types import Logprob, OutputKind, SamplingParams
 from tests.gpu.test_graphs import (
     KINDS,
     ODD,
@@ -42,17 +42,17 @@ NETWORKS = {  # outputs, inputs: of both tiles, few parts and many, whole steps 
     "odd": (333, 1001),
     "head": (32003, 1024),
 }
-Bits = dict[str, list[tuple[list[int], list[tuple[list[int], list[bytes], list[int]]]]]]
+Bits = dict[str, list[tuple[list[int], list[list[tuple[int, bytes, int | None]]]]]]
 
 
 def bits(got: Got) -> Bits:
-    """Tokens, and log probabilities as they are in memory."""
+    """Tokens, and log probabilities as they are in memory, in their order."""
 
-    def row(scores: Any) -> tuple[list[int], list[bytes], list[int]]:
-        return scores.token_ids, [struct.pack("d", value) for value in scores.logprobs], scores.ranks
+    def row(scores: dict[int, Logprob]) -> list[tuple[int, bytes, int | None]]:
+        return [(token, struct.pack("d", s.logprob), s.rank) for token, s in scores.items()]
 
     return {
-        key: [(tokens, [row(scores) for scores in logprobs or []]) for tokens, logprobs in outputs]
+        key: [(tokens, [row(scores) for scores in logprobs]) for tokens, logprobs in outputs]
         for key, outputs in got.items()
     }
 
