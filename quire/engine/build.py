@@ -156,7 +156,7 @@ def _load(
     dtype = getattr(torch, config.dtype)
     model = Decoder(spec, backend=backend, dtype=dtype, device=device, max_length=config.max_model_len)
     if config.load_format == "dummy":
-        model.load(DummyCheckpoint(config.seed, dtype))
+        model.load(DummyCheckpoint(config.seed, dtype, device))
         return model
     checkpoint = Checkpoint(folder, names)
     checkpoint.check(parameter_shapes(spec))  # before the first byte of weights is read
