@@ -104,6 +104,10 @@ def build_core(
     resolved = resolve(config, spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config
     torch.set_num_threads(config.num_threads or 1)
+    if backend.name == "triton":
+        from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
+
+        keep_kernels()
     model = _load(config, spec, names, folder, backend, platform.device)
     core = _core(resolved, spec, model, platform.device, clock, announce)
     return CoreParts(
