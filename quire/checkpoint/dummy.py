@@ -12,13 +12,19 @@ STD = 0.02
 class DummyCheckpoint:
     """Every tensor exists: normally distributed, or near 1 for the weights of norms.
 
-    A value depends on the seed, the tensor's name and its place only, not on loading order or sharding.
+    A value depends on the seed, the tensor's name and its place only, not on loading order, sharding or device.
     """
 
-    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.bfloat16):
+    def __init__(
+        self,
+        seed: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ):
+        """`device`: where tensors are made, of noise that comes from the CPU once."""
         self.seed = seed
         generator = torch.Generator().manual_seed(seed)
-        self._noise = (torch.randn(PERIOD, generator=generator) * STD).to(dtype)
+        self._noise = (torch.randn(PERIOD, generator=generator) * STD).to(dtype).to(device)
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -36,7 +42,7 @@ class DummyCheckpoint:
         return int.from_bytes(digest, "little") % PERIOD
 
     def _values(self, start: int, count: int) -> torch.Tensor:
-        out = torch.empty(count, dtype=self._noise.dtype)
+        out = torch.empty(count, dtype=self._noise.dtype, device=self._noise.device)
         done = 0
         while done < count:
             at = (start + done) % PERIOD

@@ -105,6 +105,10 @@ def build_core(
     resolved = resolve(config, spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config
     torch.set_num_threads(config.num_threads or 1)
+    if backend.name == "triton":
+        from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
+
+        keep_kernels()
     model = _load(config, spec, names, folder, backend, platform.device)
     core = _core(resolved, spec, model, platform.device, clock, announce)
     return CoreParts(
@@ -167,7 +171,7 @@ def _load(
         invariant=config.deterministic,
     )
     if config.load_format == "dummy":
-        model.load(DummyCheckpoint(config.seed, dtype))
+        model.load(DummyCheckpoint(config.seed, dtype, device))
         return model
     checkpoint = Checkpoint(folder, names)
     checkpoint.check(parameter_shapes(spec))  # before the first byte of weights is read

@@ -1,12 +1,13 @@
 """What layers are built from and loaded from. Layers pull their weights by their own names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quire.attention.base import Backend
+from quire.checkpoint.upload import Upload
 from quire.kernels import ops
 from quire.layers.rope import RopeTables
 
@@ -30,6 +31,10 @@ class Build:
     backend: Backend
     ropes: RopeTables
     invariant: bool = False  # a row's result is the same bits whatever else is in its batch
+    upload: Upload = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "upload", Upload(self.device))
 
     def pack(self, weight: Tensor) -> Any:
         """A weight in the form of the fastest product that is good enough; see `ops.pack_linear`."""
@@ -37,5 +42,10 @@ class Build:
 
     def pull(self, weights: Weights, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A weight in the model's dtype (or `dtype`) on its device, in memory of its own."""
-        tensor = weights.tensor(name, shape=shape)
-        return tensor.to(self.device, dtype or self.dtype, copy=True).contiguous()
+        tensor = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        self.fill(tensor, weights, name)
+        return tensor
+
+    def fill(self, destination: Tensor, weights: Weights, name: str) -> None:
+        """The same into memory that is there, whose shape the weight must have: some rows of a larger one."""
+        self.upload.copy(destination, weights.tensor(name, shape=tuple(destination.shape)))

@@ -48,6 +48,10 @@ class Decoder(nn.Module):
 
     def load(self, weights: Weights) -> None:
         """Pull every weight, layer by layer, so that at most one layer is held twice."""
+        with self.build.upload:
+            self._load(weights)
+
+    def _load(self, weights: Weights) -> None:
         s, build = self.spec, self.build
         self.embedding = build.pull(weights, "embed_tokens.weight", s.vocab_size, s.dim)
         if s.num_positions:

@@ -35,8 +35,7 @@ class Linear(nn.Module):
         weight = torch.empty(sum(self.parts.values()), self.inputs, dtype=build.dtype, device=build.device)
         start = 0
         for part, outputs in self.parts.items():
-            source = weights.tensor(_join(name, part, "weight"), shape=(outputs, self.inputs))
-            weight[start : start + outputs].copy_(source)
+            build.fill(weight[start : start + outputs], weights, _join(name, part, "weight"))
             start += outputs
         return weight
 
