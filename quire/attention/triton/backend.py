@@ -305,10 +305,7 @@ class Triton:
             "HALF": turn.cos.shape[1] if turn else 0,
             "INTERLEAVED": bool(turn and turn.interleaved),
         }
-        constants["NEXT"] = kernels.NEVER.value
-        if _can_start_early(inputs[0].device):  # as products do (kernels/triton/products.py)
-            following = kernels.EARLY if len(inputs[0]) == 1 else kernels.LATE
-            constants |= {"NEXT": following.value, "launch_pdl": True}
+        constants |= _following(inputs[0], kernels.EARLY if len(inputs[0]) == 1 else kernels.LATE)
         kernels.decode[(share.key[0],)](
             *(*inputs, share.work, share.partials, left, share.most, *turning, *rest),
             **constants,
@@ -455,9 +452,10 @@ def _is_small(device: torch.device) -> bool:
     return (major, minor) != (8, 0) and major not in (9, 10)
 
 
-def _can_start_early(device: torch.device) -> bool:
-    """Whether a kernel can be launched before the one ahead of it has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= DESCRIBED_CAPABILITY
+def _following(x: Tensor, when: Any) -> dict[str, Any]:
+    """See kernels/triton/machine.py, which imports Triton."""
+    found: dict[str, Any] = importlib.import_module("quire.kernels.triton.machine").following(x, when)
+    return found
 
 
 def _kernels(name: str) -> ModuleType:
