@@ -6,6 +6,7 @@ Of the number of rows only two things follow: how many programs there are, and w
 up by one program, or by the last one to arrive of as many as there are parts. Norms are kernels of their own.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,7 @@ def _launch(x: Tensor, weight: InvariantWeight, bias: Tensor | None, out: Tensor
     )
 
 
+@functools.cache
 def tile_of(product: Product, heads: int, shared_bytes: int) -> Tile:
     """The tile of all products with a weight: `split` is the number of parts. Only its stages depend on the GPU."""
     tile = TALL if MOST_PARTS * product.outputs >= ENOUGH * TALL.rows else SHORT
