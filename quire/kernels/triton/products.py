@@ -6,14 +6,13 @@ Results differ from those of separate operations by what these would have rounde
 added, gate and up before they are multiplied, and the norm's 1 / rms.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
 
+from quire.kernels.gpu import gpu_of
 from quire.kernels.reference import (
     RmsNorm,
     RowScale,
@@ -200,11 +199,9 @@ def _streams(x: Tensor) -> bool:
     return x.dim() == 2 and 0 < len(x) <= MOST_ROWS
 
 
-@functools.cache
 def machine(device: torch.device) -> tuple[int, int, bool]:
     """(processors, bytes of shared memory of a program, whether kernels can start before the last one ends)."""
-    if device.type != "cuda":
+    gpu = gpu_of(device)
+    if gpu is None:
         return INTERPRETED_PROCESSORS, SHARED_BYTES, False
-    found = torch.cuda.get_device_properties(device)
-    shared_bytes = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-    return found.multi_processor_count, shared_bytes, (found.major, found.minor) >= PDL_CAPABILITY
+    return gpu.processors, gpu.shared_bytes, gpu.capability >= PDL_CAPABILITY
