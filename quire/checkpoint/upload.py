@@ -103,7 +103,8 @@ class Upload:
 
     def copy(self, destination: Tensor, source: Tensor) -> None:
         """Any strides and dtypes, one shape. The source may change or go when this returns."""
-        assert destination.shape == source.shape, (destination.shape, source.shape)
+        if destination.shape != source.shape:
+            raise ValueError(f"{tuple(source.shape)} numbers cannot be copied to {tuple(destination.shape)}")
         if not self.staged or source.device.type != "cpu":
             destination.copy_(source)
             return

@@ -20,8 +20,10 @@ from quire.config import Config
 from quire.engine.announce import Announce
 from quire.engine.core import EngineCore
 from quire.engine.inputs import InputProcessor
+from quire.engine.precompile import Job, Precompiler
 from quire.engine.text import model_config, read_text
 from quire.errors import ConfigError
+from quire.kernels.gpu import gpu_of
 from quire.layers.decoder import Decoder
 from quire.log import logger
 from quire.models.names import Names
@@ -104,11 +106,15 @@ def build_core(
     resolved = resolve(config, spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config
     torch.set_num_threads(config.num_threads or 1)
-    if backend.name == "triton":
-        from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
-
-        keep_kernels()
-    model = _load(config, spec, names, folder, backend, platform.device)
+    model = Decoder(
+        spec,
+        backend=backend,
+        dtype=getattr(torch, config.dtype),
+        device=platform.device,
+        max_length=config.max_model_len,
+    )
+    _compile_ahead(resolved, raw, model)
+    _load(model, config, names, folder)
     core = _core(resolved, spec, model, platform.device, clock, announce)
     return CoreParts(
         config,
@@ -154,19 +160,38 @@ def _backend(config: Config, platform: Platform, dtype: str) -> Backend:
     )
 
 
-def _load(
-    config: Config, spec: DecoderSpec, names: Names, folder: Path, backend: Backend, device: torch.device
-) -> Decoder:
-    dtype = getattr(torch, config.dtype)
-    model = Decoder(spec, backend=backend, dtype=dtype, device=device, max_length=config.max_model_len)
+def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Decoder) -> None:
+    """Have the kernels of decode steps compiled by processes that run beside what follows, and beside first steps."""
+    config, build = resolved.config, model.build
+    gpu = gpu_of(build.device)
+    if gpu is None or model.backend.name != "triton":
+        return
+    from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
+
+    keep_kernels()
+    if why_not(model, build.device) is not None:
+        return
+    job = Job(
+        raw=raw,
+        dtype=config.dtype,
+        block_size=model.backend.block_size,
+        max_seqs=config.max_num_seqs or 1,
+        max_length=config.max_model_len or model.spec.max_length,
+        max_batched_tokens=config.max_num_batched_tokens or 1,
+        gpu=gpu,
+    )
+    Precompiler(job)
+
+
+def _load(model: Decoder, config: Config, names: Names, folder: Path) -> None:
+    build = model.build
     if config.load_format == "dummy":
-        model.load(DummyCheckpoint(config.seed, dtype, device))
-        return model
+        model.load(DummyCheckpoint(config.seed, build.dtype, build.device))
+        return
     checkpoint = Checkpoint(folder, names)
-    checkpoint.check(parameter_shapes(spec))  # before the first byte of weights is read
+    checkpoint.check(parameter_shapes(model.spec))  # before the first byte of weights is read
     model.load(checkpoint)
     checkpoint.finish()
-    return model
 
 
 def _core(

@@ -1,9 +1,9 @@
 """Kernels compiled in processes of their own while weights load, into Triton's cache on disk.
 
 Which kernels steps will need is not written down anywhere: each process runs the steps themselves, on `meta` tensors
-and for a GPU that is described, with a driver for Triton that launches nothing. All of them run the same steps, and each
-compiles its share of the kernels that come by. Nothing depends on it: what is not compiled when it is first launched
-is compiled then.
+and for a GPU that is described, with a driver for Triton that launches nothing. All of them run the same steps, and
+each compiles its share of the kernels that come by. Nothing depends on it: what is not compiled when it is first
+launched is compiled then.
 """
 
 import atexit
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
 
@@ -38,7 +38,10 @@ from quire.sampling.slots import Uses
 
 MAX_PROCESSES = 16
 NICENESS = 10  # weights come first
-COMMAND = "from quire.engine.precompile import main; main()"
+BOOT = (  # as in the nursery: the same modules as here, and none of the folder that somebody is in
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from quire.engine.precompile import main; main()"
+)
 DRAWS = (Uses(0), Uses.RANDOM | Uses.FILTERS)
 WARP_SIZE = 32
 
@@ -58,6 +61,11 @@ class Job:
     num_shares: int = 1
 
 
+def command() -> list[str]:
+    """Starts a process that is `main`."""
+    return [sys.executable, "-P", "-c", BOOT, json.dumps(sys.path)]
+
+
 class Precompiler:
     """The processes of one engine."""
 
@@ -65,14 +73,21 @@ class Precompiler:
         count = num_processes or max(1, min(len(os.sched_getaffinity(0)) - 1, MAX_PROCESSES))
         self.processes: list[subprocess.Popen[bytes]] = []
         for share in range(count):
-            process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-            )
-            self.processes.append(process)
             work = json.dumps({**asdict(job), "share": share, "num_shares": count})
-            assert process.stdin is not None
-            process.stdin.write(work.encode())
-            process.stdin.close()
+            try:
+                process = subprocess.Popen(
+                    command(),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=None if share == 0 else subprocess.DEVNULL,  # all would say the same
+                )
+                self.processes.append(process)
+                if process.stdin is not None:
+                    with process.stdin as stdin:
+                        stdin.write(work.encode())
+            except OSError as error:
+                logger.warning("no process to compile kernels: %s; first uses will be slower", error)
+                break
         atexit.register(self.close)
         threading.Thread(target=self._watch, name="quire-precompile", daemon=True).start()
 
@@ -122,8 +137,17 @@ class NoLaunches:
         return lambda *args: None
 
 
-def run(job: Job) -> tuple[set[str], set[str]]:
-    """Compile the job's share; returns the digests of all kernels that steps launch, and of those compiled here."""
+@dataclass
+class Outcome:
+    """Kernels' names by digest, those that steps launch and those of this share; and which were in no cache."""
+
+    launched: dict[str, str] = field(default_factory=dict)
+    mine: dict[str, str] = field(default_factory=dict)
+    num_compiled: int = 0
+
+
+def run(job: Job) -> Outcome:
+    """Compile the job's share. For a process that does nothing else: Triton has another driver afterwards."""
     from triton import knobs
     from triton.runtime.driver import driver
 
@@ -132,35 +156,37 @@ def run(job: Job) -> tuple[set[str], set[str]]:
     gpu = Gpu(job.gpu[0], job.gpu[1], (job.gpu[2][0], job.gpu[2][1]))
     describe(gpu)
     driver.set_active(NoLaunches(gpu))
-    seen: set[str] = set()
-    mine: set[str] = set()
-    parent = os.getppid()
+    outcome, parent = Outcome(), os.getppid()
+
+    def count(*, cache_hit: bool, **_: object) -> None:
+        outcome.num_compiled += not cache_hit
 
     def skip(*, key: str, fn: Any, **_: object) -> bool:
         """Triton asks before it compiles; True is no."""
         if os.getppid() != parent:
             raise SystemExit(0)  # nobody is left to compile for
         digest = hashlib.blake2b(f"{fn.module}.{fn.name}{key}".encode(), digest_size=8).hexdigest()
-        seen.add(digest)
+        outcome.launched[digest] = fn.name
         if int(digest, 16) % job.num_shares != job.share:
             return True
-        mine.add(digest)
+        outcome.mine[digest] = fn.name
         return False
 
-    knobs.runtime.jit_cache_hook = skip
-    try:
-        dry_run(job)
-    finally:
-        knobs.runtime.jit_cache_hook = None
-    return seen, mine
+    knobs.runtime.jit_cache_hook, knobs.compilation.listener = skip, count
+    dry_run(job)
+    return outcome
 
 
 def dry_run(job: Job) -> None:
     """Every kind of decode step, and of small steps with prompts, on `meta` tensors. Graphs of them come later."""
     spec, _ = decoder_spec(dict(job.raw))
     device, dtype = torch.device("meta"), getattr(torch, job.dtype)
-    model = Decoder(spec, backend=Triton(job.block_size), dtype=dtype, device=device, max_length=job.max_length)
-    pool = torch.empty(1024, block_bytes(spec, job.block_size, dtype.itemsize), dtype=torch.uint8, device=device)
+    model = Decoder(
+        spec, backend=Triton(job.block_size), dtype=dtype, device=device, max_length=job.max_length
+    )
+    pool = torch.empty(
+        1024, block_bytes(spec, job.block_size, dtype.itemsize), dtype=torch.uint8, device=device
+    )
     caches, kept = model.caches(pool), distinct_layers(spec)
     model.layers = nn.ModuleList(model.layers[i] for i in kept)
     model.load(MetaWeights(dtype))
@@ -203,7 +229,8 @@ def mixed_kinds(steps: MixedSteps) -> Iterator[MixedKind]:
 
 
 def main() -> None:
-    """A process: a job on its standard input."""
+    """A process: a job on its standard input, the outcome on its standard output."""
     os.nice(NICENESS)
     torch.set_num_threads(1)
-    run(Job(**json.load(sys.stdin)))
+    outcome = run(Job(**json.load(sys.stdin)))
+    sys.stdout.write(json.dumps(asdict(outcome)))

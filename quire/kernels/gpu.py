@@ -35,5 +35,10 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 @functools.cache
 def _measured(device: torch.device) -> Gpu:
+    from triton.runtime import driver  # only where there are GPUs
+
     found = torch.cuda.get_device_properties(device)
-    return Gpu(found.multi_processor_count, found.shared_memory_per_block_optin, (found.major, found.minor))
+    shared_bytes = driver.active.utils.get_device_properties(
+        torch.cuda.current_device() if device.index is None else device.index
+    )["max_shared_mem"]
+    return Gpu(found.multi_processor_count, shared_bytes, (found.major, found.minor))
