@@ -89,7 +89,8 @@ class Precompiler:
                 logger.warning("no process to compile kernels: %s; first uses will be slower", error)
                 break
         atexit.register(self.close)
-        threading.Thread(target=self._watch, name="quire-precompile", daemon=True).start()
+        self.watcher = threading.Thread(target=self._watch, name="quire-precompile", daemon=True)
+        self.watcher.start()
 
     def wait(self) -> list[int]:
         """Wait for the end of all; returns their exit codes."""
@@ -104,6 +105,7 @@ class Precompiler:
 
     def _watch(self) -> None:
         failed = [code for code in self.wait() if code > 0]  # less than 0: killed, as by `close`
+        atexit.unregister(self.close)
         if failed:
             logger.warning("%d processes could not compile kernels; first uses will be slower", len(failed))
 

@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu.shapes import SHAPES  # noqa: E402
 from quire.checkpoint.dummy import DummyCheckpoint, MetaWeights  # noqa: E402
-from quire.engine.precompile import Job, command, distinct_layers  # noqa: E402
+from quire.engine.precompile import Job, Precompiler, command, distinct_layers  # noqa: E402
+from quire.log import logger  # noqa: E402
 from quire.models.registry import decoder_spec  # noqa: E402
 
 H100 = (132, 232448, (9, 0))
@@ -70,6 +71,25 @@ def test_kernels_of_every_part_of_a_step_are_found(model: str, tmp_path: Path) -
 def test_a_process_without_a_job_fails() -> None:
     ended = subprocess.run(command(), input="{}", capture_output=True, text=True, check=False)
     assert ended.returncode > 0 and "raw" in ended.stderr
+
+
+def test_what_fails_in_a_process_is_a_warning(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    processes = Precompiler(replace(job("8B"), raw={}), num_processes=2)
+    assert processes.wait() == [1, 1]
+    processes.watcher.join()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "2 processes could not compile kernels" in caplog.text
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_processes_end_when_they_are_not_needed(caplog: pytest.LogCaptureFixture) -> None:
+    processes = Precompiler(job("8B"), num_processes=2)
+    processes.close()
+    processes.watcher.join()
+    assert processes.wait() == [-9, -9] and not caplog.records
 
 
 def test_layers_that_launch_the_same_are_tried_once() -> None:
