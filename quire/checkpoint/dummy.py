@@ -58,6 +58,20 @@ class DummyCheckpoint:
         """Nothing can be left over."""
 
 
+class MetaWeights:
+    """Every tensor exists, and has a shape and a dtype but no numbers."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def tensor(self, name: str, *, shape: tuple[int, ...], rows: slice | None = None) -> torch.Tensor:
+        whole = torch.empty(shape, dtype=self.dtype, device="meta")
+        return whole if rows is None else whole[rows]
+
+
 def _is_norm_weight(name: str) -> bool:
     *_, module, kind = ("", *name.split("."))
     return kind == "weight" and "norm" in module

@@ -20,9 +20,11 @@ from quire.config import Config
 from quire.engine.announce import Announce
 from quire.engine.core import EngineCore
 from quire.engine.inputs import InputProcessor
+from quire.engine.precompile import Job, Precompiler
 from quire.engine.text import model_config, read_text
 from quire.errors import ConfigError
 from quire.kernels import ops
+from quire.kernels.gpu import gpu_of
 from quire.layers.decoder import Decoder
 from quire.log import logger
 from quire.models.names import Names
@@ -105,11 +107,9 @@ def build_core(
     resolved = resolve(config, spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config
     torch.set_num_threads(config.num_threads or 1)
-    if backend.name == "triton":
-        from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
-
-        keep_kernels()
-    model = _load(config, spec, names, folder, backend, platform.device)
+    model = _network(config, spec, backend, platform.device)
+    _compile_ahead(resolved, raw, model)
+    _load(model, config, names, folder)
     core = _core(resolved, spec, model, platform.device, clock, announce)
     return CoreParts(
         config,
@@ -156,13 +156,12 @@ def _backend(config: Config, platform: Platform, dtype: str) -> Backend:
     )
 
 
-def _load(
-    config: Config, spec: DecoderSpec, names: Names, folder: Path, backend: Backend, device: torch.device
-) -> Decoder:
+def _network(config: Config, spec: DecoderSpec, backend: Backend, device: torch.device) -> Decoder:
+    """Without weights."""
     dtype = getattr(torch, config.dtype)
     if config.deterministic and (reason := ops.why_not_invariant(device, dtype)):
         raise ConfigError(f"deterministic cannot be had here: {reason}")
-    model = Decoder(
+    return Decoder(
         spec,
         backend=backend,
         dtype=dtype,
@@ -170,14 +169,41 @@ def _load(
         max_length=config.max_model_len,
         invariant=config.deterministic,
     )
+
+
+def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Decoder) -> None:
+    """Have the kernels of decode steps compiled by processes that run beside what follows, and beside first steps."""
+    config, build = resolved.config, model.build
+    gpu = gpu_of(build.device)
+    if gpu is None or model.backend.name != "triton":
+        return
+    from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
+
+    keep_kernels()
+    if why_not(model, build.device) is not None:
+        return
+    job = Job(
+        raw=raw,
+        dtype=config.dtype,
+        block_size=model.backend.block_size,
+        max_seqs=config.max_num_seqs or 1,
+        max_length=config.max_model_len or model.spec.max_length,
+        max_batched_tokens=config.max_num_batched_tokens or 1,
+        deterministic=config.deterministic,
+        gpu=gpu,
+    )
+    Precompiler(job)
+
+
+def _load(model: Decoder, config: Config, names: Names, folder: Path) -> None:
+    build = model.build
     if config.load_format == "dummy":
-        model.load(DummyCheckpoint(config.seed, dtype, device))
-        return model
+        model.load(DummyCheckpoint(config.seed, build.dtype, build.device))
+        return
     checkpoint = Checkpoint(folder, names)
-    checkpoint.check(parameter_shapes(spec))  # before the first byte of weights is read
+    checkpoint.check(parameter_shapes(model.spec))  # before the first byte of weights is read
     model.load(checkpoint)
     checkpoint.finish()
-    return model
 
 
 def _core(

@@ -23,7 +23,8 @@ class Op:
         """Register a kernel that computes what the reference computes. It takes the same arguments."""
 
         def register(kernel: Kernel) -> Kernel:
-            self.kernels.update({(device, dtype): kernel for dtype in dtypes})
+            devices = (device, "meta") if device == "cuda" else (device,)  # a GPU that is described; gpu.py
+            self.kernels.update({(name, dtype): kernel for name in devices for dtype in dtypes})
             return kernel
 
         return register

@@ -111,7 +111,7 @@ class FixedSteps:
         if asked is None:
             return None
         kind = self._place(work, asked.uses)
-        return self.start(kind, lambda: self._compute(kind), kind.num_rows, asked.num_logprobs)
+        return self.start(kind, lambda: self.compute(kind), kind.num_rows, asked.num_logprobs)
 
     def asked(self, slots: Sequence[int]) -> Asked | None:
         """What sampling these slots takes, or None where a whole step cannot do it."""
@@ -145,7 +145,7 @@ class FixedSteps:
         if not _fits(work):
             return None
         kind = self._place(work, None)
-        if not self.graphs.run(kind, lambda: self._compute(kind)):
+        if not self.graphs.run(kind, lambda: self.compute(kind)):
             return None
         inputs, ragged = self._step(kind)
         count = len(work)
@@ -187,7 +187,8 @@ class FixedSteps:
             self.steps[kind] = inputs, ragged
         return self.steps[kind]
 
-    def _compute(self, kind: FixedKind) -> None:
+    def compute(self, kind: FixedKind) -> None:
+        """The step's launches, for whatever the device was told last."""
         state, rows, (inputs, ragged) = self.state, self.rows.slots[: kind.num_rows], self._step(kind)
         gather(rows, state.numbers, state.tokens, inputs, self.block_size)
         hidden = self.model(inputs.token_ids, ragged, self.caches)

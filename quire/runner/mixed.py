@@ -93,7 +93,7 @@ class MixedSteps:
             uses=asked.uses,
         )
         self._send([*sampling, *(w for w in work if not w.samples)], len(sampling))
-        fetch = self.fixed.start(kind, lambda: self._compute(kind), kind.num_seqs, asked.num_logprobs)
+        fetch = self.fixed.start(kind, lambda: self.compute(kind), kind.num_seqs, asked.num_logprobs)
         return None if fetch is None else (sampling, fetch)
 
     def _send(self, work: Sequence[Work], num_sampling: int) -> None:
@@ -126,7 +126,8 @@ class MixedSteps:
             self.steps[kind] = layout, ragged
         return self.steps[kind]
 
-    def _compute(self, kind: MixedKind) -> None:
+    def compute(self, kind: MixedKind) -> None:
+        """The step's launches, for whatever the device was told last."""
         fixed, state = self.fixed, self.fixed.state
         layout, ragged = self._step(kind)
         sheet = self.sheet[:, : kind.num_seqs + 1]

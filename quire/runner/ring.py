@@ -17,7 +17,7 @@ class Ring:
 
     def __init__(self, width: int, device: torch.device):
         """`width`: int32 numbers of an entry."""
-        on_gpu = device.type != "cpu"
+        on_gpu = device.type == "cuda"
         self.entries = torch.zeros(NUM_ENTRIES, width, dtype=torch.int32, pin_memory=on_gpu)
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         self.events = [torch.cuda.Event() for _ in range(NUM_ENTRIES)] if on_gpu else []

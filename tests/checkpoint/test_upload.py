@@ -63,6 +63,11 @@ def test_only_the_slice_that_is_named_changes() -> None:
     assert whole[:10].abs().sum() == 0 and whole[20:].abs().sum() == 0
 
 
+def test_shapes_must_agree() -> None:
+    with Upload(CPU) as upload, pytest.raises(ValueError, match="cannot be copied"):
+        upload.copy(torch.empty(3, 4), numbers(4))  # torch would repeat it
+
+
 def test_one_buffer_is_enough() -> None:
     source = numbers(50, 50)
     with Upload(CPU, staged=True, num_buffers=1, buffer_bytes=BYTES) as upload:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quire.attention.base import LayerCache, Ragged, Shared, Turn
 from quire.attention.shapes import DIM_STEP, CacheShape
+from quire.kernels.gpu import gpu_of
 
 LOG2E = 1.4426950408889634
 NO_WINDOW = 1 << 30
@@ -152,7 +153,8 @@ class Triton:
     def _described(self, k: Tensor, v: Tensor, dims: dict[str, Any], tiles: Tiles) -> tuple[Any, Any]:
         """Tensor descriptors, where the hardware has them and a tile is one piece of memory."""
         whole = dims["K1"] == dims["V1"] == 0 and k.shape[-1] == dims["K0"] and v.shape[-1] == dims["V0"]
-        if k.device.type != "cuda" or torch.cuda.get_device_capability(k.device) < DESCRIBED_CAPABILITY:
+        gpu = gpu_of(k.device)
+        if gpu is None or gpu.capability < DESCRIBED_CAPABILITY:
             return None, None
         if not whole or dims["V_IS_K0"] or self.block_size % tiles.tile or k.dtype is torch.float32:
             return None, None
@@ -436,20 +438,15 @@ def _num_programs(pairs: int, max_length: int, shape: CacheShape, device: torch.
     return processors * (2 if pairs < 512 else 4)
 
 
-@functools.cache
 def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    gpu = gpu_of(device)
+    return INTERPRETED_PROCESSORS if gpu is None else gpu.processors
 
 
-@functools.cache
 def _is_small(device: torch.device) -> bool:
     """Whether programs have 99 KiB of shared memory, as on desktops, and not the 163 or more of data centres."""
-    if device.type != "cuda":
-        return False
-    major, minor = torch.cuda.get_device_capability(device)
-    return (major, minor) != (8, 0) and major not in (9, 10)
+    gpu = gpu_of(device)
+    return gpu is not None and gpu.capability != (8, 0) and gpu.capability[0] not in (9, 10)
 
 
 def _following(x: Tensor, when: Any) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """What launches ask about the GPU, and how one kernel follows another."""
 
-import functools
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
+from quire.kernels.gpu import gpu_of
 from quire.kernels.triton.linear import NEVER
 from quire.kernels.triton.tiles import SHARED_BYTES
 
@@ -16,14 +15,12 @@ ALIGNED = 16  # numbers; else loads are short ones, which go through the first-l
 PDL_CAPABILITY = (9, 0)
 
 
-@functools.cache
 def machine(device: torch.device) -> tuple[int, int, bool]:
     """(processors, bytes of shared memory of a program, whether kernels can start before the last one ends)."""
-    if device.type != "cuda":
+    gpu = gpu_of(device)
+    if gpu is None:
         return INTERPRETED_PROCESSORS, SHARED_BYTES, False
-    found = torch.cuda.get_device_properties(device)
-    shared_bytes = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-    return found.multi_processor_count, shared_bytes, (found.major, found.minor) >= PDL_CAPABILITY
+    return gpu.processors, gpu.shared_bytes, gpu.capability >= PDL_CAPABILITY
 
 
 def following(x: Tensor, when: tl.constexpr) -> dict[str, Any]:

@@ -1,0 +1,244 @@
+"""Kernels compiled in processes of their own while weights load, into Triton's cache on disk.
+
+Which kernels steps will need is not written down anywhere: each process runs the steps themselves, on `meta` tensors
+and for a GPU that is described, with a driver for Triton that launches nothing. All of them run the same steps, and
+each compiles its share of the kernels that come by. Nothing depends on it: what is not compiled when it is first
+launched is compiled then.
+"""
+
+import atexit
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from quire.attention.shapes import block_bytes
+from quire.attention.triton.backend import Triton
+from quire.checkpoint.dummy import MetaWeights
+from quire.kernels.gpu import Gpu, describe
+from quire.layers.decoder import Decoder
+from quire.log import logger
+from quire.models.registry import decoder_spec
+from quire.models.spec import Decoder as DecoderSpec
+from quire.runner.fixed import FEW_ROWS, SHORT, FixedKind, FixedSteps
+from quire.runner.graphs import Graphs
+from quire.runner.mixed import MixedKind, MixedSteps, worthwhile
+from quire.runner.state import SlotState
+from quire.sampling.sampler import Sampler
+from quire.sampling.slots import Uses
+
+MAX_PROCESSES = 16
+NICENESS = 10  # weights come first
+BOOT = (  # as in the nursery: the same modules as here, and none of the folder that somebody is in
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from quire.engine.precompile import main; main()"
+)
+DRAWS = (Uses(0), Uses.RANDOM | Uses.FILTERS)
+WARP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a model's launches depend on, in words that JSON has."""
+
+    raw: Mapping[str, Any]  # config.json
+    dtype: str
+    block_size: int
+    max_seqs: int
+    max_length: int
+    max_batched_tokens: int
+    gpu: tuple[int, int, tuple[int, int]]
+    deterministic: bool = False
+    share: int = 0  # of `num_shares`
+    num_shares: int = 1
+
+
+def command() -> list[str]:
+    """Starts a process that is `main`."""
+    return [sys.executable, "-P", "-c", BOOT, json.dumps(sys.path)]
+
+
+class Precompiler:
+    """The processes of one engine."""
+
+    def __init__(self, job: Job, num_processes: int | None = None):
+        count = num_processes or max(1, min(len(os.sched_getaffinity(0)) - 1, MAX_PROCESSES))
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for share in range(count):
+            work = json.dumps({**asdict(job), "share": share, "num_shares": count})
+            try:
+                process = subprocess.Popen(
+                    command(),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=None if share == 0 else subprocess.DEVNULL,  # all would say the same
+                )
+                self.processes.append(process)
+                if process.stdin is not None:
+                    with process.stdin as stdin:
+                        stdin.write(work.encode())
+            except OSError as error:
+                logger.warning("no process to compile kernels: %s; first uses will be slower", error)
+                break
+        atexit.register(self.close)
+        self.watcher = threading.Thread(target=self._watch, name="quire-precompile", daemon=True)
+        self.watcher.start()
+
+    def wait(self) -> list[int]:
+        """Wait for the end of all; returns their exit codes."""
+        return [process.wait() for process in self.processes]
+
+    def close(self) -> None:
+        """End those that still run."""
+        atexit.unregister(self.close)
+        for process in self.processes:
+            process.kill()
+        self.wait()
+
+    def _watch(self) -> None:
+        failed = [code for code in self.wait() if code > 0]  # less than 0: killed, as by `close`
+        atexit.unregister(self.close)
+        if failed:
+            logger.warning("%d processes could not compile kernels; first uses will be slower", len(failed))
+
+
+class NoLaunches:
+    """A driver for Triton with a GPU's facts and without the GPU: loads and launches nothing."""
+
+    def __init__(self, gpu: Gpu):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", gpu.capability[0] * 10 + gpu.capability[1], WARP_SIZE)
+        self.gpu, self.utils = gpu, self
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": self.gpu.shared_bytes, "multiprocessor_count": self.gpu.processors}
+
+    def load_binary(self, *binary: object) -> tuple[int, int, int, int, int]:
+        """Module, function, registers, spills, most threads."""
+        return 0, 0, 0, 0, 1024
+
+    def launcher_cls(self, source: object, metadata: object) -> Any:
+        return lambda *args: None
+
+
+@dataclass
+class Outcome:
+    """Kernels' names by digest, those that steps launch and those of this share; and which were in no cache."""
+
+    launched: dict[str, str] = field(default_factory=dict)
+    mine: dict[str, str] = field(default_factory=dict)
+    num_compiled: int = 0
+
+
+def run(job: Job) -> Outcome:
+    """Compile the job's share. For a process that does nothing else: Triton has another driver afterwards."""
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    from quire.kernels.triton import ops, products  # noqa: F401  # torch may be one without CUDA
+
+    gpu = Gpu(job.gpu[0], job.gpu[1], (job.gpu[2][0], job.gpu[2][1]))
+    describe(gpu)
+    driver.set_active(NoLaunches(gpu))
+    outcome, parent = Outcome(), os.getppid()
+
+    def count(*, cache_hit: bool, **_: object) -> None:
+        outcome.num_compiled += not cache_hit
+
+    def skip(*, key: str, fn: Any, **_: object) -> bool:
+        """Triton asks before it compiles; True is no."""
+        if os.getppid() != parent:
+            raise SystemExit(0)  # nobody is left to compile for
+        digest = hashlib.blake2b(f"{fn.module}.{fn.name}{key}".encode(), digest_size=8).hexdigest()
+        outcome.launched[digest] = fn.name
+        if int(digest, 16) % job.num_shares != job.share:
+            return True
+        outcome.mine[digest] = fn.name
+        return False
+
+    knobs.runtime.jit_cache_hook, knobs.compilation.listener = skip, count
+    dry_run(job)
+    return outcome
+
+
+def dry_run(job: Job) -> None:
+    """Every kind of decode step, and of small steps with prompts, on `meta` tensors. Graphs of them come later."""
+    spec, _ = decoder_spec(dict(job.raw))
+    device, dtype = torch.device("meta"), getattr(torch, job.dtype)
+    model = Decoder(
+        spec,
+        backend=Triton(job.block_size, job.deterministic),
+        dtype=dtype,
+        device=device,
+        max_length=job.max_length,
+        invariant=job.deterministic,
+    )
+    pool = torch.empty(
+        1024, block_bytes(spec, job.block_size, dtype.itemsize), dtype=torch.uint8, device=device
+    )
+    caches, kept = model.caches(pool), distinct_layers(spec)
+    model.layers = nn.ModuleList(model.layers[i] for i in kept)
+    model.load(MetaWeights(dtype))
+    fixed = FixedSteps(
+        *(model, [caches[i] for i in kept], SlotState(job.max_seqs, job.max_length, job.block_size, device)),
+        Sampler(spec.vocab_size, job.max_seqs, device),
+        block_size=job.block_size,
+        graphs=Graphs(capture=False),
+    )
+    mixed = MixedSteps(fixed, min(job.max_batched_tokens, worthwhile(spec)))
+    for kind in mixed_kinds(mixed):
+        mixed.compute(kind)
+    for fixed_kind in fixed_kinds(fixed):
+        fixed.compute(fixed_kind)
+
+
+def distinct_layers(spec: DecoderSpec) -> list[int]:
+    """Indices of layers with what comes after them: others launch the same kernels."""
+    pairs: dict[Any, int] = {}
+    blocks = spec.blocks
+    for i, pair in enumerate(zip(blocks, (*blocks[1:], None), strict=True)):
+        pairs.setdefault(pair, i)
+    return sorted({i for first in pairs.values() for i in (first, min(first + 1, len(blocks) - 1))})
+
+
+def fixed_kinds(steps: FixedSteps) -> Iterator[FixedKind]:
+    longest = steps.state.max_length
+    for num_rows, uses in product(steps.sizes, DRAWS):
+        lengths = {longest, min(longest, SHORT)} if num_rows <= FEW_ROWS else {longest}
+        for length, shares in product(sorted(lengths), (False, True)):
+            if not shares or steps.rows.shared is not None and num_rows > 1:
+                yield FixedKind(num_rows, length, uses, shares)
+
+
+def mixed_kinds(steps: MixedSteps) -> Iterator[MixedKind]:
+    for num_tokens, num_seqs in product(steps.token_sizes, steps.seq_sizes):
+        if num_seqs <= num_tokens:
+            for mixed in (False, True)[: 1 + (num_seqs > 1)]:
+                yield MixedKind(num_tokens, num_seqs, mixed, Uses(0))
+
+
+def main() -> None:
+    """A process: a job on its standard input, the outcome on its standard output."""
+    os.nice(NICENESS)
+    torch.set_num_threads(1)
+    outcome = run(Job(**json.load(sys.stdin)))
+    sys.stdout.write(json.dumps(asdict(outcome)))

@@ -1,0 +1,110 @@
+"""Processes find the kernels that steps will launch, without a GPU, and leave them where the launches look for them."""
+
+import json
+import os
+import subprocess
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.gpu.shapes import SHAPES  # noqa: E402
+from quire.checkpoint.dummy import DummyCheckpoint, MetaWeights  # noqa: E402
+from quire.engine.precompile import Job, Precompiler, command, distinct_layers  # noqa: E402
+from quire.log import logger  # noqa: E402
+from quire.models.registry import decoder_spec  # noqa: E402
+
+H100 = (132, 232448, (9, 0))
+MANY = 60  # shares: one is few kernels, which take seconds
+
+
+def job(model: str, **changes: Any) -> Job:
+    first = Job(
+        SHAPES[model], "bfloat16", 64, max_seqs=256, max_length=4096, max_batched_tokens=8192, gpu=H100
+    )
+    return replace(first, **changes)
+
+
+def outcome(work: Job, cache: Path) -> dict[str, Any]:
+    """What a process says at its end."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        command(), input=json.dumps(asdict(work)), env=env, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    found: dict[str, Any] = json.loads(ended.stdout)
+    return found
+
+
+def test_what_one_process_compiled_the_next_finds(tmp_path: Path) -> None:
+    work = job("0.6B", num_shares=MANY, share=7)
+    first, again = outcome(work, tmp_path), outcome(work, tmp_path)
+    assert 0 < first["num_compiled"] == len(first["mine"]) < len(first["launched"])
+    assert again == {**first, "num_compiled": 0}  # digests do not change from process to process
+    assert len(list(tmp_path.glob("*/*.cubin"))) == first["num_compiled"]
+
+
+@pytest.mark.parametrize("model", ["8B", "0.6B"])
+def test_kernels_of_every_part_of_a_step_are_found(model: str, tmp_path: Path) -> None:
+    found = outcome(job(model, num_shares=1 << 70, share=-1), tmp_path)  # nobody's share: nothing is compiled
+    names = set(found["launched"].values())
+    assert not found["mine"] and not list(tmp_path.glob("*/*.cubin"))
+    assert names >= {
+        "_gather",
+        "stream",
+        "one_row",
+        "norm",
+        "finish_norm",
+        "decode",
+        "prefill",
+        "scan",
+        "_advance",
+    }
+    few = outcome(job(model, num_shares=1 << 70, share=-1, max_seqs=1, max_batched_tokens=32), tmp_path)
+    assert few["launched"].keys() != found["launched"].keys()
+    assert len(few["launched"]) < len(found["launched"])
+
+
+def test_a_process_without_a_job_fails() -> None:
+    ended = subprocess.run(command(), input="{}", capture_output=True, text=True, check=False)
+    assert ended.returncode > 0 and "raw" in ended.stderr
+
+
+def test_what_fails_in_a_process_is_a_warning(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    processes = Precompiler(replace(job("8B"), raw={}), num_processes=2)
+    assert processes.wait() == [1, 1]
+    processes.watcher.join()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "2 processes could not compile kernels" in caplog.text
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_processes_end_when_they_are_not_needed(caplog: pytest.LogCaptureFixture) -> None:
+    processes = Precompiler(job("8B"), num_processes=2)
+    processes.close()
+    processes.watcher.join()
+    assert processes.wait() == [-9, -9] and not caplog.records
+
+
+def test_layers_that_launch_the_same_are_tried_once() -> None:
+    spec, _ = decoder_spec(dict(SHAPES["8B"]))
+    assert distinct_layers(spec) == [0, 1, 31]
+    one = replace(spec, blocks=spec.blocks[:1])
+    assert distinct_layers(one) == [0]
+    two_kinds = replace(
+        spec, blocks=(*spec.blocks[:3], replace(spec.blocks[0], residual_scale=0.5), *spec.blocks[:3])
+    )
+    assert distinct_layers(two_kinds) == [0, 1, 2, 3, 4, 6]
+
+
+def test_weights_without_numbers_have_the_shapes_of_others() -> None:
+    meta, dummy = MetaWeights(DummyCheckpoint().tensor("a", shape=()).dtype), DummyCheckpoint()
+    for rows in (None, slice(2, 5)):
+        one, two = (w.tensor("a", shape=(9, 3), rows=rows) for w in (meta, dummy))
+        assert (one.shape, one.dtype) == (two.shape, two.dtype) and one.is_meta
