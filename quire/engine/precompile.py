@@ -213,11 +213,12 @@ def dry_run(job: Job) -> None:
 
 def distinct_layers(spec: DecoderSpec) -> list[int]:
     """Indices of layers with what comes after them: others launch the same kernels."""
-    pairs: dict[Any, int] = {}
     blocks = spec.blocks
-    for i, pair in enumerate(zip(blocks, (*blocks[1:], None), strict=True)):
-        pairs.setdefault(pair, i)
-    return sorted({i for first in pairs.values() for i in (first, min(first + 1, len(blocks) - 1))})
+    pairs = list(zip(blocks, (*blocks[1:], None), strict=True))
+    firsts = {
+        pairs.index(pair) for pair in pairs
+    }  # specs can be compared, not hashed: ropes hold dictionaries
+    return sorted({i for first in firsts for i in (first, min(first + 1, len(blocks) - 1))})
 
 
 def fixed_kinds(steps: FixedSteps) -> Iterator[FixedKind]:

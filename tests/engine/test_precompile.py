@@ -68,6 +68,14 @@ def test_kernels_of_every_part_of_a_step_are_found(model: str, tmp_path: Path) -
     assert len(few["launched"]) < len(found["launched"])
 
 
+def test_ropes_with_settings_of_their_own(tmp_path: Path) -> None:
+    """Llama 3.1's, which a spec holds as a dictionary."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    raw = {**SHAPES["8B"], "rope_scaling": {**scaling, "original_max_position_embeddings": 8192}}
+    small = {"max_seqs": 4, "max_batched_tokens": 32, "num_shares": 1 << 70, "share": -1}
+    assert outcome(job("8B", raw=raw, **small), tmp_path)["launched"]
+
+
 def test_a_process_without_a_job_fails() -> None:
     ended = subprocess.run(command(), input="{}", capture_output=True, text=True, check=False)
     assert ended.returncode > 0 and "raw" in ended.stderr
