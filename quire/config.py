@@ -80,6 +80,11 @@ class Config:
     max_logprobs: int = option(
         20, "Most log probabilities a token may be asked for; -1 allows the whole vocabulary."
     )
+    deterministic: bool = option(
+        False,
+        "Give a request the same tokens and log probabilities, to the bit, alone and in any batch, after preemption"
+        " and with its prompt cached; slower on a GPU, free on a CPU.",
+    )
     seed: int = option(0, "Seeds requests that bring none, and dummy weights.")
     disable_log_stats: bool = option(False, "Do not log throughput and cache use every ten seconds.")
     trace_file: str | None = option(None, "Record the scheduler's events for `quire replay`.")

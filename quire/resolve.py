@@ -15,6 +15,7 @@ MAX_SEQS = {"cpu": 256, "cuda": 1024}
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 CPU_CACHE_SHARE = 0.5  # of the memory that is left: other programs live here too
 SPARE_BLOCKS = 32_768  # for the prefix cache; a small model could otherwise fill the machine with it
+EXACT_LOGPROBS = 64  # that a kernel finds in one order; more are sorted by torch
 ONLINE_GAP_MS = {"cpu": 250.0, "cuda": 50.0}
 
 
@@ -84,6 +85,8 @@ def resolve(
     max_seqs = config.max_num_seqs or min(MAX_SEQS[machine.device], batched)
     if config.max_num_batched_tokens is None:
         reasons["max_num_batched_tokens"] = f"default on a {machine.device}"
+    if config.deterministic:
+        reasons["deterministic"] = _determinism(config, machine)
     length = _length(config, spec)
     weights = num_parameters(spec).total * ITEM_BYTES[dtype]
     work = _work_bytes(spec, batched, min(max_seqs, batched))
@@ -112,6 +115,17 @@ def resolve(
         num_threads=config.num_threads or machine.num_cores,
     )
     return Resolved(resolved, Memory(weights, work, num_blocks * per_block, per_block, num_blocks), reasons)
+
+
+def _determinism(config: Config, machine: Machine) -> str:
+    if machine.device == "cpu":
+        return "asked for; a CPU's kernels compute every row alike anyway"
+    if not 0 <= config.max_logprobs <= EXACT_LOGPROBS:
+        raise ConfigError(
+            f"max_logprobs is {config.max_logprobs}; with deterministic on a {machine.device} it must be between 0 and"
+            f" {EXACT_LOGPROBS}, since more are sums whose order depends on the batch"
+        )
+    return "asked for; attention and products take one form for any number of rows"
 
 
 def _length(config: Config, spec: Decoder) -> int:

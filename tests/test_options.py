@@ -39,6 +39,7 @@ OPTIONS = {
     "block_size",
     "enable_prefix_caching",
     "max_logprobs",
+    "deterministic",
     "seed",
     "disable_log_stats",
     "trace_file",

@@ -8,7 +8,7 @@ from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.registry import decoder_spec
 from quire.models.spec import Decoder
-from quire.resolve import Machine, Resolved, resolve
+from quire.resolve import EXACT_LOGPROBS, Machine, Resolved, resolve
 
 GIB = 2**30
 CPU = Machine(
@@ -124,3 +124,15 @@ def test_what_cannot_be_says_why(
 ) -> None:
     with pytest.raises(error, match=message):
         derive(spec, machine, **options)
+
+
+def test_deterministic_says_what_it_costs_and_what_it_cannot_have(spec: Decoder) -> None:
+    assert "deterministic" not in derive(spec, GPU).reasons
+    assert "anyway" in derive(spec, deterministic=True, max_logprobs=-1).reasons["deterministic"]
+    assert (
+        "one form"
+        in derive(spec, GPU, deterministic=True, max_logprobs=EXACT_LOGPROBS).reasons["deterministic"]
+    )
+    for most in (-1, EXACT_LOGPROBS + 1):
+        with pytest.raises(ConfigError, match=f"max_logprobs is {most}; .* between 0 and {EXACT_LOGPROBS}"):
+            derive(spec, GPU, deterministic=True, max_logprobs=most)

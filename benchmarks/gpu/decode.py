@@ -1,13 +1,13 @@
 """A decode step of the whole engine on a GPU: its time, and the share of what reading weights and cache would allow.
 
     python benchmarks/gpu/decode.py [--models 8B 0.6B] [--batches 1 8 64 256 32x4096 1x131072+31x4096]
-        [--eager] [--profile] [--dtype bfloat16]
+        [--deterministic] [--eager] [--profile] [--dtype bfloat16]
 
 Random weights in the shapes of Llama 3.1 8B and Qwen3 0.6B, prompts of random tokens, greedy. A batch is a number of
 sequences of about 190 positions each, or says how many there are of which length. A time is the median of a few runs
 of some steps, as `LLM` takes them: scheduling, sampling and outputs included. `host` is what of it the host did not
-wait for the device. The bound is (weights + cached keys and values) / measured reading speed. --eager measures without
-CUDA graphs too; --profile prints kernels and Python functions of some steps.
+wait for the device. The bound is (weights + cached keys and values) / measured reading speed. --deterministic measures
+that mode; --eager measures without CUDA graphs too; --profile prints kernels and Python functions of some steps.
 """
 
 import argparse
@@ -178,6 +178,7 @@ def bench(folder: str, model: str, batches: Sequence[str], args: argparse.Namesp
         "skip_tokenizer_init": True,
         "max_model_len": max(1024, 256 + max(map(max, all_lengths))),
         "dtype": args.dtype,
+        "deterministic": args.deterministic,
     }
     start = time.perf_counter()
     with LLM(folder, **options, max_num_seqs=max(map(len, all_lengths)), disable_log_stats=True) as llm:
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--deterministic", action="store_true")
     args = parser.parse_args()
     speed = bytes_per_s()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, reads {speed / 1e12:.2f} TB/s\n")

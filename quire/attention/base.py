@@ -115,6 +115,10 @@ class Backend(Protocol):
     def shares(self) -> bool:
         """Whether it is worth to say what sequences share (`Ragged.shared`)."""
 
+    @property
+    def invariant(self) -> bool:
+        """Whether a position's result is the same bits whatever shares its batch and however its prompt is cut."""
+
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this backend cannot run, or None if it can."""
 

@@ -23,17 +23,23 @@ def select(
     *,
     forced: str | None = None,
     block_size: int | None = None,
+    invariant: bool = False,
 ) -> Backend:
     """The backend to use, with blocks of `block_size` tokens or of its own choice.
+
+    Of an `invariant` one results do not depend on what shares the batch or on how prompts were cut into chunks.
 
     Raises:
         ConfigError: `forced` names no backend, or one that cannot run here; the message says why.
     """
     if forced is not None and forced not in BACKENDS:
         raise ConfigError(f"attention_backend is {forced!r}; it must be one of {', '.join(sorted(BACKENDS))}")
+    reasons: list[str] = []
     for name in order if forced is None else (forced,):
-        backend = BACKENDS[name]() if block_size is None else BACKENDS[name](block_size)
+        backend = _make(name, block_size, invariant)
         reason = backend.why_not(dtype, device)
+        if reason is None and invariant and not backend.invariant:
+            reason = "with deterministic, results must not depend on the batch, and its results do"
         if reason is None:
             return backend
         if forced is not None:
@@ -41,4 +47,11 @@ def select(
                 f"attention_backend {name!r} cannot run here: {reason}; leave it unset to choose"
             )
         logger.info("attention backend %s is not used: %s", name, reason)
-    raise ConfigError(f"no attention backend of {', '.join(order)} runs {dtype} on {device}")
+        reasons.append(f"{name}: {reason}")
+    raise ConfigError(f"no attention backend runs {dtype} on {device}: {'; '.join(reasons)}")
+
+
+def _make(name: str, block_size: int | None, invariant: bool) -> Backend:
+    kind = BACKENDS[name]
+    backend = kind() if block_size is None else kind(block_size)
+    return Triton(backend.block_size, invariant) if isinstance(backend, Triton) else backend

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 QUESTION = "What is the capital of France?"
-SHOWN = ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_threads", "block_size")
+SHOWN = (
+    "dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "num_threads",
+    "block_size",
+    "deterministic",
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

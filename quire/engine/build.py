@@ -23,6 +23,7 @@ from quire.engine.inputs import InputProcessor
 from quire.engine.precompile import Job, Precompiler
 from quire.engine.text import model_config, read_text
 from quire.errors import ConfigError
+from quire.kernels import ops
 from quire.kernels.gpu import gpu_of
 from quire.layers.decoder import Decoder
 from quire.log import logger
@@ -106,12 +107,16 @@ def build_core(
     resolved = resolve(config, spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config
     torch.set_num_threads(config.num_threads or 1)
+    dtype = getattr(torch, config.dtype)
+    if config.deterministic and (reason := ops.why_not_invariant(platform.device, dtype)):
+        raise ConfigError(f"deterministic cannot be had here: {reason}")
     model = Decoder(
         spec,
         backend=backend,
-        dtype=getattr(torch, config.dtype),
+        dtype=dtype,
         device=platform.device,
         max_length=config.max_model_len,
+        invariant=config.deterministic,
     )
     _compile_ahead(resolved, raw, model)
     _load(model, config, names, folder)
@@ -157,6 +162,7 @@ def _backend(config: Config, platform: Platform, dtype: str) -> Backend:
         platform.device,
         forced=None if config.attention_backend == "auto" else config.attention_backend,
         block_size=config.block_size,
+        invariant=config.deterministic,
     )
 
 
@@ -179,6 +185,7 @@ def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Decoder) -
         max_length=config.max_model_len or model.spec.max_length,
         max_batched_tokens=config.max_num_batched_tokens or 1,
         gpu=gpu,
+        invariant=config.deterministic,
     )
     Precompiler(job)
 

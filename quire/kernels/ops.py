@@ -27,6 +27,17 @@ if torch.version.cuda is not None and importlib.util.find_spec("triton") is not 
     from quire.kernels.triton import ops as _triton  # noqa: F401
     from quire.kernels.triton import products as _products  # noqa: F401
 
+
+def why_not_invariant(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a row's products depend on the number of rows here; None if `pack_linear` knows a form whose do not."""
+    if (device.type, dtype) in pack_linear.kernels:
+        return None
+    return (
+        f"products of {str(dtype).removeprefix('torch.')} on {device.type} are torch's, which sum up a row in an order"
+        " that depends on the others; use dtype bfloat16 or float32, with Quire's kernels built"
+    )
+
+
 __all__ = [
     "RmsNorm",
     "RowScale",
@@ -42,4 +53,5 @@ __all__ = [
     "normed_linear",
     "pack_linear",
     "rms_norm",
+    "why_not_invariant",
 ]

@@ -164,6 +164,9 @@ def linear_add_norm(
 
 
 @op
-def pack_linear(weight: Tensor) -> Any:
-    """A weight [outputs, inputs] or [H, outputs, inputs], left as it is, in the form that `linear` is fastest with."""
+def pack_linear(weight: Tensor, invariant: bool = False) -> Any:
+    """A weight [outputs, inputs] or [H, outputs, inputs], left as it is, in the form that `linear` is fastest with.
+
+    `invariant`: of forms whose results for a row are the same bits for any number of rows, which plain torch has not.
+    """
     return weight

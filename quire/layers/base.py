@@ -1,13 +1,14 @@
 """What layers are built from and loaded from. Layers pull their weights by their own names."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quire.attention.base import Backend
 from quire.checkpoint.upload import Upload
+from quire.kernels import ops
 from quire.layers.rope import RopeTables
 
 
@@ -29,10 +30,15 @@ class Build:
     device: torch.device
     backend: Backend
     ropes: RopeTables
+    invariant: bool = False  # a row's result is the same bits whatever else is in its batch
     upload: Upload = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "upload", Upload(self.device))
+
+    def pack(self, weight: Tensor) -> Any:
+        """A weight in the form of the fastest product that is good enough; see `ops.pack_linear`."""
+        return ops.pack_linear(weight, self.invariant)
 
     def pull(self, weights: Weights, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A weight in the model's dtype (or `dtype`) on its device, in memory of its own."""

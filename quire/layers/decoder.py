@@ -28,13 +28,17 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         max_length: int | None = None,
+        invariant: bool = False,
     ):
-        """`max_length`: the longest sequence that will come; None for the model's own limit."""
+        """Of an `invariant` network and backend, a sequence's results do not depend on its company, to the bit.
+
+        `max_length`: the longest sequence that will come; None for the model's own limit.
+        """
         super().__init__()
         self.spec, self.backend = s, backend
         device = torch.device(device)
         ropes = RopeTables(max_length or s.max_length, device)
-        self.build = Build(s.dim, dtype, device, backend, ropes)
+        self.build = Build(s.dim, dtype, device, backend, ropes, invariant)
         self.embed_scale = torch.tensor(s.embed_scale, dtype=dtype).item()  # Gemma's is rounded so
         self.layers = nn.ModuleList(Block(block, self.build) for block in s.blocks)
         self.norm = Norm(s.norm, (s.dim,), self.build)

@@ -28,7 +28,7 @@ class Linear(nn.Module):
         if self.has_bias:
             parts = self.parts.items()
             self.bias = torch.cat([self.build.pull(weights, _join(name, p, "bias"), n) for p, n in parts])
-        self.weight = ops.pack_linear(self._pull(weights, name) if shared is None else shared)
+        self.weight = self.build.pack(self._pull(weights, name) if shared is None else shared)
 
     def _pull(self, weights: Weights, name: str) -> Tensor:
         build = self.build

@@ -50,7 +50,7 @@ class MLA(nn.Module):
         rows = s.num_heads * (s.nope_dim + s.v_dim)
         up = self.build.pull(weights, f"{name}.kv_b_proj.weight", rows, s.kv_rank)
         up_k, up_v = up.unflatten(0, (s.num_heads, -1)).split((s.nope_dim, s.v_dim), 1)
-        self.up_k, self.up_v = ops.pack_linear(up_k.transpose(1, 2)), ops.pack_linear(up_v)
+        self.up_k, self.up_v = self.build.pack(up_k.transpose(1, 2)), self.build.pack(up_v)
 
     def heads(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
         """x [T, dim] -> what its heads found [T, H * v_dim], which `out` takes."""

@@ -61,7 +61,9 @@ class MixedSteps:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.token_sizes, self.seq_sizes = token_sizes(most_tokens), seq_sizes(most)
-        self.sheet = zeros(SHEET_ROWS, most // 2 * 2 + 2)  # even, for rows that are aligned as other tensors are
+        self.sheet = zeros(
+            SHEET_ROWS, most // 2 * 2 + 2
+        )  # even, for rows that are aligned as other tensors are
         self.layout = Layout(
             token_ids=zeros(most_tokens),
             positions=zeros(most_tokens),

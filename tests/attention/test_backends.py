@@ -263,3 +263,14 @@ def test_selection_prefers_the_kernel() -> None:
 def test_a_forced_backend_that_cannot_run_says_why(forced: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         select(("cpu", "reference"), torch.float16, CPU, forced=forced)
+
+
+@needs_cpu
+def test_a_backend_whose_results_depend_on_the_batch_is_not_taken_for_an_invariant_one() -> None:
+    assert select(("reference", "cpu"), torch.bfloat16, CPU, invariant=True).name == "cpu"
+    with pytest.raises(ConfigError, match="'reference' cannot run here: with deterministic"):
+        select(("cpu", "reference"), torch.bfloat16, CPU, forced="reference", invariant=True)
+    with pytest.raises(
+        ConfigError, match="no attention backend runs torch.float16.* reference: with deterministic"
+    ):
+        select(("cpu", "reference"), torch.float16, CPU, invariant=True)

@@ -65,8 +65,9 @@ def test_many_splits_are_merged(length: int) -> None:
         torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
-def test_an_invariant_backend_computes_the_same_bits_for_any_batch_and_chunks() -> None:
-    case, backend = BY_NAME["all"], Triton(16, invariant=True)
+@pytest.mark.parametrize("name", ["all", "window", "latent"])
+def test_an_invariant_backend_computes_the_same_bits_for_any_batch_and_chunks(name: str) -> None:
+    case, backend = BY_NAME[name], Triton(16, invariant=True)
     data = sequences(case, LENGTHS, torch.float32, device=DEVICE)
     together = paged(backend, case, data, 0.2, [LENGTHS])
     for got, want in zip(paged(backend, case, data, 0.2, STEPS), together, strict=True):

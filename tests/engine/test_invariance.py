@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from quire.config import Config
 from quire.engine.engine import Engine
+from quire.errors import ConfigError
 from quire.types import OutputKind, SamplingParams
+from tests.attention.test_backends import needs_cpu
 from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
 
 BLOCK_SIZE = 4
@@ -132,3 +134,23 @@ def test_preempted_requests_end_as_if_alone(folder: str, alone: Engine) -> None:
             outputs.update({o.request_id: o for o in engine.step()})
         assert [tokens_of(outputs[str(i)]) for i in range(len(prompts))] == want
         assert sum(o.metrics.num_preemptions for o in outputs.values()) > 0
+
+
+@needs_cpu
+def test_deterministic_is_what_a_cpu_does_anyway(folder: str, alone: Engine) -> None:
+    prompt = [3, 4, 5]
+    engine = make_engine(folder, deterministic=True, block_size=16)
+    assert engine.config.deterministic and "anyway" in engine.reasons["deterministic"]
+    assert run_alone(engine, prompt, LONG) == run_alone(alone, prompt, LONG)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"attention_backend": "reference"}, "attention_backend 'reference'.*deterministic"),
+        ({"dtype": "float16"}, "no attention backend runs torch.float16.* reference: with deterministic"),
+    ],
+)
+def test_what_cannot_be_deterministic_is_refused(folder: str, options: dict, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        make_engine(folder, deterministic=True, **options)

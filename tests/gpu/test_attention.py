@@ -138,16 +138,21 @@ def test_large_batches() -> None:
     )
 
 
-@pytest.mark.parametrize("shape", ["32/8x128", "8/1x80", "16/4x256"])
-def test_an_invariant_backend_computes_the_same_bits_for_any_batch_and_chunks(shape: str) -> None:
+@pytest.mark.parametrize("feature", ["plain", "window", "all"])
+@pytest.mark.parametrize("shape", ["32/8x128", "8/1x80", "16/4x256", "mla16"])
+def test_an_invariant_backend_computes_the_same_bits_for_any_batch_and_chunks(
+    shape: str, feature: str
+) -> None:
+    """Windows of 100 and 1000 positions are longer than what some chunks see, and shorter than what others do."""
     length, chunks = 1000, (256, 1, 1, 300, 2, 440)
     s = setup(shape, torch.bfloat16, [(0, length), (3000, 1), (0, 77)])
     backend = Triton(64, invariant=True)
-    together = backend.attend(s.q, s.cache, s.step, scale=0.1)
+    chosen = options(feature, s.q.shape[1])
+    together = backend.attend(s.q, s.cache, s.step, scale=0.1, **chosen)
     first, tables = 0, s.step.block_tables.tolist()
     for count in chunks:
         step = ragged([first], [count], [tables[0][: -(-length // 64)]], 64, GPU)
-        got = backend.attend(s.q[first : first + count], s.cache, step, scale=0.1)
+        got = backend.attend(s.q[first : first + count], s.cache, step, scale=0.1, **chosen)
         assert torch.equal(got, together[first : first + count]), (first, count)
         first += count
     assert first == length

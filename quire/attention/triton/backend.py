@@ -263,7 +263,7 @@ class Triton:
         scales = (how.scale * LOG2E, 0.0)
         if softcap is not None:
             scales = (2 * LOG2E * how.scale / softcap, softcap * LOG2E)
-        if window is None or window >= step.max_length:
+        if window is None or (window >= step.max_length and not self.invariant):
             window = NO_WINDOW
         rest = (
             *(out, how.sinks, *scales, window, num_seqs, tokens, q.stride(0), q.stride(1)),
@@ -307,10 +307,7 @@ class Triton:
             "HALF": turn.cos.shape[1] if turn else 0,
             "INTERLEAVED": bool(turn and turn.interleaved),
         }
-        constants["NEXT"] = kernels.NEVER.value
-        if _can_start_early(inputs[0].device):  # as products do (kernels/triton/products.py)
-            following = kernels.EARLY if len(inputs[0]) == 1 else kernels.LATE
-            constants |= {"NEXT": following.value, "launch_pdl": True}
+        constants |= _following(inputs[0], kernels.EARLY if len(inputs[0]) == 1 else kernels.LATE)
         kernels.decode[(share.key[0],)](
             *(*inputs, share.work, share.partials, left, share.most, *turning, *rest),
             **constants,
@@ -452,10 +449,10 @@ def _is_small(device: torch.device) -> bool:
     return gpu is not None and gpu.capability != (8, 0) and gpu.capability[0] not in (9, 10)
 
 
-def _can_start_early(device: torch.device) -> bool:
-    """Whether a kernel can be launched before the one ahead of it has ended."""
-    gpu = gpu_of(device)
-    return gpu is not None and gpu.capability >= DESCRIBED_CAPABILITY
+def _following(x: Tensor, when: Any) -> dict[str, Any]:
+    """See kernels/triton/machine.py, which imports Triton."""
+    found: dict[str, Any] = importlib.import_module("quire.kernels.triton.machine").following(x, when)
+    return found
 
 
 def _kernels(name: str) -> ModuleType:

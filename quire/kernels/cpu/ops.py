@@ -42,7 +42,8 @@ def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int
     product = library.quire_linear
 
     @pack_linear.on("cpu", *BOTH)
-    def pack_linear_native(weight: Tensor) -> PackedWeight:
+    def pack_linear_native(weight: Tensor, invariant: bool = False) -> PackedWeight:
+        """The only form is an invariant one."""
         *heads, outputs, inputs = weight.shape
         groups, per_unit = heads[0] if heads else 1, UNIT_BYTES // weight.dtype.itemsize
         blocks, units = -(-outputs // BLOCK_OUTPUTS), -(-inputs // INPUT_STEP) * INPUT_STEP // per_unit

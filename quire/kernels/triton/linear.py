@@ -209,3 +209,79 @@ def finish_norm(
     at = row.to(tl.int64) * SIZE + columns
     y = tl.load(values + at, mask=columns < SIZE, other=0.0).to(tl.float32)
     tl.store(out + at, y * scale, mask=columns < SIZE)
+
+
+@triton.jit
+def _part(
+    x_at, w_at, up_at, keep, inputs, first, share, K,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    ACT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(y, up) [TILE, ROWS] of the `share` inputs from `first` on, step after step."""
+    y = tl.zeros([TILE, ROWS], tl.float32)
+    up = tl.zeros([TILE, ROWS], tl.float32)
+    for k in tl.range(first, tl.minimum(first + share, K), STEP, num_stages=STAGES):
+        some = tl.trans(_inputs(x_at, k, keep, inputs, K, EVEN))
+        y = tl.dot(_weights(w_at, k, inputs, K, EVEN), some, y, input_precision=PRECISION)
+        if ACT != "":
+            up = tl.dot(_weights(w_at + up_at, k, inputs, K, EVEN), some, up, input_precision=PRECISION)
+    return y, up
+
+
+@triton.jit
+def _place_of(number, num_tiles, num_row_tiles, BAND: tl.constexpr):
+    """(tile, tile of rows) of a program: BAND tiles of rows share a tile before the next, so that it is read once."""
+    band, inside = number // (num_tiles * BAND), number % (num_tiles * BAND)
+    height = tl.minimum(num_row_tiles - band * BAND, BAND)
+    return inside // height, band * BAND + inside % height
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def alike(
+    x, w, bias, out, partials, arrivals, num_rows, x_stride, x_head_stride, share, N, K,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, SPREAD: tl.constexpr,
+    STAGES: tl.constexpr, BAND: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, NEXT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile for ROWS of any number of rows, of out [H, M, N] = x [M, H, K] @ w [H, N, K]^T; see invariant.py.
+
+    SPLIT parts are added up, in order, by SPREAD programs: as many, or one.
+    """
+    part, number, head = tl.program_id(0) % SPREAD, tl.program_id(0) // SPREAD, tl.program_id(1).to(tl.int64)
+    num_tiles = tl.cdiv(N, TILE)
+    tile, row_tile = _place_of(number, num_tiles, tl.cdiv(num_rows, ROWS), BAND)
+    first_row = row_tile.to(tl.int64) * ROWS
+    out += (head * num_rows + first_row) * N
+    num_rows = tl.minimum(num_rows - first_row, ROWS).to(tl.int32)
+    columns, rows, inputs = tile * TILE + tl.arange(0, TILE), tl.arange(0, ROWS), tl.arange(0, STEP)
+    w_at = w + (head * N + tl.minimum(columns, N - 1))[:, None] * K + inputs[None, :]
+    up_at = tl.cast(N, tl.int64) * K
+    x_at = x + head * x_head_stride + first_row * x_stride + rows[:, None] * x_stride + inputs[None, :]
+    keep = (rows < num_rows)[:, None]
+    if NEXT != NEVER:
+        gdc_wait()
+    if SPREAD == SPLIT:
+        y, up = _part(
+            x_at, w_at, up_at, keep, inputs, part * share, share, K, ROWS, TILE, STEP, STAGES, ACT, EVEN, PRECISION
+        )  # fmt: skip
+    else:
+        y = tl.zeros([TILE, ROWS], tl.float32)
+        up = tl.zeros([TILE, ROWS], tl.float32)
+        for one in tl.range(0, SPLIT, num_stages=1):
+            more, more_up = _part(
+                x_at, w_at, up_at, keep, inputs, one * share, share, K, ROWS, TILE, STEP, STAGES, ACT, EVEN, PRECISION
+            )  # fmt: skip
+            y += more
+            up += more_up
+    if NEXT == LATE:
+        gdc_launch_dependents()
+    last = True
+    if SPREAD > 1:
+        y, up, last = _add_parts(
+            y, up, partials, arrivals, number, part, num_rows, ROWS, TILE, SPLIT, ACT != ""
+        )  # fmt: skip
+    if last:
+        _finish(
+            y, up, bias, out, None, None, None, None, None, tile, num_tiles, num_rows, N, K, 0, 1.0, 0.0,
+            ROWS, TILE, 1, ACT,
+        )  # fmt: skip

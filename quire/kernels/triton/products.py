@@ -3,7 +3,8 @@
 Up to 64 rows are ours (linear.py), since a weight that is read once is all there is to wait for; more are cuBLAS's. The
 sum of a residual stream is float32 from there on, and its norm is left unscaled: who reads it scales its own result.
 Results differ from those of separate operations by what these would have rounded in between: the product before it is
-added, gate and up before they are multiplied, and the norm's 1 / rms.
+added, gate and up before they are multiplied, and the norm's 1 / rms. Which of these happens depends on the
+number of rows; where it may not, weights are of another form (invariant.py).
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quire.kernels.gpu import gpu_of
 from quire.kernels.reference import (
     RmsNorm,
     RowScale,
@@ -23,17 +23,17 @@ from quire.kernels.reference import (
     normed_linear,
     pack_linear,
 )
+from quire.kernels.triton import invariant as invariant_products
 from quire.kernels.triton import linear as kernels
+from quire.kernels.triton.invariant import InvariantWeight
+from quire.kernels.triton.machine import following, machine
 from quire.kernels.triton.ops import ACTIVATIONS, DTYPES, act_mul_triton, add_norm_triton, power_of_two
-from quire.kernels.triton.tiles import ROWS, SHARED_BYTES, Product, Tile, bucket, tile_for
+from quire.kernels.triton.tiles import ROWS, Product, Tile, bucket, tile_for
 
 MOST_ROWS = ROWS[-1]
 UNSCALED = (torch.bfloat16, torch.float32)  # float16 might overflow before it is divided by the rms
 LEAST_TILE = 16  # rows of a weight, where programs share a tile
 SUMMED = 2048  # squares that a program adds up at once
-INTERPRETED_PROCESSORS = 6
-ALIGNED = 16  # numbers; else loads are short ones, which go through the first-level cache
-PDL_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,13 @@ class Into(NamedTuple):
     norm: RmsNorm
 
 
+Weight = Tensor | StreamedWeight | InvariantWeight
+
+
 @pack_linear.on("cuda", *DTYPES)
-def pack_linear_triton(weight: Tensor) -> Tensor | StreamedWeight:
+def pack_linear_triton(weight: Tensor, invariant: bool = False) -> Weight:
+    if invariant:
+        return invariant_products.pack(weight)
     if weight.dim() != 2:
         return weight
     tiles = -(-weight.shape[0] // LEAST_TILE)
@@ -63,9 +68,9 @@ def pack_linear_triton(weight: Tensor) -> Tensor | StreamedWeight:
 
 
 @linear.on("cuda", *DTYPES)
-def linear_triton(
-    x: Tensor, weight: Tensor | StreamedWeight, bias: Tensor | None, dtype: torch.dtype | None = None
-) -> Tensor:
+def linear_triton(x: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    if isinstance(weight, InvariantWeight):
+        return invariant_products.multiply(x, weight, bias, dtype=dtype)
     if isinstance(weight, Tensor):
         return linear.reference(x, weight, bias, dtype)
     num_rows = x.numel() // x.shape[-1]
@@ -81,9 +86,9 @@ def linear_triton(
 
 @normed_linear.on("cuda", *DTYPES)
 def normed_linear_triton(
-    values: Tensor, scale: RowScale | None, weight: Tensor | StreamedWeight, bias: Tensor | None
+    values: Tensor, scale: RowScale | None, weight: Weight, bias: Tensor | None
 ) -> Tensor:
-    if scale is None or isinstance(weight, Tensor) or not _streams(values):
+    if scale is None or not isinstance(weight, StreamedWeight) or not _streams(values):
         return linear_triton(finish_norm_triton(values, scale), weight, bias)
     out = values.new_empty(len(values), len(weight.data))
     multiply(values, weight, out, bias=bias, scale=scale)
@@ -92,8 +97,11 @@ def normed_linear_triton(
 
 @normed_act_mul.on("cuda", *DTYPES)
 def normed_act_mul_triton(
-    values: Tensor, scale: RowScale | None, weight: Tensor | StreamedWeight, bias: Tensor | None, kind: str
+    values: Tensor, scale: RowScale | None, weight: Weight, bias: Tensor | None, kind: str
 ) -> Tensor:
+    if isinstance(weight, InvariantWeight):
+        y = finish_norm_triton(values, scale)
+        return invariant_products.multiply(y, weight, bias, act=ACTIVATIONS[kind])
     if isinstance(weight, Tensor) or not _streams(values):
         return act_mul_triton(normed_linear_triton(values, scale, weight, bias), kind)
     out = values.new_empty(len(values), len(weight.data) // 2)
@@ -103,9 +111,9 @@ def normed_act_mul_triton(
 
 @linear_add_norm.on("cuda", *DTYPES)
 def linear_add_norm_triton(
-    x: Tensor, weight: Tensor | StreamedWeight, bias: Tensor | None, residual: Tensor, norm: RmsNorm
+    x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor, norm: RmsNorm
 ) -> tuple[Tensor, Tensor, RowScale | None]:
-    if isinstance(weight, Tensor) or not _streams(x) or x.dtype not in UNSCALED:
+    if not isinstance(weight, StreamedWeight) or not _streams(x) or x.dtype not in UNSCALED:
         return *add_norm_triton(linear_triton(x, weight, bias), residual, norm), None
     out = x.new_empty(len(x), len(weight.data))
     into = Into(residual.contiguous(), out.new_empty(out.shape, dtype=torch.float32), norm)
@@ -148,7 +156,7 @@ def multiply(
     x = x if x.stride(1) == 1 else x.contiguous()
     (num_rows, inputs), outputs = x.shape, out.shape[-1]
     rows = bucket(num_rows)
-    processors, shared_bytes, can_start_early = machine(x.device)
+    processors, shared_bytes, _ = machine(x.device)
     if tile is None:
         product = Product(outputs, inputs, rows, act != "", x.element_size())
         tile = tile_for(product, processors, shared_bytes)
@@ -159,12 +167,8 @@ def multiply(
     sizes = (outputs, inputs, num_parts, scale.eps if scale else 1.0, into.norm.offset if into else 0.0)
     constants = {"TILE": tile.rows, "STEP": tile.step, "ACT": act, "EVEN": inputs % tile.step == 0}
     constants |= {"PARTS": min(power_of_two(num_parts), SUMMED // rows), "num_warps": tile.warps}
-    if can_start_early and inputs % ALIGNED == 0 and x.stride(0) % ALIGNED == 0:
-        # Early only where programs are small: large ones would take the room of those that still run.
-        following = kernels.EARLY if rows == 1 else kernels.LATE
-        constants |= {"NEXT": following.value, "launch_pdl": True}
-    else:
-        constants |= {"NEXT": kernels.NEVER.value}
+    # Early only where programs are small: large ones would take the room of those that still run.
+    constants |= following(x, kernels.EARLY if rows == 1 else kernels.LATE)
     if rows == 1:
         kernels.one_row[(tiles,)](x, weight.data, *places, *sizes, UNROLL=tile.stages, **constants)
     else:
@@ -197,11 +201,3 @@ def _stream(
 
 def _streams(x: Tensor) -> bool:
     return x.dim() == 2 and 0 < len(x) <= MOST_ROWS
-
-
-def machine(device: torch.device) -> tuple[int, int, bool]:
-    """(processors, bytes of shared memory of a program, whether kernels can start before the last one ends)."""
-    gpu = gpu_of(device)
-    if gpu is None:
-        return INTERPRETED_PROCESSORS, SHARED_BYTES, False
-    return gpu.processors, gpu.shared_bytes, gpu.capability >= PDL_CAPABILITY

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.kernels.reference import RmsNorm, RowScale
-from quire.kernels.triton.products import Into, StreamedWeight, machine, multiply, pack_linear_triton
+from quire.kernels.triton.machine import machine
+from quire.kernels.triton.products import Into, StreamedWeight, multiply, pack_linear_triton
 from quire.kernels.triton.tiles import Product, Tile, bucket, fitted, rule, tile_for
 
 ROTATED_BYTES = 300e6  # several times the second-level cache
