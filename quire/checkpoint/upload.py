@@ -104,7 +104,7 @@ class Upload:
     def copy(self, destination: Tensor, source: Tensor) -> None:
         """Any strides and dtypes, one shape. The source may change or go when this returns."""
         if destination.shape != source.shape:
-            raise ValueError(f"{tuple(source.shape)} numbers cannot be copied to {tuple(destination.shape)}")
+            raise ValueError(f"{tuple(source.shape)} does not fit into {tuple(destination.shape)}")
         if not self.staged or source.device.type != "cpu":
             destination.copy_(source)
             return

@@ -189,8 +189,8 @@ def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Decoder) -
         max_seqs=config.max_num_seqs or 1,
         max_length=config.max_model_len or model.spec.max_length,
         max_batched_tokens=config.max_num_batched_tokens or 1,
-        deterministic=config.deterministic,
         gpu=gpu,
+        invariant=config.deterministic,
     )
     Precompiler(job)
 

@@ -57,7 +57,7 @@ class Job:
     max_length: int
     max_batched_tokens: int
     gpu: tuple[int, int, tuple[int, int]]
-    deterministic: bool = False
+    invariant: bool = False
     share: int = 0  # of `num_shares`
     num_shares: int = 1
 
@@ -186,11 +186,11 @@ def dry_run(job: Job) -> None:
     device, dtype = torch.device("meta"), getattr(torch, job.dtype)
     model = Decoder(
         spec,
-        backend=Triton(job.block_size, job.deterministic),
+        backend=Triton(job.block_size, job.invariant),
         dtype=dtype,
         device=device,
         max_length=job.max_length,
-        invariant=job.deterministic,
+        invariant=job.invariant,
     )
     pool = torch.empty(
         1024, block_bytes(spec, job.block_size, dtype.itemsize), dtype=torch.uint8, device=device

@@ -40,7 +40,8 @@ def outcome(work: Job, cache: Path) -> dict[str, Any]:
 
 
 def test_what_one_process_compiled_the_next_finds(tmp_path: Path) -> None:
-    work = job("0.6B", num_shares=MANY, share=7)
+    launched = outcome(job("0.6B", num_shares=MANY, share=-1), tmp_path)["launched"]
+    work = job("0.6B", num_shares=MANY, share=int(min(launched), 16) % MANY)  # one that is not empty
     first, again = outcome(work, tmp_path), outcome(work, tmp_path)
     assert 0 < first["num_compiled"] == len(first["mine"]) < len(first["launched"])
     assert again == {**first, "num_compiled": 0}  # digests do not change from process to process
@@ -74,6 +75,12 @@ def test_ropes_with_settings_of_their_own(tmp_path: Path) -> None:
     raw = {**SHAPES["8B"], "rope_scaling": {**scaling, "original_max_position_embeddings": 8192}}
     small = {"max_seqs": 4, "max_batched_tokens": 32, "num_shares": 1 << 70, "share": -1}
     assert outcome(job("8B", raw=raw, **small), tmp_path)["launched"]
+
+
+def test_invariant_networks_launch_other_kernels(tmp_path: Path) -> None:
+    work = job("0.6B", max_seqs=4, max_batched_tokens=32, num_shares=1 << 70, share=-1)
+    one, two = (outcome(replace(work, invariant=on), tmp_path)["launched"] for on in (False, True))
+    assert "decode" in one.values() and "decode" not in two.values() and two
 
 
 def test_a_process_without_a_job_fails() -> None:
