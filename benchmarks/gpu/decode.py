@@ -2,10 +2,11 @@
 
     python benchmarks/gpu/decode.py [--models 8B 0.6B] [--batches 1 8 64 256] [--eager] [--profile] [--dtype bfloat16]
 
-Random weights in the shapes of Llama 3.1 8B and Qwen3 0.6B, prompts of random tokens, greedy, about 190 positions each.
-A time is the median of a few runs of some steps, as `LLM` takes them: scheduling, sampling and outputs included. `host`
-is what of it the host did not wait for the device. The bound is (weights + cached keys and values) / measured reading
-speed. --eager measures without CUDA graphs too; --profile prints kernels and Python functions of some steps.
+Random weights in the shapes of Llama 3.1 8B and Qwen3 0.6B (and 30B-A3B, of 61 GB, if asked for), prompts of random
+tokens, greedy, about 190 positions each. A time is the median of a few runs of some steps, as `LLM` takes them:
+scheduling, sampling and outputs included. `host` is what of it the host did not wait for the device. The bound is
+(weights + cached keys and values) / measured reading speed; of experts, those count that so many tokens meet if all are
+as likely. --eager measures without CUDA graphs too; --profile prints kernels and Python functions of some steps.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import triton.language as tl
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from quire import LLM, SamplingParams  # noqa: E402
+from quire.cli.bound import Layer  # noqa: E402
 from quire.models.parameters import kv_bytes_per_token, num_parameters  # noqa: E402
 from quire.runner.runner import Runner  # noqa: E402
 from quire.scheduler.plan import Plan  # noqa: E402
@@ -72,6 +74,32 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000,
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
+        "vocab_size": 151936,
+    },
+    "30B-A3B": {  # Qwen3 30B-A3B
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
         "vocab_size": 151936,
     },
 }
@@ -158,9 +186,11 @@ class Case:
 
 
 def bound_ms(llm: LLM, batch: int, speed: float, item_bytes: int) -> float:
-    """Each step reads all weights but the rows of the embedding that it does not need, and the cache."""
+    """Each step reads all weights but those of experts that nobody meets and the embedding's, and the cache."""
     spec = llm.spec
     weights = num_parameters(spec).total - (0 if spec.tied else spec.vocab_size * spec.dim)
+    layers = [Layer.of(block, spec.dim) for block in spec.blocks]
+    weights -= sum(layer.expert * (layer.num_experts - layer.met(batch)) for layer in layers)
     length = PROMPT + WARM_UP + RUNS * STEPS / 2
     cached = batch * length * kv_bytes_per_token(spec, item_bytes)
     return (weights * item_bytes + cached) / speed * 1e3
@@ -236,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=["8B", "0.6B"], choices=list(SHAPES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true")

@@ -8,7 +8,7 @@ from torch import Tensor
 from quire.attention.reference import Reference
 from quire.layers.base import Build
 from quire.layers.moe import MoE
-from quire.layers.norm import Norm, Normed
+from quire.layers.norm import Norm, Normed, add
 from quire.layers.rope import RopeTables
 from quire.models import spec
 
@@ -65,12 +65,9 @@ def expert(s: spec.MoE, i: int, x: Tensor) -> Tensor:
             return weight @ x
         return weight @ x + RandomWeights().tensor(f"mlp.experts.{i}.{part}.bias", shape=(outputs,))
 
-    hidden = product("up_proj", s.expert.hidden, x)
-    if s.expert.gated:
-        hidden = hidden * F.silu(product("gate_proj", s.expert.hidden, x))
-    else:
-        hidden = F.relu(hidden).square()
-    return product("down_proj", DIM, hidden)
+    up = product("up_proj", s.expert.hidden, x)
+    gate = F.silu(product("gate_proj", s.expert.hidden, x)) if s.expert.gated else up.relu()
+    return product("down_proj", DIM, up.relu() * gate if s.expert.act == "relu2" else up * gate)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -83,10 +80,7 @@ def test_only_chosen_experts_are_weighed_and_summed(name: str) -> None:
         torch.testing.assert_close(weights.sum(-1), torch.full((9,), s.scale))
     want = torch.stack(
         [
-            sum(
-                w * expert(s, e, x[t])
-                for e, w in zip(experts[t].tolist(), weights[t], strict=True)
-            )
+            sum(w * expert(s, e, x[t]) for e, w in zip(experts[t].tolist(), weights[t], strict=True))
             for t in range(len(x))
         ]
     )
@@ -114,3 +108,13 @@ def test_a_tokens_result_does_not_depend_on_the_others() -> None:
     moe = build(SPECS["groups"])
     x = torch.randn(40, DIM, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(moe(x)[7:9], moe(x[7:9]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_sum_and_norm_are_those_of_separate_operations(name: str) -> None:
+    moe = build(SPECS[name])
+    x, residual = torch.randn(2, 9, DIM, generator=torch.Generator().manual_seed(3))
+    for following in (Norm(spec.Norm(eps=1e-6, weight=False), (DIM,), moe.router.build), None):
+        total, normed = moe.added(Normed(x), residual, None, following)
+        want = add(moe(x), residual, None, following)
+        assert torch.equal(total, want[0]) and torch.equal(normed.tensor(), want[1].tensor())
