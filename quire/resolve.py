@@ -140,16 +140,17 @@ def _length(config: Config, spec: Decoder) -> int:
 
 def _work_bytes(spec: Decoder, batched_tokens: int, num_rows: int) -> int:
     """Activations of the largest step and its logits, in float32 to be on the safe side."""
-    widest = max(3 * spec.dim, *(_widest(block.mlp) for block in spec.blocks))
+    widest = max(3 * spec.dim, *(_widest(block.mlp, spec.dim) for block in spec.blocks))
     return 4 * (batched_tokens * (2 * spec.dim + 2 * widest) + 3 * num_rows * spec.vocab_size)
 
 
-def _widest(mlp: MLP | MoE) -> int:
+def _widest(mlp: MLP | MoE, dim: int) -> int:
     match mlp:
         case MLP(hidden=hidden):
             return 2 * hidden
         case MoE(expert=expert, shared=shared, top_k=top_k):
-            return 2 * (expert.hidden * top_k + (shared.hidden if shared else 0))
+            inside = 2 * (expert.hidden * top_k + (shared.hidden if shared else 0))
+            return max(inside, (expert.hidden + dim) * top_k)
 
 
 def _cache_budget(config: Config, machine: Machine, weights: int, work: int) -> tuple[int, str]:

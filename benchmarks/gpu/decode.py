@@ -3,10 +3,11 @@
     python benchmarks/gpu/decode.py [--models 8B 0.6B] [--batches 1 8 64 256 32x4096 1x131072+31x4096]
         [--deterministic] [--eager] [--profile] [--dtype bfloat16]
 
-Random weights in the shapes of Llama 3.1 8B and Qwen3 0.6B, prompts of random tokens, greedy. A batch is a number of
-sequences of about 190 positions each, or says how many there are of which length. A time is the median of a few runs
-of some steps, as `LLM` takes them: scheduling, sampling and outputs included. `host` is what of it the host did not
-wait for the device. The bound is (weights + cached keys and values) / measured reading speed. --deterministic measures
+Random weights in the shapes of Llama 3.1 8B and Qwen3 0.6B (and 30B-A3B, of 61 GB, if asked for), prompts of random
+tokens, greedy. A batch is a number of sequences of about 190 positions each, or says how many there are of which
+length. A time is the median of a few runs of some steps, as `LLM` takes them: scheduling, sampling and outputs
+included. `host` is what of it the host did not wait for the device. The bound is (weights + cached keys and values) /
+measured reading speed; of experts, those count that so many tokens meet if all are as likely. --deterministic measures
 that mode; --eager measures without CUDA graphs too; --profile prints kernels and Python functions of some steps.
 """
 
@@ -31,17 +32,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.gpu.shapes import SHAPES, folder_of  # noqa: E402
 from quire import LLM, SamplingParams  # noqa: E402
+from quire.cli.bound import Layer  # noqa: E402
 from quire.models.parameters import kv_bytes_per_token, num_parameters  # noqa: E402
 from quire.runner.runner import Runner  # noqa: E402
 from quire.scheduler.plan import Plan  # noqa: E402
 from quire.types import OutputKind  # noqa: E402
 
-LENGTH, WARM_UP, RUNS, STEPS = (
-    190,
-    12,
-    5,
-    10,
-)  # positions halfway through the runs, and steps before and in them
+LENGTH = 190  # positions halfway through the runs
+WARM_UP, RUNS, STEPS = 12, 5, 10  # steps before, and in each of the runs
 HALFWAY = WARM_UP + RUNS * STEPS // 2
 
 
@@ -132,9 +130,11 @@ class Case:
 
 
 def bound_ms(llm: LLM, lengths: Sequence[int], speed: float, item_bytes: int) -> float:
-    """Each step reads all weights but the rows of the embedding that it does not need, and the cache."""
+    """Each step reads all weights but those of experts that nobody meets and the embedding's, and the cache."""
     spec = llm.spec
     weights = num_parameters(spec).total - (0 if spec.tied else spec.vocab_size * spec.dim)
+    layers = [Layer.of(block, spec.dim) for block in spec.blocks]
+    weights -= sum(layer.expert * (layer.num_experts - layer.met(len(lengths))) for layer in layers)
     cached = sum(lengths) * kv_bytes_per_token(spec, item_bytes)
     return (weights * item_bytes + cached) / speed * 1e3
 
@@ -210,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=["8B", "0.6B"], choices=list(SHAPES))
     parser.add_argument("--batches", nargs="+", default=["1", "8", "64", "256"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true")

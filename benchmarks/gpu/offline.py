@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.gpu.shapes import SHAPES, folder_of  # noqa: E402
+from benchmarks.gpu.shapes import folder_of  # noqa: E402
 from quire import LLM, SamplingParams  # noqa: E402
 from quire.cli.bound import Needs, Speed, bound_s, measure  # noqa: E402
 from quire.cli.workload import Shape, Workload  # noqa: E402
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=list(PROMPTS), choices=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=list(PROMPTS), choices=list(PROMPTS))
     parser.add_argument("--cases", nargs="+", default=["prompts", "mixed", "shared"])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="Of `LLM`.")

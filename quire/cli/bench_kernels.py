@@ -1,4 +1,7 @@
-"""`quire bench kernels`: products of few rows with a network's weights on this GPU, beside cuBLAS; `--tune` them."""
+"""`quire bench kernels`: products of few rows with a network's weights on this GPU, beside cuBLAS; `--tune` them.
+
+Of a network with experts, these: any number of rows, and no cuBLAS, which has no such product.
+"""
 
 import argparse
 import importlib.util
@@ -17,6 +20,12 @@ SIZES = {  # dim, hidden, heads, key heads, their size, vocabulary
     "llama-8b": (4096, 14336, 32, 8, 128, 128256),
     "qwen3-0.6b": (1024, 3072, 16, 8, 128, 151936),
 }
+MIXTURES = {  # dim, hidden, experts, of which a token goes to so many
+    "qwen3-30b-a3b": (2048, 768, 128, 8),
+    "mixtral-8x7b": (4096, 14336, 8, 2),
+    "deepseek-v3": (7168, 2048, 256, 8),
+}
+MOST_ROWS, MOST_MIXTURE_ROWS = 64, 16384
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         nargs="?",
         default="llama-8b",
-        help=f"Folder or Hugging Face id, or the sizes of {' or '.join(SIZES)} (%(default)s).",
+        help=f"Folder or Hugging Face id, or the sizes of {', '.join(SIZES | MIXTURES)} (%(default)s).",
     )
     parser.add_argument("--revision", metavar="X", help="Branch, tag or commit of Hugging Face ids.")
     parser.add_argument(
@@ -34,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1, 8, 16, 32, 64],
         metavar="N",
-        help="Rows to multiply, 64 at most (1 8 16 32 64).",
+        help="Rows to multiply, 64 at most unless experts share them (1 8 16 32 64).",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(%(default)s)")
     parser.add_argument(
@@ -48,12 +57,29 @@ def main(args: argparse.Namespace) -> int:
     _check(args)
     import torch
 
-    from quire.kernels.triton.tuner import Bench, read_bytes_per_s
+    from quire.kernels.triton.tuner import read_bytes_per_s
 
-    dtype, speed = getattr(torch, args.dtype), read_bytes_per_s()
+    speed = read_bytes_per_s()
     found = torch.cuda.get_device_name()
     _say(f"{args.model} in {args.dtype} on {found}, which reads {speed / 1e12:.2f} TB/s")
-    cases = cases_of(SIZES[args.model]) if args.model in SIZES else cases_of(_sizes(args))
+    sizes = (SIZES | MIXTURES).get(args.model) or _sizes(args)
+    most = MOST_ROWS if len(sizes) == 6 else MOST_MIXTURE_ROWS
+    if not all(1 <= rows <= most for rows in args.rows):
+        raise ConfigError(f"--rows is {args.rows}; for {args.model} they must be from 1 to {most}")
+    if len(sizes) == 6:
+        _dense(args, cases_of(sizes), speed)
+    else:
+        _mixture(args, sizes, speed)
+    return 0
+
+
+def _dense(args: argparse.Namespace, cases: "list[Case]", speed: float) -> None:
+    """Products of few rows, each beside cuBLAS's."""
+    import torch
+
+    from quire.kernels.triton.tuner import Bench
+
+    dtype = getattr(torch, args.dtype)
     if args.tune:
         _tune(args, cases)
     _say(
@@ -69,10 +95,36 @@ def main(args: argparse.Namespace) -> int:
                 f" {rate / speed:8.1%} {cublas * 1e6:10.2f}"
             )
             del bench
-    return 0
 
 
-def cases_of(sizes: tuple[int, int, int, int, int, int]) -> "list[Case]":
+def _mixture(args: argparse.Namespace, sizes: tuple[int, ...], speed: float) -> None:
+    """A layer's experts, from routes to the sum and its norm, and each of their products with `--tune`."""
+    import torch
+
+    from quire.kernels.triton.expert_tiles import read_expert_table, write_expert_table
+    from quire.kernels.triton.expert_tuner import ExpertBench, Mixture
+
+    mixture: Mixture = Mixture(*sizes)
+    lines = []
+    for rows in args.rows:
+        bench = ExpertBench(mixture, rows, getattr(torch, args.dtype))
+        for name, product, time in bench.products() if args.tune else ():
+            tile, best, before = bench.best(product, time)
+            # Each one is written, so that nothing measured is lost.
+            write_expert_table(dict(read_expert_table()) | {product: tile})
+            _say(f"{name:10}{rows:5} rows: {tuple(tile)} {best * 1e6:.2f} us, before {before * 1e6:.2f}")
+        spent, touched = bench.whole(), bench.touched_bytes()
+        rate = touched / spent
+        lines.append(
+            f"{rows:6} {bench.rows:9} {touched / 1e6:9.1f} {spent * 1e6:9.2f} {rate / 1e12:6.2f} {rate / speed:8.1%}"
+        )
+        del bench
+    _say(f"{'rows':>6} {'of a tile':>9} {'MB':>9} {'us':>9} {'TB/s':>6} {'of read':>8}")
+    for line in lines:
+        _say(line)
+
+
+def cases_of(sizes: tuple[int, ...]) -> "list[Case]":
     """A dense layer's products, and the head's."""
     from quire.kernels.triton.tuner import Case
 
@@ -95,16 +147,14 @@ def _check(args: argparse.Namespace) -> None:
         )
     if torch.version.cuda is None or not torch.cuda.is_available():
         raise ConfigError("bench kernels measures a GPU, and torch finds no CUDA GPU here")
-    if not all(1 <= rows <= 64 for rows in args.rows):
-        raise ConfigError(f"--rows is {args.rows}; they must be from 1 to 64, since cuBLAS multiplies more")
 
 
-def _sizes(args: argparse.Namespace) -> tuple[int, int, int, int, int, int]:
-    """Those of the first layer that is dense."""
+def _sizes(args: argparse.Namespace) -> tuple[int, ...]:
+    """Those of the first layer that is dense; else of the first with experts."""
     from quire.checkpoint.files import read_config
     from quire.checkpoint.source import resolve
     from quire.models.registry import decoder_spec
-    from quire.models.spec import MLP, Attention
+    from quire.models.spec import MLP, Attention, MoE
 
     spec: Decoder = decoder_spec(read_config(resolve(args.model, args.revision, weights=False).folder))[0]
     for block in spec.blocks:
@@ -112,7 +162,10 @@ def _sizes(args: argparse.Namespace) -> tuple[int, int, int, int, int, int]:
             mixer = block.mixer
             heads = (mixer.num_heads, mixer.num_kv_heads, mixer.head_dim)
             return (spec.dim, block.mlp.hidden, *heads, spec.vocab_size)
-    raise ConfigError(f"{args.model} has no dense layer with gates, whose products these kernels are for")
+    for block in spec.blocks:
+        if isinstance(block.mlp, MoE) and block.mlp.expert.gated:
+            return (spec.dim, block.mlp.expert.hidden, block.mlp.num_experts, block.mlp.top_k)
+    raise ConfigError(f"{args.model} has no layer with gates, whose products these kernels are for")
 
 
 def _tune(args: argparse.Namespace, cases: "list[Case]") -> None:

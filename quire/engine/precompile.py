@@ -154,7 +154,7 @@ def run(job: Job) -> Outcome:
     from triton import knobs
     from triton.runtime.driver import driver
 
-    from quire.kernels.triton import ops, products  # noqa: F401  # torch may be one without CUDA
+    from quire.kernels.triton import mixture, ops, products  # noqa: F401  # torch may be one without CUDA
 
     gpu = Gpu(job.gpu[0], job.gpu[1], (job.gpu[2][0], job.gpu[2][1]))
     describe(gpu)

@@ -5,6 +5,16 @@ import importlib.util
 import torch
 
 from quire.kernels.cpu import ops as _cpu  # noqa: F401  (importing it registers its kernels)
+from quire.kernels.experts import (
+    Experts,
+    Routes,
+    Rule,
+    Shared,
+    experts,
+    experts_add_norm,
+    pack_experts,
+    route,
+)
 from quire.kernels.reference import (
     RmsNorm,
     RowScale,
@@ -24,6 +34,7 @@ from quire.kernels.reference import (
 
 # How torch was built says enough. To ask for a GPU would start CUDA, and no process may fork after that.
 if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
+    from quire.kernels.triton import mixture as _mixture  # noqa: F401
     from quire.kernels.triton import ops as _triton  # noqa: F401
     from quire.kernels.triton import products as _products  # noqa: F401
 
@@ -39,11 +50,17 @@ def why_not_invariant(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 __all__ = [
+    "Experts",
     "RmsNorm",
+    "Routes",
     "RowScale",
+    "Rule",
+    "Shared",
     "act",
     "act_mul",
     "add_norm",
+    "experts",
+    "experts_add_norm",
     "finish_norm",
     "layer_norm",
     "linear",
@@ -51,7 +68,9 @@ __all__ = [
     "norm_rope",
     "normed_act_mul",
     "normed_linear",
+    "pack_experts",
     "pack_linear",
     "rms_norm",
+    "route",
     "why_not_invariant",
 ]

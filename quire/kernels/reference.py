@@ -139,9 +139,15 @@ def linear(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype | Non
 
 
 @op
-def normed_linear(values: Tensor, scale: RowScale | None, weight: Any, bias: Tensor | None) -> Tensor:
+def normed_linear(
+    values: Tensor,
+    scale: RowScale | None,
+    weight: Any,
+    bias: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """`linear` of a norm's result whose rows may be unscaled. values [T, inputs] -> [T, outputs]."""
-    return linear(finish_norm(values, scale), weight, bias)
+    return linear(finish_norm(values, scale), weight, bias, dtype)
 
 
 @op

@@ -57,9 +57,7 @@ class Block(nn.Module):
             x, y = self._scaled(x, self.mixer.out(mixed), self.attn_post_norm, self.mlp_norm)
             return self._scaled(x, self.mlp(y.tensor()), self.mlp_post_norm, following)
         x, y = self.mixer.out.added(mixed, x, self.attn_post_norm, self.mlp_norm)
-        if isinstance(self.mlp, MoE):
-            return add(self.mlp(y.tensor()), x, self.mlp_post_norm, following)
-        return self.mlp.down.added(self.mlp.hidden(y), x, self.mlp_post_norm, following)
+        return self.mlp.added(y, x, self.mlp_post_norm, following)
 
     def _scaled(self, x: Tensor, y: Tensor, post: Norm | None, norm: Norm | None) -> tuple[Tensor, Normed]:
         return add((y if post is None else post(y)) * self.spec.residual_scale, x, None, norm)

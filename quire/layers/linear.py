@@ -25,12 +25,18 @@ class Linear(nn.Module):
 
     def load(self, weights: Weights, name: str, shared: Tensor | None = None) -> None:
         """Pull `{name}.{part}.weight` and bias for every part; `shared` is a weight that is there already."""
-        if self.has_bias:
-            parts = self.parts.items()
-            self.bias = torch.cat([self.build.pull(weights, _join(name, p, "bias"), n) for p, n in parts])
-        self.weight = self.build.pack(self._pull(weights, name) if shared is None else shared)
+        self.bias = self.pull_bias(weights, name)
+        self.weight = self.build.pack(self.pull_weight(weights, name) if shared is None else shared)
 
-    def _pull(self, weights: Weights, name: str) -> Tensor:
+    def pull_bias(self, weights: Weights, name: str) -> Tensor | None:
+        """`{name}.{part}.bias` of every part, [sum of parts], if there are biases."""
+        if not self.has_bias:
+            return None
+        parts = self.parts.items()
+        return torch.cat([self.build.pull(weights, _join(name, p, "bias"), n) for p, n in parts])
+
+    def pull_weight(self, weights: Weights, name: str) -> Tensor:
+        """`{name}.{part}.weight` of every part, [sum of parts, inputs]."""
         build = self.build
         weight = torch.empty(sum(self.parts.values()), self.inputs, dtype=build.dtype, device=build.device)
         start = 0
@@ -43,9 +49,9 @@ class Linear(nn.Module):
         """x [T, inputs] -> [T, sum of parts], as `dtype` or x's."""
         return ops.linear(x, self.weight, self.bias, dtype)
 
-    def of(self, y: Normed) -> Tensor:
+    def of(self, y: Normed, dtype: torch.dtype | None = None) -> Tensor:
         """The same of a norm's result."""
-        return ops.normed_linear(y.values, y.scale, self.weight, self.bias)
+        return ops.normed_linear(y.values, y.scale, self.weight, self.bias, dtype)
 
     def added(
         self, x: Tensor, residual: Tensor, post: Norm | None, following: Norm | None

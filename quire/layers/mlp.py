@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
-from quire.layers.norm import Normed
+from quire.layers.norm import Norm, Normed
 from quire.models import spec
 
 
@@ -26,6 +26,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, dim] -> [T, dim]."""
         return self.down(self.hidden(Normed(x)))
+
+    def added(
+        self, y: Normed, residual: Tensor, post: Norm | None, following: Norm | None
+    ) -> tuple[Tensor, Normed]:
+        """(residual + post(this of y), its norm)."""
+        return self.down.added(self.hidden(y), residual, post, following)
 
     def hidden(self, y: Normed) -> Tensor:
         """y [T, dim] -> [T, hidden], what `down` takes."""

@@ -1,7 +1,5 @@
 """Sparse experts: a router chooses a few for each token, and each expert computes its tokens only."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +7,7 @@ from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
 from quire.layers.mlp import MLP
+from quire.layers.norm import Norm, Normed, add, rms_of
 from quire.models import spec
 
 
@@ -18,6 +17,7 @@ class Router(nn.Module):
     def __init__(self, s: spec.MoE, build: Build):
         super().__init__()
         self.spec, self.build = s, build
+        self.rule = ops.Rule(s.top_k, s.score, s.renorm, s.scale, s.groups, s.top_groups)
         self.gate = Linear(build.dim, {"gate": s.num_experts}, build, bias=s.router_bias)
         self.correction: Tensor | None = None
 
@@ -27,32 +27,41 @@ class Router(nn.Module):
             key = f"{name}.gate.e_score_correction_bias"
             self.correction = self.build.pull(weights, key, self.spec.num_experts, dtype=torch.float32)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, dim] -> experts [T, top_k] int64, their weights [T, top_k] float32."""
-        s, scores = self.spec, self.gate(x, torch.float32)
-        if s.score == "softmax":
-            scores = scores.softmax(-1)
-        elif s.score == "sigmoid":
-            scores = ops.act(scores, "sigmoid")
-        choice = scores if self.correction is None else scores + self.correction
-        if s.groups > 1:
-            choice = self._best_groups(choice)
-        experts = choice.topk(s.top_k, -1).indices
-        weights = scores.gather(-1, experts)
-        if s.score == "softmax_topk":
-            weights = weights.softmax(-1)
-        elif s.renorm:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return experts, weights * s.scale
+    def forward(self, y: Normed) -> ops.Routes:
+        """y [T, dim] -> experts and their weights, [T, top_k]."""
+        return ops.route(self.gate.of(y, torch.float32), self.rule, self.correction)
 
-    def _best_groups(self, choice: Tensor) -> Tensor:
-        """Rule out all experts but those of the best groups (DeepSeek-V2; by their two best in V3)."""
-        s = self.spec
-        grouped = choice.unflatten(-1, (s.groups, -1))
-        best = grouped.amax(-1) if self.correction is None else grouped.topk(2, -1).values.sum(-1)
-        ruled_out = torch.ones_like(best, dtype=torch.bool)
-        ruled_out.scatter_(-1, best.topk(s.top_groups, -1).indices, False)
-        return grouped.masked_fill(ruled_out[..., None], -torch.inf).flatten(-2)
+
+class Experts(nn.Module):
+    """All experts of a layer, their weights side by side."""
+
+    def __init__(self, s: spec.MoE, build: Build):
+        super().__init__()
+        self.spec, self.build = s, build
+        self.one = MLP(s.expert, build)  # holds no weights: how one expert's are named and shaped
+        self.stack: ops.Experts | None = None
+
+    def load(self, weights: Weights, name: str) -> None:
+        s, one = self.spec, self.one
+        self.stack = ops.Experts(
+            up=self._weights(one.up, weights, name),
+            down=self._weights(one.down, weights, name),
+            up_bias=self._biases(one.up, weights, name),
+            down_bias=self._biases(one.down, weights, name),
+            act=s.expert.act,
+            gated=s.expert.gated,
+            invariant=self.build.invariant,
+        )
+
+    def _weights(self, part: Linear, weights: Weights, name: str) -> object:
+        count = self.spec.num_experts
+        pulled = (part.pull_weight(weights, f"{name}.{i}") for i in range(count))
+        return ops.pack_experts(pulled, count, self.build.invariant)
+
+    def _biases(self, part: Linear, weights: Weights, name: str) -> Tensor | None:
+        found = [part.pull_bias(weights, f"{name}.{i}") for i in range(self.spec.num_experts)]
+        present = [bias for bias in found if bias is not None]
+        return torch.stack(present) if present else None
 
 
 class MoE(nn.Module):
@@ -62,14 +71,13 @@ class MoE(nn.Module):
         super().__init__()
         self.spec = s
         self.router = Router(s, build)
-        self.experts = nn.ModuleList(MLP(s.expert, build) for _ in range(s.num_experts))
+        self.experts = Experts(s, build)
         self.shared = MLP(s.shared, build) if s.shared else None
         self.shared_gate = Linear(build.dim, {"shared_expert_gate": 1}, build) if s.shared_gate else None
 
     def load(self, weights: Weights, name: str) -> None:
         self.router.load(weights, name)
-        for i, expert in enumerate(self.experts):
-            cast(MLP, expert).load(weights, f"{name}.experts.{i}")
+        self.experts.load(weights, f"{name}.experts")
         if self.shared is not None:
             self.shared.load(weights, f"{name}.shared")
         if self.shared_gate is not None:
@@ -77,22 +85,22 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, dim] -> [T, dim]."""
-        y = self._routed(x)
-        if self.shared is not None:
-            z = self.shared(x)
-            y = y + (z if self.shared_gate is None else z * ops.act(self.shared_gate(x), "sigmoid"))
-        return y
+        y = Normed(x)
+        return ops.experts(x, None, self.router(y), self.experts.stack, self._shared(y))
 
-    def _routed(self, x: Tensor) -> Tensor:
-        chosen, weights = self.router(x)
-        order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs, expert by expert
-        tokens, weights = order // self.spec.top_k, weights.flatten()[order, None]
-        # Sums are float32 and in the order of the experts: a token's result does not depend on the others.
-        y = torch.zeros_like(x, dtype=torch.float32)
-        start = 0
-        for i, count in enumerate(chosen.flatten().bincount(minlength=self.spec.num_experts).tolist()):
-            if count:
-                rows = tokens[start : start + count]
-                y[rows] += self.experts[i](x[rows]).float() * weights[start : start + count]
-                start += count
-        return y.to(x.dtype)
+    def added(
+        self, y: Normed, residual: Tensor, post: Norm | None, following: Norm | None
+    ) -> tuple[Tensor, Normed]:
+        """(residual + post(this of y), its norm): one operation where that is all RMS norm and no post."""
+        norm, routes, shared = rms_of(following), self.router(y), self._shared(y)
+        inputs = y.values, y.scale, routes, self.experts.stack, shared
+        if norm is None or post is not None:
+            return add(ops.experts(*inputs), residual, post, following)
+        total, values, scale = ops.experts_add_norm(*inputs, residual, norm)
+        return total, Normed(values, scale)
+
+    def _shared(self, y: Normed) -> ops.Shared | None:
+        if self.shared is None:
+            return None
+        gate = None if self.shared_gate is None else self.shared_gate.of(y)
+        return ops.Shared(self.shared.down(self.shared.hidden(y)), gate)

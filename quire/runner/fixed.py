@@ -18,7 +18,6 @@ from torch import Tensor
 
 from quire.attention.base import LayerCache, Ragged
 from quire.layers.decoder import Decoder
-from quire.models.spec import MoE
 from quire.runner.advance import Inputs, advance, gather
 from quire.runner.batch import Batch
 from quire.runner.graphs import Graphs
@@ -39,8 +38,6 @@ def why_not(model: Decoder, device: torch.device) -> str | None:
         return f"the device is {device}"
     if not model.backend.capturable:
         return f"attention backend {model.backend.name} waits for the device"
-    if any(isinstance(block.mlp, MoE) for block in model.spec.blocks):
-        return "the host distributes tokens to experts"
     return None
 
 

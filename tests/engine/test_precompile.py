@@ -48,7 +48,7 @@ def test_what_one_process_compiled_the_next_finds(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*/*.cubin"))) == first["num_compiled"]
 
 
-@pytest.mark.parametrize("model", ["8B", "0.6B"])
+@pytest.mark.parametrize("model", ["8B", "0.6B", "30B-A3B"])
 def test_kernels_of_every_part_of_a_step_are_found(model: str, tmp_path: Path) -> None:
     found = outcome(job(model, num_shares=1 << 70, share=-1), tmp_path)  # nobody's share: nothing is compiled
     names = set(found["launched"].values())
@@ -63,7 +63,9 @@ def test_kernels_of_every_part_of_a_step_are_found(model: str, tmp_path: Path) -
         "prefill",
         "scan",
         "_advance",
-    }
+    } | (
+        {"route", "arrange", "alone_up", "alone_down", "together", "combine"} if model == "30B-A3B" else set()
+    )
     few = outcome(job(model, num_shares=1 << 70, share=-1, max_seqs=1, max_batched_tokens=32), tmp_path)
     assert few["launched"].keys() != found["launched"].keys()
     assert len(few["launched"]) < len(found["launched"])

@@ -162,6 +162,29 @@ def weights(dtype: torch.dtype) -> Inputs:
     yield (noise(3, 16, 40, dtype=dtype).transpose(1, 2),)
 
 
+def choices(dtype: torch.dtype) -> Inputs:
+    for tokens, count in ((1, 8), (9, 24)):
+        logits = noise(tokens, count, dtype=dtype)
+        yield logits, ops.Rule(2), None
+        yield logits, ops.Rule(4, "sigmoid", groups=4, top_groups=2, scale=2.5), noise(count, seed=1)
+
+
+def mixtures(dtype: torch.dtype) -> Inputs:
+    """Small ones; see test_experts.py."""
+    for tokens in (1, 5):
+        routes = ops.route.reference(noise(tokens, 4), ops.Rule(2), None)
+        up = noise(4, 48, 32, dtype=dtype, seed=1, scale=0.2)
+        down = noise(4, 32, 24, dtype=dtype, seed=2, scale=0.2)
+        stack = ops.Experts(up, down, None, None, "silu", True)
+        yield noise(tokens, 32, dtype=dtype, scale=0.5), row_scale(tokens, 3), routes, stack, None
+
+
+def added_mixtures(dtype: torch.dtype) -> Inputs:
+    for args in mixtures(dtype):
+        norm = ops.RmsNorm(noise(32, dtype=dtype, seed=5), 1e-6)
+        yield *args, noise(*args[0].shape, seed=4), norm
+
+
 INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "rms_norm": norms,
     "layer_norm": layer_norms,
@@ -175,12 +198,17 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "linear_add_norm": added_products,
     "add_norm": sums,
     "finish_norm": unscaled,
+    "route": choices,
+    "experts": mixtures,
+    "experts_add_norm": added_mixtures,
 }
 COMPOSED = (
     "normed_linear",
     "normed_act_mul",
     "linear_add_norm",
     "add_norm",
+    "experts",
+    "experts_add_norm",
 )  # parts round on the way, wholes do not
 
 
@@ -240,7 +268,7 @@ def precise(x: Any) -> Any:
     """x in float32, and what is in it."""
     if isinstance(x, tuple):
         return type(x)(*map(precise, x))
-    return x.float() if isinstance(x, Tensor) else x
+    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def compare(got: Tensor, want: Tensor, limit: float, overall: bool, args: Any) -> None:

@@ -97,7 +97,7 @@ def _add_parts(
 
 
 @triton.jit
-def _inputs(at, k, keep, inputs, K, EVEN: tl.constexpr):
+def inputs_at(at, k, keep, inputs, K, EVEN: tl.constexpr):
     """A step of x; 0 where rows are not there and past K."""
     if EVEN:
         x = tl.load(at + k, mask=keep, other=0.0)
@@ -107,7 +107,7 @@ def _inputs(at, k, keep, inputs, K, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _weights(at, k, inputs, K, EVEN: tl.constexpr):
+def weights_at(at, k, inputs, K, EVEN: tl.constexpr):
     """A step of w, which is read once and kept in no cache; 0 past K."""
     if EVEN:
         w = tl.load(at + k, eviction_policy="evict_first")
@@ -138,10 +138,10 @@ def stream(
     if NEXT != NEVER:
         gdc_wait()
     for k in tl.range(0, tl.minimum(share, K - first), STEP, num_stages=STAGES):
-        some = tl.trans(_inputs(x_at, k, keep, inputs, K, EVEN))
-        y = tl.dot(_weights(w_at, k, inputs, K, EVEN), some, y, input_precision=PRECISION)
+        some = tl.trans(inputs_at(x_at, k, keep, inputs, K, EVEN))
+        y = tl.dot(weights_at(w_at, k, inputs, K, EVEN), some, y, input_precision=PRECISION)
         if ACT != "":
-            up = tl.dot(_weights(w_at + up_at, k, inputs, K, EVEN), some, up, input_precision=PRECISION)
+            up = tl.dot(weights_at(w_at + up_at, k, inputs, K, EVEN), some, up, input_precision=PRECISION)
     if NEXT == LATE:
         gdc_launch_dependents()
     last = True
@@ -169,19 +169,19 @@ def one_row(
     up_at = tl.cast(N, tl.int64) * K
     if NEXT == EARLY:
         gdc_launch_dependents()
-    weights = _weights(w_at, 0, inputs, K, EVEN)
+    weights = weights_at(w_at, 0, inputs, K, EVEN)
     ups = weights
     if ACT != "":
-        ups = _weights(w_at + up_at, 0, inputs, K, EVEN)
+        ups = weights_at(w_at + up_at, 0, inputs, K, EVEN)
     if NEXT != NEVER:
         gdc_wait()
     some = tl.load(x + inputs, mask=inputs < K, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
     y = weights.to(tl.float32) * some
     up = ups.to(tl.float32) * some
     for k in tl.range(STEP, K, STEP, loop_unroll_factor=UNROLL):
-        weights = _weights(w_at, k, inputs, K, EVEN)
+        weights = weights_at(w_at, k, inputs, K, EVEN)
         if ACT != "":
-            ups = _weights(w_at + up_at, k, inputs, K, EVEN)
+            ups = weights_at(w_at + up_at, k, inputs, K, EVEN)
         at = x + k + inputs
         if EVEN:
             some = tl.load(at, cache_modifier=".cg").to(tl.float32)[None, :]
@@ -221,10 +221,10 @@ def _part(
     y = tl.zeros([TILE, ROWS], tl.float32)
     up = tl.zeros([TILE, ROWS], tl.float32)
     for k in tl.range(first, tl.minimum(first + share, K), STEP, num_stages=STAGES):
-        some = tl.trans(_inputs(x_at, k, keep, inputs, K, EVEN))
-        y = tl.dot(_weights(w_at, k, inputs, K, EVEN), some, y, input_precision=PRECISION)
+        some = tl.trans(inputs_at(x_at, k, keep, inputs, K, EVEN))
+        y = tl.dot(weights_at(w_at, k, inputs, K, EVEN), some, y, input_precision=PRECISION)
         if ACT != "":
-            up = tl.dot(_weights(w_at + up_at, k, inputs, K, EVEN), some, up, input_precision=PRECISION)
+            up = tl.dot(weights_at(w_at + up_at, k, inputs, K, EVEN), some, up, input_precision=PRECISION)
     return y, up
 
 

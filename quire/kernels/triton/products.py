@@ -86,11 +86,15 @@ def linear_triton(x: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.d
 
 @normed_linear.on("cuda", *DTYPES)
 def normed_linear_triton(
-    values: Tensor, scale: RowScale | None, weight: Weight, bias: Tensor | None
+    values: Tensor,
+    scale: RowScale | None,
+    weight: Weight,
+    bias: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     if scale is None or not isinstance(weight, StreamedWeight) or not _streams(values):
-        return linear_triton(finish_norm_triton(values, scale), weight, bias)
-    out = values.new_empty(len(values), len(weight.data))
+        return linear_triton(finish_norm_triton(values, scale), weight, bias, dtype)
+    out = values.new_empty(len(values), len(weight.data), dtype=dtype)
     multiply(values, weight, out, bias=bias, scale=scale)
     return out
 

@@ -51,14 +51,22 @@ def tile_for(product: Product, processors: int, shared_bytes: int = SHARED_BYTES
 
 @functools.cache
 def read_table() -> dict[Product, Tile]:
-    return {Product(*key): Tile(*tile) for key, tile in json.loads(TABLE.read_text(encoding="utf-8"))}
+    return parse_table(TABLE)
 
 
 def write_table(table: dict[Product, Tile]) -> None:
+    print_table(table, TABLE)
+    forget()
+
+
+def parse_table(path: Path) -> dict[Product, Tile]:
+    return {Product(*key): Tile(*tile) for key, tile in json.loads(path.read_text(encoding="utf-8"))}
+
+
+def print_table(table: dict[Product, Tile], path: Path) -> None:
     """One product in a line, in order."""
     keyed = sorted((list(astuple(product)), list(tile)) for product, tile in table.items())
-    TABLE.write_text("[\n" + ",\n".join(map(json.dumps, keyed)) + "\n]\n", encoding="utf-8")
-    forget()
+    path.write_text("[\n" + ",\n".join(map(json.dumps, keyed)) + "\n]\n", encoding="utf-8")
 
 
 def forget() -> None:

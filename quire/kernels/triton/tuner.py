@@ -8,7 +8,7 @@ level cache; divided by their number; the median of a few replays. Ends and begi
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +124,7 @@ def candidates(product: Product, processors: int, shared_bytes: int) -> Iterator
     yield from dict.fromkeys(fitted(tile, product, shared_bytes) for tile in tried)
 
 
-def seconds(runs: list[Callable[[], object]]) -> float:
+def seconds(runs: Sequence[Callable[[], object]]) -> float:
     """One after the other, from a graph."""
     runs[0]()
     torch.cuda.synchronize()

@@ -1,0 +1,154 @@
+"""What operations of sparse experts compute, in plain torch: where a token goes, and what becomes of it there.
+
+Beside reference.py, whose operations these are made of. Here the host looks at the choices and calls the chosen experts
+one after the other; kernels take any choice without telling the host.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quire.kernels.dispatch import op
+from quire.kernels.reference import (
+    RmsNorm,
+    RowScale,
+    act,
+    add_norm,
+    finish_norm,
+    linear,
+    normed_act_mul,
+    pack_linear,
+)
+
+
+class Rule(NamedTuple):
+    """How experts are chosen and weighed; see spec.MoE."""
+
+    top_k: int
+    score: str = "softmax"  # softmax | sigmoid | softmax_topk
+    renorm: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+
+
+class Routes(NamedTuple):
+    """Where tokens go."""
+
+    experts: Tensor  # [T, top_k] int32, all different
+    weights: Tensor  # [T, top_k] float32
+
+
+class Experts(NamedTuple):
+    """The weights of all experts, as `pack_experts` made them, and their activation."""
+
+    up: Any  # [E, 2 * hidden, dim]: gates, then ups; or [E, hidden, dim]
+    down: Any  # [E, dim, hidden]
+    up_bias: Tensor | None  # [E, 2 * hidden or hidden]
+    down_bias: Tensor | None  # [E, dim]
+    act: str
+    gated: bool
+    invariant: bool = False  # a token's results are the same bits whatever else is in its batch
+
+
+class Shared(NamedTuple):
+    """What an expert that sees every token made of them."""
+
+    values: Tensor  # [T, dim]
+    gate: Tensor | None  # [T, 1], before its sigmoid
+
+
+@op
+def route(logits: Tensor, rule: Rule, correction: Tensor | None) -> Routes:
+    """The experts of each token, best first. logits [T, E] and correction [E], float32."""
+    scores = logits
+    if rule.score == "softmax":
+        scores = scores.softmax(-1)
+    elif rule.score == "sigmoid":
+        scores = act(scores, "sigmoid")
+    choice = scores if correction is None else scores + correction
+    if rule.groups > 1:
+        choice = _best_groups(choice, rule, correction is not None)
+    experts = choice.topk(rule.top_k, -1).indices
+    weights = scores.gather(-1, experts)
+    if rule.score == "softmax_topk":
+        weights = weights.softmax(-1)
+    elif rule.renorm:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return Routes(experts.int(), weights * rule.scale)
+
+
+def _best_groups(choice: Tensor, rule: Rule, corrected: bool) -> Tensor:
+    """Rule out all experts but those of the best groups (DeepSeek-V2; by their two best in V3)."""
+    grouped = choice.unflatten(-1, (rule.groups, -1))
+    best = grouped.topk(2, -1).values.sum(-1) if corrected else grouped.amax(-1)
+    ruled_out = torch.ones_like(best, dtype=torch.bool)
+    ruled_out.scatter_(-1, best.topk(rule.top_groups, -1).indices, False)
+    return grouped.masked_fill(ruled_out[..., None], -torch.inf).flatten(-2)
+
+
+@op
+def experts(
+    values: Tensor, scale: RowScale | None, routes: Routes, stack: Experts, shared: Shared | None
+) -> Tensor:
+    """The weighed sum of what a token's experts make of it, and of the shared one's: values [T, dim] -> [T, dim].
+
+    values are a norm's result, whose rows may be unscaled.
+    """
+    x, top_k = finish_norm(values, scale), routes.experts.shape[1]
+    chosen = routes.experts.flatten()
+    order = chosen.argsort(stable=True)  # (token, choice) pairs, expert by expert
+    tokens, weights = order // top_k, routes.weights.flatten()[order, None]
+    # Sums are float32 and in the order of the experts: a token's result does not depend on the others.
+    y = torch.zeros_like(x, dtype=torch.float32)
+    start = 0
+    for i, count in enumerate(chosen.bincount().tolist()):
+        if count:
+            rows = tokens[start : start + count]
+            y[rows] += _expert(x[rows], stack, i).float() * weights[start : start + count]
+            start += count
+    y = y.to(x.dtype)
+    if shared is None:
+        return y
+    return y + (shared.values if shared.gate is None else shared.values * act(shared.gate, "sigmoid"))
+
+
+def _expert(x: Tensor, stack: Experts, i: int) -> Tensor:
+    up_bias, down_bias = (None if b is None else b[i] for b in (stack.up_bias, stack.down_bias))
+    if stack.gated:
+        hidden = normed_act_mul(x, None, stack.up[i], up_bias, stack.act)
+    else:
+        hidden = act(linear(x, stack.up[i], up_bias), stack.act)
+    return linear(hidden, stack.down[i], down_bias)
+
+
+@op
+def experts_add_norm(
+    values: Tensor,
+    scale: RowScale | None,
+    routes: Routes,
+    stack: Experts,
+    shared: Shared | None,
+    residual: Tensor,
+    norm: RmsNorm,
+) -> tuple[Tensor, Tensor, RowScale | None]:
+    """(residual + experts(...), its norm, what the norm's rows have still to be multiplied by); see linear_add_norm."""
+    return *add_norm(experts(values, scale, routes, stack, shared), residual, norm), None
+
+
+def pack_experts(weights: Iterator[Tensor], count: int, invariant: bool = False) -> Any:
+    """Weights [outputs, inputs] of `count` experts, in the form that `experts` is fastest with. None is held twice.
+
+    One tensor [count, outputs, inputs] where a kernel takes all experts at once; else each as `pack_linear` wants it,
+    which `invariant` is for.
+    """
+    first = next(weights)
+    if not experts.has_kernel(first):
+        return tuple(pack_linear(weight, invariant) for weight in (first, *weights))
+    stacked = first.new_empty(count, *first.shape)
+    stacked[0] = first
+    for i, weight in enumerate(weights, 1):
+        stacked[i] = weight
+    return stacked
