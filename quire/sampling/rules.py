@@ -80,10 +80,10 @@ def record_of(
         width=width,
     )
     ints = (list(early), [phrase[-1] for phrase in phrases], np.array(prefixes).flatten())
-    added, lasts, befores = (np.array(values, np.int32) for values in ints)
+    added, lasts, others = (np.array(values, np.int32) for values in ints)
     values = [list(early.values()), [always.get(token, 0.0) for token in early]]
     floats = np.array(values, np.float32).flatten().view(np.int32)
-    return np.concatenate((np.array(header, np.int32), mask, added, floats, lasts, befores))
+    return np.concatenate((np.array(header, np.int32), mask, added, floats, lasts, others))
 
 
 @op

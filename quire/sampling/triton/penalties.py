@@ -37,13 +37,13 @@ def _penalise(logits, row_stride, vocab_size, slots, addresses, header: tl.const
         inside = tokens < vocab_size
         marks = tl.load(seen + tokens, mask=inside, other=0)
         inside &= marks > 0  # most tokens were never seen; their logits are not even read
-        logits += row * row_stride + tokens
-        x = tl.load(logits, mask=inside, other=0.0)
+        places = logits + row * row_stride + tokens
+        x = tl.load(places, mask=inside, other=0.0)
         repetition, frequency, presence = tl.load(strengths), tl.load(strengths + 1), tl.load(strengths + 2)
         times = marks >> 1
         penalty = frequency * times.to(tl.float32) + tl.where(times > 0, presence, 0.0)
         repeated = tl.where(x > 0, tl.div_rn(x, repetition + tl.zeros_like(x)), x * repetition)
-        tl.store(logits, repeated - penalty, mask=inside)
+        tl.store(places, repeated - penalty, mask=inside)
 
 
 @triton.jit
