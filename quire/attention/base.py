@@ -15,6 +15,22 @@ from quire.kernels import ops
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Which of a step's S sequences, of one position each, begin with the same pages; backends may read these once.
+
+    A group of more members than M is several groups. Rows and pages past the last group's are 0 and -1.
+    """
+
+    members: Tensor  # [G, M] int32: sequences, then -1
+    member_pages: Tensor  # [G] int32: how many whole pages they have in common
+    num_pages: Tensor  # [S] int32: the same by sequence; 0 for those in no group
+
+    def first(self, num_groups: int, num_seqs: int) -> "Shared":
+        """The same memory for fewer."""
+        return Shared(self.members[:num_groups], self.member_pages[:num_groups], self.num_pages[:num_seqs])
+
+
+@dataclass(frozen=True, slots=True)
 class Ragged:
     """A step's sequences laid end to end: T positions of S sequences, prefill chunks and decodes alike.
 
@@ -30,6 +46,7 @@ class Ragged:
     max_query: int  # the longest chunk, on the host
     max_length: int  # the longest sequence, on the host
     mixed: bool = False  # there may be sequences of one position beside longer ones
+    shared: Shared | None = None
 
 
 def ragged(
@@ -93,6 +110,10 @@ class Backend(Protocol):
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold steps: nothing in them waits for the device."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether it is worth to say what sequences share (`Ragged.shared`)."""
 
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this backend cannot run, or None if it can."""

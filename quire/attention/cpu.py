@@ -39,6 +39,7 @@ class Cpu:
 
     name = "cpu"
     capturable = False
+    shares = False
 
     def __init__(self, block_size: int = PAGE_TOKENS, level: int | None = None):
         """`level`: the instruction set (see native.isa); None for the best there is."""

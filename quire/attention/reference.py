@@ -16,6 +16,7 @@ class Reference:
 
     name = "reference"
     capturable = False
+    shares = False
 
     def __init__(self, block_size: int = 16):
         self.block_size = block_size

@@ -3,9 +3,9 @@
 It is all that such a step needs from the host's point of view: which slot each row is. A row whose slot is the last
 one, nobody's, is padding: it owns no position, is written nowhere, and leaves nothing behind.
 
-A slot whose newest token ends its sequence has ended: it has no tokens any more, until another sequence takes it. The
-host may have planned its next position before it knew. That row attends to one position, as kernels find no row without
-any between others, and is written nowhere either. At the length limit the host plans nothing further by itself.
+A slot whose newest token ends its sequence has ended: its number of tokens is negative, until another sequence takes
+it. The host may have planned its next position before it knew. That row is computed in vain, as kernels know no row
+without a position between others, and its token is dropped. At the length limit the host plans no further by itself.
 """
 
 from typing import NamedTuple
@@ -42,15 +42,14 @@ def gather(rows: Tensor, numbers: Tensor, tokens: Tensor, inputs: Inputs, block_
     """Fill `inputs` with the newest token of slots `rows` [B] int64; the others as in `SlotState`."""
     present = rows < len(numbers) - 1
     mine = numbers[rows]
-    alive = present & (mine[:, 0] > 0)
-    lengths = torch.where(present, mine[:, 0].clamp(min=1), 0)
+    lengths = torch.where(present, mine[:, 0].abs(), 0)
     positions = (lengths - 1).clamp(min=0).long()
     blocks = mine[:, 1:].gather(1, (positions // block_size)[:, None])[:, 0].long()
     places = blocks * block_size + positions % block_size
     inputs.token_ids.copy_(tokens[rows, positions])
     inputs.positions.copy_(positions)
     inputs.following.copy_(positions + 1)
-    inputs.slot_mapping.copy_(torch.where(alive, places, -1))
+    inputs.slot_mapping.copy_(torch.where(present & (mine[:, 0] > 0), places, -1))
     inputs.query_starts[1:].copy_(present.cumsum(0))
     inputs.lengths.copy_(lengths)
     inputs.tables.copy_(mine[:, 1:])
@@ -88,7 +87,7 @@ def advance(
             ends[row] = (token == record[1:]).any() & (following[row] >= stops.start[slot])
     mine, at = rows[alive], following[alive]
     tokens[mine, at] = token_ids[alive].int()
-    numbers[mine, 0] = torch.where(ends[alive], 0, at + 1).int()
+    numbers[mine, 0] = torch.where(ends[alive], -at - 1, at + 1).int()
     reported = torch.where(alive | (rows == len(numbers) - 1), token_ids, ENDED)
     parts = [reported.int(), bad.int()] + ([] if scores is None else [scores])
     report = torch.cat(parts).to(ring.entries.device)

@@ -23,7 +23,7 @@ from quire.runner.advance import Inputs, advance, gather
 from quire.runner.batch import Batch
 from quire.runner.graphs import Graphs
 from quire.runner.ring import Ring
-from quire.runner.staging import send
+from quire.runner.rows import Rows
 from quire.runner.state import SlotState
 from quire.sampling.logprobs import unpack_some
 from quire.sampling.sampler import FIXED_LOGPROBS, HostSampled, Sampler
@@ -48,6 +48,15 @@ def sizes_up_to(most: int) -> list[int]:
     """Numbers of rows that steps are padded to: fine where another row costs most, `most` itself the last."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 64)]
     return [*(size for size in sizes if size < most), most]
+
+
+class FixedKind(NamedTuple):
+    """What a step's kernels depend on."""
+
+    num_rows: int
+    longest: int
+    uses: Uses | None  # None: the network alone
+    shares: bool  # attention reads what sequences have in common once
 
 
 class Asked(NamedTuple):
@@ -78,8 +87,7 @@ class FixedSteps:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.sizes = sizes_up_to(most)
-        self.slots: list[int] = []  # of the rows, as the host knows them, without padding
-        self.rows = torch.full((most,), state.nobody, dtype=torch.int64, device=device)
+        self.rows = Rows(state, block_size, share=model.backend.shares)
         self.inputs = Inputs(
             token_ids=zeros(most),
             positions=zeros(most),
@@ -92,7 +100,7 @@ class FixedSteps:
         self.hidden = zeros(most, build.dim, dtype=build.dtype)
         self.score_width = 1 + min(FIXED_LOGPROBS, model.spec.vocab_size)
         self.ring = Ring(most * (2 + 2 * self.score_width + 1), device)
-        self.steps: dict[tuple[int, int], tuple[Inputs, Ragged]] = {}  # by rows and longest length
+        self.steps: dict[FixedKind, tuple[Inputs, Ragged]] = {}
 
     def sample(self, work: Sequence[Work]) -> Callable[[], HostSampled] | None:
         """Start the work's whole step; the returned call waits for its tokens."""
@@ -102,9 +110,8 @@ class FixedSteps:
         asked = self.asked(slots)
         if asked is None:
             return None
-        num_rows = self._place(slots)
-        kind, compute = self._kind(num_rows, work, asked.uses)
-        return self.start(kind, compute, num_rows, asked.num_logprobs)
+        kind = self._place(work, asked.uses)
+        return self.start(kind, lambda: self._compute(kind), kind.num_rows, asked.num_logprobs)
 
     def asked(self, slots: Sequence[int]) -> Asked | None:
         """What sampling these slots takes, or None where a whole step cannot do it."""
@@ -137,10 +144,10 @@ class FixedSteps:
         """Start the network only: the batch and the network's output [rows, dim], both valid until the next step."""
         if not _fits(work):
             return None
-        num_rows = self._place([w.slot for w in work])
-        if not self.graphs.run(*self._kind(num_rows, work, None)):
+        kind = self._place(work, None)
+        if not self.graphs.run(kind, lambda: self._compute(kind)):
             return None
-        inputs, ragged = self._step(num_rows, self.state.max_length)
+        inputs, ragged = self._step(kind)
         count = len(work)
         batch = Batch(
             work=tuple(work),
@@ -148,35 +155,25 @@ class FixedSteps:
             ragged=ragged,
             starts=np.arange(count + 1),
             sampling=tuple(work),
-            last_rows=torch.arange(count, device=self.rows.device),
-            slots=self.rows[:count],
+            last_rows=torch.arange(count, device=self.hidden.device),
+            slots=self.rows.slots[:count],
             sample_positions=inputs.following[:count],
         )
         return batch, self.hidden[:count]
 
-    def _place(self, slots: list[int]) -> int:
-        """Tell the device whose rows follow, if it does not know; the number of rows with padding."""
-        num_rows = next(size for size in self.sizes if size >= len(slots))
-        if slots != self.slots:
-            rows = np.full(len(self.rows), self.state.nobody)  # to the end: larger steps have padding there
-            rows[: len(slots)] = slots
-            send(rows, self.rows)
-            self.slots = slots
-        return num_rows
-
-    def _kind(
-        self, num_rows: int, work: Sequence[Work], uses: Uses | None
-    ) -> tuple[tuple[int, int, Uses | None], Callable[[], None]]:
+    def _place(self, work: Sequence[Work], uses: Uses | None) -> FixedKind:
+        """Tell the device whose rows follow."""
+        self.rows.place(work)
+        num_rows = next(size for size in self.sizes if size >= len(work))
         longest = self.state.max_length
         if num_rows <= FEW_ROWS and max(w.start for w in work) < SHORT:
             longest = min(longest, SHORT)
-        kind = (num_rows, longest, uses)
-        return kind, lambda: self._compute(num_rows, *self._step(num_rows, longest), uses)
+        return FixedKind(num_rows, longest, uses, self.rows.shares)
 
-    def _step(self, num_rows: int, longest: int) -> tuple[Inputs, Ragged]:
+    def _step(self, kind: FixedKind) -> tuple[Inputs, Ragged]:
         """The same objects each time: attention backends know by them that it is the same memory."""
-        if (num_rows, longest) not in self.steps:
-            inputs = self.inputs.first(num_rows)
+        if kind not in self.steps:
+            inputs = self.inputs.first(kind.num_rows)
             ragged = Ragged(
                 positions=inputs.positions,
                 slot_mapping=inputs.slot_mapping,
@@ -184,19 +181,20 @@ class FixedSteps:
                 lengths=inputs.lengths,
                 block_tables=inputs.tables,
                 max_query=1,
-                max_length=longest,
+                max_length=kind.longest,
+                shared=self.rows.first(kind.num_rows) if kind.shares else None,
             )
-            self.steps[num_rows, longest] = inputs, ragged
-        return self.steps[num_rows, longest]
+            self.steps[kind] = inputs, ragged
+        return self.steps[kind]
 
-    def _compute(self, num_rows: int, inputs: Inputs, ragged: Ragged, uses: Uses | None) -> None:
-        state, rows = self.state, self.rows[:num_rows]
+    def _compute(self, kind: FixedKind) -> None:
+        state, rows, (inputs, ragged) = self.state, self.rows.slots[: kind.num_rows], self._step(kind)
         gather(rows, state.numbers, state.tokens, inputs, self.block_size)
         hidden = self.model(inputs.token_ids, ragged, self.caches)
-        if uses is None:
-            self.hidden[:num_rows].copy_(hidden)
+        if kind.uses is None:
+            self.hidden[: kind.num_rows].copy_(hidden)
         else:
-            self.finish(hidden, rows, inputs.following, uses)
+            self.finish(hidden, rows, inputs.following, kind.uses)
 
 
 def _read(words: Tensor, *, shape: tuple[int, int], asked: Sequence[int | None]) -> HostSampled:

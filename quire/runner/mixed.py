@@ -21,10 +21,10 @@ from quire.sampling.slots import Uses
 from quire.scheduler.plan import Work
 
 LAUNCH_S, FLOPS = 3e-4, 5e14  # to launch a layer's kernels, and per second in them: measured on an H100
-LEAST_TOKENS, MOST_TOKENS = 512, 2048
+LEAST_TOKENS, MOST_TOKENS = 512, 4096
 
 
-class Kind(NamedTuple):
+class MixedKind(NamedTuple):
     """What a step's kernels depend on."""
 
     num_tokens: int
@@ -72,7 +72,7 @@ class MixedSteps:
             last_rows=zeros(most),
             tables=zeros(most, state.tables.shape[1], dtype=torch.int32),
         )
-        self.steps: dict[Kind, tuple[Layout, Ragged]] = {}
+        self.steps: dict[MixedKind, tuple[Layout, Ragged]] = {}
 
     def sample(self, work: Sequence[Work]) -> tuple[tuple[Work, ...], Callable[[], HostSampled]] | None:
         """Start the work's whole step: what samples, and a call that waits for its tokens. None: not computed."""
@@ -84,7 +84,7 @@ class MixedSteps:
         if asked is None:
             return None
         counts = {w.count for w in work}
-        kind = Kind(
+        kind = MixedKind(
             num_tokens=next(size for size in self.token_sizes if size >= num_tokens),
             num_seqs=next(size for size in self.seq_sizes if size >= len(work)),
             mixed=1 in counts and len(counts) > 1,
@@ -107,7 +107,7 @@ class MixedSteps:
         sheet[3, :num_sampling] = slots[:num_sampling]
         send(sheet, self.sheet)
 
-    def _step(self, kind: Kind) -> tuple[Layout, Ragged]:
+    def _step(self, kind: MixedKind) -> tuple[Layout, Ragged]:
         """The same objects each time: attention backends know by them that it is the same memory."""
         if kind not in self.steps:
             layout = self.layout.first(kind.num_tokens, kind.num_seqs)
@@ -124,7 +124,7 @@ class MixedSteps:
             self.steps[kind] = layout, ragged
         return self.steps[kind]
 
-    def _compute(self, kind: Kind) -> None:
+    def _compute(self, kind: MixedKind) -> None:
         fixed, state = self.fixed, self.fixed.state
         layout, ragged = self._step(kind)
         sheet = self.sheet[:, : kind.num_seqs + 1]

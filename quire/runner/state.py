@@ -1,5 +1,7 @@
 """What a device remembers about each sequence between steps, by slot. Knows no scheduler and no network."""
 
+from array import array
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ class SlotState:
 
         numbers: | number of tokens | block of positions 0 .. | block of the next positions | .. |
 
+    A slot whose sequence a token has ended, as the host has yet to learn, has a negative number of tokens.
+
     One row more than there are slots: the last one is `nobody`'s, which a batch that is padded takes its padding from.
 
     Attributes:
@@ -20,6 +24,8 @@ class SlotState:
             column takes a token that fills the context and is never read.
         numbers: [num_slots + 1, 1 + max_blocks] int32, in one tensor so that one write changes all that a step changes.
         tables: its columns of KV blocks, in the order of the positions they hold.
+        blocks: the same of each slot, on the host.
+        num_starts: sequences that have been given a slot so far.
     """
 
     def __init__(self, num_slots: int, max_length: int, block_size: int, device: torch.device):
@@ -28,7 +34,8 @@ class SlotState:
         self.tokens = torch.zeros(num_slots + 1, max_length + 1, dtype=torch.int32, device=device)
         self.numbers = torch.zeros(num_slots + 1, 1 + max_blocks, dtype=torch.int32, device=device)
         self.tables = self.numbers[:, 1:]
-        self.num_blocks = [0] * num_slots
+        self.blocks = [array("i") for _ in range(num_slots)]
+        self.num_starts = 0
         self.prompt_len = [0] * num_slots
 
     def apply(self, plan: Plan) -> None:
@@ -41,13 +48,15 @@ class SlotState:
             send(np.array(start.tokens, dtype=np.int32), self.tokens[start.slot, :num_tokens])
             places.append(start.slot * width)
             values.append(num_tokens)
-            self.num_blocks[start.slot] = 0
+            self.blocks[start.slot] = array("i")
+            self.num_starts += 1
             self.prompt_len[start.slot] = start.prompt_len
         for work in plan.work:
             if work.new_blocks:
-                first = self.num_blocks[work.slot]
-                self.num_blocks[work.slot] = last = first + len(work.new_blocks)
-                places += range(work.slot * width + 1 + first, work.slot * width + 1 + last)
+                mine = self.blocks[work.slot]
+                first = work.slot * width + 1 + len(mine)
+                mine.extend(work.new_blocks)
+                places += range(first, first + len(work.new_blocks))
                 values += work.new_blocks
         if places:
             at, what = upload((np.array(places), np.array(values)), self.numbers.device)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from quire.attention.base import Turn, ragged, turn_and_write
+from quire.attention.base import Shared, Turn, ragged, turn_and_write
 from quire.attention.reference import Reference
 from quire.attention.select import select
 from quire.attention.shapes import CacheShape
@@ -149,6 +149,72 @@ def test_turning_and_storing_at_once(
         stored = [(cache.k, cache.v)[kind] for cache in caches]
         torch.testing.assert_close(stored[0], stored[1], rtol=0, atol=1e-5)
         assert stored[0].any()
+
+
+def sharing(groups: list[tuple[list[int], int]], num_seqs: int, size: int, spare: int) -> Shared:
+    """As the runner lays it out: groups of rows with their numbers of common pages, and room for `spare` more."""
+    parts = [(rows[i : i + size], pages) for rows, pages in groups for i in range(0, len(rows), size)]
+    members = torch.full((len(parts) + spare, size), -1, dtype=torch.int32)
+    pages, own = torch.zeros(len(parts) + spare, dtype=torch.int32), torch.zeros(num_seqs, dtype=torch.int32)
+    for i, (rows, count) in enumerate(parts):
+        members[i, : len(rows)], pages[i] = torch.tensor(rows), count
+        own[torch.tensor(rows)] = count
+    return Shared(members.to(DEVICE), pages.to(DEVICE), own.to(DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "block_size"),
+    [
+        ("grouped", torch.float32, 64),
+        ("grouped", torch.float16, 16),
+        ("dims differ", torch.float32, 16),
+        ("window", torch.float32, 16),
+        ("softcap", torch.float32, 16),
+        ("sinks", torch.float32, 16),
+        ("wide latent", torch.float32, 64),
+    ],
+)
+def test_a_common_beginning_is_attended_once(name: str, dtype: torch.dtype, block_size: int) -> None:
+    """The same results as without sharing, for groups larger than a tile, loners, padding, and rows in any order."""
+    case, num_seqs = BY_NAME[name], 9
+    generator = torch.Generator().manual_seed(7)
+    pages = 320 // block_size
+    lengths = [pages * block_size + n for n in (1, 40, 100, 2, 65)] + [33, 150 + 64, 64 + 3, 1]
+    groups = [([0, 2, 1, 4, 3], pages), ([7, 6], 64 // block_size)]
+    tables: list[list[int]] = []
+    blocks = iter(range(1000))
+    common = {0: [next(blocks) for _ in range(pages)], 1: [next(blocks) for _ in range(64 // block_size)]}
+    for row, length in enumerate(lengths):
+        mine = next((common[g] for g, (rows, _) in enumerate(groups) if row in rows), [])
+        tables.append([*mine, *(next(blocks) for _ in range(-(-length // block_size) - len(mine)))])
+    step = ragged([n - 1 for n in lengths], [1] * num_seqs, tables, block_size, DEVICE)
+    num_pages = next(blocks)
+    backend, oracle = Triton(block_size), Reference(block_size)
+    size = case.shape.num_bytes(block_size, dtype.itemsize)
+    numbers = torch.randn(num_pages, size // dtype.itemsize, generator=generator).to(dtype)
+    pool = numbers.to(DEVICE).view(torch.uint8)
+    q = torch.randn(num_seqs + 2, case.num_heads, case.shape.k_dim, generator=generator).to(dtype).to(DEVICE)
+    nobody = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    padded = dataclasses.replace(
+        step,
+        query_starts=torch.cat((step.query_starts, step.query_starts[-1:].expand(2))),
+        lengths=torch.cat((step.lengths, nobody)),
+        block_tables=torch.cat((step.block_tables, step.block_tables[:2])),
+        shared=sharing(groups, num_seqs + 2, size=4, spare=2),
+    )
+    how = {"scale": 0.2, "window": case.window, "softcap": case.softcap}
+    how["sinks"] = torch.randn(case.num_heads, generator=generator).to(DEVICE) if case.sinks else None
+    got = backend.attend(q, backend.views(pool, 0, case.shape, dtype), padded, **how)
+    want = oracle.attend(q[:num_seqs].float(), oracle.views(pool, 0, case.shape, dtype), step, **how)
+    torch.testing.assert_close(got[:num_seqs].float(), want.float(), rtol=0, atol=TOLERANCE[dtype])
+    assert not got[num_seqs:].any()
+    poisoned = numbers.clone()
+    poisoned[common[0][0]] += 1.0
+    other = backend.attend(
+        q, backend.views(poisoned.to(DEVICE).view(torch.uint8), 0, case.shape, dtype), padded, **how
+    )
+    moved = [row for row in range(num_seqs) if not torch.equal(other[row], got[row])]
+    assert moved == ([] if case.window else [0, 1, 2, 3, 4])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged, ragged
+from quire.attention.base import LayerCache, Ragged, Shared, Turn, ragged
 from quire.attention.reference import Reference
 from quire.attention.shapes import CacheShape
 from quire.attention.triton.backend import Triton
@@ -183,3 +183,90 @@ def test_one_graph_holds_a_decode_step_of_any_lengths() -> None:
         want = 2 * Reference(64).attend(s.q.float(), s.plain, step, scale=0.1)
         assert (out.float() - want).norm() / want.norm() <= 8e-3, lengths
         assert not absent or not bool(out[5].any())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "half"),
+    [
+        (32, 8, 128, 64),
+        (16, 8, 128, 64),
+        (14, 2, 64, 32),
+        (8, 4, 256, 128),
+        (32, 32, 80, 16),
+        (71, 1, 64, 32),
+    ],
+)
+def test_newest_tokens_at_once(heads: int, kv_heads: int, dim: int, half: int, dtype: torch.dtype) -> None:
+    """Turned, stored and attended by one kernel as by two, the same bits each time, also from a graph."""
+    shape, lengths = CacheShape(kv_heads, dim, dim), [1, 63, 64, 65, 190, 1000, 5000]
+    generator = torch.Generator(GPU).manual_seed(dim)
+
+    def draw(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*size, generator=generator, device=GPU).to(dtype)
+
+    order = iter(torch.randperm(200, generator=torch.Generator().manual_seed(1)).tolist())
+    tables = [[next(order) for _ in range(-(-n // 64))] for n in lengths]
+    pool = torch.full((200, shape.num_bytes(64, dtype.itemsize)), 255, dtype=torch.uint8, device=GPU)
+    backend = Triton(64)
+    cache = backend.views(pool, 0, shape, dtype)
+    before = ragged([0] * len(lengths), [n - 1 for n in lengths], tables, 64, GPU)
+    backend.write(
+        cache, *(draw(sum(lengths) - len(lengths), kv_heads, dim, dtype=dtype) for _ in "kv"), before
+    )
+    step = ragged([n - 1 for n in lengths], [1] * len(lengths), tables, 64, GPU)
+    angles, x = draw(5000, half), draw(len(lengths), heads + 2 * kv_heads, dim, dtype=dtype)
+    start, limit = pool.clone(), TOLERANCE[dtype]
+    for norm in (None, draw(heads + kv_heads, dim)):
+        turn = Turn(angles.cos(), angles.sin(), norm is None, norm, 1e-6)
+        pool.copy_(start)
+        want = backend.attend(
+            backend.place(cache, x.clone(), turn, step), cache, step, scale=dim**-0.5
+        ).float()
+        stored = cache.k.float().nan_to_num(), cache.v.clone()
+        pool.copy_(start)
+        got = backend.attend_turned(x, cache, turn, step, scale=dim**-0.5)
+        assert (got.float() - want).norm() / want.norm() <= limit
+        assert (cache.k.float().nan_to_num() - stored[0]).norm() / stored[0].norm() <= limit
+        assert torch.equal(cache.v.view(torch.uint8), stored[1].view(torch.uint8))
+        graph, out = torch.cuda.CUDAGraph(), torch.empty_like(got)
+        with torch.cuda.graph(graph):
+            for _ in range(2):  # the second one may be launched before the first has ended
+                out.copy_(backend.attend_turned(x, cache, turn, step, scale=dim**-0.5))
+        for _ in range(20):
+            pool.copy_(start)
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, got)
+
+
+@pytest.mark.parametrize("shape_name", ["32/8x128", "16/8x64", "8/1x80", "16/4x256", "71/1x64", "mla16"])
+def test_common_beginnings_are_read_once(shape_name: str) -> None:
+    """As without saying so, for more sequences than a group holds, and the same bits each time."""
+    heads, shape = SHAPES[shape_name]
+    generator = torch.Generator(GPU).manual_seed(1)
+    common, own = [range(64), range(64, 66)], iter(range(66, 2000))
+    rows, lengths, tables = [list(range(40)), list(range(40, 46))], [], []
+    for row in range(50):
+        mine = list(common[0] if row < 40 else common[1] if row < 46 else [])
+        lengths.append(64 * len(mine) + 1 + 37 * row % 200)
+        tables.append([*mine, *(next(own) for _ in range(-(-lengths[-1] // 64) - len(mine)))])
+    step = ragged([n - 1 for n in lengths], [1] * 50, tables, 64, GPU)
+    members = torch.full((12, 16), -1, dtype=torch.int32)
+    pages, num_pages = torch.zeros(12, dtype=torch.int32), torch.zeros(50, dtype=torch.int32)
+    parts = [(rows[0][i : i + 16], 64) for i in (0, 16, 32)] + [(rows[1], 2)]
+    for i, (some, count) in enumerate(parts):
+        members[i, : len(some)], pages[i] = torch.tensor(some), count
+        num_pages[some] = count
+    shared = dataclasses.replace(step, shared=Shared(members.to(GPU), pages.to(GPU), num_pages.to(GPU)))
+    numbers = torch.randn(next(own), shape.num_bytes(64, 2) // 2, generator=generator, device=GPU)
+    pool = numbers.bfloat16().view(torch.uint8)
+    q = torch.randn(50, heads, shape.k_dim, generator=generator, device=GPU).bfloat16()
+    for feature in ("plain", "softcap", "sinks"):
+        chosen = {**options(feature, heads), "scale": shape.k_dim**-0.5}
+        backend = Triton(64)
+        cache = backend.views(pool, 0, shape, torch.bfloat16)
+        want = backend.attend(q, cache, step, **chosen).float()
+        got = backend.attend(q, cache, shared, **chosen)
+        assert (got.float() - want).norm() / want.norm() <= TOLERANCE[torch.bfloat16]
+        assert torch.equal(got, backend.attend(q, cache, shared, **chosen))

@@ -13,9 +13,9 @@ import torch
 from quire.config import Config
 from quire.engine.engine import Engine
 from quire.runner.batch import make_batch
-from quire.runner.fixed import FixedSteps
+from quire.runner.fixed import FixedKind, FixedSteps
 from quire.runner.graphs import Graphs
-from quire.runner.mixed import Kind
+from quire.runner.mixed import MixedKind
 from quire.runner.runner import Runner
 from quire.scheduler.plan import Work
 from quire.types import OutputKind, SamplingParams
@@ -146,7 +146,7 @@ def test_graphs_equal_the_same_steps_uncaptured(dtype: str, overlap: bool) -> No
             assert share == 1.0 and got == want
     report(dtype, fixed_of(engine))
     captured = fixed_of(engine).graphs.captured
-    assert len(captured) > 4 and any(isinstance(kind, Kind) for kind in captured)
+    assert len(captured) > 4 and any(isinstance(kind, MixedKind) for kind in captured)
     assert fixed_of(engine).graphs.has_failed is False
 
 
@@ -204,6 +204,32 @@ def checking(runner: Runner, inner: Callable[[Sequence[Work]], Any]) -> Callable
         return started
 
     return sample
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_common_beginning_changes_nothing(dtype: str) -> None:
+    """Many requests with a long prompt in common, of which attention reads the cache once."""
+    options = {"max_model_len": 2048, "enable_prefix_caching": True, "max_num_seqs": 40}
+    engine, plain = make_engine(dtype, **options), without_fixed_steps(make_engine(dtype, **options))
+    chance = random.Random(1)
+    common = [chance.randrange(3, 3000) for _ in range(1500)]
+    shared = {"ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY, "temperature": 0.0}
+    asked: Asked = [
+        (
+            common[: 700 + 800 * (i % 4 > 0)] + [3 + i] * (1 + i % 5),
+            SamplingParams(**shared, max_tokens=24 + i),
+            i // 8,
+        )
+        for i in range(32)
+    ]
+    run(engine, asked)
+    share = compare(dtype, run(engine, asked), run(plain, asked), asked)
+    assert share == 1.0 if dtype == "float32" else share > 0.3
+    assert {kind.shares for kind in fixed_of(engine).graphs.captured if isinstance(kind, FixedKind)} == {
+        True,
+        False,
+    }
+    report(dtype, fixed_of(engine))
 
 
 def test_the_device_knows_what_the_host_plans() -> None:

@@ -18,7 +18,15 @@ from quire.layers.decoder import Decoder
 from quire.runner.advance import ENDED
 from quire.runner.fixed import FixedSteps, sizes_up_to, why_not
 from quire.runner.graphs import Graphs
-from quire.runner.mixed import LEAST_TOKENS, MOST_TOKENS, Kind, MixedSteps, seq_sizes, token_sizes, worthwhile
+from quire.runner.mixed import (
+    LEAST_TOKENS,
+    MOST_TOKENS,
+    MixedKind,
+    MixedSteps,
+    seq_sizes,
+    token_sizes,
+    worthwhile,
+)
 from quire.sampling.sampler import EXTRAS, FIXED_LOGPROBS
 from quire.sampling.slots import Uses
 from quire.types import OutputKind, SamplingParams
@@ -190,7 +198,7 @@ def test_every_kind_of_step_is_taken_and_preemption_changes_nothing(
     assert alone == together
     assert engine.core.stats().num_preemptions > 0
     random = Uses.RANDOM | Uses.FILTERS
-    kinds_alone = {uses for rows, _, uses in fixed.graphs.ready if rows == 1}
+    kinds_alone = {kind.uses for kind in fixed.graphs.ready if kind.num_rows == 1}
     assert kinds_alone == {Uses(0), random, random | Uses.LOGPROBS, EXTRAS, EXTRAS | Uses.LOGPROBS, None}
 
 
@@ -207,7 +215,7 @@ def test_prompts_join_newest_tokens_in_mixed_steps(folder: str) -> None:
     engine, plain = make_engine(folder, **options), make_engine(folder, **options)
     mixed = mix(engine)
     assert run(engine, work) == run(plain, work)
-    kinds_seen = {kind for kind in mixed.fixed.graphs.ready if isinstance(kind, Kind)}
+    kinds_seen = {kind for kind in mixed.fixed.graphs.ready if isinstance(kind, MixedKind)}
     assert {kind.mixed for kind in kinds_seen} == {True, False}
     assert {kind.num_seqs for kind in kinds_seen} == {1, 6}
     assert {kind.num_tokens for kind in kinds_seen} == {32}
@@ -216,7 +224,7 @@ def test_prompts_join_newest_tokens_in_mixed_steps(folder: str) -> None:
     narrow = make_engine(folder, **options)
     mixed = mix(narrow, 11)
     assert run(narrow, work) == run(plain, work)
-    assert {kind.num_tokens for kind in mixed.fixed.graphs.ready if isinstance(kind, Kind)} == {11}
+    assert {kind.num_tokens for kind in mixed.fixed.graphs.ready if isinstance(kind, MixedKind)} == {11}
 
 
 def test_a_step_that_cannot_be_fixed_is_computed_otherwise(
@@ -246,7 +254,7 @@ def test_compiled_attention_takes_padding(folder: str) -> None:
     assert run(engine, work) == run(make_engine(folder, **options), work)
     name = engine.core.runner.model.backend.name
     assert name == "cpu" or Cpu(16).why_not(torch.float32, torch.device("cpu"))
-    assert {rows for rows, _, _ in fixed.graphs.ready} >= {4, 6}
+    assert {kind.num_rows for kind in fixed.graphs.ready} >= {4, 6}
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -312,7 +320,7 @@ def test_a_sequence_that_only_the_device_has_ended_fails_and_no_other(folder: st
     for _ in range(4):
         engine.step()
     slot = engine.core.scheduler.seqs[1].slot
-    engine.core.runner.state.numbers[slot, 0] = 0
+    engine.core.runner.state.numbers[slot, 0].neg_()
     got = run(engine, [])
     assert got["1"][0][2] == "error" and 0 < len(got["1"][0][0]) < 12
     assert [got[key] for key in ("0", "2")] == [want[key] for key in ("0", "2")]

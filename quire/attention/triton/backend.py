@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged, Turn
+from quire.attention.base import LayerCache, Ragged, Shared, Turn
 from quire.attention.shapes import DIM_STEP, CacheShape
 
 LOG2E = 1.4426950408889634
@@ -23,6 +23,7 @@ DESCRIBED_CAPABILITY = (9, 0)  # copies by tensor descriptors
 MAX_DIM = 512 + 64  # DeepSeek's latent and key, the widest that tiles were made for
 DECODE_ROWS = 32  # a key head's queries of a sequence that the decode kernel takes beside one per sequence
 MERGED_NUMBERS = 4096  # that a program merges at once: as many registers as it has to spare
+MOST_SPLITS = 16  # programs that share pages in common; the decode kernel adds up what they leave
 INTERPRETED_PROCESSORS = 3  # as many as make the interpreter divide sequences
 
 
@@ -102,7 +103,7 @@ class Triton:
     capturable = True
 
     def __init__(self, block_size: int = 64, invariant: bool = False):
-        self.block_size, self.invariant = block_size, invariant
+        self.block_size, self.invariant, self.shares = block_size, invariant, not invariant
         self._shares: dict[tuple[int, ...], Share] = {}  # of the newest step
 
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -231,7 +232,7 @@ class Triton:
         sinks: Tensor | None = None,
     ) -> Tensor:
         how = How(scale, window, softcap, sinks)
-        if self.invariant or step.max_query > 1:
+        if self.invariant or step.max_query > 1 or step.shared:
             return self._attended(self.place(cache, heads, turn, step), None, cache, step, how)
         return self._attended(heads, turn, cache, step, how)
 
@@ -276,9 +277,13 @@ class Triton:
         few = step.max_query == 1 or step.max_query * group <= DECODE_ROWS
         most = 0 if self.invariant else step.max_query if few else 1 if step.mixed else 0
         if most:
-            share, sizes = self._share(cache, step, most, group, window)
+            shared = step.shared if most == 1 and window == NO_WINDOW else None
+            share, sizes = self._share(cache, step, shared, most, group, window)
             inputs = (q, cache.k, cache.v, step.block_tables, *common)
-            self._decode(inputs, share, turn, rest, constants | sizes)
+            left, sizes["SPLITS"] = None, 0
+            if shared is not None:
+                left, sizes["SPLITS"] = self._left(q, cache, step, shared, scales, constants)
+            self._decode(inputs, (share, left), turn, rest, constants | sizes)
         if most < step.max_query:
             self._prefill(
                 (q, cache.k, cache.v), (step.block_tables, *common, most + 1), cache, rest, constants
@@ -288,11 +293,12 @@ class Triton:
     def _decode(
         self,
         inputs: tuple[Any, ...],
-        share: Share,
+        division: tuple[Share, Any],
         turn: Turn | None,
         rest: tuple[Any, ...],
         constants: dict[str, Any],
     ) -> None:
+        share, left = division
         kernels, tiles = _kernels("decode"), _layout(share.layer).tiles
         turning = (None, None, None, 0.0) if turn is None else (turn.weights, turn.cos, turn.sin, turn.eps)
         constants |= {
@@ -304,12 +310,46 @@ class Triton:
             following = kernels.EARLY if len(inputs[0]) == 1 else kernels.LATE
             constants |= {"NEXT": following.value, "launch_pdl": True}
         kernels.decode[(share.key[0],)](
-            *(*inputs, share.work, share.partials, share.most, *turning, *rest),
+            *(*inputs, share.work, share.partials, left, share.most, *turning, *rest),
             **constants,
             TILE=tiles.decode_tile,
             STAGES=tiles.decode_stages,
             num_warps=tiles.decode_warps * (2 if constants["ROWS"] > DECODE_ROWS else 1),
         )
+
+    def _left(
+        self,
+        q: Tensor,
+        cache: LayerCache,
+        step: Ragged,
+        shared: Shared,
+        scales: tuple[float, float],
+        constants: dict[str, Any],
+    ) -> tuple[Any, int]:
+        """Attention to the pages that sequences share, and among how many programs these were divided."""
+        kernels, layout, dims = _kernels("shared"), _layout(cache), constants
+        tiles, num_seqs = layout.tiles, len(step.lengths)
+        (num_groups, size), num_kv_heads = shared.members.shape, cache.shape.num_kv_heads
+        rows = min(max(16, _power_of_two(size * dims["GROUP"])), tiles.rows)
+        parts = -(-size * dims["GROUP"] // rows)
+        busy = -(-num_seqs // size) * parts * num_kv_heads  # programs, if all sequences share
+        splits = min(max(2 * _num_processors(q.device) // busy, 1), MOST_SPLITS)
+        shape = (splits, num_seqs, dims["HEADS"])
+        values = q.new_empty(*shape, dims["V0"] + dims["V1"], dtype=torch.float32)
+        left = kernels.Left(shared.num_pages, values, values.new_empty(*shape, 2))
+        kernels.attend[(num_groups * parts * num_kv_heads, splits)](
+            *(q, cache.k, cache.v, step.block_tables, step.query_starts, shared.members, shared.member_pages),
+            *(left, *scales, num_seqs, q.stride(0), q.stride(1), step.block_tables.stride(0)),
+            *(layout.k_stride, layout.v_stride),
+            **constants,
+            SEQS=size,
+            PARTS=parts,
+            ROWS=rows,
+            TILE=tiles.decode_tile,
+            STAGES=tiles.stages,
+            num_warps=tiles.warps,
+        )
+        return left, splits
 
     def _prefill(
         self,
@@ -333,9 +373,9 @@ class Triton:
         )
 
     def _share(
-        self, cache: LayerCache, step: Ragged, most: int, group: int, window: int
+        self, cache: LayerCache, step: Ragged, shared: Shared | None, most: int, group: int, window: int
     ) -> tuple[Share, dict[str, int]]:
-        """The division of sequences with up to `most` queries, and its sizes.
+        """The division of sequences with up to `most` queries, of what they do not share, and its sizes.
 
         Layers of equal shape and window have it computed once.
 
@@ -368,7 +408,9 @@ class Triton:
             partials=torch.empty(2 * num_programs * count * (width + 2), device=device),
         )
         kernels.divide[(-(-num_programs // kernels.PROGRAMS),)](
-            *(step.lengths, step.query_starts, share.work, num_seqs, pairs, num_programs, most, window),
+            *(step.lengths, step.query_starts, None if shared is None else shared.num_pages, share.work),
+            *(num_seqs, pairs, num_programs, most, window),
+            PAGE=self.block_size,
             TILE=layout.tiles.decode_tile,
             COUNT=kernels.PROGRAMS,
         )

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quire.attention.triton.shared import add_left, tiles_in_common
 from quire.attention.triton.tiles import (
     FLOOR,
     accumulate,
@@ -37,30 +38,35 @@ PROGRAMS = 64  # of the line's pieces, per program of `divide`
 
 
 @triton.jit
-def _num_tiles(lengths, starts, first, num_seqs, most, window, TILE: tl.constexpr):
-    """(sequences first .. first + SEQS, which of them are there, their tiles for each head)."""
+def _num_tiles(
+    lengths, starts, common, first, num_seqs, most, window, PAGE: tl.constexpr, TILE: tl.constexpr
+):
+    """(sequences first .. first + SEQS, which of them are there, their own tiles for each head)."""
     seqs = first + tl.arange(0, SEQS)
     there = seqs < num_seqs
     begin = tl.load(starts + seqs, mask=there, other=0)
     count = tl.load(starts + seqs + 1, mask=there, other=0) - begin
     count = tl.where(count > most, 0, count)
     _, tiles = extent(tl.load(lengths + seqs, mask=there, other=0), count, window, TILE)
+    if common is not None:
+        ahead = tiles_in_common(tl.load(common + seqs, mask=there, other=0), PAGE, TILE)
+        tiles = tl.where(count > 0, tiles - ahead, 0)
     return seqs, there, tiles
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_programs", "most", "window"])
 def divide(
-    lengths, starts, work, num_seqs, num_heads, num_programs, most, window,
-    TILE: tl.constexpr, COUNT: tl.constexpr,
+    lengths, starts, common, work, num_seqs, num_heads, num_programs, most, window,
+    PAGE: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Fill `work`, with nothing of sequences that have more than `most` queries.
+    """Fill `work`, with nothing of sequences that have more than `most` queries, nor of pages in `common` [S], or None.
 
     Each program finds the first sequences of COUNT pieces; program 0 does the rest too.
     """
     program = tl.program_id(0)
     all_tiles = tl.zeros([SEQS], tl.int32)
     for first in range(0, num_seqs, SEQS):
-        _, _, tiles = _num_tiles(lengths, starts, first, num_seqs, most, window, TILE)
+        _, _, tiles = _num_tiles(lengths, starts, common, first, num_seqs, most, window, PAGE, TILE)
         all_tiles += tiles * num_heads
     total = tl.sum(all_tiles, 0)
     share = tl.maximum((total + num_programs - 1) // num_programs, 1)
@@ -72,7 +78,7 @@ def divide(
     before = total * 0
     begins = work + 2 + num_programs
     for first in range(0, num_seqs, SEQS):
-        seqs, there, tiles = _num_tiles(lengths, starts, first, num_seqs, most, window, TILE)
+        seqs, there, tiles = _num_tiles(lengths, starts, common, first, num_seqs, most, window, PAGE, TILE)
         ends = before + tl.cumsum(tiles * num_heads, 0)
         passed = there[None, :] & (ends[None, :] <= (pieces * share)[:, None])
         owners += tl.sum(passed.to(tl.int32), 1)
@@ -82,6 +88,16 @@ def divide(
                 tl.store(begins + num_seqs + seqs * num_heads + head, 0, mask=there)
         before += tl.sum(tiles * num_heads, 0)
     tl.store(work + 2 + pieces, owners, mask=pieces < num_programs)
+
+
+@triton.jit
+def _own_tiles(left, seq, length, num_queries, window, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """(a sequence's first tile here, how many, how many another kernel has attended before)."""
+    first, tiles = extent(length, num_queries, window, TILE)
+    ahead = tiles * 0
+    if left is not None:
+        ahead = tiles_in_common(tl.load(left.num_pages + seq), PAGE, TILE)
+    return first + ahead, tiles - ahead, ahead
 
 
 @triton.jit
@@ -126,15 +142,21 @@ def _take_newest(
 
 @triton.jit
 def _attend_tiles(
-    q0, q1, k, v, table, sinks, rows, keep, heads, head, length, num_queries, first, stop, with_sinks,
-    scale, cap, window, k_stride, v_stride,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    q0, q1, k, v, table, sinks, left, ahead, seq, num_seqs, rows, keep, heads, head, length, num_queries,
+    first, stop, is_first, scale, cap, window, k_stride, v_stride,
+    HEADS: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state of a sequence's rows over tiles first .. stop; heads [ROWS] are those of sinks."""
-    acc0, acc1, m, total = start_state(sinks, heads, keep & with_sinks, ROWS, V0, V1)
+    """The state of a sequence's rows over tiles first .. stop, and where these are its first over all before."""
+    acc0, acc1, m, total = start_state(sinks, heads, keep & is_first, ROWS, V0, V1)
+    if left is not None:
+        acc0, acc1, m, total = add_left(
+            acc0, acc1, m, total, left, tl.where(is_first, ahead, 0), seq, num_seqs, heads, keep,
+            HEADS, SPLITS, V0, V1,
+        )  # fmt: skip
     positions = length - num_queries + rows // GROUP
     last = (length - 1) // PAGE
     pages = page_ids(table, first, last, PAGE, TILE)
@@ -237,10 +259,10 @@ def _start(NEXT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_seqs", "num_rows", "most", "window", "table_stride"])
 def decode(
-    q, k, v, tables, lengths, starts, work, partials, most, weight, cos, sin, eps, out, sinks, scale, cap, window,
-    num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
+    q, k, v, tables, lengths, starts, work, partials, left, most, weight, cos, sin, eps, out, sinks, scale, cap,
+    window, num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
-    AT_ONCE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
@@ -261,7 +283,7 @@ def decode(
     while t < last:
         first_row, length = tl.load(starts + seq), tl.load(lengths + seq)
         num_queries = tl.load(starts + seq + 1) - first_row
-        first_tile, tiles = extent(length, num_queries, window, TILE)
+        first_tile, tiles, ahead = _own_tiles(left, seq, length, num_queries, window, PAGE, TILE)
         if (tiles == 0) | (num_queries > most):
             seq += 1
         else:
@@ -282,10 +304,10 @@ def decode(
                     K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED, HALF, INTERLEAVED,
                 )  # fmt: skip
             acc0, acc1, m, total = _attend_tiles(
-                q0, q1, k, v, table, sinks, rows, keep, heads, group // GROUPS, length, num_queries,
-                first_tile + t - begin, first_tile + stop - begin, t == begin, scale, cap, window, k_stride, v_stride,
-                GROUP, ROWS, PAGE, TILE, STAGES, K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED,
-                V_IS_K0, CAPPED, PRECISION,
+                q0, q1, k, v, table, sinks, left, ahead, seq, num_seqs, rows, keep, heads, group // GROUPS, length,
+                num_queries, first_tile + t - begin, first_tile + stop - begin, t == begin, scale, cap, window,
+                k_stride, v_stride, HEADS, SPLITS, GROUP, ROWS, PAGE, TILE, STAGES, K0, K1, K_DIM, K_STORED,
+                V0, V1, V_DIM, V_STORED, V_IS_K0, CAPPED, PRECISION,
             )  # fmt: skip
             _finish(
                 out, partials, sums, begins + num_seqs + seq * num_heads + group, acc0, acc1, m, total,

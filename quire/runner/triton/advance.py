@@ -63,7 +63,7 @@ def _gather(
     present = slot < nobody
     mine = numbers + slot * numbers_stride
     num_tokens = tl.load(mine)
-    length = tl.where(present, tl.maximum(num_tokens, 1), 0)
+    length = tl.where(present, tl.abs(num_tokens), 0)
     position = tl.maximum(length - 1, 0)
     token = tl.load(tokens + slot * tokens_stride + position)
     block = tl.load(mine + 1 + position // block_size).to(tl.int64)
@@ -109,7 +109,7 @@ def _advance(
     address = tl.load(stops + slot, mask=may_end, other=0)
     ends = is_among(token, address)
     tl.store(tokens + slot * tokens_stride + at, token, mask=alive)
-    tl.store(numbers + slot * numbers_stride, tl.where(ends, 0, at + 1).to(tl.int32), mask=alive)
+    tl.store(numbers + slot * numbers_stride, tl.where(ends, -at - 1, at + 1).to(tl.int32), mask=alive)
     tl.store(entry + row, tl.where(present & ~alive, ENDED, token), mask=inside)
     tl.store(entry + num_rows + row, flag, mask=inside)
     if scores is not None:
