@@ -219,11 +219,12 @@ def _core(
     if max_seqs is None or length is None or block_size is None or config.max_num_batched_tokens is None:
         raise ConfigError("the options are not resolved")
     cache = allocate_cache(memory.num_blocks, memory.block_bytes, device)
+    state = SlotState(max_seqs, length, block_size, device)
     parts = (
         model,
         model.caches(cache),
-        SlotState(max_seqs, length, block_size, device),
-        Sampler(spec.vocab_size, max_seqs, device),
+        state,
+        Sampler(spec.vocab_size, state.tokens),
     )
     reason = why_not(model, device)
     if reason is not None and device.type == "cuda":

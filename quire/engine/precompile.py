@@ -198,9 +198,12 @@ def dry_run(job: Job) -> None:
     caches, kept = model.caches(pool), distinct_layers(spec)
     model.layers = nn.ModuleList(model.layers[i] for i in kept)
     model.load(MetaWeights(dtype))
+    state = SlotState(job.max_seqs, job.max_length, job.block_size, device)
     fixed = FixedSteps(
-        *(model, [caches[i] for i in kept], SlotState(job.max_seqs, job.max_length, job.block_size, device)),
-        Sampler(spec.vocab_size, job.max_seqs, device),
+        model,
+        [caches[i] for i in kept],
+        state,
+        Sampler(spec.vocab_size, state.tokens),
         block_size=job.block_size,
         graphs=Graphs(capture=False),
     )

@@ -2,6 +2,10 @@
 
 It is all that such a step needs from the host's point of view: which slot each row is. A row whose slot is the last
 one, nobody's, is padding: it owns no position, is written nowhere, and leaves nothing behind.
+
+A slot whose newest token ends its sequence has ended: its number of tokens is negative, until another sequence takes
+it. The host may have planned its next position before it knew. That row is computed in vain, as kernels know no row
+without a position between others, and its token is dropped. At the length limit the host plans no further by itself.
 """
 
 from typing import NamedTuple
@@ -10,6 +14,10 @@ import torch
 from torch import Tensor
 
 from quire.kernels.dispatch import op
+from quire.runner.ring import Ring
+from quire.sampling.slots import Stops
+
+ENDED = -1  # in place of a token in the report of a row that had ended
 
 
 class Inputs(NamedTuple):
@@ -34,14 +42,14 @@ def gather(rows: Tensor, numbers: Tensor, tokens: Tensor, inputs: Inputs, block_
     """Fill `inputs` with the newest token of slots `rows` [B] int64; the others as in `SlotState`."""
     present = rows < len(numbers) - 1
     mine = numbers[rows]
-    lengths = torch.where(present, mine[:, 0], 0)
+    lengths = torch.where(present, mine[:, 0].abs(), 0)
     positions = (lengths - 1).clamp(min=0).long()
     blocks = mine[:, 1:].gather(1, (positions // block_size)[:, None])[:, 0].long()
     places = blocks * block_size + positions % block_size
     inputs.token_ids.copy_(tokens[rows, positions])
     inputs.positions.copy_(positions)
     inputs.following.copy_(positions + 1)
-    inputs.slot_mapping.copy_(torch.where(present, places, -1))
+    inputs.slot_mapping.copy_(torch.where(present & (mine[:, 0] > 0), places, -1))
     inputs.query_starts[1:].copy_(present.cumsum(0))
     inputs.lengths.copy_(lengths)
     inputs.tables.copy_(mine[:, 1:])
@@ -60,26 +68,31 @@ def advance(
     rows: Tensor,
     numbers: Tensor,
     tokens: Tensor,
+    stops: Stops,
     following: Tensor,
     token_ids: Tensor,
     bad: Tensor,
     scores: Tensor | None,
-    entries: Tensor,
-    count: Tensor,
+    ring: Ring,
 ) -> None:
-    """Append `token_ids` [B] to slots `rows` [B] at positions `following` [B], and report them.
+    """Append `token_ids` [B] to slots `rows` [B] at positions `following` [B], end those that `stops` end, and report.
 
-    The report goes to row `count % E` of `entries` [E, W] int32, which is memory of the host: token ids [B], `bad` [B]
-    as 0 or 1, and `scores` [any] int32. Then `count` [1] int64 is one more.
+    The report goes to the ring's next entry: token ids [B], or ENDED, `bad` [B] as 0 or 1, and `scores` [any] int32.
+    Then its count is one more.
     """
-    present = rows < len(numbers) - 1
-    mine, at = rows[present], following[present]
-    tokens[mine, at] = token_ids[present].int()
-    numbers[mine, 0] = (at + 1).int()
-    parts = [token_ids.int(), bad.int()] + ([] if scores is None else [scores])
-    report = torch.cat(parts).to(entries.device)
-    entries[int(count) % len(entries), : len(report)] = report
-    count += 1
+    alive = (rows < len(numbers) - 1) & (numbers[rows, 0] > 0)
+    ends = torch.zeros_like(alive)
+    for row, (slot, token) in enumerate(zip(rows.tolist(), token_ids.tolist(), strict=True)):
+        if (record := stops.records.of[slot]) is not None:
+            ends[row] = (token == record[1:]).any() & (following[row] >= stops.start[slot])
+    mine, at = rows[alive], following[alive]
+    tokens[mine, at] = token_ids[alive].int()
+    numbers[mine, 0] = torch.where(ends[alive], -at - 1, at + 1).int()
+    reported = torch.where(alive | (rows == len(numbers) - 1), token_ids, ENDED)
+    parts = [reported.int(), bad.int()] + ([] if scores is None else [scores])
+    report = torch.cat(parts).to(ring.entries.device)
+    ring.entries[int(ring.count) % len(ring.entries), : len(report)] = report
+    ring.count += 1
 
 
 @advance.on("cuda", torch.int64)
@@ -87,14 +100,14 @@ def advance_triton(
     rows: Tensor,
     numbers: Tensor,
     tokens: Tensor,
+    stops: Stops,
     following: Tensor,
     token_ids: Tensor,
     bad: Tensor,
     scores: Tensor | None,
-    entries: Tensor,
-    count: Tensor,
+    ring: Ring,
 ) -> None:
     """One kernel."""
     from quire.runner.triton.advance import advance
 
-    advance(rows, numbers, tokens, following, token_ids, bad, scores, entries, count)
+    advance(rows, numbers, tokens, stops, following, token_ids, bad, scores, ring)

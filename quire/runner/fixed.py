@@ -133,8 +133,8 @@ class FixedSteps:
         sampled = self.sampler.sample_fixed(logits, rows, following, uses)
         scores = sampled.logprobs[0].pack() if sampled.logprobs else None
         advance(
-            *(rows, state.numbers, state.tokens, following),
-            *(sampled.token_ids, sampled.bad, scores, self.ring.entries, self.ring.count),
+            *(rows, state.numbers, state.tokens, self.sampler.stops, following),
+            *(sampled.token_ids, sampled.bad, scores, self.ring),
         )
 
     def forward(self, work: Sequence[Work]) -> tuple[Batch, Tensor] | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from quire.attention.base import LayerCache
 from quire.layers.decoder import Decoder
 from quire.log import logger
+from quire.runner.advance import ENDED
 from quire.runner.batch import Batch, make_batch
 from quire.runner.fixed import FixedSteps
 from quire.runner.mixed import MixedSteps
@@ -30,7 +31,7 @@ PROMPT_ROWS = 256  # rows whose logits are held at once when a prompt's log prob
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a sequence is sampled. `stop_token_ids` may not be sampled before `params.min_tokens`."""
+    """How a sequence is sampled. `stop_token_ids` end it, and not before `params.min_tokens`."""
 
     params: SamplingParams
     seed: int
@@ -223,6 +224,11 @@ class Runner:
             sampled = fetch()
             rows = zip(works, sampled.token_ids, sampled.bad, sampled.logprobs, strict=True)
             for work, token, bad, scores in rows:
+                if (
+                    token == ENDED
+                ):  # the scheduler ignores this, as it has ended the sequence too: or it does now
+                    errors.setdefault(work.seq, "it had ended on the device, and not for the scheduler")
+                    continue
                 tokens[work.seq] = (token,)
                 if bad:
                     errors.setdefault(work.seq, "the network's output was not a number")

@@ -15,6 +15,8 @@ class SlotState:
 
         numbers: | number of tokens | block of positions 0 .. | block of the next positions | .. |
 
+    A slot whose sequence a token has ended, as the host has yet to learn, has a negative number of tokens.
+
     One row more than there are slots: the last one is `nobody`'s, which a batch that is padded takes its padding from.
 
     Attributes:

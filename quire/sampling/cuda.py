@@ -33,23 +33,33 @@ def draw(logits: Tensor, controls: "Controls") -> tuple[Tensor, Tensor] | None:
     return draw(logits, controls)
 
 
-def penalise(logits: Tensor, rows: Tensor, seen: Tensor, strengths: Tensor, of: Tensor) -> bool:
+def restrict(logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, addresses: Tensor) -> bool:
+    """Do what `quire.sampling.rules.restrict` does; False without triton, or for gaps between tokens."""
+    if not available() or logits.stride(1) != 1:
+        return False
+    from quire.sampling.triton.rules import restrict
+
+    restrict(logits, slots, positions, tokens, addresses)
+    return True
+
+
+def penalise(logits: Tensor, slots: Tensor, addresses: Tensor) -> bool:
     """Do what `quire.sampling.penalties.penalise` does; False without triton, or for gaps between tokens."""
     if not available() or logits.stride(1) != 1:
         return False
     from quire.sampling.triton.penalties import penalise
 
-    penalise(logits, rows, seen, strengths, of)
+    penalise(logits, slots, addresses)
     return True
 
 
-def count(seen: Tensor, rows: Tensor, of: Tensor, token_ids: Tensor) -> bool:
+def count(slots: Tensor, token_ids: Tensor, addresses: Tensor) -> bool:
     """Do what `quire.sampling.penalties.count` does; False without triton."""
     if not available():
         return False
     from quire.sampling.triton.penalties import count
 
-    count(seen, rows, of, token_ids)
+    count(slots, token_ids, addresses)
     return True
 
 

@@ -17,14 +17,7 @@ def _functions() -> ctypes.CDLL | None:
     if found is not None:
         found.quire_draw.argtypes = [_POINTER, *[_LONG] * 3, *[_POINTER] * 8, _INT]
         found.quire_draw.restype = None
-        found.quire_penalise.argtypes = [
-            _POINTER,
-            *[_LONG] * 2,
-            *[_POINTER] * 2,
-            _LONG,
-            *[_POINTER] * 2,
-            _INT,
-        ]
+        found.quire_penalise.argtypes = [_POINTER, *[_LONG] * 2, _POINTER, _LONG, _POINTER, _INT]
         found.quire_penalise.restype = None
     return found
 
@@ -50,12 +43,13 @@ def draw(
     return token_ids, bad
 
 
-def penalise(logits: Tensor, rows: Tensor, seen: Tensor, strengths: Tensor, of: Tensor) -> bool:
+def penalise(logits: Tensor, slots: Tensor, addresses: Tensor) -> bool:
     """Do what `quire.sampling.penalties.penalise` does; False without the compiled library."""
     functions = _functions()
     if functions is None or logits.stride(-1) != 1:
         return False
     shape = (logits.stride(0), logits.shape[1])
-    columns = (rows.data_ptr(), of.data_ptr(), len(rows), seen.data_ptr(), strengths.data_ptr())
-    functions.quire_penalise(logits.data_ptr(), *shape, *columns, torch.get_num_threads())
+    slots = slots.contiguous()
+    given = (slots.data_ptr(), len(slots), addresses.data_ptr(), torch.get_num_threads())
+    functions.quire_penalise(logits.data_ptr(), *shape, *given)
     return True

@@ -1,157 +1,150 @@
 """Per-slot rules on single tokens: allowed ids, bad words, min_tokens, logit_bias. Knows no probabilities.
 
-Few requests have any, so they are kept by slot in ordinary objects and cost only the rows that have them.
-What depends on generated tokens stays on the device.
+Only slots that have any have a record, of int32:
+
+    | header | bit of each token: it is allowed | added: tokens, then what to add before and from `late_from`
+             | phrases: their last tokens, then the ones before, right-aligned, ANY before their first
+
+What a row has generated, which decides about phrases, is on the device already.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quire.errors import InvalidRequest
-from quire.sampling.slots import upload
+from quire.kernels.dispatch import op
+from quire.sampling import cuda
+from quire.sampling.records import Records
 from quire.types import SamplingParams
 
-_ANY, _NONE = -1, -2  # in a prefix: matches every token; in a tail: no token there
+ANY = -1  # matches every token
 
 
-@dataclass(slots=True)
-class BadPhrases:
-    """Bad words of several tokens: the last token is banned when the ones before it were just generated."""
+class Header(NamedTuple):
+    """How a record begins. `late_from` and `first_output` are positions."""
 
-    prefixes: Tensor  # [N, W] int64, right-aligned, _ANY before their first token
-    lasts: Tensor  # [N] int64
-    tail: Tensor  # [W] int64: the newest generated tokens, _NONE where there are fewer
-
-    def bans(self) -> Tensor:
-        """What to add to the logits of `lasts` [N]."""
-        hit = ((self.prefixes == self.tail) | (self.prefixes == _ANY)).all(-1)
-        return torch.where(hit, -torch.inf, 0.0)
+    late_from: int  # stop tokens may be chosen for positions from here on
+    first_output: int  # phrases match outputs only
+    num_mask_words: int  # 0: every token is allowed
+    num_added: int  # tokens, none twice
+    num_phrases: int
+    width: int  # most tokens before a phrase's last one
 
 
-@dataclass(slots=True)
-class SlotRules:
-    """One slot's rules, on the device. Ids without repetition."""
+class Parts(NamedTuple):
+    """What follows the header."""
 
-    allowed: Tensor | None = None  # [A] int64
-    biased: Tensor | None = None  # [B] int64, with what is added to each
-    biases: Tensor | None = None  # [B] float32; -inf for bad words of one token
-    late: Tensor | None = None  # [L] int64: stop tokens, banned at positions before `late_from`
-    late_from: int = 0
-    phrases: BadPhrases | None = None
+    allowed: Tensor  # [num_mask_words] int32, token i's bit is bit i % 32 of word i // 32
+    added: Tensor  # [A] int32
+    early: Tensor  # [A] float32
+    late: Tensor  # [A] float32
+    lasts: Tensor  # [P] int32
+    prefixes: Tensor  # [P, W] int32
 
 
-class Rules:
-    """The rules of all slots that have any."""
+def record_of(
+    params: SamplingParams,
+    vocab_size: int,
+    num_prompt: int,
+    num_outputs: int,
+    stop_token_ids: Collection[int],
+    bad_words: Sequence[Sequence[int]],
+) -> np.ndarray | None:
+    """A slot's record, or None without rules. `stop_token_ids` may not be chosen before `params.min_tokens`.
 
-    def __init__(self, vocab_size: int, device: torch.device):
-        self._vocab_size = vocab_size
-        self._device = device
-        self._by_slot: dict[int, SlotRules] = {}
+    Raises:
+        InvalidRequest: a token id is not in the vocabulary.
+    """
+    _check("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
+    _check("logit_bias", params.logit_bias or (), vocab_size)
+    _check("bad_words", [word[-1] for word in bad_words if word], vocab_size)
+    bans = dict.fromkeys((word[0] for word in bad_words if len(word) == 1), -np.inf)
+    always = dict(params.logit_bias or {}) | bans
+    early = always | (dict.fromkeys(stop_token_ids, -np.inf) if num_outputs < params.min_tokens else {})
+    phrases = [word for word in bad_words if len(word) > 1]
+    if not early and not phrases and params.allowed_token_ids is None:
+        return None
+    mask = _mask(params.allowed_token_ids, vocab_size)
+    width = max(map(len, phrases), default=1) - 1
+    prefixes = [[ANY] * (width + 1 - len(phrase)) + list(phrase[:-1]) for phrase in phrases]
+    header = Header(
+        late_from=num_prompt + params.min_tokens,
+        first_output=num_prompt,
+        num_mask_words=len(mask),
+        num_added=len(early),
+        num_phrases=len(phrases),
+        width=width,
+    )
+    ints = (list(early), [phrase[-1] for phrase in phrases], np.array(prefixes).flatten())
+    added, lasts, others = (np.array(values, np.int32) for values in ints)
+    values = [list(early.values()), [always.get(token, 0.0) for token in early]]
+    floats = np.array(values, np.float32).flatten().view(np.int32)
+    return np.concatenate((np.array(header, np.int32), mask, added, floats, lasts, others))
 
-    def admit(
-        self,
-        slot: int,
-        params: SamplingParams,
-        num_prompt: int,
-        outputs: Sequence[int],
-        stop_token_ids: Collection[int],
-        bad_words: Sequence[Sequence[int]],
-    ) -> bool:
-        """Set a slot's rules; says whether it has any.
 
-        Raises:
-            InvalidRequest: a token id is not in the vocabulary.
-        """
-        rules = SlotRules(late_from=num_prompt + params.min_tokens)
-        if params.allowed_token_ids is not None:
-            rules.allowed = self._ids("allowed_token_ids", dict.fromkeys(params.allowed_token_ids))
-        self._set_biases(rules, params.logit_bias or {}, [word[0] for word in bad_words if len(word) == 1])
-        stops = [token for token in dict.fromkeys(stop_token_ids) if 0 <= token < self._vocab_size]
-        if stops and len(outputs) < params.min_tokens:
-            rules.late = self._ids("stop_token_ids", stops)
-        phrases = [word for word in bad_words if len(word) > 1]
-        if phrases:
-            rules.phrases = self._phrases(phrases, outputs)
-        parts = (rules.allowed, rules.biased, rules.late, rules.phrases)
-        if all(part is None for part in parts):
-            return False
-        self._by_slot[slot] = rules
-        return True
+@op
+def restrict(logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, records: Records) -> None:
+    """Apply the rules of `slots` [R] int64 to `logits` [R, V] float32 in place.
 
-    def release(self, slot: int) -> None:
-        self._by_slot.pop(slot, None)
+    `positions` [R] int64 are the chosen tokens', `tokens` [slots, length] int32 what comes before them. A NaN or
+    infinity stays also where it is not allowed: the row's forward pass was wrong, and somebody must say so.
+    """
+    for row, slot, at in zip(logits, slots.tolist(), positions.tolist(), strict=True):
+        if (record := records.of[slot]) is None:
+            continue
+        header, parts = read(record)
+        if header.num_mask_words:
+            allowed = _bits(parts.allowed, len(row))
+            row.masked_fill_(~allowed & (row < torch.inf), -torch.inf)
+        row[parts.added] += parts.early if at < header.late_from else parts.late
+        if header.num_phrases:
+            newest = torch.full((header.width,), ANY - 1, dtype=torch.int32, device=row.device)
+            num = max(min(header.width, at - header.first_output), 0)
+            newest[header.width - num :] = tokens[slot, at - num : at]
+            hit = ((parts.prefixes == newest) | (parts.prefixes == ANY)).all(-1)
+            row[parts.lasts[hit]] += -torch.inf
 
-    def apply(self, logits: Tensor, rows: Sequence[int], slots: Sequence[int], positions: Tensor) -> None:
-        """Apply the rules of `slots` to `logits[rows]` in place; `positions` [R] is of the whole batch."""
-        mine = [(row, self._by_slot[slot]) for row, slot in zip(rows, slots, strict=True)]
-        self._keep_allowed(logits, [(row, rules.allowed) for row, rules in mine if rules.allowed is not None])
-        at: list[int] = []
-        ids: list[Tensor] = []
-        added: list[Tensor] = []
 
-        def add(row: int, tokens: Tensor, values: Tensor) -> None:
-            at.append(row)
-            ids.append(tokens)
-            added.append(values)
+@restrict.on("cuda", torch.float32)
+def restrict_triton(
+    logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, records: Records
+) -> None:
+    """The Triton kernel, where there is triton."""
+    if not cuda.restrict(logits, slots, positions, tokens, records.addresses):
+        restrict.reference(logits, slots, positions, tokens, records)
 
-        for row, rules in mine:
-            if rules.biased is not None and rules.biases is not None:
-                add(row, rules.biased, rules.biases)
-            if rules.late is not None:
-                ban = torch.where(positions[row] < rules.late_from, -torch.inf, 0.0)
-                add(row, rules.late, ban.expand(len(rules.late)))
-            if rules.phrases is not None:
-                add(row, rules.phrases.lasts, rules.phrases.bans())
-        if at:
-            logits.index_put_((self._repeat(at, ids), torch.cat(ids)), torch.cat(added), accumulate=True)
 
-    def note(self, rows: Sequence[int], slots: Sequence[int], token_ids: Tensor) -> None:
-        """Remember the tokens [R] that the slots' rows were given."""
-        for row, slot in zip(rows, slots, strict=True):
-            phrases = self._by_slot[slot].phrases
-            if phrases is not None:
-                phrases.tail = torch.cat((phrases.tail[1:], token_ids[row : row + 1]))
+def read(record: Tensor) -> tuple[Header, Parts]:
+    """A record's parts, slices of it."""
+    header = Header(*record[: len(Header._fields)].tolist())
+    num_added, num_phrases, width = header.num_added, header.num_phrases, header.width
+    sizes = [header.num_mask_words, *[num_added] * 3, num_phrases, num_phrases * width]
+    allowed, added, early, late, lasts, prefixes = record[len(header) :].split(sizes)
+    floats = early.view(torch.float32), late.view(torch.float32)
+    return header, Parts(allowed, added, *floats, lasts, prefixes.view(num_phrases, width))
 
-    def _keep_allowed(self, logits: Tensor, allowed: list[tuple[int, Tensor]]) -> None:
-        if not allowed:
-            return
-        ids = [tokens for _, tokens in allowed]
-        at = (self._repeat([row for row, _ in allowed], ids), torch.cat(ids))
-        kept = logits[at]
-        # A NaN anywhere must still be seen, also where it is not allowed: the row's forward pass was wrong.
-        rows = upload([row for row, _ in allowed], torch.int64, self._device)
-        logits[rows] = torch.where(logits[rows].isnan(), torch.nan, -torch.inf)
-        logits[at] = kept
 
-    def _repeat(self, rows: Sequence[int], ids: Sequence[Tensor]) -> Tensor:
-        """Each row number as often as its tensor is long."""
-        repeated = [row for row, tokens in zip(rows, ids, strict=True) for _ in range(len(tokens))]
-        return upload(repeated, torch.int64, self._device)
+def _check(name: str, tokens: Iterable[int], vocab_size: int) -> None:
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                f"{name} has token id {token}; the vocabulary ends at {vocab_size - 1}", param=name
+            )
 
-    def _ids(self, name: str, tokens: Iterable[int]) -> Tensor:
-        for token in tokens:
-            if not 0 <= token < self._vocab_size:
-                raise InvalidRequest(
-                    f"{name} has token id {token}; the vocabulary ends at {self._vocab_size - 1}", param=name
-                )
-        return upload(list(tokens), torch.int64, self._device)
 
-    def _set_biases(self, rules: SlotRules, bias: Mapping[int, float], banned: Sequence[int]) -> None:
-        self._ids("bad_words", banned)
-        added = dict(bias) | dict.fromkeys(banned, float("-inf"))
-        if added:
-            rules.biased = self._ids("logit_bias", added)
-            rules.biases = upload(list(added.values()), torch.float32, self._device)
+def _mask(allowed: Sequence[int] | None, vocab_size: int) -> np.ndarray:
+    if allowed is None:
+        return np.zeros(0, np.int32)
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[list(allowed)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
-    def _phrases(self, phrases: Sequence[Sequence[int]], outputs: Sequence[int]) -> BadPhrases:
-        width = max(len(phrase) for phrase in phrases) - 1
-        prefixes = [[_ANY] * (width + 1 - len(phrase)) + list(phrase[:-1]) for phrase in phrases]
-        tail = [_NONE] * (width - len(outputs)) + list(outputs[-width:])
-        return BadPhrases(
-            upload(torch.tensor(prefixes), torch.int64, self._device),
-            self._ids("bad_words", [phrase[-1] for phrase in phrases]),
-            upload(tail, torch.int64, self._device),
-        )
+
+def _bits(words: Tensor, count: int) -> Tensor:
+    """The first bits of `words` as booleans [count]."""
+    bits = np.unpackbits(words.cpu().numpy().view(np.uint8), count=count, bitorder="little")
+    return torch.from_numpy(bits).to(words.device, torch.bool)

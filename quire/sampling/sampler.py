@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.sampling import penalties, rules
 from quire.sampling.draw import draw
 from quire.sampling.logprobs import Logprobs, compute, unpack
-from quire.sampling.penalties import Penalties
-from quire.sampling.rules import Rules
-from quire.sampling.slots import NO_LOGPROBS, SlotParams, Uses, upload
+from quire.sampling.slots import NO_LOGPROBS, SlotParams, Stops, Uses, upload
 from quire.types import SamplingParams, TokenLogprobs
 
+EXTRAS = Uses.RULES | Uses.PENALTIES
 FIXED_LOGPROBS = 20  # what OpenAI's protocol allows, and what a graph computes if any row asks for some
 
 
@@ -70,12 +70,15 @@ class Sampled:
 class Sampler:
     """Sampling state of all slots. Not thread-safe: one step loop drives it."""
 
-    def __init__(self, vocab_size: int, num_slots: int, device: torch.device):
-        self._vocab_size = vocab_size
-        self._device = device
-        self._params = SlotParams(vocab_size, num_slots, device)
-        self._penalties = Penalties(vocab_size, num_slots, device)
-        self._rules = Rules(vocab_size, device)
+    def __init__(self, vocab_size: int, tokens: Tensor):
+        """`tokens` [num_slots + 1, length] int32: each slot's, which others write, and the last one nobody's."""
+        self._vocab_size, self._tokens, self._device = vocab_size, tokens, tokens.device
+        self._params = SlotParams(vocab_size, len(tokens) - 1, tokens.device)
+
+    @property
+    def stops(self) -> Stops:
+        """Which tokens end the slots' sequences, for others to look after."""
+        return self._params.stops
 
     def admit(
         self,
@@ -90,27 +93,29 @@ class Sampler:
     ) -> None:
         """A sequence takes a slot, with the outputs it has so far: some, if it was preempted before.
 
-        `seed` is a signed 64-bit integer. `stop_token_ids` are not sampled before `params.min_tokens`
-        outputs. `bad_words` are the token sequences of `params.bad_words`: a single token is never sampled,
-        the last token of a longer one not right after the others.
+        `seed` is a signed 64-bit integer. `stop_token_ids` end the sequence, and are not sampled before
+        `params.min_tokens` outputs. `bad_words` are the token sequences of `params.bad_words`: a single token is
+        never sampled, the last token of a longer one not right after the others.
 
         Raises:
             InvalidRequest: a token id is outside the vocabulary; the slot is left empty.
         """
         self.release(slot)
-        uses = Uses(0)
-        if self._rules.admit(slot, params, len(prompt), outputs, stop_token_ids, bad_words):
-            uses |= Uses.RULES
-        if Penalties.wanted(params):
-            self._penalties.admit(slot, params, prompt, outputs)
-            uses |= Uses.PENALTIES
-        self._params.write(slot, params, seed, uses)
+        size, num_prompt = self._vocab_size, len(prompt)
+        ends = [token for token in stop_token_ids if 0 <= token < size]
+        first_end = num_prompt + max(params.min_tokens - 1, 0)
+        self._params.write(
+            slot,
+            params,
+            seed,
+            stops=(np.array([len(ends), *sorted(ends)], np.int32) if ends else None, first_end),
+            rules=rules.record_of(params, size, num_prompt, len(outputs), ends, bad_words),
+            penalties=penalties.record_of(params, size, prompt, outputs),
+        )
 
     def release(self, slot: int) -> None:
         """The slot's sequence is gone; releasing an empty slot does nothing."""
         self._params.clear(slot)
-        self._penalties.release(slot)
-        self._rules.release(slot)
 
     def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int] | Tensor) -> Sampled:
         """Choose a token for each row and count it in its slot's state.
@@ -125,50 +130,59 @@ class Sampler:
         union = Uses(int(np.bitwise_or.reduce(uses, initial=0)))
         asked = self._logprob_rows(slots) if union & Uses.LOGPROBS else {}
         index = {k: self._index(rows, len(slots)) for k, rows in asked.items()}
-        ruled, ruled_slots = self._using(uses, Uses.RULES, slots)
-        penalised, penalised_slots = self._using(uses, Uses.PENALTIES, slots)
         raw = {k: logits[rows] for k, rows in index.items()}
-        if ruled or penalised:  # nothing else writes to the logits, and a slice of them is no copy
+        if union & EXTRAS:  # nothing else writes to the logits, and a slice of them is no copy
             raw = {k: own.clone() if isinstance(index[k], slice) else own for k, own in raw.items()}
-        if ruled:
-            self._rules.apply(logits, ruled, ruled_slots, at)
-        if penalised:
-            self._penalties.apply(logits, penalised, penalised_slots)
-        controls = self._params.controls(where, at, union)
-        token_ids, bad = draw(logits, controls)
+        token_ids, bad = self._choose(logits, where, at, union)
         groups = [compute(raw[k], token_ids[index[k]], k, rows) for k, rows in asked.items()]
-        if penalised:  # last: what failed before this can be done again
-            self._penalties.count(penalised, penalised_slots, token_ids)
-        if ruled:
-            self._rules.note(ruled, ruled_slots, token_ids)
+        self._count(where, token_ids, union)
         return Sampled(token_ids, bad, tuple(groups))
 
     def fixed_uses(self, slots: Sequence[int]) -> Uses | None:
         """What the slots need of `sample_fixed`, or None where it does not do it; sends what has changed of them.
 
         There are two ways to draw: what is left of a filter that no row uses costs less than graphs of its absence.
+        Rules and penalties come together for the same reason, but are not always there: three kernels that do nothing
+        cost some microseconds, and copies of the logits for log probabilities more.
         """
         self._params.flush()
         uses = self._params.uses[slots]
         union = Uses(int(np.bitwise_or.reduce(uses, initial=0)))
-        if union & (Uses.RULES | Uses.PENALTIES):
-            return None
         if union & Uses.LOGPROBS:
             wanted = self._params.num_logprobs[slots]
             if wanted.max() > FIXED_LOGPROBS or (wanted == -1).any():
                 return None
-        return union | Uses.FILTERS if union & Uses.RANDOM else union
+        for together in (EXTRAS, Uses.RANDOM | Uses.FILTERS):
+            union |= together if union & together else Uses(0)
+        return union
 
     def sample_fixed(self, logits: Tensor, slots: Tensor, positions: Tensor, uses: Uses) -> Sampled:
         """`sample` for slots [R] int64 that only the device knows, which need no more than `uses`.
 
         What it does depends on shapes and on `uses` alone, so that a CUDA graph can hold it. Log probabilities are of
-        FIXED_LOGPROBS tokens, for every row.
+        FIXED_LOGPROBS tokens, for every row. Nobody's slot may appear more than once.
         """
+        scored = bool(uses & Uses.LOGPROBS)
+        raw = logits.clone() if scored and uses & EXTRAS else logits
+        token_ids, bad = self._choose(logits, slots, positions, uses)
+        groups = (compute(raw, token_ids, FIXED_LOGPROBS, range(len(token_ids))),) if scored else ()
+        self._count(slots, token_ids, uses)
+        return Sampled(token_ids, bad, groups)
+
+    def _choose(self, logits: Tensor, slots: Tensor, positions: Tensor, uses: Uses) -> tuple[Tensor, Tensor]:
+        """Tokens [R] and bad rows [R]; the logits are overwritten."""
+        kept = self._params.kept
+        if uses & Uses.RULES:
+            rules.restrict(logits, slots, positions, self._tokens, kept.rules)
+        if uses & Uses.PENALTIES:
+            penalties.penalise(logits, slots, kept.penalties)
         token_ids, bad = draw(logits, self._params.controls(slots, positions, uses))
-        if not uses & Uses.LOGPROBS:
-            return Sampled(token_ids, bad, ())
-        return Sampled(token_ids, bad, (compute(logits, token_ids, FIXED_LOGPROBS, range(len(token_ids))),))
+        return token_ids, bad
+
+    def _count(self, slots: Tensor, token_ids: Tensor, uses: Uses) -> None:
+        """Last of all: what failed before this can be done again."""
+        if uses & Uses.PENALTIES:
+            penalties.count(slots, token_ids, self._params.kept.penalties)
 
     def num_logprobs(self, slots: Sequence[int]) -> list[int | None]:
         """How many each slot's sequence asks for, next to the chosen token's own; None for none at all."""
@@ -192,8 +206,3 @@ class Sampler:
         for row in np.flatnonzero(wanted >= -1).tolist():
             asked.setdefault(int(wanted[row]), []).append(row)
         return asked
-
-    def _using(self, uses: np.ndarray, flag: Uses, slots: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The rows whose slot uses something, and their slots."""
-        rows = np.flatnonzero(uses & flag).tolist()
-        return rows, [slots[row] for row in rows]

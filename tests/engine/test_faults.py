@@ -11,6 +11,7 @@ from quire.config import Config
 from quire.engine.build import build_core
 from quire.engine.core import EngineCore
 from quire.engine.events import Submission, TokenEvent
+from quire.sampling.rules import read
 from quire.types import SamplingParams
 
 POISON = 3333  # a token that no good request has
@@ -89,8 +90,9 @@ def test_what_cannot_be_sampled_fails_alone(num_bad: int, overlap: bool) -> None
     while not core.idle:
         for event in core.step():
             events[event.request_id].append(event)
-        for rules in core.runner.sampler._rules._by_slot.values():
-            rules.biased = torch.tensor([10**9])  # no such token: the rule cannot be applied
+        for record in core.runner.sampler._params.kept.rules.of:
+            if record is not None:
+                read(record)[1].added.fill_(10**9)  # no such token: the rule cannot be applied
     for each in bad:
         line = events.pop(each.request_id)
         assert failed(line) and "sampling failed" in (line[-1].error or "") and len(line) < 12

@@ -13,6 +13,7 @@ from torch import Tensor
 from quire.engine import group
 from quire.engine.core import EngineCore
 from quire.runner.runner import Runner
+from quire.sampling.rules import read
 from quire.sampling.sampler import Sampled, Sampler
 from quire.scheduler.plan import Plan
 from tests.faults.injection import Board, Fault, Injection, jumping_clock, read_mark
@@ -99,7 +100,9 @@ class Faults:
                 case Fault.RAISES:
                     raise RuntimeError("a fault was asked for")
                 case Fault.BIAS:
-                    sampler._rules._by_slot[slot].biased = torch.tensor([NO_TOKEN])
+                    record = sampler._params.kept.rules.of[slot]
+                    assert record is not None
+                    read(record)[1].added.fill_(NO_TOKEN)
                 case Fault.NAN:
                     logits[row] = torch.nan
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from quire.attention.cpu import Cpu
 from quire.config import Config
 from quire.engine.engine import Engine
+from quire.engine.events import Submission
 from quire.layers.decoder import Decoder
+from quire.runner.advance import ENDED
 from quire.runner.fixed import FixedSteps, sizes_up_to, why_not
 from quire.runner.graphs import Graphs
 from quire.runner.mixed import (
@@ -25,11 +27,13 @@ from quire.runner.mixed import (
     token_sizes,
     worthwhile,
 )
+from quire.sampling.sampler import EXTRAS, FIXED_LOGPROBS
 from quire.sampling.slots import Uses
 from quire.types import OutputKind, SamplingParams
 from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
 
 BLOCK_SIZE = 4
+BAD_WORDS = ((4,), (5, 6), (3, 3, 3), *((token, token) for token in range(20, VOCAB_SIZE)))
 
 
 def make_engine(folder: str, **options: object) -> Engine:
@@ -43,6 +47,17 @@ def make_engine(folder: str, **options: object) -> Engine:
         "max_logprobs": 200,
     }
     return Engine(Config.of(model=folder, **base | options), offline=True)
+
+
+def forbid(engine: Engine) -> Engine:
+    """Have every third prompt's length bring bad words, which else a tokenizer makes."""
+    add = engine.core.add
+
+    def add_with_words(submission: Submission) -> None:
+        add(replace(submission, bad_words=BAD_WORDS if len(submission.prompt_token_ids) % 3 == 1 else ()))
+
+    engine.core.add = add_with_words  # type: ignore[method-assign]
+    return engine
 
 
 def fix(engine: Engine) -> FixedSteps:
@@ -96,6 +111,9 @@ def run(engine: Engine, work: list, aborted: tuple[str, int] = ("", -1)) -> dict
 
 every = {
     "repetition_penalty": st.sampled_from([1.0, 1.0, 1.0, 1.3]),
+    "frequency_penalty": st.sampled_from([0.0, 0.0, 0.0, 0.9]),
+    "allowed_token_ids": st.sampled_from([None, None, None, [3, 4, 5, 6, 90]]),
+    "min_tokens": st.sampled_from([0, 0, 1]),
     "logprobs": st.sampled_from([None, None, 0, 3, 20, 25, -1]),
     "prompt_logprobs": st.sampled_from([None, None, None, 2]),
     "logit_bias": st.sampled_from([None, None, None, {5: 2.0}]),
@@ -132,9 +150,9 @@ def check(
         "kv_cache_memory_bytes": blocks * block_bytes,
         "async_scheduling": overlap,
     }
-    want = run(make_engine(folder, **options), work)
+    want = run(forbid(make_engine(folder, **options)), work)
     for prepare in (fix, lambda engine: mix(engine).fixed):
-        engine = make_engine(folder, **options)
+        engine = forbid(make_engine(folder, **options))
         fixed = prepare(engine)
         assert run(engine, work) == want
         assert not fixed.graphs.has_failed  # or all of it would have been computed otherwise
@@ -163,22 +181,25 @@ def test_every_kind_of_step_is_taken_and_preemption_changes_nothing(
         {"temperature": 1.0, "seed": 5, "top_p": 0.9},
         {"temperature": 1.0, "seed": 6, "logprobs": 2},
         {"temperature": 0.0, "presence_penalty": 0.5},
+        {"temperature": 0.0, "logit_bias": {7: 2.0}, "logprobs": 0},
+        {"temperature": 0.0, "logprobs": FIXED_LOGPROBS + 1},
     ]
     work = [
         ([3 + (i + j) % 9 for j in range(8)], SamplingParams(**shared, **kind), 24 * i)
         for i, kind in enumerate(kinds)
     ]
-    work += [(prompt, params, 110) for prompt, params, _ in work]
+    work += [(prompt, params, 24 * len(kinds) + 14) for prompt, params, _ in work]
     options = {"kv_cache_memory_bytes": 16 * block_bytes, "async_scheduling": overlap}
     engine = make_engine(folder, **options)
     fixed = fix(engine)
     got = run(engine, work)
     assert got == run(make_engine(folder, **options), work)
-    assert [got[str(i)][0][0] for i in range(4)] == [got[str(i)][0][0] for i in range(4, 8)]
+    alone, together = ([got[str(i)][0][0] for i in part] for part in (range(6), range(6, 12)))
+    assert alone == together
     assert engine.core.stats().num_preemptions > 0
     random = Uses.RANDOM | Uses.FILTERS
-    alone = {kind.uses for kind in fixed.graphs.ready if kind.num_rows == 1}
-    assert alone == {Uses(0), random, random | Uses.LOGPROBS, None}
+    kinds_alone = {kind.uses for kind in fixed.graphs.ready if kind.num_rows == 1}
+    assert kinds_alone == {Uses(0), random, random | Uses.LOGPROBS, EXTRAS, EXTRAS | Uses.LOGPROBS, None}
 
 
 def test_prompts_join_newest_tokens_in_mixed_steps(folder: str) -> None:
@@ -256,6 +277,53 @@ def test_bad_rows_and_aborts_leave_the_others_alone(folder: str, overlap: bool) 
     assert got[0] == got[1]
     reasons = [output[0][2] for output in got[0].values()]
     assert got[0]["1"][0][2] == "error" and len(got[0]["1"][0][0]) <= 6 and "length" in reasons
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stop_token_ends_its_row_before_the_host_knows(folder: str, overlap: bool) -> None:
+    """The step that is under way meanwhile computes nothing for it, and the slot's next sequence goes on as ever."""
+    shared = {"temperature": 0.0, "max_tokens": 16, "output_kind": OutputKind.FINAL_ONLY}
+    options = {"max_num_seqs": 3, "async_scheduling": overlap, "enable_prefix_caching": False}
+    prompts = [[3 + i, 9, 30 + 7 * i] for i in range(6)]
+    free = SamplingParams(**shared, ignore_eos=True)
+    want = run(make_engine(folder, **options), [(prompt, free, i) for i, prompt in enumerate(prompts)])
+    work = []
+    for i, prompt in enumerate(prompts):
+        stop = want[str(i)][0][0][4 + i]
+        params = SamplingParams(**shared, ignore_eos=True, stop_token_ids=[stop, 103], min_tokens=i % 2)
+        work.append((prompt, params, i))
+    engine = make_engine(folder, **options)
+    fixed = mix(engine).fixed
+    start, reports = fixed.start, []
+
+    def reported(*args: Any) -> Any:
+        reports.append(start(*args))
+        return reports[-1]
+
+    fixed.start = reported  # type: ignore[method-assign]
+    got = run(engine, work)
+    assert got == run(make_engine(folder, **options), work)
+    reasons = [got[str(i)][0][2] for i in range(6)]
+    assert reasons.count("stop") > 3
+    num_ended = sum(fetch().token_ids.count(ENDED) for fetch in reports)
+    assert num_ended == (reasons.count("stop") if overlap else 0)
+
+
+def test_a_sequence_that_only_the_device_has_ended_fails_and_no_other(folder: str) -> None:
+    shared = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "output_kind": OutputKind.FINAL_ONLY}
+    work = [([3, 4, 5 + i], SamplingParams(**shared), 0) for i in range(3)]
+    want = run(make_engine(folder), work)
+    engine = make_engine(folder)
+    fix(engine)
+    for i, (prompt, params, _) in enumerate(work):
+        engine.add(engine.inputs.request(prompt, params, request_id=str(i)))
+    for _ in range(4):
+        engine.step()
+    slot = engine.core.scheduler.seqs[1].slot
+    engine.core.runner.state.numbers[slot, 0].neg_()
+    got = run(engine, [])
+    assert got["1"][0][2] == "error" and 0 < len(got["1"][0][0]) < 12
+    assert [got[key] for key in ("0", "2")] == [want[key] for key in ("0", "2")]
 
 
 class Failing:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from quire.sampling.sampler import Sampler
 from quire.types import SamplingParams
+from tests.sampling.remembering import Remembering
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ BAD_WORDS = [[3], [4, 5], [6, 7, 8]]
 
 
 def generate(device: torch.device, steps: int) -> list[list[int]]:
-    sampler = Sampler(VOCAB, len(GIVEN), device)
+    sampler = Remembering(VOCAB, len(GIVEN), device)
     for slot, given in enumerate(GIVEN):
         params = SamplingParams(**given)
         sampler.admit(
@@ -66,7 +66,7 @@ def test_the_likeliest_token_is_found_wherever_it_is(vocab_size: int, given: dic
     tokens += torch.randint(vocab_size, (50,), generator=generator).tolist()
     logits = torch.randn(len(tokens), vocab_size, generator=generator)
     logits[range(len(tokens)), tokens] = 60.0
-    sampler = Sampler(vocab_size, len(tokens), torch.device("cuda"))
+    sampler = Remembering(vocab_size, len(tokens), torch.device("cuda"))
     for slot in range(len(tokens)):
         params = SamplingParams(**given)
         sampler.admit(slot, params, seed=slot, prompt=[1], outputs=[], stop_token_ids=[], bad_words=[])

@@ -17,7 +17,7 @@ def logits_of(num_rows: int) -> torch.Tensor:
 
 
 def run(all_params: list[SamplingParams], logits: torch.Tensor) -> HostSampled:
-    sampler = Sampler(VOCAB, len(all_params), torch.device("cpu"))
+    sampler = Sampler(VOCAB, torch.zeros(len(all_params) + 1, 8, dtype=torch.int32))
     for slot, params in enumerate(all_params):
         sampler.admit(
             slot, params, seed=slot, prompt=[1, 2], outputs=[3], stop_token_ids=[0], bad_words=[[4]]

@@ -9,7 +9,9 @@ from quire.kernels.cpu.native import library
 from quire.sampling import native
 from quire.sampling.draw import Controls, draw
 from quire.sampling.filters import Filters
-from quire.sampling.penalties import penalise
+from quire.sampling.penalties import penalise, record_of
+from quire.sampling.records import Records
+from quire.types import SamplingParams
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ kernels were not built")
 
@@ -110,14 +112,22 @@ def test_penalise(vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(5, vocab_size, generator=generator) * 3
     logits[0, 0] = -math.inf
-    seen = torch.randint(0, 6, (3, vocab_size), generator=generator, dtype=torch.int32)
-    seen[1] = 0
-    strengths = torch.tensor([[1.3, 0.0, 0.0], [2.0, 1.0, 1.0], [0.7, -0.4, 1.1]])
-    rows, of = torch.tensor([4, 0, 2]), torch.tensor([2, 0, 1])
+    params = [
+        SamplingParams(repetition_penalty=1.3),
+        SamplingParams(repetition_penalty=2.0, frequency_penalty=1.0, presence_penalty=1.0),
+        SamplingParams(repetition_penalty=0.7, frequency_penalty=-0.4, presence_penalty=1.1),
+    ]
+    host = torch.zeros(5, dtype=torch.int64)
+    records = Records(host, host)
+    for slot, given in enumerate(params):
+        outputs = torch.randint(0, vocab_size, (2000,), generator=generator).tolist()
+        records.put(slot, record_of(given, vocab_size, [1, vocab_size + 4, 3], outputs))
+    slots = torch.tensor([2, 4, 0, 3, 1])  # two have none
     expected = logits.clone()
-    penalise.reference(expected, rows, seen, strengths, of)
+    penalise.reference(expected, slots, records)
+    assert torch.equal(expected[1], logits[1]) and not torch.equal(expected[0], logits[0])
     padded = torch.cat((logits, torch.zeros(5, 3)), 1)
     for found in (logits, padded[:, :vocab_size]):
-        assert native.penalise(found, rows, seen, strengths, of)
+        assert native.penalise(found, slots, records.addresses)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert not padded[:, vocab_size:].any()

@@ -11,9 +11,9 @@ import torch
 from quire.errors import InvalidRequest
 from quire.sampling.sampler import Sampler
 from quire.types import SamplingParams
+from tests.sampling.remembering import Remembering
 
 VOCAB = 60
-CPU = torch.device("cpu")
 PROMPT = (1, 2, 3, 3, 900)  # 900: a placeholder outside the vocabulary
 
 MIXED: list[dict[str, Any]] = [
@@ -53,7 +53,7 @@ def sample_one(sampler: Sampler, slot: int, row: torch.Tensor, position: int) ->
 
 
 def alone(given: dict[str, Any], seed: int, steps: int) -> list[int]:
-    sampler = Sampler(VOCAB, 1, CPU)
+    sampler = Remembering(VOCAB, 1)
     admit(sampler, 0, given, seed)
     start = len(PROMPT)
     return [sample_one(sampler, 0, logits_of(seed, p), p) for p in range(start, start + steps)]
@@ -66,7 +66,7 @@ def test_a_row_is_the_same_in_any_batch_order_and_slot() -> None:
     for shuffle in (1, 2):
         rng = random.Random(shuffle)
         slots = rng.sample(range(20), len(given))
-        sampler = Sampler(VOCAB, 20, CPU)
+        sampler = Remembering(VOCAB, 20)
         for seed, params in enumerate(given):
             admit(sampler, slots[seed], params, seed)
         found: list[list[int]] = [[] for _ in given]
@@ -85,7 +85,7 @@ def test_a_row_is_the_same_in_any_batch_order_and_slot() -> None:
 def test_a_preempted_sequence_goes_on_as_if_nothing_happened(given: dict[str, Any]) -> None:
     expected = alone(given, 4, 12)
     for cut in (1, 3, 6):
-        sampler = Sampler(VOCAB, 3, CPU)
+        sampler = Remembering(VOCAB, 3)
         admit(sampler, 2, MIXED[4], 9)  # what the slot held before must not matter
         sampler.release(2)
         admit(sampler, 2, given, 4, expected[:cut])
@@ -95,7 +95,7 @@ def test_a_preempted_sequence_goes_on_as_if_nothing_happened(given: dict[str, An
 
 
 def test_admitting_over_a_slot_replaces_everything() -> None:
-    sampler = Sampler(VOCAB, 2, CPU)
+    sampler = Remembering(VOCAB, 2)
     for given in [*MIXED, *[MIXED[4]] * 9]:  # nine: rows of counts are not lost
         admit(sampler, 0, given, 8)
     admit(sampler, 0, {}, 8)
@@ -109,7 +109,7 @@ def test_greedy_rows_are_the_argmax_in_any_company() -> None:
         i for i, given in enumerate(MIXED) if given == {"temperature": 0} or given.get("logprobs") == -1
     ]
     for rows in (greedy, range(len(MIXED))):
-        sampler = Sampler(VOCAB, len(MIXED), CPU)
+        sampler = Remembering(VOCAB, len(MIXED))
         for slot, given in enumerate(MIXED):
             admit(sampler, slot, given)
         sampled = sampler.sample(logits[list(rows)].clone(), list(rows), [5] * len(rows)).to_host()
@@ -120,7 +120,7 @@ def test_greedy_rows_are_the_argmax_in_any_company() -> None:
 def test_bad_rows_fail_alone() -> None:
     given = MIXED[4]
     expected = [alone(given, seed, 3) for seed in range(4)]
-    sampler = Sampler(VOCAB, 4, CPU)
+    sampler = Remembering(VOCAB, 4)
     for slot in range(4):
         admit(sampler, slot, given, slot)
     for step in range(3):
@@ -134,7 +134,7 @@ def test_bad_rows_fail_alone() -> None:
 
 
 def test_nan_is_noticed_where_only_other_tokens_are_allowed() -> None:
-    sampler = Sampler(VOCAB, 1, CPU)
+    sampler = Remembering(VOCAB, 1)
     admit(sampler, 0, {"allowed_token_ids": [4]})
     row = logits_of(0, 0)
     row[9] = math.nan
@@ -142,14 +142,14 @@ def test_nan_is_noticed_where_only_other_tokens_are_allowed() -> None:
 
 
 def test_nothing_left_to_sample_is_bad() -> None:
-    sampler = Sampler(VOCAB, 1, CPU)
+    sampler = Remembering(VOCAB, 1)
     admit(sampler, 0, {"allowed_token_ids": [7], "bad_token_ids": BAD_WORDS})
     assert sampler.sample(logits_of(0, 0)[None], [0], [5]).to_host().bad == [True]
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_stop_tokens_wait_for_min_tokens(temperature: float) -> None:
-    sampler = Sampler(VOCAB, 1, CPU)
+    sampler = Remembering(VOCAB, 1)
     admit(sampler, 0, {"min_tokens": 3, "temperature": temperature})
     row = logits_of(0, 0)
     row[[0, 59]] = torch.tensor([50.0, 20.0])
@@ -159,7 +159,7 @@ def test_stop_tokens_wait_for_min_tokens(temperature: float) -> None:
 
 
 def test_min_tokens_counts_outputs_from_before_a_preemption() -> None:
-    sampler = Sampler(VOCAB, 1, CPU)
+    sampler = Remembering(VOCAB, 1)
     admit(sampler, 0, {"min_tokens": 3, "temperature": 0}, outputs=[8, 9])
     row = logits_of(0, 0)
     row[0] = 50.0
@@ -168,7 +168,7 @@ def test_min_tokens_counts_outputs_from_before_a_preemption() -> None:
 
 
 def test_bad_words_ban_the_last_token_after_the_others() -> None:
-    sampler = Sampler(VOCAB, 1, CPU)
+    sampler = Remembering(VOCAB, 1)
     admit(sampler, 0, {"temperature": 0, "bad_token_ids": BAD_WORDS})
 
     def prefer(*tokens: int) -> torch.Tensor:
@@ -197,7 +197,7 @@ def test_bad_words_look_at_outputs_not_at_the_prompt() -> None:
     row = torch.zeros(VOCAB)
     row[11] = 5.0
     for outputs, banned in (((), False), ((10,), True), ((10, 9), False), ((8, 9, 10), True)):
-        sampler = Sampler(VOCAB, 1, CPU)
+        sampler = Remembering(VOCAB, 1)
         params = SamplingParams(temperature=0)
         sampler.admit(
             0, params, seed=0, prompt=[10, 10], outputs=outputs, stop_token_ids=[], bad_words=BAD_WORDS
@@ -207,7 +207,7 @@ def test_bad_words_look_at_outputs_not_at_the_prompt() -> None:
 
 def test_only_allowed_tokens_are_sampled() -> None:
     allowed = [3, 30, 31]
-    sampler = Sampler(VOCAB, 1, CPU)
+    sampler = Remembering(VOCAB, 1)
     admit(sampler, 0, {"allowed_token_ids": [*allowed, 30], "temperature": 2.0})
     found = {sample_one(sampler, 0, logits_of(p, p) * 0.1, p) for p in range(5, 60)}
     assert found == set(allowed)
@@ -215,7 +215,7 @@ def test_only_allowed_tokens_are_sampled() -> None:
 
 def test_penalties_count_what_was_sampled() -> None:
     """Greedy with a large presence penalty visits the tokens in order of their logits, each once."""
-    sampler = Sampler(VOCAB, 1, CPU)
+    sampler = Remembering(VOCAB, 1)
     admit(sampler, 0, {"temperature": 0, "presence_penalty": 2.0})
     row = -torch.arange(VOCAB) * 0.01
     found = [sample_one(sampler, 0, row, len(PROMPT) + step) for step in range(VOCAB)]
@@ -223,7 +223,7 @@ def test_penalties_count_what_was_sampled() -> None:
 
 
 def test_positions_may_be_a_tensor() -> None:
-    sampler = Sampler(VOCAB, 2, CPU)
+    sampler = Remembering(VOCAB, 2)
     admit(sampler, 0, {"min_tokens": 1})
     admit(sampler, 1, {})
     logits = torch.stack([logits_of(0, 5), logits_of(1, 6)])
@@ -242,7 +242,7 @@ def test_positions_may_be_a_tensor() -> None:
     ids=str,
 )
 def test_ids_outside_the_vocabulary_are_refused_and_hurt_nobody(given: dict[str, Any], param: str) -> None:
-    sampler = Sampler(VOCAB, 2, CPU)
+    sampler = Remembering(VOCAB, 2)
     admit(sampler, 0, {"logprobs": 1}, 8)
     admit(sampler, 1, {"logprobs": 1, "presence_penalty": 1.0, "min_tokens": 5})
     with pytest.raises(InvalidRequest, match=f"{param} has token id .*ends at {VOCAB - 1}") as caught:
@@ -255,8 +255,8 @@ def test_ids_outside_the_vocabulary_are_refused_and_hurt_nobody(given: dict[str,
     assert sampled.logprobs[1] is None
 
 
-def test_many_slots_with_penalties_grow_the_counts() -> None:
-    sampler = Sampler(VOCAB, 40, CPU)
+def test_many_slots_have_counts_of_their_own() -> None:
+    sampler = Remembering(VOCAB, 40)
     for slot in range(40):
         admit(sampler, slot, MIXED[4], slot)
     logits = torch.stack([logits_of(slot, 5) for slot in range(40)])

@@ -413,15 +413,20 @@ void quire_draw(const float* logits, int64_t num_rows, int64_t vocab_size, int64
   }
 }
 
-// Penalises logits[rows[i]] in place by the counts seen[of[i]] ((times generated) * 2 + (in the prompt)) and the
-// strengths[of[i]] (repetition, frequency, presence). `seen` has rows of vocab_size.
-void quire_penalise(float* logits, int64_t stride, int64_t vocab_size, const int64_t* rows, const int64_t* of,
-                    int64_t num_rows, const int32_t* seen, const float* strengths, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_rows > 1 && num_threads > 1)
-  for (int64_t i = 0; i < num_rows; ++i)
+// Penalises row i of the logits in place, if slots[i] has a record at addresses[slots[i]]: three floats (repetition,
+// frequency, presence) and a count ((times generated) * 2 + (in the prompt)) for each token.
+void quire_penalise(float* logits, int64_t stride, int64_t vocab_size, const int64_t* slots, int64_t num_rows,
+                    const int64_t* addresses, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic) if (num_rows > 1 && num_threads > 1)
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const auto* record = reinterpret_cast<const int32_t*>(addresses[slots[i]]);
+    if (record == nullptr) continue;
+    float strengths[3];
+    std::memcpy(strengths, record, sizeof strengths);
+    const int32_t* seen = record + 3;
     for (int64_t at = 0; at < vocab_size; at += BLOCK)
-      penalise_block(logits + rows[i] * stride + at, seen + of[i] * vocab_size + at,
-                     std::min(BLOCK, vocab_size - at), strengths + of[i] * 3);
+      penalise_block(logits + i * stride + at, seen + at, std::min(BLOCK, vocab_size - at), strengths);
+  }
 }
 
 }  // extern "C"

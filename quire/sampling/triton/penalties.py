@@ -6,45 +6,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.sampling.penalties import HEADER
+
 CHUNK = 2048  # tokens of a program
 
 
-def penalise(logits: Tensor, rows: Tensor, seen: Tensor, strengths: Tensor, of: Tensor) -> None:
+def penalise(logits: Tensor, slots: Tensor, addresses: Tensor) -> None:
     """Do what `quire.sampling.penalties.penalise` does; `logits` has no gaps between tokens."""
-    vocab_size = logits.shape[1]
-    if len(rows):
-        grid = (triton.cdiv(vocab_size, CHUNK), len(rows))
-        _penalise[grid](logits, logits.stride(0), vocab_size, rows, seen, strengths, of, CHUNK)
+    num_rows, vocab_size = logits.shape
+    if num_rows:
+        grid = (triton.cdiv(vocab_size, CHUNK), num_rows)
+        _penalise[grid](logits, logits.stride(0), vocab_size, slots, addresses, HEADER, CHUNK)
 
 
-def count(seen: Tensor, rows: Tensor, of: Tensor, token_ids: Tensor) -> None:
+def count(slots: Tensor, token_ids: Tensor, addresses: Tensor) -> None:
     """Do what `quire.sampling.penalties.count` does."""
-    if len(rows):
-        _count[(len(rows),)](seen, seen.shape[1], rows, of, token_ids)
+    if len(slots):
+        _count[(len(slots),)](slots, token_ids, addresses, HEADER, num_warps=1)
 
 
 @triton.jit
-def _penalise(logits, row_stride, vocab_size, rows, seen, strengths, of, size: tl.constexpr):
-    """One chunk of a row. Grid (C, R)."""
-    row, place = tl.load(rows + tl.program_id(1)), tl.load(of + tl.program_id(1))
-    tokens = tl.program_id(0) * size + tl.arange(0, size)
-    inside = tokens < vocab_size
-    marks = tl.load(seen + place * vocab_size + tokens, mask=inside, other=0)
-    inside &= marks > 0  # most tokens were never seen; their logits are not even read
-    logits += row * row_stride + tokens
-    x = tl.load(logits, mask=inside, other=0.0)
-    strengths += place * 3
-    repetition, frequency, presence = tl.load(strengths), tl.load(strengths + 1), tl.load(strengths + 2)
-    times = marks >> 1
-    penalty = frequency * times.to(tl.float32) + tl.where(times > 0, presence, 0.0)
-    repeated = tl.where(x > 0, tl.div_rn(x, repetition + tl.zeros_like(x)), x * repetition)
-    tl.store(logits, repeated - penalty, mask=inside)
+def _penalise(logits, row_stride, vocab_size, slots, addresses, header: tl.constexpr, size: tl.constexpr):
+    """One chunk of a row; most rows have no penalties. Grid (C, R)."""
+    row = tl.program_id(1).to(tl.int64)
+    address = tl.load(addresses + tl.load(slots + row))
+    if address != 0:
+        seen = address.to(tl.pointer_type(tl.int32)) + header
+        strengths = address.to(tl.pointer_type(tl.float32))
+        tokens = tl.program_id(0) * size + tl.arange(0, size)
+        inside = tokens < vocab_size
+        marks = tl.load(seen + tokens, mask=inside, other=0)
+        inside &= marks > 0  # most tokens were never seen; their logits are not even read
+        places = logits + row * row_stride + tokens
+        x = tl.load(places, mask=inside, other=0.0)
+        repetition, frequency, presence = tl.load(strengths), tl.load(strengths + 1), tl.load(strengths + 2)
+        times = marks >> 1
+        penalty = frequency * times.to(tl.float32) + tl.where(times > 0, presence, 0.0)
+        repeated = tl.where(x > 0, tl.div_rn(x, repetition + tl.zeros_like(x)), x * repetition)
+        tl.store(places, repeated - penalty, mask=inside)
 
 
 @triton.jit
-def _count(seen, vocab_size, rows, of, token_ids):
+def _count(slots, token_ids, addresses, header: tl.constexpr):
     """One row; no two rows share their counts. Grid (R)."""
     row = tl.program_id(0)
-    token = tl.load(token_ids + tl.load(rows + row))
-    place = seen + tl.load(of + row) * vocab_size + token
-    tl.store(place, tl.load(place) + 2)
+    address = tl.load(addresses + tl.load(slots + row))
+    if address != 0:
+        place = address.to(tl.pointer_type(tl.int32)) + header + tl.load(token_ids + row)
+        tl.store(place, tl.load(place) + 2)
