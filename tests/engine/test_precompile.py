@@ -39,6 +39,7 @@ def outcome(work: Job, cache: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_what_one_process_compiled_the_next_finds(tmp_path: Path) -> None:
     launched = outcome(job("0.6B", num_shares=MANY, share=-1), tmp_path)["launched"]
     work = job("0.6B", num_shares=MANY, share=int(min(launched), 16) % MANY)  # one that is not empty

@@ -1,6 +1,7 @@
 """Sparse experts on GPUs, in Triton's interpreter where there is none: any routing, any tile, token by token."""
 
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
@@ -147,8 +148,25 @@ def test_pairs_are_arranged_by_expert(kind: str, rows: int) -> None:
         assert sorted(covered) == list(range(len(pairs)))
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("num_tokens", [1, 2, 18])
+@pytest.mark.slow  # in the interpreter, in which many small programs take longest
+@pytest.mark.parametrize("name", list(LAYERS)[1:])
+def test_experts_of_one_token_equal_the_reference(name: str) -> None:
+    test_experts_equal_the_reference(name, 1)
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_a_token_among_any_number_where_that_is_asked_for(invariant: bool) -> None:
+    """The same bits alone and in company, for one order of sums; without it another order is taken for one token."""
+    layer = LAYERS["gated"]
+    x, stack = draw(9, layer.dim, scale=0.5), layer.stack()._replace(invariant=invariant)
+    routes = layer.routes(9, 3)
+    together = experts_triton(x, None, routes, stack, None)
+    alone = experts_triton(x[:1], None, Routes(routes.experts[:1], routes.weights[:1]), stack, None)
+    assert torch.equal(alone, together[:1]) or not invariant
+    torch.testing.assert_close(alone, together[:1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "num_tokens"), [("gated", 1), *product(LAYERS, (2, 18))])
 def test_experts_equal_the_reference(name: str, num_tokens: int) -> None:
     layer, top_k = LAYERS[name], 3
     x, stack = draw(num_tokens, layer.dim, dtype=layer.dtype, scale=0.5), layer.stack()
