@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from quire.config import Config
 from quire.engine.announce import Announce
 from quire.engine.core import EngineCore
 from quire.engine.inputs import InputProcessor
-from quire.engine.precompile import Job, Precompiler
+from quire.engine.precompile import Job, Precompiler, compiled
 from quire.engine.text import model_config, read_text
 from quire.errors import ConfigError
 from quire.kernels import ops
@@ -108,9 +109,11 @@ def build_core(
     config = resolved.config
     torch.set_num_threads(config.num_threads or 1)
     model = _network(config, spec, backend, platform.device)
-    _compile_ahead(resolved, raw, model)
+    ahead = _compile_ahead(resolved, raw, model)
     _load(model, config, names, folder)
     core = _core(resolved, spec, model, platform.device, clock, announce)
+    if ahead is not None:
+        weakref.finalize(core, ahead.close)
     return CoreParts(
         config,
         resolved.reasons,
@@ -171,17 +174,17 @@ def _network(config: Config, spec: DecoderSpec, backend: Backend, device: torch.
     )
 
 
-def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Decoder) -> None:
-    """Have the kernels of decode steps compiled by processes that run beside what follows, and beside first steps."""
+def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Decoder) -> Precompiler | None:
+    """Have the kernels of steps compiled by processes that run beside what follows, unless an engine has before."""
     config, build = resolved.config, model.build
     gpu = gpu_of(build.device)
     if gpu is None or model.backend.name != "triton":
-        return
+        return None
     from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
 
-    keep_kernels()
+    kernels = keep_kernels()
     if why_not(model, build.device) is not None:
-        return
+        return None
     job = Job(
         raw=raw,
         dtype=config.dtype,
@@ -192,7 +195,8 @@ def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Decoder) -
         gpu=gpu,
         invariant=config.deterministic,
     )
-    Precompiler(job)
+    done = compiled(job, kernels)
+    return None if done.exists() else Precompiler(job, done)
 
 
 def _load(model: Decoder, config: Config, names: Names, folder: Path) -> None:

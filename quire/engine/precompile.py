@@ -7,7 +7,9 @@ launched is compiled then.
 """
 
 import atexit
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -16,11 +18,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import quire
 from quire.attention.shapes import block_bytes
 from quire.attention.triton.backend import Triton
 from quire.checkpoint.dummy import MetaWeights
@@ -67,10 +71,21 @@ def command() -> list[str]:
     return [sys.executable, "-P", "-c", BOOT, json.dumps(sys.path)]
 
 
+def compiled(job: Job, folder: Path) -> Path:
+    """The file in the kernels' `folder` that is there when all of the job's kernels are."""
+    package = Path(quire.__file__).parent
+    sources = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in package.rglob("*.py")]
+    versions = [importlib.metadata.version(name) for name in ("torch", "triton")]
+    words = json.dumps([asdict(job), sorted(sources), versions])
+    return folder / f"quire-{hashlib.blake2b(words.encode(), digest_size=16).hexdigest()}"
+
+
 class Precompiler:
     """The processes of one engine."""
 
-    def __init__(self, job: Job, num_processes: int | None = None):
+    def __init__(self, job: Job, done: Path | None = None, num_processes: int | None = None):
+        """`done`: a file to make when all kernels are compiled."""
+        self.done = done
         count = num_processes or max(1, min(len(os.sched_getaffinity(0)) - 1, MAX_PROCESSES))
         self.processes: list[subprocess.Popen[bytes]] = []
         for share in range(count):
@@ -105,10 +120,13 @@ class Precompiler:
         self.wait()
 
     def _watch(self) -> None:
-        failed = [code for code in self.wait() if code > 0]  # less than 0: killed, as by `close`
+        codes = self.wait()
         atexit.unregister(self.close)
-        if failed:
+        if failed := [code for code in codes if code > 0]:  # less than 0: killed, as by `close`
             logger.warning("%d processes could not compile kernels; first uses will be slower", len(failed))
+        if self.done is not None and codes and not any(codes):
+            with contextlib.suppress(OSError):  # then the next engine looks again
+                self.done.touch()
 
 
 class NoLaunches:

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu.shapes import SHAPES  # noqa: E402
 from quire.checkpoint.dummy import DummyCheckpoint, MetaWeights  # noqa: E402
-from quire.engine.precompile import Job, Precompiler, command, distinct_layers  # noqa: E402
+from quire.engine import precompile  # noqa: E402
+from quire.engine.precompile import Job, Precompiler, command, compiled, distinct_layers  # noqa: E402
 from quire.log import logger  # noqa: E402
 from quire.models.registry import decoder_spec  # noqa: E402
 
@@ -101,6 +103,20 @@ def test_what_fails_in_a_process_is_a_warning(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "2 processes could not compile kernels" in caplog.text
     assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_what_is_compiled_is_not_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file says so, of this job and these sources; not if a process failed or was ended."""
+    done = compiled(job("8B"), tmp_path)
+    assert done == compiled(job("8B"), tmp_path) and done.parent == tmp_path
+    assert done != compiled(job("8B", max_seqs=8), tmp_path)
+    for code in ("import sys; sys.stdin.read(); sys.exit(1)", "import sys; sys.stdin.read()"):
+        assert not done.exists()
+        monkeypatch.setattr(precompile, "command", lambda code=code: [sys.executable, "-c", code])
+        processes = Precompiler(job("8B"), done, num_processes=2)
+        processes.wait()
+        processes.watcher.join()
+    assert done.exists()
 
 
 def test_processes_end_when_they_are_not_needed(caplog: pytest.LogCaptureFixture) -> None:

@@ -23,8 +23,8 @@ from quire.engine import build
 from quire.engine.precompile import Precompiler
 
 class Waited(Precompiler):  # the engine's own job, but done before the first step
-    def __init__(self, job):
-        super().__init__(job, num_processes=8)
+    def __init__(self, job, done):
+        super().__init__(job, done, num_processes=8)
         assert self.wait() == [0] * 8
 
 build.Precompiler = Waited
