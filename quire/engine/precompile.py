@@ -37,7 +37,7 @@ from quire.runner.fixed import FEW_ROWS, SHORT, FixedKind, FixedSteps
 from quire.runner.graphs import Graphs
 from quire.runner.mixed import MixedKind, MixedSteps, worthwhile
 from quire.runner.state import SlotState
-from quire.sampling.sampler import Sampler
+from quire.sampling.sampler import EXTRAS, Sampler
 from quire.sampling.slots import Uses
 
 MAX_PROCESSES = 16
@@ -46,7 +46,8 @@ BOOT = (  # as in the nursery: the same modules as here, and none of the folder 
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from quire.engine.precompile import main; main()"
 )
-DRAWS = (Uses(0), Uses.RANDOM | Uses.FILTERS)
+ANY_DRAW = Uses.RANDOM | Uses.FILTERS
+DRAWS = (Uses(0), ANY_DRAW, ANY_DRAW | EXTRAS | Uses.LOGPROBS)  # which is every kernel that draws
 WARP_SIZE = 32
 
 
