@@ -90,9 +90,9 @@ def test_what_cannot_be_sampled_fails_alone(num_bad: int, overlap: bool) -> None
     while not core.idle:
         for event in core.step():
             events[event.request_id].append(event)
-        for record in core.runner.sampler._params.kept.rules.of:
-            if record is not None:
-                with torch.inference_mode():
+        with torch.inference_mode():  # which records were made in
+            for record in core.runner.sampler._params.kept.rules.of:
+                if record is not None:
                     read(record)[1].added.fill_(10**9)  # no such token: the rule cannot be applied
     for each in bad:
         line = events.pop(each.request_id)

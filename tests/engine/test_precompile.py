@@ -51,6 +51,14 @@ def test_what_one_process_compiled_the_next_finds(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*/*.cubin"))) == first["num_compiled"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["0.6B", "30B-A3B"])
+def test_every_kernel_can_be_compiled(model: str, tmp_path: Path) -> None:
+    """For small batches; the interpreter takes what the compiler refuses."""
+    found = outcome(job(model, max_seqs=8, max_batched_tokens=64), tmp_path)
+    assert found["num_compiled"] == len(found["launched"]) > 50
+
+
 @pytest.mark.parametrize("model", ["8B", "0.6B", "30B-A3B"])
 def test_kernels_of_every_part_of_a_step_are_found(model: str, tmp_path: Path) -> None:
     found = outcome(job(model, num_shares=1 << 70, share=-1), tmp_path)  # nobody's share: nothing is compiled

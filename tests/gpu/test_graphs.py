@@ -12,11 +12,13 @@ import torch
 
 from quire.config import Config
 from quire.engine.engine import Engine
+from quire.runner.advance import ENDED
 from quire.runner.batch import make_batch
 from quire.runner.fixed import FixedKind, FixedSteps
 from quire.runner.graphs import Graphs
 from quire.runner.mixed import MixedKind
 from quire.runner.runner import Runner
+from quire.sampling.sampler import EXTRAS
 from quire.scheduler.plan import Work
 from quire.types import OutputKind, SamplingParams
 
@@ -36,6 +38,8 @@ ODD: list[dict[str, Any]] = [
     {"temperature": 0.9, "repetition_penalty": 1.2},
     {"temperature": 0.0, "logit_bias": {5: 3.0}},
     {"temperature": 1.0, "logprobs": 0},
+    {"temperature": 0.0, "frequency_penalty": 0.7, "presence_penalty": 0.2, "logprobs": 2},
+    {"temperature": 0.8, "allowed_token_ids": list(range(3, 3000, 7)), "bad_words": ["the", "a fox"]},
 ]
 Asked = list[tuple[list[int], SamplingParams, int]]  # prompt, parameters, step at which it comes
 Got = dict[str, list[tuple[list[int], Any]]]  # each sequence's tokens and log probabilities
@@ -146,6 +150,7 @@ def test_graphs_equal_the_same_steps_uncaptured(dtype: str, overlap: bool) -> No
             assert share == 1.0 and got == want
     report(dtype, fixed_of(engine))
     captured = fixed_of(engine).graphs.captured
+    assert {EXTRAS & kind.uses for kind in captured if isinstance(kind, FixedKind) and kind.uses} >= {EXTRAS}
     assert len(captured) > 4 and any(isinstance(kind, MixedKind) for kind in captured)
     assert fixed_of(engine).graphs.has_failed is False
 
@@ -242,15 +247,41 @@ def test_the_device_knows_what_the_host_plans() -> None:
     assert fixed.ring.num_steps > 50 and fixed.graphs.captured
 
 
+def test_the_device_ends_sequences_as_the_scheduler_does() -> None:
+    """By stop tokens that no graph was captured with, in slots that go to others, beside rules on the same tokens."""
+    engine, plain = make_engine("float32", async_scheduling=True), without_fixed_steps(make_engine("float32"))
+    fixed = fixed_of(engine)
+    start, reports = fixed.start, []
+
+    def reported(*args: Any) -> Any:
+        reports.append(start(*args))
+        return reports[-1]
+
+    fixed.start = reported  # type: ignore[method-assign]
+    for seed in range(3):
+        stops = list(range(3 + seed, 4000, 29 + seed))
+        kinds = [{**kind, "stop_token_ids": stops, "min_tokens": seed % 2} for kind in [*KINDS, *ODD]]
+        asked = workload(40 + seed, kinds, count=30)
+        want = run(plain, asked)
+        for _ in range(2):
+            got = run(engine, asked)
+            assert compare(f"stops {seed}", got, want, asked) == 1.0
+    num_ended = sum(fetch().token_ids.count(ENDED) for fetch in reports if fetch is not None)
+    print(f"  {num_ended} rows had ended on the device")
+    assert num_ended > 10 and fixed.graphs.has_failed is False
+    report("stops", fixed)
+
+
 def test_nothing_waits_in_a_steady_step() -> None:
     """Through new blocks, an end, and another kind of sampling; waiting for a step's own result is not counted."""
     engine = make_engine("bfloat16", max_model_len=512)
     core = engine.core
+    kinds = [*KINDS, SCORED, *KINDS, *ODD]
     for turn in range(2):  # in the first one graphs are captured
-        for i, kind in enumerate([*KINDS, SCORED, *KINDS]):
-            params = SamplingParams(**kind, seed=i, max_tokens=150 - 10 * i, ignore_eos=True)
+        for i, kind in enumerate(kinds):
+            params = SamplingParams(**kind, seed=i, max_tokens=150 - 9 * i, ignore_eos=True)
             engine.add(engine.inputs.request([5 + i] * 30, params, request_id=f"{turn}.{i}"))
-        while core.stats().batched_tokens != 9 or core.stats().num_waiting:
+        while core.stats().batched_tokens != len(kinds) or core.stats().num_waiting:
             engine.step()
         if turn:
             torch.cuda.synchronize()
