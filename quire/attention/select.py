@@ -1,6 +1,7 @@
 """Which attention backend runs: the first in the platform's order that can, or the one the user forces."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -52,6 +53,7 @@ def select(
 
 
 def _make(name: str, block_size: int | None, invariant: bool) -> Backend:
-    kind = BACKENDS[name]
-    backend = kind() if block_size is None else kind(block_size)
-    return Triton(backend.block_size, invariant) if isinstance(backend, Triton) else backend
+    kind: Callable[..., Backend] = BACKENDS[name]
+    if kind is Triton:
+        kind = partial(kind, invariant=invariant)
+    return kind() if block_size is None else kind(block_size)

@@ -307,7 +307,12 @@ class Triton:
             "HALF": turn.cos.shape[1] if turn else 0,
             "INTERLEAVED": bool(turn and turn.interleaved),
         }
-        constants |= _following(inputs[0], kernels.EARLY if len(inputs[0]) == 1 else kernels.LATE)
+        q, machine = (
+            inputs[0],
+            importlib.import_module("quire.kernels.triton.machine"),
+        )  # which imports Triton
+        following = kernels.EARLY if len(q) == 1 else kernels.LATE
+        constants |= machine.following(q.device, following, q.shape[-1], q.stride(0))
         kernels.decode[(share.key[0],)](
             *(*inputs, share.work, share.partials, left, share.most, *turning, *rest),
             **constants,
@@ -447,12 +452,6 @@ def _is_small(device: torch.device) -> bool:
     """Whether programs have 99 KiB of shared memory, as on desktops, and not the 163 or more of data centres."""
     gpu = gpu_of(device)
     return gpu is not None and gpu.capability != (8, 0) and gpu.capability[0] not in (9, 10)
-
-
-def _following(x: Tensor, when: Any) -> dict[str, Any]:
-    """See kernels/triton/machine.py, which imports Triton."""
-    found: dict[str, Any] = importlib.import_module("quire.kernels.triton.machine").following(x, when)
-    return found
 
 
 def _kernels(name: str) -> ModuleType:

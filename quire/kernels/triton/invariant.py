@@ -77,7 +77,7 @@ def _launch(x: Tensor, weight: InvariantWeight, bias: Tensor | None, out: Tensor
         *(x, weight.data, bias, out, partials, weight.arrivals),
         *(num_rows, x.stride(0), x.stride(1), part_inputs(tile, inputs), outputs, inputs),
         **constants_of(tile, inputs, act, x.dtype),
-        **following(x[:, 0], kernels.LATE if tile.stages > 1 else kernels.NEVER),
+        **following(x.device, kernels.LATE if tile.stages > 1 else kernels.NEVER, x.shape[-1], x.stride(0)),
         SPREAD=spread,
     )
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
 from quire.kernels.gpu import gpu_of
 from quire.kernels.triton.linear import NEVER
@@ -23,9 +22,11 @@ def machine(device: torch.device) -> tuple[int, int, bool]:
     return gpu.processors, gpu.shared_bytes, gpu.capability >= PDL_CAPABILITY
 
 
-def following(x: Tensor, when: tl.constexpr) -> dict[str, Any]:
-    """Constants that let the kernel after one of x [M, K] start `when` it can, where it can at all; see linear.py."""
-    can_start_early = machine(x.device)[2] and when != NEVER
-    if can_start_early and x.shape[-1] % ALIGNED == 0 and x.stride(0) % ALIGNED == 0:
+def following(device: torch.device, when: tl.constexpr, *strides: int) -> dict[str, Any]:
+    """Constants that let the next kernel start at `when` (linear.py), where it can at all.
+
+    It can where what lies so many numbers apart is read past the first-level cache.
+    """
+    if machine(device)[2] and when != NEVER and all(stride % ALIGNED == 0 for stride in strides):
         return {"NEXT": when.value, "launch_pdl": True}
     return {"NEXT": NEVER.value}

@@ -15,8 +15,8 @@ from quire.kernels.reference import RmsNorm, RowScale
 from quire.kernels.triton import experts as kernels
 from quire.kernels.triton import routing
 from quire.kernels.triton.expert_tiles import expert_tile_for, rows_for, turns_for
-from quire.kernels.triton.linear import EARLY, LATE, NEVER
-from quire.kernels.triton.machine import ALIGNED, machine
+from quire.kernels.triton.linear import EARLY, LATE
+from quire.kernels.triton.machine import following, machine
 from quire.kernels.triton.ops import ACTIVATIONS, DTYPES, MOST_COLUMNS, add_norm_triton, power_of_two
 from quire.kernels.triton.products import SUMMED, UNSCALED, Into
 from quire.kernels.triton.tiles import Product, Tile
@@ -55,7 +55,7 @@ def route_triton(logits: Tensor, rule: Rule, correction: Tensor | None) -> Route
         SCORE=rule.score,
         RENORM=rule.renorm,
         num_warps=1 if count <= 512 else 4,
-        **_following(logits.device, LATE.value),
+        **following(logits.device, LATE),
     )
     return Routes(chosen, weights)
 
@@ -125,7 +125,7 @@ def arrange(routes: Routes, num_experts: int, rows: int) -> Arranged:
         ROWS=rows,
         COUNT=count,
         num_warps=min(max(count // 256, 1), 8),
-        **_following(device, LATE.value),
+        **following(device, LATE),
     )
     return Arranged(order, slots, rows)
 
@@ -216,7 +216,7 @@ def combine(parts: Tensor, routes: Routes, shared: Shared | None, into: Into | N
         SIZE=dim,
         WIDTH=width,
         num_warps=min(max(width // 256, 1), 16),
-        **_following(parts.device, LATE.value),
+        **following(parts.device, LATE),
     )
     return out
 
@@ -252,7 +252,7 @@ def _together(
         EVEN=product.inputs % tile.step == 0,
         PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
         num_warps=tile.warps,
-        **_following(x.device, LATE.value, product.inputs, x.stride(0)),
+        **following(x.device, LATE, product.inputs, x.stride(0)),
     )
 
 
@@ -265,11 +265,4 @@ def _alone(
     constants |= {"N": product.outputs, "K": product.inputs, "TOP_K": routes.experts.shape[1]}
     constants |= {"TILE": tile.rows, "STEP": tile.step, "UNROLL": tile.stages, "num_warps": tile.warps}
     constants |= {"EVEN": product.inputs % tile.step == 0}
-    return tile, constants | _following(x.device, EARLY.value, product.inputs, x.stride(0))
-
-
-def _following(device: torch.device, when: int, *strides: int) -> dict[str, Any]:
-    """When the next kernel may start (linear.py), where rows so far apart are read past the first-level cache."""
-    if machine(device)[2] and all(stride % ALIGNED == 0 for stride in strides):
-        return {"NEXT": when, "launch_pdl": True}
-    return {"NEXT": NEVER.value}
+    return tile, constants | following(x.device, EARLY, product.inputs, x.stride(0))

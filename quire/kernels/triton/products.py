@@ -172,7 +172,7 @@ def multiply(
     constants = {"TILE": tile.rows, "STEP": tile.step, "ACT": act, "EVEN": inputs % tile.step == 0}
     constants |= {"PARTS": min(power_of_two(num_parts), SUMMED // rows), "num_warps": tile.warps}
     # Early only where programs are small: large ones would take the room of those that still run.
-    constants |= following(x, kernels.EARLY if rows == 1 else kernels.LATE)
+    constants |= following(x.device, kernels.EARLY if rows == 1 else kernels.LATE, inputs, x.stride(0))
     if rows == 1:
         kernels.one_row[(tiles,)](x, weight.data, *places, *sizes, UNROLL=tile.stages, **constants)
     else:
