@@ -4,6 +4,7 @@ Of a network with experts, these: any number of rows, and no cuBLAS, which has n
 """
 
 import argparse
+import functools
 import importlib.util
 import sys
 from typing import TYPE_CHECKING
@@ -87,7 +88,7 @@ def _dense(args: argparse.Namespace, cases: "list[Case]", speed: float) -> None:
     )
     for case in cases:
         for rows in args.rows:
-            bench = Bench(case, rows, dtype)
+            bench = Bench(case, rows, dtype, torch.device("cuda"))
             ours, cublas = bench.ours(), bench.cublas()
             rate = case.num_weights * dtype.itemsize / ours
             _say(
@@ -103,15 +104,19 @@ def _mixture(args: argparse.Namespace, sizes: tuple[int, ...], speed: float) -> 
 
     from quire.kernels.triton.expert_tiles import read_expert_table, write_expert_table
     from quire.kernels.triton.expert_tuner import ExpertBench, Mixture
+    from quire.kernels.triton.tuner import compile_all
 
-    mixture: Mixture = Mixture(*sizes)
+    mixture, dtype = Mixture(*sizes), getattr(torch, args.dtype)
+    if args.tune:
+        compile_all([functools.partial(ExpertBench, mixture, rows, dtype) for rows in args.rows])
     lines = []
     for rows in args.rows:
-        bench = ExpertBench(mixture, rows, getattr(torch, args.dtype))
-        for name, product, time in bench.products() if args.tune else ():
-            tile, best, before = bench.best(product, time)
+        bench = ExpertBench(mixture, rows, dtype, torch.device("cuda"))
+        for product in bench.products() if args.tune else ():
+            tile, best, before = bench.best(product)
             # Each one is written, so that nothing measured is lost.
             write_expert_table(dict(read_expert_table()) | {product: tile})
+            name = "up" if product.gated else "down"
             _say(f"{name:10}{rows:5} rows: {tuple(tile)} {best * 1e6:.2f} us, before {before * 1e6:.2f}")
         spent, touched = bench.whole(), bench.touched_bytes()
         rate = touched / spent
@@ -172,12 +177,13 @@ def _tune(args: argparse.Namespace, cases: "list[Case]") -> None:
     import torch
 
     from quire.kernels.triton.tiles import read_table, write_table
-    from quire.kernels.triton.tuner import Bench
+    from quire.kernels.triton.tuner import Bench, compile_all
 
-    table = dict(read_table())
+    dtype, table = getattr(torch, args.dtype), dict(read_table())
+    compile_all([functools.partial(Bench, case, rows, dtype) for case in cases for rows in args.rows])
     for case in cases:
         for rows in args.rows:
-            bench = Bench(case, rows, getattr(torch, args.dtype))
+            bench = Bench(case, rows, dtype, torch.device("cuda"))
             tile, best, before = bench.best()
             table[bench.product] = tile
             write_table(table)  # each one, so that nothing measured is lost

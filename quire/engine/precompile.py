@@ -28,7 +28,7 @@ import quire
 from quire.attention.shapes import block_bytes
 from quire.attention.triton.backend import Triton
 from quire.checkpoint.dummy import MetaWeights
-from quire.kernels.gpu import Gpu, describe
+from quire.kernels.gpu import Gpu
 from quire.layers.decoder import Decoder
 from quire.log import logger
 from quire.models.registry import decoder_spec
@@ -48,7 +48,6 @@ BOOT = (  # as in the nursery: the same modules as here, and none of the folder 
 )
 ANY_DRAW = Uses.RANDOM | Uses.FILTERS
 DRAWS = (Uses(0), ANY_DRAW, ANY_DRAW | EXTRAS | Uses.LOGPROBS)  # which is every kernel that draws
-WARP_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -130,35 +129,6 @@ class Precompiler:
                 self.done.touch()
 
 
-class NoLaunches:
-    """A driver for Triton with a GPU's facts and without the GPU: loads and launches nothing."""
-
-    def __init__(self, gpu: Gpu):
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", gpu.capability[0] * 10 + gpu.capability[1], WARP_SIZE)
-        self.gpu, self.utils = gpu, self
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": self.gpu.shared_bytes, "multiprocessor_count": self.gpu.processors}
-
-    def load_binary(self, *binary: object) -> tuple[int, int, int, int, int]:
-        """Module, function, registers, spills, most threads."""
-        return 0, 0, 0, 0, 1024
-
-    def launcher_cls(self, source: object, metadata: object) -> Any:
-        return lambda *args: None
-
-
 @dataclass
 class Outcome:
     """Kernels' names by digest, those that steps launch and those of this share; and which were in no cache."""
@@ -171,13 +141,12 @@ class Outcome:
 def run(job: Job) -> Outcome:
     """Compile the job's share. For a process that does nothing else: Triton has another driver afterwards."""
     from triton import knobs
-    from triton.runtime.driver import driver
 
     from quire.kernels.triton import mixture, ops, products  # noqa: F401  # torch may be one without CUDA
+    from quire.kernels.triton.described import compile_only
 
     gpu = Gpu(job.gpu[0], job.gpu[1], (job.gpu[2][0], job.gpu[2][1]))
-    describe(gpu)
-    driver.set_active(NoLaunches(gpu))
+    compile_only(gpu)
     outcome, parent = Outcome(), os.getppid()
 
     def count(*, cache_hit: bool, **_: object) -> None:

@@ -23,10 +23,16 @@ H100 = (132, 232448, (9, 0))
 MANY = 60  # shares: one is few kernels, which take seconds
 
 
+RAW = {
+    **SHAPES,
+    # Sizes that are no powers of two: those of Qwen2.5 1.5B, of two layers.
+    "uneven": SHAPES["0.6B"] | {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12,
+                                "num_key_value_heads": 2, "num_hidden_layers": 2},
+}  # fmt: skip
+
+
 def job(model: str, **changes: Any) -> Job:
-    first = Job(
-        SHAPES[model], "bfloat16", 64, max_seqs=256, max_length=4096, max_batched_tokens=8192, gpu=H100
-    )
+    first = Job(RAW[model], "bfloat16", 64, max_seqs=256, max_length=4096, max_batched_tokens=8192, gpu=H100)
     return replace(first, **changes)
 
 
@@ -52,7 +58,7 @@ def test_what_one_process_compiled_the_next_finds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["0.6B", "30B-A3B"])
+@pytest.mark.parametrize("model", ["0.6B", "30B-A3B", "uneven"])
 def test_every_kernel_can_be_compiled(model: str, tmp_path: Path) -> None:
     """For small batches; the interpreter takes what the compiler refuses."""
     found = outcome(job(model, max_seqs=8, max_batched_tokens=64), tmp_path)

@@ -101,12 +101,13 @@ def test_company_pieces_and_cached_prompts_change_no_bit(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_preemption_changes_no_bit(dtype: str) -> None:
     asked = workload(5, [SCORED], count=14, max_tokens=120)
-    engine = make_engine(dtype, deterministic=True)
+    small: dict[str, Any] = {"deterministic": True, "block_size": 16}
+    engine = make_engine(dtype, **small)
     block_bytes = engine.config.kv_cache_memory_bytes // engine.core.stats().num_blocks
     want = alone(engine, asked)
     for caching in (False, True):
         tight = make_engine(
-            dtype, deterministic=True, kv_cache_memory_bytes=9 * block_bytes, enable_prefix_caching=caching
+            dtype, **small, kv_cache_memory_bytes=18 * block_bytes, enable_prefix_caching=caching
         )
         assert bits(run(tight, asked)) == want
         assert tight.core.stats().num_preemptions > 0

@@ -169,11 +169,11 @@ def test_graphs_equal_ordinary_steps(dtype: str) -> None:
 
 
 def test_preemption_changes_nothing() -> None:
-    engine = make_engine("float32", kv_cache_memory_bytes=1 << 30)
+    engine = make_engine("float32", block_size=16)
     block_bytes = engine.config.kv_cache_memory_bytes // engine.core.stats().num_blocks
     asked = workload(5, KINDS, max_tokens=120)
     want = run(engine, asked)
-    tight = make_engine("float32", kv_cache_memory_bytes=9 * block_bytes)
+    tight = make_engine("float32", block_size=16, kv_cache_memory_bytes=18 * block_bytes)
     for _ in range(2):
         assert compare("tight", run(tight, asked), want, asked) == 1.0
     print(f"  {tight.core.stats().num_preemptions} preemptions")

@@ -61,7 +61,7 @@ def workload(seed: int, count: int = 24) -> Asked:
             **kind,
             n=1 if kind["temperature"] == 0 else chance.choice([1, 1, 2]),
             seed=chance.randrange(1000),
-            max_tokens=chance.randrange(1, 60),
+            max_tokens=max(chance.randrange(1, 60), kind.get("min_tokens", 1)),
             ignore_eos=bool(i % 3),
             output_kind=OutputKind.FINAL_ONLY,
         )

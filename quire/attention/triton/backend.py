@@ -234,7 +234,8 @@ class Triton:
         sinks: Tensor | None = None,
     ) -> Tensor:
         how = How(scale, window, softcap, sinks)
-        if self.invariant or step.max_query > 1 or step.shared:
+        group = (heads.shape[1] - 2 * cache.shape.num_kv_heads) // cache.shape.num_kv_heads
+        if self.invariant or step.max_query > 1 or step.shared or group >= _layout(cache).tiles.most_rows:
             return self._attended(self.place(cache, heads, turn, step), None, cache, step, how)
         return self._attended(heads, turn, cache, step, how)
 
@@ -280,7 +281,8 @@ class Triton:
         most = 0 if self.invariant else step.max_query if few else 1 if step.mixed else 0
         if most:
             shared = step.shared if most == 1 and window == NO_WINDOW else None
-            share, sizes = self._share(cache, step, shared, most, group, window)
+            rows = most * group + (turn is not None)  # the key is turned with its queries
+            share, sizes = self._share(cache, step, shared, most, (most * group, rows), window)
             inputs = (q, cache.k, cache.v, step.block_tables, *common, step.slot_mapping)
             left, sizes["SPLITS"] = None, 0
             if shared is not None:
@@ -307,12 +309,11 @@ class Triton:
             "HALF": turn.cos.shape[1] if turn else 0,
             "INTERLEAVED": bool(turn and turn.interleaved),
         }
-        q, machine = (
-            inputs[0],
-            importlib.import_module("quire.kernels.triton.machine"),
-        )  # which imports Triton
-        following = kernels.EARLY if len(q) == 1 else kernels.LATE
-        constants |= machine.following(q.device, following, q.shape[-1], q.stride(0))
+        q, linear, machine = inputs[0], _products("linear"), _products("machine")
+        # With several queries, what follows is a product whose programs would take the room of those that still run.
+        when = linear.EARLY if len(q) == 1 else linear.LATE
+        constants |= machine.following(q.device, when, q.shape[-1], q.stride(0))
+        constants["WINDOWED"] = rest[4] != NO_WINDOW
         kernels.decode[(share.key[0],)](
             *(*inputs, share.work, share.partials, left, share.most, *turning, *rest),
             **constants,
@@ -377,9 +378,17 @@ class Triton:
         )
 
     def _share(
-        self, cache: LayerCache, step: Ragged, shared: Shared | None, most: int, group: int, window: int
+        self,
+        cache: LayerCache,
+        step: Ragged,
+        shared: Shared | None,
+        most: int,
+        num_rows: tuple[int, int],
+        window: int,
     ) -> tuple[Share, dict[str, int]]:
         """The division of sequences with up to `most` queries, of what they do not share, and its sizes.
+
+        A key head has so many rows of results, and so many in all.
 
         Layers of equal shape and window have it computed once.
 
@@ -387,10 +396,9 @@ class Triton:
         tensors are written in place where CUDA graphs are replayed.
         """
         kernels, layout, shape = _kernels("decode"), _layout(cache), cache.shape
-        num_rows = most * group
-        rows = min(max(16, _power_of_two(num_rows)), layout.tiles.most_rows)
-        groups = -(-num_rows // rows)
-        count = min(rows, _power_of_two(num_rows))
+        rows = min(max(16, _power_of_two(num_rows[1])), layout.tiles.most_rows)
+        groups = -(-num_rows[1] // rows)
+        count = min(rows, _power_of_two(num_rows[0]))
         pairs = shape.num_kv_heads * groups
         num_seqs, device = step.lengths.shape[0], step.lengths.device
         num_programs = _num_programs(num_seqs * pairs, step.max_length, shape, device)
@@ -457,6 +465,11 @@ def _is_small(device: torch.device) -> bool:
 def _kernels(name: str) -> ModuleType:
     """write, decode or prefill: a file of kernels, which imports Triton."""
     return importlib.import_module(f"quire.attention.triton.{name}")
+
+
+def _products(name: str) -> ModuleType:
+    """A file of kernels/triton, which imports Triton."""
+    return importlib.import_module(f"quire.kernels.triton.{name}")
 
 
 @functools.cache

@@ -15,13 +15,14 @@ arrivals of each pair |. It is made on the device, so that nothing here depends 
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from quire.attention.triton.shared import add_left, tiles_in_common
 from quire.attention.triton.tiles import (
     FLOOR,
     accumulate,
     extent,
+    fresh_columns,
     page_ids,
     scores_of,
     start_state,
@@ -31,7 +32,7 @@ from quire.attention.triton.tiles import (
     two_parts,
     zero_padding,
 )
-from quire.kernels.triton.linear import EARLY, LATE, NEVER
+from quire.kernels.triton.linear import LATE, follow
 
 SEQS = tl.constexpr(128)
 PROGRAMS = 64  # of the line's pieces, per program of `divide`
@@ -102,56 +103,51 @@ def _own_tiles(left, seq, length, num_queries, window, PAGE: tl.constexpr, TILE:
 
 
 @triton.jit
-def _queries(
-    q, keep, heads, weight, cos, sin, eps, position, K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    """Both parts of a position's queries at pointers [N], turned where HALF says so."""
-    if HALF == 0:
-        q0, q1 = two_parts(q, keep, K0, K1, K_DIM)
-    else:
-        weights = weight if weight is None else weight + heads * K_DIM
-        row = position.to(tl.int64) * HALF
-        q0, q1 = turned_parts(q, keep, weights, cos + row, sin + row, eps, K0, K1, K_DIM, HALF, INTERLEAVED)
-        q0, q1 = q0.to(q.dtype.element_ty), q1.to(q.dtype.element_ty)
-    return q0, q1
-
-
-@triton.jit
-def _take_newest(
-    x, is_last, weight, k, v, slot, cos, sin, eps, head, position, k_stride, v_stride, x_head_stride,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
+def _turned(
+    x, k, v, weight, cos, sin, eps, slot, is_last, rows, head, position, k_stride, v_stride, x_head_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """The program of a head's last tile stores a position's turned key and its value; x is its row of heads."""
-    if is_last & (slot >= 0):
-        page, turns = slot // PAGE, position.to(tl.int64) * HALF
-        one = tl.zeros([1], tl.int32)
-        keep, row = one == 0, head * PAGE + slot % PAGE + one
-        weights = weight if weight is None else weight + (HEADS + head + one) * K_DIM
-        k0, k1 = turned_parts(
-            x + (HEADS + head + one) * x_head_stride, keep, weights, cos + turns, sin + turns, eps,
-            K0, K1, K_DIM, HALF, INTERLEAVED,
-        )  # fmt: skip
-        store_rows(k + page * k_stride + row * K_STORED, keep, k0, k1, K0, K1, K_DIM)
-        v0, v1 = two_parts(x + (HEADS + KV_HEADS + head + one) * x_head_stride, keep, V0, V1, V_DIM)
-        store_rows(v + page * v_stride + row * V_STORED, keep, v0, v1, V0, V1, V_DIM)
-        tl.debug_barrier()  # all threads of this program are going to read it
+    """Both parts of a position's queries, turned; x is its row of heads.
+
+    Its key is turned with them, as row GROUP. The program of the head's last tile stores it, and its value.
+    """
+    is_key, turns = rows == GROUP, position.to(tl.int64) * HALF
+    heads = tl.where(is_key, HEADS + head, head * GROUP + rows)
+    one = tl.zeros([1], tl.int32)
+    value = x + (HEADS + HEADS // GROUP + head + one) * x_head_stride
+    v0 = fresh_columns(value, one == 0, 0, V0, V_DIM)
+    v1 = v0
+    if V1 > 0:
+        v1 = fresh_columns(value, one == 0, V0, V1, V_DIM)
+    q0, q1 = turned_parts(
+        x + heads * x_head_stride, rows <= GROUP, weight if weight is None else weight + heads * K_DIM,
+        cos + turns, sin + turns, eps, K0, K1, K_DIM, HALF, INTERLEAVED,
+    )  # fmt: skip
+    q0, q1 = q0.to(x.dtype.element_ty), q1.to(x.dtype.element_ty)
+    store, page, row = is_last & (slot >= 0), slot // PAGE, head * PAGE + slot % PAGE
+    store_rows(k + page * k_stride + row * K_STORED + rows * 0, is_key & store, q0, q1, K0, K1, K_DIM)
+    store_rows(v + page * v_stride + row * V_STORED + one, (one == 0) & store, v0, v1, V0, V1, V_DIM)
+    tl.debug_barrier()  # all threads of this program are going to read them
+    return q0, q1
 
 
 @triton.jit
 def _attend_tiles(
-    q0, q1, k, v, table, sinks, left, ahead, seq, num_seqs, rows, keep, heads, head, length, num_queries,
+    q0, q1, k, v, table, pages, sinks, left, ahead, seq, num_seqs, rows, keep, heads, head, length, num_queries,
     first, stop, is_first, scale, cap, window, k_stride, v_stride,
     HEADS: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
-    V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """The state of a sequence's rows over tiles first .. stop, and where these are its first over all before."""
+    """The state of a sequence's rows over tiles first .. stop, and where these are its first over all before.
+
+    `pages` are those of the first tile.
+    """
     acc0, acc1, m, total = start_state(sinks, heads, keep & is_first, ROWS, V0, V1)
     if left is not None:
         acc0, acc1, m, total = add_left(
@@ -160,10 +156,11 @@ def _attend_tiles(
         )  # fmt: skip
     positions = length - num_queries + rows // GROUP
     last = (length - 1) // PAGE
-    pages = page_ids(table, first, last, PAGE, TILE)
     for tile in tl.range(first, stop, num_stages=STAGES):
         tokens = tile * TILE + tl.arange(0, TILE)
-        cached = tokens < length  # past it lies whatever was left there, not a number perhaps
+        cached = (
+            tokens < length
+        )  # past it lies whatever was left there, not a number perhaps; it need not be read
         at = token_pointers(k, pages, tile, k_stride, head, K_STORED, PAGE, TILE)
         k0, k1 = two_parts(at, cached, K0, K1, K_DIM)
         if V_IS_K0:
@@ -174,7 +171,8 @@ def _attend_tiles(
         pages = page_ids(table, tile + 1, last, PAGE, TILE)  # a tile ahead, or every tile would wait twice
         s, factor = scores_of(q0, q1, k0, k1, scale, cap, K1, CAPPED, PRECISION)
         seen = tokens[None, :] <= positions[:, None]
-        seen = seen & (tokens[None, :] > positions[:, None] - window)
+        if WINDOWED:
+            seen = seen & (tokens[None, :] > positions[:, None] - window)
         s = tl.where(seen, s, -float("inf"))
         acc0, acc1, m, total = accumulate(acc0, acc1, m, total, s, factor, v0, v1, V1, PRECISION)
     return acc0, acc1, m, total
@@ -249,15 +247,6 @@ def _finish(
             store_rows(out + places * V_DIM, used < num_rows, sum0, sum1, V0, V1, V_DIM)
 
 
-@triton.jit
-def _start(NEXT: tl.constexpr):
-    """Wait for the kernel ahead, where this one has been launched before its end; see linear.py."""
-    if NEXT == EARLY:
-        gdc_launch_dependents()
-    if NEXT != NEVER:
-        gdc_wait()
-
-
 @triton.jit(do_not_specialize=["num_seqs", "num_rows", "most", "window", "table_stride"])
 def decode(
     q, k, v, tables, lengths, starts, slots, work, partials, left, most, weight, cos, sin, eps, out, sinks, scale, cap,
@@ -267,14 +256,14 @@ def decode(
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NEXT: tl.constexpr,
+    WINDOWED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's piece of the line.
 
     A key head's rows are cut into GROUPS of ROWS, of which COUNT are used; sequences of more than `most` queries are
     another kernel's. Where HALF is not 0, queries still have to be turned, and a token's key and value lie behind them.
     """
-    _start(NEXT)
+    follow(NEXT)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     zero_padding(out, starts, num_seqs, num_rows, HEADS * V_DIM)
     share, all_tiles, seq = tl.load(work), tl.load(work + 1), tl.load(work + 2 + program)
@@ -282,33 +271,32 @@ def decode(
     begins, sums = work + 2 + num_programs, partials + num_programs * (2 * COUNT * (V0 + V1))
     t, last = program * share, tl.minimum(program * share + share, all_tiles)
     while t < last:
-        first_row, length = tl.load(starts + seq), tl.load(lengths + seq)
+        first_row, length, before = tl.load(starts + seq), tl.load(lengths + seq), tl.load(begins + seq)
         num_queries = tl.load(starts + seq + 1) - first_row
         first_tile, tiles, ahead = _own_tiles(left, seq, length, num_queries, window, PAGE, TILE)
         if (tiles == 0) | (num_queries > most):
             seq += 1
         else:
-            before = tl.load(begins + seq)
             group = (t - before) // tiles
             begin, end = before + group * tiles, before + (group + 1) * tiles
             stop, rows = tl.minimum(end, last), group % GROUPS * ROWS + tl.arange(0, ROWS)
             keep, heads = rows < num_queries * GROUP, group // GROUPS * GROUP + rows % GROUP
-            table = tables + seq.to(tl.int64) * table_stride
-            q0, q1 = _queries(
-                q + (first_row + rows // GROUP).to(tl.int64) * q_stride + heads * q_head_stride, keep, heads,
-                weight, cos, sin, eps, length - 1, K0, K1, K_DIM, HALF, INTERLEAVED,
-            )  # fmt: skip
-            if HALF > 0:
-                _take_newest(
-                    q + first_row.to(tl.int64) * q_stride, stop == end, weight, k, v, tl.load(slots + first_row),
-                    cos, sin, eps, group // GROUPS, length - 1, k_stride, v_stride, q_head_stride, HEADS,
-                    HEADS // GROUP, PAGE, K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED, HALF, INTERLEAVED,
+            table, first = tables + seq.to(tl.int64) * table_stride, first_tile + t - begin
+            pages = page_ids(table, first, (length - 1) // PAGE, PAGE, TILE)
+            x = q + first_row.to(tl.int64) * q_stride
+            if HALF == 0:
+                q0, q1 = two_parts(x + rows // GROUP * q_stride + heads * q_head_stride, keep, K0, K1, K_DIM)
+            else:
+                q0, q1 = _turned(
+                    x, k, v, weight, cos, sin, eps, tl.load(slots + first_row), stop == end, rows, group, length - 1,
+                    k_stride, v_stride, q_head_stride, HEADS, GROUP, PAGE, K0, K1, K_DIM, K_STORED,
+                    V0, V1, V_DIM, V_STORED, HALF, INTERLEAVED,
                 )  # fmt: skip
             acc0, acc1, m, total = _attend_tiles(
-                q0, q1, k, v, table, sinks, left, ahead, seq, num_seqs, rows, keep, heads, group // GROUPS, length,
-                num_queries, first_tile + t - begin, first_tile + stop - begin, t == begin, scale, cap, window,
+                q0, q1, k, v, table, pages, sinks, left, ahead, seq, num_seqs, rows, keep, heads, group // GROUPS,
+                length, num_queries, first, first_tile + stop - begin, t == begin, scale, cap, window,
                 k_stride, v_stride, HEADS, SPLITS, GROUP, ROWS, PAGE, TILE, STAGES, K0, K1, K_DIM, K_STORED,
-                V0, V1, V_DIM, V_STORED, V_IS_K0, CAPPED, PRECISION,
+                V0, V1, V_DIM, V_STORED, V_IS_K0, CAPPED, PRECISION, WINDOWED,
             )  # fmt: skip
             _finish(
                 out, partials, sums, begins + num_seqs + seq * num_heads + group, acc0, acc1, m, total,

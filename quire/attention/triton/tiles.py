@@ -38,8 +38,9 @@ def token_pointers(
 ):
     """[TILE] pointers to where a head's tokens begin; `stride` is between pages, DIM between tokens."""
     rows = tl.arange(0, TILE)
-    if PAGE % TILE == 0:
-        offsets = pages.to(tl.int64) * stride + (head * PAGE + tile * TILE % PAGE) * DIM + rows * DIM
+    if PAGE % TILE == 0:  # one pointer and small offsets, which take fewer registers than many pointers
+        pool += pages.to(tl.int64) * stride + (head * PAGE + tile * TILE % PAGE) * DIM
+        offsets = rows * DIM
     else:
         offsets = pages.to(tl.int64) * stride + (head * PAGE + (tile * TILE + rows) % PAGE) * DIM
     return pool + offsets
@@ -66,35 +67,45 @@ def two_parts(rows, keep, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr)
 
 
 @triton.jit
-def _fresh_columns(rows, keep, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """columns_of what the kernel ahead wrote, past the first-level cache, as float32."""
+def fresh_columns(rows, keep, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """columns_of what the kernel ahead wrote, past the first-level cache, which may hold what was there before."""
     columns = FIRST + tl.arange(0, WIDTH)
     mask = keep[:, None] & (columns < DIM)[None, :]
-    return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0, cache_modifier=".cg").to(
-        tl.float32
-    )
+    return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def _turn_columns(
-    x, rows, keep, weight, scale, cos, sin, FIRST: tl.constexpr, DIM: tl.constexpr,
+def _to_turn(
+    rows, keep, weight, cos, sin, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Columns FIRST .. of rows, which are x [N, WIDTH], normed where there are weights [N] and turned."""
-    columns = FIRST + tl.arange(0, x.shape[1])
-    turns, inside = columns < 2 * HALF, keep[:, None] & (columns < DIM)[None, :]
+    """(columns FIRST .. of rows [N], those they turn with, weights of both, cos, sin), all on their way at once."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    turns = columns < 2 * HALF
+    both = keep[:, None] & turns[None, :]
+    partners, pairs = (columns + HALF) % (2 * HALF), columns % HALF
     if INTERLEAVED:
-        partners, pairs, is_first = columns ^ 1, columns // 2, columns % 2 == 0
-    else:
-        is_first = columns < HALF
-        partners, pairs = tl.where(is_first, columns + HALF, columns - HALF), columns % HALF
-    both = inside & turns[None, :]
+        partners, pairs = columns ^ 1, columns // 2
+    x = fresh_columns(rows, keep, FIRST, WIDTH, DIM).to(tl.float32)
     y = tl.load(rows[:, None] + partners[None, :], mask=both, other=0.0, cache_modifier=".cg").to(tl.float32)
+    x_weight, y_weight = x, y
     if weight is not None:
-        x = x * scale[:, None] * tl.load(weight[:, None] + columns[None, :], mask=inside, other=0.0)
-        y = y * scale[:, None] * tl.load(weight[:, None] + partners[None, :], mask=both, other=0.0)
+        x_weight = columns_of(weight, keep, FIRST, WIDTH, DIM)
+        y_weight = tl.load(weight[:, None] + partners[None, :], mask=both, other=0.0)
     c = tl.load(cos + pairs, mask=turns, other=1.0)[None, :]
     s = tl.load(sin + pairs, mask=turns, other=0.0)[None, :]
+    return x, y, x_weight, y_weight, c, s
+
+
+@triton.jit
+def _turn(part, normed, scale, FIRST: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """What `_to_turn` found, turned; and before that scaled by scale [N] and weights if it is `normed`."""
+    x, y, x_weight, y_weight, c, s = part
+    columns = FIRST + tl.arange(0, x.shape[1])
+    is_first = columns % 2 == 0 if INTERLEAVED else columns < HALF
+    if normed:
+        x = x * scale[:, None] * x_weight
+        y = y * scale[:, None] * y_weight
     return tl.where(is_first[None, :], x * c - y * s, x * c + y * s)
 
 
@@ -107,18 +118,19 @@ def turned_parts(
 
     HALF pairs of numbers turn, by cos and sin [HALF].
     """
-    part0, scale = _fresh_columns(rows, keep, 0, W0, DIM), eps
+    found0, scale = _to_turn(rows, keep, weight, cos, sin, 0, W0, DIM, HALF, INTERLEAVED), eps
+    found1 = found0
+    if W1 > 0:
+        found1 = _to_turn(rows, keep, weight, cos, sin, W0, W1, DIM, HALF, INTERLEAVED)
+    if weight is not None:
+        squares = tl.sum(found0[0] * found0[0], 1)
+        if W1 > 0:
+            squares += tl.sum(found1[0] * found1[0], 1)
+        scale = tl.rsqrt(squares / DIM + eps)
+    part0 = _turn(found0, weight is not None, scale, 0, HALF, INTERLEAVED)
     part1 = part0
     if W1 > 0:
-        part1 = _fresh_columns(rows, keep, W0, W1, DIM)
-    if weight is not None:
-        squares = tl.sum(part0 * part0, 1)
-        if W1 > 0:
-            squares += tl.sum(part1 * part1, 1)
-        scale = tl.rsqrt(squares / DIM + eps)
-    part0 = _turn_columns(part0, rows, keep, weight, scale, cos, sin, 0, DIM, HALF, INTERLEAVED)
-    if W1 > 0:
-        part1 = _turn_columns(part1, rows, keep, weight, scale, cos, sin, W0, DIM, HALF, INTERLEAVED)
+        part1 = _turn(found1, weight is not None, scale, W0, HALF, INTERLEAVED)
     return part0, part1
 
 

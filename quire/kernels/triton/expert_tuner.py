@@ -20,7 +20,10 @@ from quire.kernels.triton.tuner import SHORT, TALL, seconds
 
 RUNS = 8  # in a graph, each with routes of its own
 PARTS = 32  # sums of squares of a row
-ALONE = tuple(itertools.product((1, 2, 4, 8), (512, 1024), (1, 2, 4)))  # rows, step, unrolled
+ALONE = tuple(
+    itertools.product((1, 2, 4, 8, 16), (256, 512, 1024), (1, 2, 4), (2, 4))
+)  # rows, step, unrolled, warps
+LEAST, MOST = 1024, 8192  # numbers of a weight that a program takes at once
 HIGH = ((128, 64, 3, 8), (128, 64, 4, 8), (128, 128, 2, 8), (64, 64, 4, 4), (64, 64, 3, 8), (256, 64, 3, 8))
 
 
@@ -37,8 +40,8 @@ class Mixture:
 class ExpertBench:
     """A layer's tensors for a number of tokens, and times of its products."""
 
-    def __init__(self, mixture: Mixture, num_tokens: int, dtype: torch.dtype):
-        device, m = torch.device("cuda", torch.cuda.current_device()), mixture
+    def __init__(self, mixture: Mixture, num_tokens: int, dtype: torch.dtype, device: torch.device):
+        m = mixture
         self.mixture, self.num_tokens, self.dtype = m, num_tokens, dtype
 
         def draw(*shape: int) -> torch.Tensor:
@@ -51,6 +54,7 @@ class ExpertBench:
             scores = torch.randn(num_tokens, m.num_experts, device=device)
             self.routes.append(route(scores, Rule(m.top_k), None))
         self.x = torch.randn(num_tokens, m.dim, device=device).to(dtype)
+        self.hidden = torch.randn(num_tokens * m.top_k, m.hidden, device=device).to(dtype)
         self.scale = RowScale(torch.ones(num_tokens, PARTS, device=device), 1e-6)
         residual = torch.zeros(num_tokens, m.dim, device=device)
         self.into = Into(residual, torch.empty_like(residual), RmsNorm(draw(m.dim), 1e-6))
@@ -72,46 +76,50 @@ class ExpertBench:
         num_met = sum(len(routes.experts.unique()) for routes in self.routes) / RUNS
         return num_met * 3 * m.dim * m.hidden * self.dtype.itemsize
 
-    def products(self) -> Iterator[tuple[str, Product, Callable[[Tile], float]]]:
-        """(name, key of the table, seconds with a tile) of each."""
-        yield "up", self.up, self._up
-        yield "down", self.down, self._down
+    def products(self) -> tuple[Product, Product]:
+        """Keys of the table: up, down."""
+        return self.up, self.down
 
-    def best(self, product: Product, time: Callable[[Tile], float]) -> tuple[Tile, float, float]:
+    def best(self, product: Product) -> tuple[Tile, float, float]:
         """(the fastest tile, its seconds, those of the tile in use until now)."""
         processors, shared_bytes, _ = machine(self.x.device)
         used = expert_tile_for(product, processors, shared_bytes)
-        times = {tile: time(tile) for tile in expert_candidates(product, processors, shared_bytes)}
+        times = {
+            tile: seconds(self.runs(product, tile)) / RUNS
+            for tile in expert_candidates(product, processors, shared_bytes)
+        }
         fastest = min(times, key=lambda tile: times[tile])
         return fastest, times[fastest], times[used]
 
-    def _up(self, tile: Tile) -> float:
-        runs = []
-        for routes in self.routes:
-            arranged = None if self.rows == 1 else arrange(routes, self.mixture.num_experts, self.rows)
-            given = (self.x, self.scale, routes, self.stack, arranged, tile)
-            runs.append(functools.partial(multiply_up, *given))
-        return seconds(runs) / RUNS
+    def launches(self) -> Iterator[Callable[[], object]]:
+        for product in self.products():
+            for tile in expert_candidates(product, *machine(self.x.device)[:2]):
+                yield self.runs(product, tile)[0]
 
-    def _down(self, tile: Tile) -> float:
-        num_pairs = self.num_tokens * self.mixture.top_k
-        hidden = torch.randn(num_pairs, self.mixture.hidden, device=self.x.device).to(self.dtype)
-        runs: list[Callable[[], object]] = []
-        for routes in self.routes:
-            if self.rows == 1:
-                given = (hidden, routes, self.stack, None, self.into, tile)
-                runs.append(functools.partial(multiply_down_alone, *given))
-            else:
-                arranged = arrange(routes, self.mixture.num_experts, self.rows)
-                runs.append(functools.partial(multiply_down, hidden, routes, self.stack, arranged, tile))
-        return seconds(runs) / RUNS
+    def runs(self, product: Product, tile: Tile) -> list[Callable[[], object]]:
+        return [self._run(product, tile, routes) for routes in self.routes]
+
+    def _run(self, product: Product, tile: Tile, routes: Routes) -> Callable[[], object]:
+        arranged = None if self.rows == 1 else arrange(routes, self.mixture.num_experts, self.rows)
+        if product == self.up:
+            return functools.partial(multiply_up, self.x, self.scale, routes, self.stack, arranged, tile)
+        if arranged is None:
+            return functools.partial(
+                multiply_down_alone, self.hidden, routes, self.stack, None, self.into, tile
+            )
+        return functools.partial(multiply_down, self.hidden, routes, self.stack, arranged, tile)
 
 
 def expert_candidates(product: Product, processors: int, shared_bytes: int) -> Iterator[Tile]:
     """Tiles worth a try, each once: the one in use, the rule's, and the shapes that won for dense layers."""
     tried = [expert_tile_for(product, processors, shared_bytes), expert_rule(product, processors)]
     if product.rows == 1:
-        tried += [Tile(rows, step, 1, unrolled, 4) for rows, step, unrolled in ALONE]
+        even = [
+            Tile(rows, step, 1, unrolled, warps)
+            for rows, step, unrolled, warps in ALONE
+            if product.inputs % step == 0 and LEAST <= rows * step <= MOST
+        ]
+        tried += even
     else:
         shapes = SHORT + TALL[:3] if product.rows == 8 else TALL if product.rows < 128 else HIGH
         for rows, step, stages, warps in shapes:

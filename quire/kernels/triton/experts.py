@@ -15,10 +15,10 @@ All of it is one order for given sizes and tiles, whichever experts are chosen a
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from quire.kernels.triton.elementwise import activate
-from quire.kernels.triton.linear import EARLY, LATE, NEVER, inputs_at, inverse_rms, weights_at
+from quire.kernels.triton.linear import LATE, follow, inputs_at, inverse_rms, weights_at
 
 
 @triton.jit
@@ -70,10 +70,7 @@ def alone_up(
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     token = pair // TOP_K
     columns, inputs = tile * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
-    if NEXT == EARLY:
-        gdc_launch_dependents()
-    if NEXT != NEVER:
-        gdc_wait()
+    follow(NEXT)
     expert = tl.load(experts + pair, cache_modifier=".cg").to(tl.int64)
     w_at = w + expert * (halves * N * K) + tl.minimum(columns, N - 1)[:, None] * K + inputs[None, :]
     x_at = x + token.to(tl.int64) * x_stride
@@ -116,10 +113,7 @@ def alone_down(
     columns, inputs = tile * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
     inside = columns < N
     rows = tl.minimum(columns, N - 1)[:, None] * K + inputs[None, :]
-    if NEXT == EARLY:
-        gdc_launch_dependents()
-    if NEXT != NEVER:
-        gdc_wait()
+    follow(NEXT)
     y = tl.zeros([TILE, STEP], tl.float32)
     biases = tl.zeros([TILE], tl.float32)
     for j in tl.static_range(TOP_K):
@@ -176,8 +170,7 @@ def together(
     tile = tl.program_id(0) % (TURNS * tiles) // TURNS
     if slot >= num_slots:
         return
-    if NEXT != NEVER:
-        gdc_wait()
+    follow(NEXT)
     expert = tl.load(slots + slot, cache_modifier=".cg").to(tl.int64)
     if expert < 0:
         return
@@ -223,9 +216,7 @@ def combine(
     """A row of out [T, SIZE]: the weighed sum of x [T * TOP_K, SIZE], or its sum with the residual, normalised."""
     token, columns = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside = columns < SIZE
-    if NEXT != NEVER:
-        gdc_wait()
-        gdc_launch_dependents()
+    follow(NEXT)
     y = tl.zeros([WIDTH], tl.float32)
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j

@@ -21,7 +21,29 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quire.kernels.triton.elementwise import activate
 
-NEVER, EARLY, LATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # when the next kernel may start
+# When the next kernel may start: with this one, once it has what it waits for, or when its sums are done.
+NEVER, EARLY, AFTER, LATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+
+@triton.jit
+def follow(NEXT: tl.constexpr):
+    """Wait for the kernel ahead, where this one has been launched before its end."""
+    if NEXT == EARLY:
+        gdc_launch_dependents()
+    if NEXT != NEVER:
+        gdc_wait()
+    if NEXT == AFTER:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def fetch_ahead(rows, num_bytes):
+    """Rows at pointers [N], `num_bytes` of each (a multiple of 16), on their way to the second-level cache."""
+    at = rows.to(tl.int64)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+        [at, tl.zeros_like(at).to(tl.int32) + num_bytes], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -121,22 +143,31 @@ def stream(
     x, w, bias, out, residual, total, gain, squares, new_squares, partials, arrivals,
     num_rows, x_stride, share, N, K, num_parts, eps, offset,
     ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    PARTS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, NEXT: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, NEXT: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile for up to ROWS rows. SPLIT programs share it, `share` inputs each; EVEN: K is a multiple of STEP."""
+    """A tile for up to ROWS rows. SPLIT programs share it, `share` inputs each; EVEN: K is a multiple of STEP.
+
+    AHEAD inputs of its weight, or as many as there are, are fetched while the kernel ahead still runs.
+    """
     part, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
     columns, rows = tile * TILE + tl.arange(0, TILE), tl.arange(0, ROWS)
     first = part * share
     inputs = first + tl.arange(0, STEP)
     # Columns past the end multiply the last one again: a mask would cost more, and they are not stored.
-    w_at = w + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + inputs[None, :]
+    w_rows = w + tl.minimum(columns, N - 1).to(tl.int64) * K
+    w_at = w_rows[:, None] + inputs[None, :]
     up_at = tl.cast(N, tl.int64) * K
     x_at = x + rows[:, None] * x_stride + inputs[None, :]
     keep = (rows < num_rows)[:, None]
     y = tl.zeros([TILE, ROWS], tl.float32)
     up = tl.zeros([TILE, ROWS], tl.float32)
-    if NEXT != NEVER:
-        gdc_wait()
+    if NEXT != NEVER and AHEAD > 0:
+        ahead = tl.minimum(tl.minimum(share, K - first), AHEAD) * (w.dtype.element_ty.primitive_bitwidth // 8)
+        fetch_ahead(w_rows + first, ahead)
+        if ACT != "":
+            fetch_ahead(w_rows + up_at + first, ahead)
+    follow(NEXT)
     for k in tl.range(0, tl.minimum(share, K - first), STEP, num_stages=STAGES):
         some = tl.trans(inputs_at(x_at, k, keep, inputs, K, EVEN))
         y = tl.dot(weights_at(w_at, k, inputs, K, EVEN), some, y, input_precision=PRECISION)
@@ -175,6 +206,8 @@ def one_row(
         ups = weights_at(w_at + up_at, 0, inputs, K, EVEN)
     if NEXT != NEVER:
         gdc_wait()
+    if NEXT == AFTER:
+        gdc_launch_dependents()
     some = tl.load(x + inputs, mask=inputs < K, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
     y = weights.to(tl.float32) * some
     up = ups.to(tl.float32) * some
@@ -258,8 +291,7 @@ def alike(
     up_at = tl.cast(N, tl.int64) * K
     x_at = x + head * x_head_stride + first_row * x_stride + rows[:, None] * x_stride + inputs[None, :]
     keep = (rows < num_rows)[:, None]
-    if NEXT != NEVER:
-        gdc_wait()
+    follow(NEXT)
     if SPREAD == SPLIT:
         y, up = _part(
             x_at, w_at, up_at, keep, inputs, part * share, share, K, ROWS, TILE, STEP, STAGES, ACT, EVEN, PRECISION

@@ -15,7 +15,7 @@ from quire.kernels.reference import RmsNorm, RowScale
 from quire.kernels.triton import experts as kernels
 from quire.kernels.triton import routing
 from quire.kernels.triton.expert_tiles import expert_tile_for, rows_for, turns_for
-from quire.kernels.triton.linear import EARLY, LATE
+from quire.kernels.triton.linear import AFTER, EARLY, LATE
 from quire.kernels.triton.machine import following, machine
 from quire.kernels.triton.ops import ACTIVATIONS, DTYPES, MOST_COLUMNS, add_norm_triton, power_of_two
 from quire.kernels.triton.products import SUMMED, UNSCALED, Into
@@ -55,7 +55,7 @@ def route_triton(logits: Tensor, rule: Rule, correction: Tensor | None) -> Route
         SCORE=rule.score,
         RENORM=rule.renorm,
         num_warps=1 if count <= 512 else 4,
-        **following(logits.device, LATE),
+        **following(logits.device, AFTER),
     )
     return Routes(chosen, weights)
 
@@ -125,7 +125,7 @@ def arrange(routes: Routes, num_experts: int, rows: int) -> Arranged:
         ROWS=rows,
         COUNT=count,
         num_warps=min(max(count // 256, 1), 8),
-        **following(device, LATE),
+        **following(device, AFTER),
     )
     return Arranged(order, slots, rows)
 
@@ -216,7 +216,7 @@ def combine(parts: Tensor, routes: Routes, shared: Shared | None, into: Into | N
         SIZE=dim,
         WIDTH=width,
         num_warps=min(max(width // 256, 1), 16),
-        **following(parts.device, LATE),
+        **following(parts.device, AFTER),
     )
     return out
 

@@ -33,6 +33,7 @@ from quire.kernels.triton.tiles import ROWS, Product, Tile, bucket, tile_for
 MOST_ROWS = ROWS[-1]
 UNSCALED = (torch.bfloat16, torch.float32)  # float16 might overflow before it is divided by the rms
 LEAST_TILE = 16  # rows of a weight, where programs share a tile
+AHEAD = 0  # inputs of each row of a weight, fetched while the kernel ahead still runs
 SUMMED = 2048  # squares that a program adds up at once
 
 
@@ -130,13 +131,13 @@ def finish_norm_triton(values: Tensor, scale: RowScale | None) -> Tensor:
     if scale is None or not len(values):
         return values
     out, (num_rows, size) = torch.empty_like(values), values.shape
-    num_parts = scale.squares.shape[1]
+    num_parts, width = scale.squares.shape[1], power_of_two(values.shape[1])
     kernels.finish_norm[(num_rows,)](
         *(values, scale.squares, out, num_parts, scale.eps),
         SIZE=size,
-        WIDTH=power_of_two(size),
+        WIDTH=width,
         PARTS=min(power_of_two(num_parts), SUMMED),
-        num_warps=min(max(size // 512, 1), 16),
+        num_warps=min(max(width // 512, 1), 16),
     )
     return out
 
@@ -199,6 +200,7 @@ def _stream(
         ROWS=rows,
         SPLIT=split,
         STAGES=tile.stages,
+        AHEAD=AHEAD,
         PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
     )
 

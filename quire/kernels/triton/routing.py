@@ -11,9 +11,8 @@ first, and the number of slots depends on sizes only.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quire.kernels.triton.linear import NEVER
+from quire.kernels.triton.linear import follow
 
 NOBODY = tl.constexpr(-1)
 SLOTS_AT_ONCE = tl.constexpr(64)
@@ -70,9 +69,7 @@ def route(
     rows, columns, choices = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
     valid = (rows < GROUPS)[:, None] & (columns < size)[None, :]
     ids = tl.where(valid, rows[:, None] * size + columns[None, :], NUM)
-    if NEXT != NEVER:
-        gdc_wait()
-        gdc_launch_dependents()
+    follow(NEXT)
     at = logits + token * NUM + ids
     scores = _scores(tl.load(at, mask=valid, other=0.0, cache_modifier=".cg"), valid, SCORE)
     choice = scores
@@ -107,9 +104,7 @@ def arrange(
 ):
     """An expert's share of `order` and of `slots`; COUNT pairs are looked at at once."""
     expert, some = tl.program_id(0), tl.arange(0, COUNT)
-    if NEXT != NEVER:
-        gdc_wait()
-        gdc_launch_dependents()
+    follow(NEXT)
     below = tl.zeros([COUNT], tl.int32)
     equal = tl.zeros([COUNT], tl.int32)
     for first in range(0, num_pairs, COUNT):

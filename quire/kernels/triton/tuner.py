@@ -7,16 +7,22 @@ level cache; divided by their number; the median of a few replays. Ends and begi
 
 import functools
 import itertools
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.kernels.gpu import Gpu, gpu_of
 from quire.kernels.reference import RmsNorm, RowScale
+from quire.kernels.triton.described import compile_only
 from quire.kernels.triton.machine import machine
 from quire.kernels.triton.products import Into, StreamedWeight, multiply, pack_linear_triton
 from quire.kernels.triton.tiles import Product, Tile, bucket, fitted, rule, tile_for
@@ -24,6 +30,7 @@ from quire.kernels.triton.tiles import Product, Tile, bucket, fitted, rule, tile
 ROTATED_BYTES = 300e6  # several times the second-level cache
 MOST_WEIGHTS = 32
 REPLAYS = 7
+MAX_PROCESSES = 16
 READ_NUMBERS, READ_AT_ONCE = 2**29, 4096
 ONE_ROW = (
     (4, 1024, 1),
@@ -54,11 +61,18 @@ class Case:
         return self.outputs * self.inputs * (1 + (self.kind == "gated"))
 
 
+class Candidates(Protocol):
+    """What is going to be timed."""
+
+    def launches(self) -> Iterator[Callable[[], object]]:
+        """One launch with each tile worth a try."""
+        ...
+
+
 class Bench:
     """A case's tensors for a number of rows, and times of its product."""
 
-    def __init__(self, case: Case, num_rows: int, dtype: torch.dtype):
-        device = torch.device("cuda", torch.cuda.current_device())
+    def __init__(self, case: Case, num_rows: int, dtype: torch.dtype, device: torch.device):
         self.case, self.num_rows, self.dtype = case, num_rows, dtype
         count = int(ROTATED_BYTES / (case.num_weights * dtype.itemsize)) + 1
         self.weights: list[StreamedWeight] = []
@@ -77,22 +91,22 @@ class Bench:
         self.into = Into(residual, torch.empty_like(residual), RmsNorm(gain, 1e-6))
         self.product = case.product(num_rows, dtype)
 
-    def ours(self, tile: Tile | None = None) -> float:
-        """Seconds of our product, with what surrounds it in a network."""
+    def run(self, tile: Tile | None, weight: StreamedWeight) -> object:
+        """Our product, with what surrounds it in a network."""
         kind = self.case.kind
+        return multiply(
+            self.x,
+            weight,
+            self.out,
+            scale=self.scale if kind in ("normed", "gated") else None,
+            act="silu" if kind == "gated" else "",
+            into=self.into if kind == "added" else None,
+            tile=tile,
+        )
 
-        def run(weight: StreamedWeight) -> object:
-            return multiply(
-                self.x,
-                weight,
-                self.out,
-                scale=self.scale if kind in ("normed", "gated") else None,
-                act="silu" if kind == "gated" else "",
-                into=self.into if kind == "added" else None,
-                tile=tile,
-            )
-
-        return self._seconds(run)
+    def ours(self, tile: Tile | None = None) -> float:
+        """Seconds of `run`."""
+        return self._seconds(functools.partial(self.run, tile))
 
     def cublas(self) -> float:
         """Seconds of cuBLAS's product, with nothing around it."""
@@ -100,14 +114,39 @@ class Bench:
 
     def best(self) -> tuple[Tile, float, float]:
         """(the fastest tile, its seconds, those of the tile in use until now)."""
-        processors, shared_bytes, _ = machine(self.x.device)
-        used = tile_for(self.product, processors, shared_bytes)
-        times = {tile: self.ours(tile) for tile in candidates(self.product, processors, shared_bytes)}
+        used = tile_for(self.product, *machine(self.x.device)[:2])
+        times = {tile: self.ours(tile) for tile in self.candidates()}
         fastest = min(times, key=lambda tile: times[tile])
         return fastest, times[fastest], times[used]
 
+    def launches(self) -> Iterator[Callable[[], object]]:
+        return (functools.partial(self.run, tile, self.weights[0]) for tile in self.candidates())
+
+    def candidates(self) -> Iterator[Tile]:
+        processors, shared_bytes, _ = machine(self.x.device)
+        return candidates(self.product, processors, shared_bytes)
+
     def _seconds(self, run: Callable[[StreamedWeight], object]) -> float:
         return seconds([functools.partial(run, weight) for weight in self.weights]) / len(self.weights)
+
+
+def compile_all(benches: Sequence[Callable[[torch.device], Candidates]]) -> None:
+    """What will be timed, in processes: to compile it is minutes' work for one. `benches` make one on a device."""
+    gpu, count = gpu_of(torch.device("cuda")), min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        shares = [pool.submit(_compile_share, gpu, benches, i, count) for i in range(count)]
+    for share in shares:
+        share.result()
+
+
+def _compile_share(
+    gpu: Gpu | None, benches: Sequence[Callable[[torch.device], Candidates]], first: int, step: int
+) -> None:
+    if gpu is not None:
+        compile_only(gpu)
+    made = [bench(torch.device("meta")) for bench in benches]
+    for run in list(itertools.chain.from_iterable(bench.launches() for bench in made))[first::step]:
+        run()
 
 
 def candidates(product: Product, processors: int, shared_bytes: int) -> Iterator[Tile]:
