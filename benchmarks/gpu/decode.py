@@ -30,7 +30,7 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.gpu.shapes import SHAPES, folder_of  # noqa: E402
+from benchmarks.gpu.shapes import SHAPES, folder_of, kernels_compiled  # noqa: E402
 from quire import LLM, SamplingParams  # noqa: E402
 from quire.cli.bound import Layer  # noqa: E402
 from quire.models.parameters import kv_bytes_per_token, num_parameters  # noqa: E402
@@ -183,6 +183,7 @@ def bench(folder: str, model: str, batches: Sequence[str], args: argparse.Namesp
     start = time.perf_counter()
     with LLM(folder, **options, max_num_seqs=max(map(len, all_lengths)), disable_log_stats=True) as llm:
         print(f"<!-- {model}: ready in {time.perf_counter() - start:.1f} s -->", flush=True)
+        kernels_compiled()
         runner = llm.engine.core.runner
         fixed, mixed, item_bytes = runner.fixed, runner.mixed, 4 if args.dtype == "float32" else 2
         for batch, lengths in zip(batches, all_lengths, strict=True):

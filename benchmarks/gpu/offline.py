@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.gpu.shapes import folder_of  # noqa: E402
+from benchmarks.gpu.shapes import folder_of, kernels_compiled  # noqa: E402
 from quire import LLM, SamplingParams  # noqa: E402
 from quire.cli.bound import Needs, Speed, bound_s, measure  # noqa: E402
 from quire.cli.workload import Shape, Workload  # noqa: E402
@@ -115,6 +115,7 @@ def bench(model: str, args: argparse.Namespace, speed: Speed) -> None:
             **{name: int(value) if value.isdigit() else value for name, value in options.items()},
         ) as llm,
     ):
+        kernels_compiled()
         needs = Needs(llm.spec, ITEM_BYTES[llm.config.dtype])
         for case in cases_of(model, args.cases):
             chance = random.Random(len(case.name))

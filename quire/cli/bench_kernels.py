@@ -7,24 +7,39 @@ import argparse
 import functools
 import importlib.util
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from quire.cli.options import whole
 from quire.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from quire.kernels.triton.tuner import Case
-    from quire.models.spec import Decoder
+    from quire.models.spec import Attention, Decoder
 
 DTYPES = ("bfloat16", "float16", "float32")
-SIZES = {  # dim, hidden, heads, key heads, their size, vocabulary
-    "llama-8b": (4096, 14336, 32, 8, 128, 128256),
-    "qwen3-0.6b": (1024, 3072, 16, 8, 128, 151936),
-}
-MIXTURES = {  # dim, hidden, experts, of which a token goes to so many
-    "qwen3-30b-a3b": (2048, 768, 128, 8),
-    "mixtral-8x7b": (4096, 14336, 8, 2),
-    "deepseek-v3": (7168, 2048, 256, 8),
+
+
+class Sizes(NamedTuple):
+    """Of a layer, and of the head. Without heads, attention is of another kind, whose products are left out."""
+
+    dim: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    num_experts: int = 0
+    top_k: int = 0  # experts of a token
+
+
+SIZES = {
+    "llama-8b": Sizes(4096, 14336, 32, 8, 128, 128256),
+    "qwen3-0.6b": Sizes(1024, 3072, 16, 8, 128, 151936),
+    "qwen3-30b-a3b": Sizes(2048, 768, 32, 4, 128, 151936, 128, 8),
+    "mixtral-8x7b": Sizes(4096, 14336, 32, 8, 128, 32000, 8, 2),
+    "deepseek-v3": Sizes(7168, 2048, 0, 0, 0, 129280, 256, 8),
 }
 MOST_ROWS, MOST_MIXTURE_ROWS = 64, 16384
 
@@ -35,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         nargs="?",
         default="llama-8b",
-        help=f"Folder or Hugging Face id, or the sizes of {', '.join(SIZES | MIXTURES)} (%(default)s).",
+        help=f"Folder or Hugging Face id, or the sizes of {', '.join(SIZES)} (%(default)s).",
     )
     parser.add_argument("--revision", metavar="X", help="Branch, tag or commit of Hugging Face ids.")
     parser.add_argument(
@@ -63,18 +78,18 @@ def main(args: argparse.Namespace) -> int:
     speed = read_bytes_per_s()
     found = torch.cuda.get_device_name()
     _say(f"{args.model} in {args.dtype} on {found}, which reads {speed / 1e12:.2f} TB/s")
-    sizes = (SIZES | MIXTURES).get(args.model) or _sizes(args)
-    most = MOST_ROWS if len(sizes) == 6 else MOST_MIXTURE_ROWS
+    sizes = SIZES.get(args.model) or _sizes(args)
+    most = MOST_MIXTURE_ROWS if sizes.num_experts else MOST_ROWS
     if not all(1 <= rows <= most for rows in args.rows):
         raise ConfigError(f"--rows is {args.rows}; for {args.model} they must be from 1 to {most}")
-    if len(sizes) == 6:
-        _dense(args, cases_of(sizes), speed)
-    else:
+    few = [rows for rows in args.rows if rows <= MOST_ROWS]
+    _dense(args, cases_of(sizes), few, speed)
+    if sizes.num_experts:
         _mixture(args, sizes, speed)
     return 0
 
 
-def _dense(args: argparse.Namespace, cases: "list[Case]", speed: float) -> None:
+def _dense(args: argparse.Namespace, cases: "list[Case]", few: list[int], speed: float) -> None:
     """Products of few rows, each beside cuBLAS's."""
     import torch
 
@@ -82,12 +97,12 @@ def _dense(args: argparse.Namespace, cases: "list[Case]", speed: float) -> None:
 
     dtype = getattr(torch, args.dtype)
     if args.tune:
-        _tune(args, cases)
+        _tune(cases, few, dtype)
     _say(
         f"{'':10}{'outputs':>8} {'inputs':>7} {'rows':>5} {'us':>8} {'TB/s':>6} {'of read':>8} {'cuBLAS us':>10}"
     )
     for case in cases:
-        for rows in args.rows:
+        for rows in few:
             bench = Bench(case, rows, dtype, torch.device("cuda"))
             ours, cublas = bench.ours(), bench.cublas()
             rate = case.num_weights * dtype.itemsize / ours
@@ -98,7 +113,7 @@ def _dense(args: argparse.Namespace, cases: "list[Case]", speed: float) -> None:
             del bench
 
 
-def _mixture(args: argparse.Namespace, sizes: tuple[int, ...], speed: float) -> None:
+def _mixture(args: argparse.Namespace, sizes: Sizes, speed: float) -> None:
     """A layer's experts, from routes to the sum and its norm, and each of their products with `--tune`."""
     import torch
 
@@ -106,7 +121,8 @@ def _mixture(args: argparse.Namespace, sizes: tuple[int, ...], speed: float) -> 
     from quire.kernels.triton.expert_tuner import ExpertBench, Mixture
     from quire.kernels.triton.tuner import compile_all
 
-    mixture, dtype = Mixture(*sizes), getattr(torch, args.dtype)
+    mixture = Mixture(sizes.dim, sizes.hidden, sizes.num_experts, sizes.top_k)
+    dtype = getattr(torch, args.dtype)
     if args.tune:
         compile_all([functools.partial(ExpertBench, mixture, rows, dtype) for rows in args.rows])
     lines = []
@@ -129,18 +145,20 @@ def _mixture(args: argparse.Namespace, sizes: tuple[int, ...], speed: float) -> 
         _say(line)
 
 
-def cases_of(sizes: tuple[int, ...]) -> "list[Case]":
-    """A dense layer's products, and the head's."""
+def cases_of(sizes: Sizes) -> "list[Case]":
+    """A layer's products but those of experts, and the head's."""
     from quire.kernels.triton.tuner import Case
 
-    dim, hidden, heads, kv_heads, head_dim, vocab = sizes
-    return [
-        Case("qkv", (heads + 2 * kv_heads) * head_dim, dim, "normed"),
-        Case("out", dim, heads * head_dim, "added"),
-        Case("gate, up", hidden, dim, "gated"),
-        Case("down", dim, hidden, "added"),
-        Case("head", vocab, dim, "logits"),
-    ]
+    dim, width = sizes.dim, sizes.heads * sizes.head_dim
+    cases = []
+    if sizes.heads:
+        cases = [Case("qkv", width + 2 * sizes.kv_heads * sizes.head_dim, dim, "normed")]
+        cases.append(Case("out", dim, width, "added"))
+    if sizes.num_experts:
+        cases.append(Case("router", sizes.num_experts, dim, "normed"))
+    else:
+        cases += [Case("gate, up", sizes.hidden, dim, "gated"), Case("down", dim, sizes.hidden, "added")]
+    return [*cases, Case("head", sizes.vocab, dim, "logits")]
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -154,7 +172,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("bench kernels measures a GPU, and torch finds no CUDA GPU here")
 
 
-def _sizes(args: argparse.Namespace) -> tuple[int, ...]:
+def _sizes(args: argparse.Namespace) -> Sizes:
     """Those of the first layer that is dense; else of the first with experts."""
     from quire.checkpoint.files import read_config
     from quire.checkpoint.source import resolve
@@ -164,25 +182,29 @@ def _sizes(args: argparse.Namespace) -> tuple[int, ...]:
     spec: Decoder = decoder_spec(read_config(resolve(args.model, args.revision, weights=False).folder))[0]
     for block in spec.blocks:
         if isinstance(block.mixer, Attention) and isinstance(block.mlp, MLP) and block.mlp.gated:
-            mixer = block.mixer
-            heads = (mixer.num_heads, mixer.num_kv_heads, mixer.head_dim)
-            return (spec.dim, block.mlp.hidden, *heads, spec.vocab_size)
+            return Sizes(spec.dim, block.mlp.hidden, *_heads(block.mixer), spec.vocab_size)
     for block in spec.blocks:
         if isinstance(block.mlp, MoE) and block.mlp.expert.gated:
-            return (spec.dim, block.mlp.expert.hidden, block.mlp.num_experts, block.mlp.top_k)
+            heads = _heads(block.mixer) if isinstance(block.mixer, Attention) else (0, 0, 0)
+            experts = (block.mlp.num_experts, block.mlp.top_k)
+            return Sizes(spec.dim, block.mlp.expert.hidden, *heads, spec.vocab_size, *experts)
     raise ConfigError(f"{args.model} has no layer with gates, whose products these kernels are for")
 
 
-def _tune(args: argparse.Namespace, cases: "list[Case]") -> None:
+def _heads(mixer: "Attention") -> tuple[int, int, int]:
+    return mixer.num_heads, mixer.num_kv_heads, mixer.head_dim
+
+
+def _tune(cases: "list[Case]", few: list[int], dtype: "torch.dtype") -> None:
     import torch
 
     from quire.kernels.triton.tiles import read_table, write_table
     from quire.kernels.triton.tuner import Bench, compile_all
 
-    dtype, table = getattr(torch, args.dtype), dict(read_table())
-    compile_all([functools.partial(Bench, case, rows, dtype) for case in cases for rows in args.rows])
+    table = dict(read_table())
+    compile_all([functools.partial(Bench, case, rows, dtype) for case in cases for rows in few])
     for case in cases:
-        for rows in args.rows:
+        for rows in few:
             bench = Bench(case, rows, dtype, torch.device("cuda"))
             tile, best, before = bench.best()
             table[bench.product] = tile

@@ -166,6 +166,18 @@ class InputProcessor:
     def _check_prompt(self, tokens: Sequence[int]) -> None:
         if not tokens:
             raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
+        if {*map(type, tokens)} != {int} or min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            self._check_tokens(tokens)
+        if len(tokens) >= self.max_length:
+            raise PromptTooLong(
+                f"the prompt has {len(tokens)} tokens; with at least one token of output that exceeds the context of"
+                f" {self.max_length}; shorten the prompt or raise max_model_len",
+                num_tokens=len(tokens),
+                limit=self.max_length,
+            )
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        """One by one, to name the one that is wrong."""
         for token in tokens:
             if not isinstance(token, int) or isinstance(token, bool):
                 raise InvalidRequest(f"the prompt holds {token!r}, which is not a token id", param="prompt")
@@ -174,13 +186,6 @@ class InputProcessor:
                     f"the prompt holds token id {token}; this model's ids are 0 to {self.vocab_size - 1}",
                     param="prompt",
                 )
-        if len(tokens) >= self.max_length:
-            raise PromptTooLong(
-                f"the prompt has {len(tokens)} tokens; with at least one token of output that exceeds the context of"
-                f" {self.max_length}; shorten the prompt or raise max_model_len",
-                num_tokens=len(tokens),
-                limit=self.max_length,
-            )
 
     def _check_params(self, params: SamplingParams) -> None:
         if self.tokenizer is None and (params.stop or params.bad_words):

@@ -20,8 +20,8 @@ from quire.sampling.sampler import HostSampled
 from quire.sampling.slots import Uses
 from quire.scheduler.plan import Work
 
-LAUNCH_S, FLOPS = 3e-4, 5e14  # to launch a layer's kernels, and per second in them: measured on an H100
-LEAST_TOKENS, MOST_TOKENS = 512, 4096
+LAUNCH_S, FLOPS = 6e-4, 5e14  # to launch a layer's kernels, and per second in them: measured on an H100
+LEAST_TOKENS, MOST_TOKENS = 512, 8192
 
 
 class MixedKind(NamedTuple):
@@ -41,7 +41,7 @@ def worthwhile(spec: DecoderSpec) -> int:
 
 def token_sizes(most: int) -> list[int]:
     """Numbers of positions that steps are padded to."""
-    sizes = [*range(32, 128, 32), *range(128, 512, 64), *range(512, most, 256)]
+    sizes = [*range(32, 128, 32), *range(128, 512, 64), *range(512, 2048, 256), *range(2048, most, 512)]
     return [*(size for size in sizes if size < most), most]
 
 
