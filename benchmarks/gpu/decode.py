@@ -1,6 +1,6 @@
 """A decode step of the whole engine on a GPU: its time, and the share of what reading weights and cache would allow.
 
-    python benchmarks/gpu/decode.py [--models 8B 0.6B] [--batches 1 8 64 256 32x4096 1x131072+31x4096]
+    python benchmarks/gpu/decode.py [--models 8B 0.6B] [--batches 1 8 64 256 32x4096 1x130816+31x4096]
         [--deterministic] [--eager] [--profile] [--dtype bfloat16]
 
 Random weights in the shapes of Llama 3.1 8B and Qwen3 0.6B (and 30B-A3B, of 61 GB, if asked for), prompts of random
@@ -88,7 +88,7 @@ class Waits:
 
 
 def lengths_of(batch: str) -> list[int]:
-    """`8` is eight sequences of the usual length, `1x131072+31x4096` one long and many shorter ones."""
+    """`8` is eight sequences of the usual length, `1x130816+31x4096` one long and many shorter ones."""
     parts = [part.partition("x") for part in batch.split("+")]
     return [length for count, _, size in parts for length in [int(size or LENGTH)] * int(count)]
 

@@ -35,7 +35,8 @@ class MixedKind(NamedTuple):
 
 def worthwhile(spec: DecoderSpec) -> int:
     """Tokens up to which launching a step's kernels takes longer than running them; some more cost little memory."""
-    even = len(spec.blocks) * LAUNCH_S * FLOPS / (2 * num_parameters(spec).active)
+    weights = num_parameters(spec).active - spec.vocab_size * spec.dim * (1 if spec.tied else 2)
+    even = len(spec.blocks) * LAUNCH_S * FLOPS / (2 * weights)
     return min(max(int(even), LEAST_TOKENS), MOST_TOKENS)
 
 

@@ -353,7 +353,8 @@ def test_sizes_of_mixed_steps(folder: str) -> None:
         assert seq_sizes(most)[-1] == most
     small = make_engine(folder).core.runner.model.spec
     assert worthwhile(small) == MOST_TOKENS
-    large = replace(small, vocab_size=10**9)  # computing takes longer than launching
+    wide = replace(small.blocks[0], mlp=replace(small.blocks[0].mlp, hidden=10**7))
+    large = replace(small, blocks=(wide,))  # computing takes longer than launching
     assert worthwhile(large) == LEAST_TOKENS
 
 
