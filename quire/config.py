@@ -51,6 +51,11 @@ class Config:
         " where the device has no fast path for them.",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
+    quantization: str = option(
+        "auto",
+        "Bits of a weight, on a CPU: int8, or int4 with the head in int8, made while weights load. auto: as they are.",
+        choices=("auto", "int8", "int4"),
+    )
     attention_backend: str = option(
         "auto",
         "How attention over the paged cache is computed.",

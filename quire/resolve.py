@@ -3,17 +3,24 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from quire.attention.shapes import block_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
-from quire.models.parameters import num_parameters
+from quire.models.parameters import num_parameters, parameter_shapes
 from quire.models.spec import MLP, Decoder, MoE
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SEQS = {"cpu": 256, "cuda": 1024}
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 CPU_CACHE_SHARE = 0.5  # of the memory that is left: other programs live here too
+BITS = {"int8": 8, "int4": 4}  # of weights, by the option's name
+UNQUANTIZED = (
+    ".gate.weight",
+    "shared_expert_gate.weight",
+    "kv_b_proj.weight",
+)  # small, or multiplied another way
 SPARE_BLOCKS = 32_768  # for the prefix cache; a small model could otherwise fill the machine with it
 EXACT_LOGPROBS = 64  # that a kernel finds in one order; more are sorted by torch
 ONLINE_GAP_MS = {"cpu": 250.0, "cuda": 50.0}
@@ -88,7 +95,9 @@ def resolve(
     if config.deterministic:
         reasons["deterministic"] = _determinism(config, machine)
     length = _length(config, spec)
-    weights = num_parameters(spec).total * ITEM_BYTES[dtype]
+    if config.quantization != "auto":
+        _check_quantization(config, dtype, machine)
+    weights = _weight_bytes(spec, ITEM_BYTES[dtype], BITS.get(config.quantization))
     work = _work_bytes(spec, batched, min(max_seqs, batched))
     per_block = block_bytes(spec, block_size, ITEM_BYTES[dtype])
     budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, machine, weights, work)
@@ -115,6 +124,38 @@ def resolve(
         num_threads=config.num_threads or machine.num_cores,
     )
     return Resolved(resolved, Memory(weights, work, num_blocks * per_block, per_block, num_blocks), reasons)
+
+
+def _check_quantization(config: Config, dtype: str, machine: Machine) -> None:
+    if machine.device != "cpu":
+        raise ConfigError(
+            f"quantization is {config.quantization}, which is for CPUs, and the device is a {machine.device};"
+            " leave it out, or use device cpu"
+        )
+    if dtype == "float16":
+        raise ConfigError(
+            f"quantization is {config.quantization}, whose products take bfloat16 or float32, and dtype is float16;"
+            " use dtype bfloat16"
+        )
+
+
+def _weight_bytes(spec: Decoder, item_bytes: int, bits: int | None) -> int:
+    """Of quantized weights, their scales and a head beside a tied embedding included."""
+    if bits is None:
+        return num_parameters(spec).total * item_bytes
+    total = 0.0
+    for name, shape in parameter_shapes(spec):
+        is_product = name == "lm_head.weight" or name.startswith("layers.") and len(shape) == 2
+        if is_product and not name.endswith(UNQUANTIZED):
+            total += prod(shape) * _bytes_of(8 if name == "lm_head.weight" else bits)
+        else:
+            total += prod(shape) * item_bytes
+    return int(total + (spec.dim * spec.vocab_size * _bytes_of(8) if spec.tied else 0))
+
+
+def _bytes_of(bits: int) -> float:
+    """A number's, with its share of a scale, of which there is one a row or one, of two bytes, for 64 numbers."""
+    return 1.0 if bits == 8 else bits / 8 + 2 / 64
 
 
 def _determinism(config: Config, machine: Machine) -> str:

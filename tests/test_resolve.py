@@ -136,3 +136,16 @@ def test_deterministic_says_what_it_costs_and_what_it_cannot_have(spec: Decoder)
     for most in (-1, EXACT_LOGPROBS + 1):
         with pytest.raises(ConfigError, match=f"max_logprobs is {most}; .* between 0 and {EXACT_LOGPROBS}"):
             derive(spec, GPU, deterministic=True, max_logprobs=most)
+
+
+@pytest.mark.parametrize(("quantization", "share"), [("int8", 0.5), ("int4", 0.5 * 0.53125)])
+def test_quantized_weights_leave_more_for_the_cache(spec: Decoder, quantization: str, share: float) -> None:
+    config = Config.of(model="x", quantization=quantization)
+    plain, found = (
+        resolve(c, spec, CPU, checkpoint_dtype="bfloat16", offline=True).memory.weight_bytes
+        for c in (Config.of(model="x"), config)
+    )
+    embedding = 2 * 2048 * 128256  # stays, and the head beside it has 8 bits
+    assert found == pytest.approx((plain - embedding) * share + 1.5 * embedding, rel=1e-3)
+    with pytest.raises(ConfigError, match="is for CPUs, and the device is a cuda"):
+        resolve(config, spec, GPU, checkpoint_dtype="bfloat16", offline=True)

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import exp
 from statistics import mean
 from typing import Any
 
@@ -91,18 +92,36 @@ def measure(llm: LLM, skill: str, count: int, verbose: bool = False) -> Iterator
         yield from (mean(right for right, _ in scores), mean(formed for _, formed in scores))
 
 
+def perplexity(llm: LLM, skill: str, count: int) -> float:
+    """Of the tokens of the right answers."""
+    writer, form, params = Writer(f"test {skill}", test=True), template(), SamplingParams(max_tokens=1)
+    examples = [writer.example(skill) for _ in range(count)]
+    whole = ["".join(text for text, _ in document(example, form)) for example in examples]
+    asked = llm.generate(list(prompts(examples)), params, use_tqdm=False)
+    scored = llm.generate(whole, replace(params, prompt_logprobs=0), use_tqdm=False)
+    scores: list[float] = []
+    for before, output in zip(asked, scored, strict=True):
+        first, tokens = len(before.prompt_token_ids or ()), output.prompt_token_ids or ()
+        steps = zip(tokens[first:], (output.prompt_logprobs or ())[first:], strict=True)
+        scores += [step[token].logprob for token, step in steps if step]
+    return exp(-mean(scores))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a demo model on held-out examples.")
     parser.add_argument("model")
     parser.add_argument("--count", type=int, default=500, help="examples of each skill")
     parser.add_argument("--skills", nargs="+", default=list(SKILLS), choices=list(SKILLS))
+    parser.add_argument("--quantization", default="auto", help="auto, int8 or int4")
     parser.add_argument("--verbose", action="store_true", help="show what went wrong")
     args = parser.parse_args()
-    print("| skill | right | well formed | right at once | well formed at once |\n|---|---|---|---|---|")
-    with LLM(args.model, disable_log_stats=True) as llm:
+    print(
+        "| skill | right | well formed | right at once | well formed at once | perplexity |\n|---|---|---|---|---|---|"
+    )
+    with LLM(args.model, quantization=args.quantization, disable_log_stats=True) as llm:
         for skill in args.skills:
-            shares = measure(llm, skill, args.count, args.verbose)
-            print(f"| {skill} |", " | ".join(f"{share:.1%}" for share in shares), "|", flush=True)
+            shares = " | ".join(f"{share:.1%}" for share in measure(llm, skill, args.count, args.verbose))
+            print(f"| {skill} | {shares} | {perplexity(llm, skill, args.count):.4f} |", flush=True)
 
 
 if __name__ == "__main__":

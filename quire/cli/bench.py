@@ -181,6 +181,11 @@ def _compare(backend: "Backend", work: "Workload", seconds: float, speed: "Speed
     from quire.resolve import ITEM_BYTES
 
     config = backend.config
+    if config.quantization != "auto":
+        _say(
+            f"No bound is known for {config.quantization}: this machine's speed with such numbers is not measured"
+        )
+        return {"backend": type(backend).__name__, "model": config.model, "dtype": config.dtype}
     needs = Needs(backend.spec, ITEM_BYTES[config.dtype])
     least = bound_s(speed, needs, work.input_lens, work.output_lens, work.n)
     found = {

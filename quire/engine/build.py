@@ -34,7 +34,7 @@ from quire.models.registry import decoder_spec
 from quire.models.spec import Decoder as DecoderSpec
 from quire.platforms.base import Platform
 from quire.platforms.detect import detect
-from quire.resolve import Machine, Resolved, resolve, resolve_dtype
+from quire.resolve import BITS, Machine, Resolved, resolve, resolve_dtype
 from quire.runner.fixed import FixedSteps, why_not
 from quire.runner.graphs import Graphs
 from quire.runner.memory import allocate_cache
@@ -171,6 +171,7 @@ def _network(config: Config, spec: DecoderSpec, backend: Backend, device: torch.
         device=device,
         max_length=config.max_model_len,
         invariant=config.deterministic,
+        bits=BITS.get(config.quantization),
     )
 
 
@@ -262,8 +263,9 @@ def _core(
 def _summary(resolved: Resolved, spec: DecoderSpec, backend: Backend) -> str:
     config, memory, gib = resolved.config, resolved.memory, 2**30
     num_tokens = memory.num_blocks * (config.block_size or 1)
+    quantized = "" if config.quantization == "auto" else f" with {config.quantization} weights"
     return (
-        f"{len(spec.blocks)} layers in {config.dtype} on {config.device}, attention {backend.name}, weights"
+        f"{len(spec.blocks)} layers in {config.dtype}{quantized} on {config.device}, attention {backend.name}, weights"
         f" {memory.weight_bytes / gib:.2f} GiB, KV cache {memory.cache_bytes / gib:.2f} GiB = {num_tokens} tokens"
         f" ({num_tokens // (config.max_model_len or 1)} requests of {config.max_model_len})"
     )

@@ -4,7 +4,7 @@ Beside reference.py, whose operations these are made of. Here the host looks at 
 one after the other; kernels take any choice without telling the host.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -138,15 +138,14 @@ def experts_add_norm(
     return *add_norm(experts(values, scale, routes, stack, shared), residual, norm), None
 
 
-def pack_experts(weights: Iterator[Tensor], count: int, invariant: bool = False) -> Any:
+def pack_experts(weights: Iterator[Tensor], count: int, pack: Callable[[Tensor], Any] = pack_linear) -> Any:
     """Weights [outputs, inputs] of `count` experts, in the form that `experts` is fastest with. None is held twice.
 
-    One tensor [count, outputs, inputs] where a kernel takes all experts at once; else each as `pack_linear` wants it,
-    which `invariant` is for.
+    One tensor [count, outputs, inputs] where a kernel takes all experts at once; else each as `pack` makes it.
     """
     first = next(weights)
     if not experts.has_kernel(first):
-        return tuple(pack_linear(weight, invariant) for weight in (first, *weights))
+        return tuple(pack(weight) for weight in (first, *weights))
     stacked = first.new_empty(count, *first.shape)
     stacked[0] = first
     for i, weight in enumerate(weights, 1):

@@ -15,6 +15,7 @@ from quire.kernels.experts import (
     pack_experts,
     route,
 )
+from quire.kernels.quantized import quantize_linear
 from quire.kernels.reference import (
     RmsNorm,
     RowScale,
@@ -70,6 +71,7 @@ __all__ = [
     "normed_linear",
     "pack_experts",
     "pack_linear",
+    "quantize_linear",
     "rms_norm",
     "route",
     "why_not_invariant",

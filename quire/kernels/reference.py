@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.kernels.dispatch import op
+from quire.kernels.quantized import Quantized, quantized_linear
 
 
 @op
@@ -127,10 +128,12 @@ def act_mul(x: Tensor, kind: str) -> Tensor:
 
 @op
 def linear(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ weight.T + bias, as `dtype` or x's. The weight may be what `pack_linear` made of it.
+    """x @ weight.T + bias, as `dtype` or x's. The weight may be what `pack_linear` or `quantize_linear` made of it.
 
     x [..., inputs], weight [outputs, inputs]; or a weight per head, [H, outputs, inputs], and x [T, H, inputs].
     """
+    if isinstance(weight, Quantized):
+        return quantized_linear(x, weight, bias, dtype)
     if weight.dim() == 3:
         y = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
     else:

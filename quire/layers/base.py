@@ -31,6 +31,7 @@ class Build:
     backend: Backend
     ropes: RopeTables
     invariant: bool = False  # a row's result is the same bits whatever else is in its batch
+    bits: int | None = None  # of quantized weights
     upload: Upload = field(init=False)
 
     def __post_init__(self) -> None:

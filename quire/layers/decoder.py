@@ -29,20 +29,22 @@ class Decoder(nn.Module):
         device: torch.device | str = "cpu",
         max_length: int | None = None,
         invariant: bool = False,
+        bits: int | None = None,
     ):
         """Of an `invariant` network and backend, a sequence's results do not depend on its company, to the bit.
 
-        `max_length`: the longest sequence that will come; None for the model's own limit.
+        `max_length`: the longest sequence that will come; None for the model's own limit. `bits`: those that weights
+        of products are quantized to while they load, the head's to 8 at least.
         """
         super().__init__()
         self.spec, self.backend = s, backend
         device = torch.device(device)
         ropes = RopeTables(max_length or s.max_length, device)
-        self.build = Build(s.dim, dtype, device, backend, ropes, invariant)
+        self.build = Build(s.dim, dtype, device, backend, ropes, invariant, bits)
         self.embed_scale = torch.tensor(s.embed_scale, dtype=dtype).item()  # Gemma's is rounded so
         self.layers = nn.ModuleList(Block(block, self.build) for block in s.blocks)
         self.norm = Norm(s.norm, (s.dim,), self.build)
-        self.head = Linear(s.dim, {"lm_head": s.vocab_size}, self.build, bias=s.head_bias)
+        self.head = Linear(s.dim, {"lm_head": s.vocab_size}, self.build, bias=s.head_bias, least_bits=8)
         self.embedding: Any = None  # once loaded, [vocab_size, dim]
         self.positions: Tensor | None = None  # [num_positions, dim]
 

@@ -10,15 +10,21 @@ from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.norm import Norm, Normed, add, rms_of
 
+EXACT = 16  # bits: a weight that is left as it is
+
 
 class Linear(nn.Module):
     """One weight [sum of parts, inputs]; each part is pulled by its own name: q_proj, k_proj, v_proj.
 
-    After loading, the weight is in whatever form the device's fastest kernel wants (`ops.pack_linear`).
+    After loading, the weight is in whatever form the device's fastest kernel wants (`ops.pack_linear`). Where weights
+    are quantized, this one has no fewer than `least_bits`.
     """
 
-    def __init__(self, inputs: int, parts: Mapping[str, int], build: Build, *, bias: bool = False):
+    def __init__(
+        self, inputs: int, parts: Mapping[str, int], build: Build, *, bias: bool = False, least_bits: int = 4
+    ):
         super().__init__()
+        self.bits = None if build.bits is None or least_bits == EXACT else max(build.bits, least_bits)
         self.inputs, self.parts, self.build, self.has_bias = inputs, dict(parts), build, bias
         self.weight: Any = None  # a tensor, or what `ops.pack_linear` made of it
         self.bias: Tensor | None = None
@@ -26,7 +32,11 @@ class Linear(nn.Module):
     def load(self, weights: Weights, name: str, shared: Tensor | None = None) -> None:
         """Pull `{name}.{part}.weight` and bias for every part; `shared` is a weight that is there already."""
         self.bias = self.pull_bias(weights, name)
-        self.weight = self.build.pack(self.pull_weight(weights, name) if shared is None else shared)
+        self.weight = self.pack(self.pull_weight(weights, name) if shared is None else shared)
+
+    def pack(self, weight: Tensor) -> Any:
+        """In the form of the product that is asked for."""
+        return self.build.pack(weight) if self.bits is None else ops.quantize_linear(weight, self.bits)
 
     def pull_bias(self, weights: Weights, name: str) -> Tensor | None:
         """`{name}.{part}.bias` of every part, [sum of parts], if there are biases."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
-from quire.layers.linear import Linear
+from quire.layers.linear import EXACT, Linear
 from quire.layers.mlp import MLP
 from quire.layers.norm import Norm, Normed, add, rms_of
 from quire.models import spec
@@ -18,7 +18,7 @@ class Router(nn.Module):
         super().__init__()
         self.spec, self.build = s, build
         self.rule = ops.Rule(s.top_k, s.score, s.renorm, s.scale, s.groups, s.top_groups)
-        self.gate = Linear(build.dim, {"gate": s.num_experts}, build, bias=s.router_bias)
+        self.gate = Linear(build.dim, {"gate": s.num_experts}, build, bias=s.router_bias, least_bits=EXACT)
         self.correction: Tensor | None = None
 
     def load(self, weights: Weights, name: str) -> None:
@@ -56,7 +56,7 @@ class Experts(nn.Module):
     def _weights(self, part: Linear, weights: Weights, name: str) -> object:
         count = self.spec.num_experts
         pulled = (part.pull_weight(weights, f"{name}.{i}") for i in range(count))
-        return ops.pack_experts(pulled, count, self.build.invariant)
+        return ops.pack_experts(pulled, count, part.pack)
 
     def _biases(self, part: Linear, weights: Weights, name: str) -> Tensor | None:
         found = [part.pull_bias(weights, f"{name}.{i}") for i in range(self.spec.num_experts)]
@@ -73,7 +73,9 @@ class MoE(nn.Module):
         self.router = Router(s, build)
         self.experts = Experts(s, build)
         self.shared = MLP(s.shared, build) if s.shared else None
-        self.shared_gate = Linear(build.dim, {"shared_expert_gate": 1}, build) if s.shared_gate else None
+        self.shared_gate: Linear | None = None
+        if s.shared_gate:
+            self.shared_gate = Linear(build.dim, {"shared_expert_gate": 1}, build, least_bits=EXACT)
 
     def load(self, weights: Weights, name: str) -> None:
         self.router.load(weights, name)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from quire.kernels import ops
 from quire.kernels.cpu import native
-from quire.kernels.cpu.ops import PackedWeight
+from quire.kernels.cpu.ops import PackedQuantized, PackedWeight
 from quire.kernels.dispatch import Kernel, Op, op
+from quire.kernels.quantized import GROUP, Quantized
 
 if importlib.util.find_spec("triton") is not None:
     importlib.import_module("tests.interpreter")
@@ -179,6 +180,14 @@ def mixtures(dtype: torch.dtype) -> Inputs:
         yield noise(tokens, 32, dtype=dtype, scale=0.5), row_scale(tokens, 3), routes, stack, None
 
 
+def quantizable(dtype: torch.dtype) -> Inputs:
+    for outputs, inputs in ((64, 64), (70, 200), (1, 33), (130, 1024)):
+        weight = noise(outputs, inputs, dtype=dtype, scale=0.05)
+        weight[0, :64] = 0  # a group, and perhaps a row, of nothing
+        yield weight, 8
+        yield weight, 4
+
+
 def added_mixtures(dtype: torch.dtype) -> Inputs:
     for args in mixtures(dtype):
         norm = ops.RmsNorm(noise(32, dtype=dtype, seed=5), 1e-6)
@@ -193,6 +202,7 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "act_mul": gates,
     "linear": products,
     "pack_linear": weights,
+    "quantize_linear": quantizable,
     "normed_linear": normed_products,
     "normed_act_mul": gated_products,
     "linear_add_norm": added_products,
@@ -218,10 +228,27 @@ def plain(x: object) -> object:
         return x.dense
     if isinstance(x, STREAMED):
         return x.data
+    if isinstance(x, Quantized | PackedQuantized):
+        return dense(x)
     if not isinstance(x, PackedWeight):
         return x
     rows = x.data.transpose(2, 3).flatten(3).flatten(1, 2)[:, : x.outputs, : x.inputs]
     return rows if x.groups > 1 else rows[0]
+
+
+def dense(weight: Quantized | PackedQuantized) -> Tensor:
+    """The numbers that a quantized weight stands for."""
+    if isinstance(weight, Quantized):
+        size = weight.integers.shape[1] if weight.scales.shape[1] == 1 else GROUP
+        return weight.integers * weight.scales.repeat_interleave(size, 1)[:, : weight.integers.shape[1]]
+    if weight.bits == 8:
+        integers = weight.data.view(len(weight.data), -1, 64, 4).transpose(1, 2).flatten(2) - 128.0
+        scales = weight.scales[..., None]
+    else:
+        both = weight.data.view(len(weight.data), -1, 64, 4).transpose(1, 2)
+        integers = torch.cat((both & 15, both >> 4), 3).flatten(2) - 8.0
+        scales = weight.scales.float().transpose(1, 2).repeat_interleave(GROUP, 2)
+    return (integers * scales).flatten(0, 1)[: weight.outputs, : weight.inputs]
 
 
 def copy(x: object) -> object:
@@ -328,8 +355,8 @@ def test_a_product_is_the_same_bits_for_any_number_of_rows(level: int, dtype: to
 
     def product(x: Tensor, threads: int) -> Tensor:
         out = torch.empty(len(x), outputs)
-        kind = (level, threads, dtype is torch.bfloat16, False)
-        pointers = (out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), None)
+        kind = (level, threads, dtype is torch.bfloat16, False, False)
+        pointers = (out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), None, None, None, None)
         library.quire_linear(*kind, *pointers, len(x), outputs, inputs * size // 4, x.stride(0) * size, 1, 0)
         return out
 

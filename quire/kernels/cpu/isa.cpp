@@ -27,7 +27,7 @@ bool may_use_tiles() { return false; }
 }  // namespace
 
 // The version of all functions' arguments; native.py refuses a library that was built from another one.
-extern "C" int32_t quire_abi() { return 2; }
+extern "C" int32_t quire_abi() { return 3; }
 
 extern "C" int32_t quire_isa() {
 #if defined(QUIRE_X86)
@@ -35,7 +35,8 @@ extern "C" int32_t quire_isa() {
   const bool amx = __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return amx && may_use_tiles() ? AMX : AVX512_BF16;
+  const bool products = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (avx512 && products) return amx && may_use_tiles() ? AMX : AVX512_BF16;
   if (avx512) return AVX512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif

@@ -1,6 +1,7 @@
 // x @ weight.T + bias on a CPU, with a weight packed so that it streams once, in order. Plain C ABI.
 //
-//   packed weight  [groups][outputs / 64][units][64] units of 4 bytes: a float, or two bf16 that follow each other in a row.
+//   packed weight  [groups][outputs / 64][units][64] units of 4 bytes: a float, two bf16 that follow each other in a row,
+//                  or four bytes (quantized.cpp).
 // A group (a head) has a weight, inputs and outputs of its own; usually there is one. Outputs are padded to 64 and
 // inputs to 32 with zeros. Lanes are outputs, so there are no reductions, and a row's result is a sum in the order of
 // the inputs: the same bits however many rows there are, and on however many threads.
@@ -20,11 +21,16 @@ constexpr int64_t PIECE_UNITS = 128;   // 32 KiB of the weight
 constexpr int64_t TILE_UNITS = 16;     // of an AMX tile's row
 constexpr int64_t AHEAD_UNITS = 2048;  // 8 KiB
 
+enum Kind : int32_t { FLOATS = 0, BF16 = 1, BYTES = 2 };
+
 struct Linear {
   void* out;
-  const void *x, *weight, *bias;  // bias may be null
+  const void *x, *weight, *bias;           // bias may be null
+  const float *x_scales, *weight_scales;   // of bytes
+  const int32_t* x_sums;
   int64_t rows, outputs, units, x_stride_bytes, out_stride;
-  bool is_bf16, out_bf16;
+  int32_t kind;
+  bool out_bf16, bias_bf16;
 };
 
 #define QUIRE_KERNELS "linear.inl"
@@ -67,8 +73,9 @@ extern "C" void quire_pack_linear(int32_t threads, int32_t is_bf16, const void* 
   }
 }
 
-extern "C" void quire_linear(int32_t isa, int32_t threads, int32_t is_bf16, int32_t out_bf16, void* out,
-                             const void* x, const void* weight, const void* bias, int64_t rows, int64_t outputs,
+extern "C" void quire_linear(int32_t isa, int32_t threads, int32_t kind, int32_t out_bf16, int32_t bias_bf16, void* out,
+                             const void* x, const void* weight, const void* bias, const float* x_scales,
+                             const int32_t* x_sums, const float* weight_scales, int64_t rows, int64_t outputs,
                              int64_t units, int64_t x_stride_bytes, int64_t groups, int64_t x_group_bytes) {
   const int64_t blocks = (outputs + BLOCK - 1) / BLOCK, out_bytes = out_bf16 ? 2 : 4;
 #pragma omp parallel num_threads(threads) if (groups * blocks > 1)
@@ -81,13 +88,17 @@ extern "C" void quire_linear(int32_t isa, int32_t threads, int32_t is_bf16, int3
                         (const char*)x + group * x_group_bytes,
                         (const char*)weight + group * blocks * units * BLOCK * 4,
                         bias,
+                        x_scales,
+                        weight_scales,
+                        x_sums,
                         rows,
                         outputs,
                         units,
                         x_stride_bytes,
                         groups * outputs,
-                        is_bf16 != 0,
-                        out_bf16 != 0};
+                        kind,
+                        out_bf16 != 0,
+                        bias_bf16 != 0};
       QUIRE_CALL(isa, linear_block(args, block, sums));
     }
   }

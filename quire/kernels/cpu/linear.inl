@@ -16,8 +16,12 @@ static inline void finish_row(const Linear& a, const float* sums, int64_t row, i
   for (int64_t i = 0; i < count; i += LANES) {
     const int64_t n = count - i < LANES ? count - i : LANES, at = start + i;
     Floats x = load(sums + i);
+    if (a.kind == BYTES) {
+      const Ints whole = load_units((const int32_t*)sums + i) - 128 * a.x_sums[row];
+      x = __builtin_convertvector(whole, Floats) * (a.x_scales[row] * load(a.weight_scales + at));
+    }
     if (a.bias) {
-      if (a.is_bf16) {
+      if (a.bias_bf16) {
         x = x + (n == LANES ? load((const Bf16*)a.bias + at) : load_some((const Bf16*)a.bias + at, n));
       } else {
         x = x + (n == LANES ? load((const float*)a.bias + at) : load_some((const float*)a.bias + at, n));
@@ -181,10 +185,12 @@ static void block_by_tiles(const Linear& a, int64_t block, float* sums) {
 
 static inline void linear_block(const Linear& a, int64_t block, float* sums) {
 #if QUIRE_ISA >= 4
-  if (a.is_bf16) return block_by_tiles(a, block, sums);
+  if (a.kind == BF16) return block_by_tiles(a, block, sums);
 #endif
-  if (a.is_bf16) {
+  if (a.kind == BF16) {
     block_by_vectors<Bf16Units>(a, block, sums);
+  } else if (a.kind == BYTES) {
+    block_by_vectors<ByteUnits>(a, block, sums);
   } else {
     block_by_vectors<FloatUnits>(a, block, sums);
   }

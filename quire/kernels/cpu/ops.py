@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.cpu.native import isa, load
+from quire.kernels.quantized import GROUP, Quantized, check, quantize_linear
 from quire.kernels.reference import act, act_mul, linear, norm_rope, pack_linear, rms_norm
 
 BOTH = (torch.float32, torch.bfloat16)
@@ -36,10 +37,22 @@ class PackedWeight:
     inputs: int
 
 
+@dataclass(frozen=True, slots=True)
+class PackedQuantized:
+    """A weight of `bits` bits as quantized.cpp makes it."""
+
+    data: Tensor  # uint8 [outputs / 64, padded * 64 * bits / 8]
+    scales: Tensor  # [outputs / 64, 64] float32, or [outputs / 64, padded / 64, 64] bfloat16
+    outputs: int
+    inputs: int
+    padded: int
+    bits: int
+
+
 def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
     library.quire_pack_linear.argtypes = (c_int32, c_int32, c_void_p, c_void_p, *[c_int64] * 4)
-    library.quire_linear.argtypes = (*[c_int32] * 4, *[c_void_p] * 4, *[c_int64] * 6)
-    product = library.quire_linear
+    library.quire_linear.argtypes = (*[c_int32] * 5, *[c_void_p] * 7, *[c_int64] * 6)
+    product, quantized = library.quire_linear, _quantized_product(library, level, threads)
 
     @pack_linear.on("cpu", *BOTH)
     def pack_linear_native(weight: Tensor, invariant: bool = False) -> PackedWeight:
@@ -55,9 +68,14 @@ def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int
 
     @linear.on("cpu", *BOTH)
     def linear_native(
-        x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, dtype: torch.dtype | None = None
+        x: Tensor,
+        weight: Tensor | PackedWeight | PackedQuantized | Quantized,
+        bias: Tensor | None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        if isinstance(weight, Tensor):
+        if isinstance(weight, PackedQuantized):
+            return quantized(x, weight, bias, dtype)
+        if isinstance(weight, Tensor | Quantized):
             return linear.reference(x, weight, bias, dtype)
         if weight.inputs % INPUT_STEP:
             x = torch.nn.functional.pad(x, (0, -weight.inputs % INPUT_STEP))
@@ -65,21 +83,68 @@ def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int
         if x.dim() != 2 + grouped or x.stride(-1) != 1:
             x = x.contiguous()
         out = torch.empty((*x.shape[:-1], weight.outputs), dtype=dtype or x.dtype)
-        size, inputs = x.element_size(), x.shape[-1]
+        size, inputs, bf16 = x.element_size(), x.shape[-1], x.dtype is torch.bfloat16
         rows = x.shape[0] if grouped else x.numel() // inputs
         stride = x.stride(0) if x.dim() == 2 + grouped else inputs
         product(
-            *(level, threads(), x.dtype is torch.bfloat16, out.dtype is torch.bfloat16),
-            *(
-                out.data_ptr(),
-                x.data_ptr(),
-                weight.data.data_ptr(),
-                None if bias is None else bias.data_ptr(),
-            ),
+            *(level, threads(), bf16, out.dtype is torch.bfloat16, bf16),
+            *(out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), _pointer(bias), None, None, None),
             *(rows, weight.outputs, weight.data.shape[2], stride * size),
             *(weight.groups, x.stride(1) * size if grouped else 0),
         )
         return out
+
+
+def _quantized_product(
+    library: ctypes.CDLL, level: int, threads: Callable[[], int]
+) -> Callable[[Tensor, PackedQuantized, Tensor | None, torch.dtype | None], Tensor]:
+    """Registers what makes quantized weights; returns the product with one."""
+    library.quire_quantize_weight.argtypes = (*[c_int32] * 4, *[c_void_p] * 3, *[c_int64] * 3)
+    library.quire_linear_quantized.argtypes = (*[c_int32] * 5, *[c_void_p] * 5, *[c_int64] * 5)
+    product = library.quire_linear_quantized
+
+    @quantize_linear.on("cpu", *BOTH)
+    def quantize_linear_native(weight: Tensor, bits: int) -> PackedQuantized:
+        check(weight, bits)
+        (outputs, inputs), weight = weight.shape, weight.contiguous()
+        step = INPUT_STEP if bits == 8 else GROUP
+        blocks, padded = -(-outputs // BLOCK_OUTPUTS), -(-inputs // step) * step
+        data = torch.empty(blocks, padded * BLOCK_OUTPUTS * bits // 8, dtype=torch.uint8)
+        if bits == 8:
+            scales = torch.empty(blocks, BLOCK_OUTPUTS)
+        else:
+            scales = torch.empty(blocks, padded // GROUP, BLOCK_OUTPUTS, dtype=torch.bfloat16)
+        library.quire_quantize_weight(
+            *(level, threads(), weight.dtype is torch.bfloat16, bits),
+            *(data.data_ptr(), scales.data_ptr(), weight.data_ptr(), outputs, inputs, padded),
+        )
+        return PackedQuantized(data, scales, outputs, inputs, padded, bits)
+
+    def multiply(
+        x: Tensor, weight: PackedQuantized, bias: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        if x.dim() != 2 or x.stride(1) != 1:
+            x = x.contiguous()
+        out = torch.empty((*x.shape[:-1], weight.outputs), dtype=dtype or x.dtype)
+        stride = x.stride(0) if x.dim() == 2 else x.shape[-1]
+        product(
+            *(level, threads(), weight.bits, x.dtype is torch.bfloat16, out.dtype is torch.bfloat16),
+            *(out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), weight.scales.data_ptr(), _pointer(bias)),
+            *(
+                x.numel() // weight.inputs,
+                weight.inputs,
+                weight.outputs,
+                weight.padded,
+                stride * x.element_size(),
+            ),
+        )
+        return out
+
+    return multiply
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _register_norms(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:

@@ -58,6 +58,35 @@ struct Bf16Units {
   static inline Ints first_only(Ints b) { return b & 0xffff; }
 };
 
+// sum + four bytes of each lane of b, from 0 to 255, by the four int8 of a: exact.
+template <class I>
+static inline I add_bytes(I sum, I b, int32_t a) {
+#if QUIRE_ISA >= 3
+  return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, _mm512_set1_epi32(a));
+#elif QUIRE_ISA == 2
+  const __m512i x = _mm512_set1_epi32(a), even = _mm512_and_si512((__m512i)b, _mm512_set1_epi16(255));
+  const __m512i odd = _mm512_srli_epi16((__m512i)b, 8);
+  const __m512i by_even = _mm512_madd_epi16(even, _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+  return sum + (I)_mm512_add_epi32(by_even, _mm512_madd_epi16(odd, _mm512_srai_epi16(x, 8)));
+#elif QUIRE_ISA == 1
+  const __m256i x = _mm256_set1_epi32(a), even = _mm256_and_si256((__m256i)b, _mm256_set1_epi16(255));
+  const __m256i odd = _mm256_srli_epi16((__m256i)b, 8);
+  const __m256i by_even = _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  return sum + (I)_mm256_add_epi32(by_even, _mm256_madd_epi16(odd, _mm256_srai_epi16(x, 8)));
+#else
+  for (int i = 0; i < 4; i++) sum += ((b >> (8 * i)) & 255) * (int32_t)(int8_t)(a >> (8 * i));
+  return sum;
+#endif
+}
+
+// A unit is four weights of 8 bits, 128 added; sums are int32, as the bits of floats.
+struct ByteUnits {
+  template <class V, class I>
+  static inline V step(V sum, I b, int32_t a) {
+    return (V)add_bytes((I)sum, b, a);
+  }
+};
+
 // Sums stay in registers of the machine's own width; a Floats is PARTS of them.
 #if QUIRE_ISA >= 2
 constexpr int WIDTH = 16;

@@ -1,0 +1,294 @@
+// Numbers of 8 and 4 bits, for one instruction set. See quantized.cpp.
+
+#include "products.inl"
+
+typedef int8_t Chars __attribute__((vector_size(16)));
+typedef int8_t CharsAt __attribute__((vector_size(16), aligned(1), may_alias));
+
+constexpr int GROUP_VECTORS = GROUP / LANES;
+#if QUIRE_ISA >= 2
+constexpr int NIBBLE_ROWS = 4, NIBBLE_COLUMNS = 2;  // a block of sums, and one of whole numbers, fit in registers
+#else
+constexpr int NIBBLE_ROWS = 2, NIBBLE_COLUMNS = 1;
+#endif
+
+static inline Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+
+// To the nearest integer, ties to even. Not by adding a large number, which the compiler might fuse with a product.
+static inline Ints nearest(Floats x) {
+#if QUIRE_ISA >= 2
+  return (Ints)_mm512_cvtps_epi32((__m512)x);
+#elif QUIRE_ISA == 1
+  __m256 parts[2];
+  memcpy(parts, &x, sizeof(x));
+  const __m256i whole[2] = {_mm256_cvtps_epi32(parts[0]), _mm256_cvtps_epi32(parts[1])};
+  Ints y;
+  memcpy(&y, whole, sizeof(y));
+  return y;
+#else
+  Ints y;
+  for (int i = 0; i < LANES; i++) y[i] = (int32_t)__builtin_rintf(x[i]);
+  return y;
+#endif
+}
+
+static inline int32_t sum(Ints x) {
+  int32_t total = 0;
+  for (int i = 0; i < LANES; i++) total += x[i];
+  return total;
+}
+
+// Inputs first .. first + 15 of a row that has `count`; zero past its end.
+template <class T>
+static inline Floats inputs_of(const T* row, int64_t first, int64_t count) {
+  if (first + LANES <= count) return load(row + first);
+  return first < count ? load_some(row + first, count - first) : Floats{};
+}
+
+// The greatest magnitude of a row; not a number if any of them is none, or infinite.
+template <class T>
+static inline float greatest(const T* row, int64_t count) {
+  Floats most{}, nothing{};
+  for (int64_t k = 0; k < count; k += LANES) {
+    const Floats x = inputs_of(row, k, count);
+    most = larger(most, magnitude(x));
+    nothing += x * 0.0f;
+  }
+  return largest(most) + sum(nothing);
+}
+
+template <class T>
+static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
+  const float top = greatest(x, a.inputs), inverse = top > 0 ? 127.0f / top : 0;
+  int8_t* out = a.out + row * a.padded;
+  Ints total{};
+  for (int64_t k = 0; k < a.padded; k += LANES) {
+    const Ints whole = nearest(inputs_of(x, k, a.inputs) * inverse);
+    *(CharsAt*)(out + k) = __builtin_convertvector(whole, Chars);
+    total += whole;
+    if (a.grouped && (k + LANES) % GROUP == 0) {
+      a.sums[row * (a.padded / GROUP) + k / GROUP] = sum(total);
+      total = Ints{};
+    }
+  }
+  if (!a.grouped) a.sums[row] = sum(total);
+  a.scales[row] = top / 127.0f;
+}
+
+static inline void quantize_row(const Rows& a, int64_t row) {
+  const char* x = (const char*)a.x + row * a.x_stride_bytes;
+  if (a.is_bf16) {
+    quantize_row_of(a, (const Bf16*)x, row);
+  } else {
+    quantize_row_of(a, (const float*)x, row);
+  }
+}
+
+// 64 outputs of 8 bits. Rows past the last are zeros, and so are inputs.
+template <class T>
+static void pack_bytes_of(const Weight& a, int64_t block) {
+  uint8_t* packed = (uint8_t*)a.packed + block * a.padded * BLOCK;
+  float* scales = (float*)a.scales + block * BLOCK;
+  for (int64_t i = 0; i < BLOCK; i++) {
+    const int64_t row = block * BLOCK + i, inputs = row < a.outputs ? a.inputs : 0;
+    const T* weight = (const T*)a.weight + (inputs ? row * a.inputs : 0);
+    const float top = greatest(weight, inputs), inverse = top > 0 ? 127.0f / top : 0;
+    scales[i] = top / 127.0f;
+    for (int64_t k = 0; k < a.padded; k += LANES) {
+      const Chars whole = __builtin_convertvector(nearest(inputs_of(weight, k, inputs) * inverse) + 128, Chars);
+      for (int64_t u = 0; u < LANES; u += 4) memcpy(packed + ((k + u) / 4 * BLOCK + i) * 4, (const char*)&whole + u, 4);
+    }
+  }
+}
+
+static void pack_bytes(const Weight& a, int64_t block) {
+  if (a.is_bf16) {
+    pack_bytes_of<Bf16>(a, block);
+  } else {
+    pack_bytes_of<float>(a, block);
+  }
+}
+
+// sum + a * b, rounded once where the machine can; see add_product.
+static inline Register add_scaled(Register sum, Register a, Register b) {
+#if QUIRE_ISA >= 2
+  return (Register)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif QUIRE_ISA == 1
+  return (Register)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum + a * b;
+#endif
+}
+
+// Whole numbers between -8 and 7.
+static inline Register nibbles(Register x, float inverse) {
+  x = x * inverse;
+#if QUIRE_ISA >= 2
+  const __m512 y = _mm512_max_ps(_mm512_min_ps((__m512)x, _mm512_set1_ps(7)), _mm512_set1_ps(-8));
+  return (Register)_mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif QUIRE_ISA == 1
+  const __m256 y = _mm256_max_ps(_mm256_min_ps((__m256)x, _mm256_set1_ps(7)), _mm256_set1_ps(-8));
+  return (Register)_mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  for (int i = 0; i < WIDTH; i++) x[i] = __builtin_rintf(x[i] > 7 ? 7 : x[i] < -8 ? -8 : x[i]);
+  return x;
+#endif
+}
+
+// As bf16; to the nearest, ties to even.
+static inline float rounded(float x) {
+  uint32_t word;
+  memcpy(&word, &x, 4);
+  if (x == x) word = (word + 0x7fff + ((word >> 16) & 1)) & 0xffff0000;
+  memcpy(&x, &word, 4);
+  return x;
+}
+
+// The scale of 64 numbers, rounded to bf16, that leaves the least square error. The greatest number becomes -8 or 7, or
+// something between that and the range's end, or beyond it, which cuts it off to be finer elsewhere.
+static inline float group_scale(const Floats (&x)[GROUP_VECTORS]) {
+  Floats high = x[0], low = -x[0], nothing{};
+  for (int v = 0; v < GROUP_VECTORS; v++) {
+    high = larger(high, x[v]);
+    low = larger(low, -x[v]);
+    nothing += x[v] * 0.0f;
+  }
+  const float top = largest(high), bottom = largest(low), extreme = top > bottom ? top : -bottom;
+  const float places[] = {-8.0f, -8.6f, -9.3f, -7.4f, 7.0f, 7.5f, 8.2f};
+  float least = INFINITY, best = sum(nothing);  // not a number if any is none, or infinite
+  Register numbers[GROUP / WIDTH];
+  memcpy(numbers, x, sizeof(numbers));
+  for (float place : places) {
+    const float scale = rounded(extreme / place), inverse = scale != 0 ? 1.0f / scale : 0;
+    Register error[PARTS] = {};
+    for (int i = 0; i < GROUP / WIDTH; i++) {
+      const Register off = add_scaled(-numbers[i], nibbles(numbers[i], inverse), Register{} + scale);
+      error[i % PARTS] = add_scaled(error[i % PARTS], off, off);
+    }
+    Floats errors;
+    memcpy(&errors, error, sizeof(errors));
+    const float found = sum(errors);
+    if (found < least) {
+      least = found;
+      best = scale;
+    }
+  }
+  return best;
+}
+
+template <class T>
+static void pack_nibbles_of(const Weight& a, int64_t block) {
+  char* packed = (char*)a.packed + block * a.padded / 2 * BLOCK;
+  uint16_t* scales = (uint16_t*)a.scales + block * (a.padded / GROUP) * BLOCK;
+  for (int64_t i = 0; i < BLOCK; i++) {
+    const int64_t row = block * BLOCK + i, inputs = row < a.outputs ? a.inputs : 0;
+    const T* weight = (const T*)a.weight + (inputs ? row * a.inputs : 0);
+    for (int64_t group = 0; group < a.padded / GROUP; group++) {
+      Floats x[GROUP_VECTORS];
+      for (int v = 0; v < GROUP_VECTORS; v++) x[v] = inputs_of(weight, group * GROUP + v * LANES, inputs);
+      const float scale = group_scale(x), inverse = scale != 0 ? 1.0f / scale : 0;
+      uint32_t bits, codes[GROUP / 4];
+      memcpy(&bits, &scale, 4);
+      scales[group * BLOCK + i] = bits >> 16;
+      for (int v = 0; v < GROUP_VECTORS; v++) {
+        Register some_numbers[PARTS];
+        memcpy(some_numbers, x + v, sizeof(some_numbers));
+        for (Register& number : some_numbers) number = nibbles(number, inverse) + 8.0f;
+        Floats whole;
+        memcpy(&whole, some_numbers, sizeof(whole));
+        const Chars some = __builtin_convertvector(nearest(whole), Chars);
+        memcpy(codes + v * 4, &some, sizeof(some));
+      }
+      for (int64_t u = 0; u < GROUP / 8; u++) {
+        const uint32_t both = codes[2 * u] | codes[2 * u + 1] << 4;
+        memcpy(packed + ((group * (GROUP / 8) + u) * BLOCK + i) * 4, &both, 4);
+      }
+    }
+  }
+}
+
+static void pack_nibbles(const Weight& a, int64_t block) {
+  if (a.is_bf16) {
+    pack_nibbles_of<Bf16>(a, block);
+  } else {
+    pack_nibbles_of<float>(a, block);
+  }
+}
+
+// Columns column .. of rows row .. row + R - 1: sums [R][NIBBLE_COLUMNS * LANES] of products with their scales.
+template <bool FIRST, int R>
+static inline void nibble_rows(const Product& a, int64_t block, int64_t row, int64_t column, float* sums) {
+  constexpr int PIECES = NIBBLE_COLUMNS * PARTS;
+  typedef uint16_t Scales __attribute__((vector_size(2 * WIDTH)));
+  typedef uint16_t ScalesAt __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+  typedef uint32_t RegisterWords __attribute__((vector_size(4 * WIDTH)));
+  const int64_t groups = a.padded / GROUP, units = a.padded / 8;
+  const int32_t* weight = a.weight + block * units * BLOCK + column;
+  const uint16_t* scales = a.scales + block * groups * BLOCK + column;
+  const int32_t* x[R];
+  for (int r = 0; r < R; r++) x[r] = (const int32_t*)(a.x + (row + r) * a.padded);
+  Register total[R][PIECES] = {};
+  for (int64_t group = 0; group < groups; group++) {
+    RegisterInts whole[R][PIECES] = {};
+    for (int64_t u = group * (GROUP / 8); u < (group + 1) * (GROUP / 8); u++)
+      for (int p = 0; p < PIECES; p++) {
+        const int32_t* at = weight + u * BLOCK + p * WIDTH;
+        if (FIRST) __builtin_prefetch(at + AHEAD_UNITS);
+        const RegisterInts both = *(const RegisterIntsAt*)at;
+        const RegisterInts below = both & 0x0f0f0f0f, above = (both >> 4) & 0x0f0f0f0f;
+        for (int r = 0; r < R; r++) {
+          whole[r][p] = add_bytes(whole[r][p], below, x[r][2 * u]);
+          whole[r][p] = add_bytes(whole[r][p], above, x[r][2 * u + 1]);
+        }
+      }
+    for (int p = 0; p < PIECES; p++) {
+      const Scales bits = *(const ScalesAt*)(scales + group * BLOCK + p * WIDTH);
+      const Register scale = (Register)(__builtin_convertvector(bits, RegisterWords) << 16);
+      for (int r = 0; r < R; r++) {
+        const RegisterInts off = whole[r][p] - 8 * a.x_sums[(row + r) * groups + group];
+        total[r][p] = add_scaled(total[r][p], __builtin_convertvector(off, Register), scale);
+      }
+    }
+  }
+  memcpy(sums, total, sizeof(total));
+}
+
+static inline void finish_columns(const Product& a, const float* sums, int64_t row, int64_t start, int64_t count) {
+  const int64_t n = count < LANES ? count : LANES, at = row * a.outputs + start;
+  Floats x = load(sums) * a.x_scales[row];
+  if (a.bias) x = x + (a.bias_bf16 ? load_some((const Bf16*)a.bias + start, n) : load_some((const float*)a.bias + start, n));
+  if (a.out_bf16) {
+    store_some((Bf16*)a.out + at, x, n);
+  } else {
+    store_some((float*)a.out + at, x, n);
+  }
+}
+
+template <bool FIRST, int R>
+static inline void some_nibble_rows(const Product& a, int64_t block, int64_t row) {
+  constexpr int64_t COLUMNS = NIBBLE_COLUMNS * LANES;
+  for (int64_t column = 0; column < BLOCK; column += COLUMNS) {
+    alignas(64) float sums[R * COLUMNS];
+    nibble_rows<FIRST, R>(a, block, row, column, sums);
+    for (int r = 0; r < R; r++)
+      for (int64_t c = 0; c < COLUMNS; c += LANES) {
+        const int64_t start = block * BLOCK + column + c;
+        if (start < a.outputs) finish_columns(a, sums + r * COLUMNS + c, row + r, start, a.outputs - start);
+      }
+  }
+}
+
+// 64 outputs of all rows.
+static void nibble_block(const Product& a, int64_t block) {
+  constexpr int R = NIBBLE_ROWS;
+  int64_t row = 0;
+  if (a.rows >= R) {
+    some_nibble_rows<true, R>(a, block, 0);
+    for (row = R; row + R <= a.rows; row += R) some_nibble_rows<false, R>(a, block, row);
+  }
+  if (R > 2 && a.rows - row >= 2) {
+    row ? some_nibble_rows<false, 2>(a, block, row) : some_nibble_rows<true, 2>(a, block, row);
+    row += 2;
+  }
+  if (a.rows - row >= 1) row ? some_nibble_rows<false, 1>(a, block, row) : some_nibble_rows<true, 1>(a, block, row);
+}
