@@ -27,6 +27,7 @@ OPTIONS = {
     "load_format",
     "device",
     "dtype",
+    "quantization",
     "attention_backend",
     "num_threads",
     "max_model_len",

@@ -282,7 +282,7 @@ def check(
     pack = ops.pack_linear.kernels.get((registered or device.type, dtype), ops.pack_linear.reference)
     for args in inputs:
         args = tuple(moved(x, device) for x in args)
-        expected = results(o.reference(*[copy(plain(x)) for x in args]))
+        expected = results(plain(o.reference(*[copy(plain(x)) for x in args])))
         found = results(plain(kernel(*[pack(x.dense) if isinstance(x, Pack) else x for x in args])))
         exact = results(o.reference(*[precise(plain(x)) for x in args])) if o.name in COMPOSED else expected
         for got, want, ideal in zip(found, expected, exact, strict=True):

@@ -46,7 +46,7 @@ struct Bf16Units {
 #if QUIRE_ISA >= 3
     return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(a));
 #else
-    int32_t first = a << 16, second = a & 0xffff0000;
+    const uint32_t first = (uint32_t)a << 16, second = (uint32_t)a & 0xffff0000;
     float f, g;
     memcpy(&f, &first, 4);
     memcpy(&g, &second, 4);

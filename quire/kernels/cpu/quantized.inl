@@ -63,9 +63,9 @@ static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
   int8_t* out = a.out + row * a.padded;
   Ints total{};
   for (int64_t k = 0; k < a.padded; k += LANES) {
-    const Ints whole = nearest(inputs_of(x, k, a.inputs) * inverse);
-    *(CharsAt*)(out + k) = __builtin_convertvector(whole, Chars);
-    total += whole;
+    const Chars whole = __builtin_convertvector(nearest(inputs_of(x, k, a.inputs) * inverse), Chars);
+    *(CharsAt*)(out + k) = whole;
+    total += __builtin_convertvector(whole, Ints);  // of what is not a number, too: 0
     if (a.grouped && (k + LANES) % GROUP == 0) {
       a.sums[row * (a.padded / GROUP) + k / GROUP] = sum(total);
       total = Ints{};
