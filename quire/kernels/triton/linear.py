@@ -191,16 +191,12 @@ def stream(
 def one_row(
     x, w, bias, out, residual, total, gain, squares, new_squares, N, K, num_parts, eps, offset,
     TILE: tl.constexpr, STEP: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr,
-    EVEN: tl.constexpr, NEXT: tl.constexpr, AHEAD: tl.constexpr,
+    EVEN: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
-    """A tile for the only row: products by threads, since a tensor core would compute 8 rows to keep one.
-
-    AHEAD: as in `stream`, beside the first step, which is on its way by then anyway.
-    """
+    """A tile for the only row: products by threads, since a tensor core would compute 8 rows to keep one."""
     tile = tl.program_id(0)
     columns, inputs = tile * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
-    w_rows = w + tl.minimum(columns, N - 1).to(tl.int64) * K
-    w_at = w_rows[:, None] + inputs[None, :]
+    w_at = w + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + inputs[None, :]
     up_at = tl.cast(N, tl.int64) * K
     if NEXT == EARLY:
         gdc_launch_dependents()
@@ -208,15 +204,8 @@ def one_row(
     ups = weights
     if ACT != "":
         ups = weights_at(w_at + up_at, 0, inputs, K, EVEN)
-    if NEXT != NEVER and AHEAD > 0:
-        ahead = tl.minimum(K, AHEAD) * (w.dtype.element_ty.primitive_bitwidth // 8)
-        fetch_ahead(w_rows, ahead)
-        if ACT != "":
-            fetch_ahead(w_rows + up_at, ahead)
     if NEXT != NEVER:
         gdc_wait()
-    if NEXT == AFTER:
-        gdc_launch_dependents()
     some = tl.load(x + inputs, mask=inputs < K, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
     y = weights.to(tl.float32) * some
     up = ups.to(tl.float32) * some

@@ -34,7 +34,6 @@ MOST_ROWS = ROWS[-1]
 UNSCALED = (torch.bfloat16, torch.float32)  # float16 might overflow before it is divided by the rms
 LEAST_TILE = 16  # rows of a weight, where programs share a tile
 AHEAD = 256  # inputs of each row of a weight, fetched while the kernel ahead still runs
-AHEAD_ALONE = 0
 SUMMED = 2048  # squares that a program adds up at once
 
 
@@ -176,9 +175,7 @@ def multiply(
     # Early only where programs are small: large ones would take the room of those that still run.
     constants |= following(x.device, kernels.EARLY if rows == 1 else kernels.LATE, inputs, x.stride(0))
     if rows == 1:
-        kernels.one_row[(tiles,)](
-            x, weight.data, *places, *sizes, UNROLL=tile.stages, AHEAD=AHEAD_ALONE, **constants
-        )
+        kernels.one_row[(tiles,)](x, weight.data, *places, *sizes, UNROLL=tile.stages, **constants)
     else:
         _stream(x, weight, places, sizes, tile, constants)
     return new_squares
