@@ -21,12 +21,12 @@ from against_transformers import SHAPE
 from quire import LLM, SamplingParams
 
 NUM_STEPS = 16
-PARTS = {
+PARTS = {  # names of functions, as profiled
     "linear": "linear_native",
     "quantized": "multiply",
     "attention": "attend",
     "sampling": "draw",
-}  # function names, as profiled
+}
 
 
 def measure(folder: Path, num_sequences: int, prompt_len: int, **options: str) -> str:

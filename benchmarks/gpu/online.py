@@ -98,9 +98,8 @@ def main() -> None:
     for model in args.models:
         with served(model, args.options) as (url, seconds):
             print(f"<!-- {model}: ready in {seconds:.1f} s -->", flush=True)
-            bench(
-                url, max(args.streams), args
-            )  # not measured: kernels are compiled and graphs captured meanwhile
+            # Not measured: kernels are compiled and graphs captured meanwhile.
+            bench(url, max(args.streams), args)
             for streams in args.streams:
                 found = bench(url, streams, args)
                 cells = " | ".join(f"{found[key]:,.4g}" for _, key in COLUMNS)

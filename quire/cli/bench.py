@@ -181,25 +181,25 @@ def _compare(backend: "Backend", work: "Workload", seconds: float, speed: "Speed
     from quire.resolve import ITEM_BYTES
 
     config = backend.config
-    if config.quantization != "auto":
-        _say(
-            f"No bound is known for {config.quantization}: this machine's speed with such numbers is not measured"
-        )
-        return {"backend": type(backend).__name__, "model": config.model, "dtype": config.dtype}
-    needs = Needs(backend.spec, ITEM_BYTES[config.dtype])
-    least = bound_s(speed, needs, work.input_lens, work.output_lens, work.n)
-    found = {
+    found: dict[str, Any] = {
         "backend": type(backend).__name__,
         "model": config.model,
         "dtype": config.dtype,
+    }
+    if config.block_size:
+        waste = found["cache_waste_percent"] = 100 * work.cache_waste(config.block_size)
+        _say(f"KV cache waste: {waste:.1f} % (the ends of last blocks of {config.block_size} tokens)")
+    if config.quantization != "auto":
+        _say(f"No bound is known for {config.quantization}: how fast this machine multiplies is not measured")
+        return found
+    needs = Needs(backend.spec, ITEM_BYTES[config.dtype])
+    least = bound_s(speed, needs, work.input_lens, work.output_lens, work.n)
+    found |= {
         "bytes_per_second": speed.bytes_per_s,
         "flops_per_second": speed.flops_per_s,
         "bound_time": least,
         "bound_percent": 100 * least / seconds,
     }
-    if config.block_size:
-        waste = found["cache_waste_percent"] = 100 * work.cache_waste(config.block_size)
-        _say(f"KV cache waste: {waste:.1f} % (the ends of last blocks of {config.block_size} tokens)")
     _say(
         f"This machine reads {speed.bytes_per_s / 1e9:.1f} GB/s and computes"
         f" {speed.flops_per_s / 1e12:.2f} TFLOP/s in {config.dtype}. At best this takes {least:.3g} s;"

@@ -29,6 +29,10 @@ class Transformers:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"hf_max_batch_size is {batch_size}; it must be at least 1")
         config = Config.of(**options)
+        if config.quantization != "auto":
+            raise ConfigError(
+                f"quantization is {config.quantization}; the backend hf runs weights as they are: leave it out"
+            )
         folder = resolve(config.model, config.revision).folder
         platform = detect(config.device)
         raw = read_config(folder)

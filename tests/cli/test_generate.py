@@ -111,3 +111,9 @@ def test_bench_latency(quire: Quire, tiny: str, folder: Path) -> None:
     assert len(found["latencies"]) == 4
     assert found["avg_latency"] == pytest.approx(sum(found["latencies"]) / 4)
     assert list(found["percentiles"]) == ["10", "25", "50", "75", "90", "99"]
+
+
+def test_bench_with_transformers_refuses_quantization(quire: Quire, tiny: str) -> None:
+    done = quire("bench", "throughput", tiny, "--backend", "hf", "--quantization", "int8", *SMALL)
+    assert done.returncode != 0
+    assert "quantization is int8; the backend hf" in done.stderr

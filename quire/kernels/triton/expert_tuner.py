@@ -20,9 +20,8 @@ from quire.kernels.triton.tuner import SHORT, TALL, seconds
 
 RUNS = 8  # in a graph, each with routes of its own
 PARTS = 32  # sums of squares of a row
-ALONE = tuple(
-    itertools.product((1, 2, 4, 8, 16), (256, 512, 1024), (1, 2, 4), (2, 4))
-)  # rows, step, unrolled, warps
+# Rows, step, unrolled, warps.
+ALONE = tuple(itertools.product((1, 2, 4, 8, 16), (256, 512, 1024), (1, 2, 4), (2, 4)))
 LEAST, MOST = 1024, 8192  # numbers of a weight that a program takes at once
 HIGH = ((128, 64, 3, 8), (128, 64, 4, 8), (128, 128, 2, 8), (64, 64, 4, 4), (64, 64, 3, 8), (256, 64, 3, 8))
 
@@ -85,7 +84,7 @@ class ExpertBench:
         processors, shared_bytes, _ = machine(self.x.device)
         used = expert_tile_for(product, processors, shared_bytes)
         times = {
-            tile: seconds(self.runs(product, tile)) / RUNS
+            tile: seconds([self._run(product, tile, routes) for routes in self.routes]) / RUNS
             for tile in expert_candidates(product, processors, shared_bytes)
         }
         fastest = min(times, key=lambda tile: times[tile])
@@ -94,10 +93,7 @@ class ExpertBench:
     def launches(self) -> Iterator[Callable[[], object]]:
         for product in self.products():
             for tile in expert_candidates(product, *machine(self.x.device)[:2]):
-                yield self.runs(product, tile)[0]
-
-    def runs(self, product: Product, tile: Tile) -> list[Callable[[], object]]:
-        return [self._run(product, tile, routes) for routes in self.routes]
+                yield self._run(product, tile, self.routes[0])
 
     def _run(self, product: Product, tile: Tile, routes: Routes) -> Callable[[], object]:
         arranged = None if self.rows == 1 else arrange(routes, self.mixture.num_experts, self.rows)
@@ -114,12 +110,11 @@ def expert_candidates(product: Product, processors: int, shared_bytes: int) -> I
     """Tiles worth a try, each once: the one in use, the rule's, and the shapes that won for dense layers."""
     tried = [expert_tile_for(product, processors, shared_bytes), expert_rule(product, processors)]
     if product.rows == 1:
-        even = [
+        tried += [
             Tile(rows, step, 1, unrolled, warps)
             for rows, step, unrolled, warps in ALONE
             if product.inputs % step == 0 and LEAST <= rows * step <= MOST
         ]
-        tried += even
     else:
         shapes = SHORT + TALL[:3] if product.rows == 8 else TALL if product.rows < 128 else HIGH
         for rows, step, stages, warps in shapes:
