@@ -21,7 +21,7 @@ from quire.config import Config
 from quire.engine.announce import Announce
 from quire.engine.core import EngineCore
 from quire.engine.inputs import InputProcessor
-from quire.engine.precompile import Job, Precompiler, compiled
+from quire.engine.precompile import Job, Precompiler, compiled, fix_keys
 from quire.engine.text import model_config, read_text
 from quire.errors import ConfigError
 from quire.kernels import ops
@@ -184,6 +184,7 @@ def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Decoder) -
     from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
 
     kernels = keep_kernels()
+    fix_keys()
     if why_not(model, build.device) is not None:
         return None
     job = Job(

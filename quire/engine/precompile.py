@@ -9,9 +9,11 @@ launched is compiled then.
 import atexit
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import threading
@@ -46,8 +48,9 @@ BOOT = (  # as in the nursery: the same modules as here, and none of the folder 
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from quire.engine.precompile import main; main()"
 )
+KERNELS = ("quire.attention.triton", "quire.kernels.triton", "quire.runner.triton", "quire.sampling.triton")
 ANY_DRAW = Uses.RANDOM | Uses.FILTERS
-DRAWS = (Uses(0), ANY_DRAW, ANY_DRAW | EXTRAS | Uses.LOGPROBS)  # which is every kernel that draws
+DRAWS = (Uses(0), Uses.RANDOM, ANY_DRAW, ANY_DRAW | EXTRAS | Uses.LOGPROBS)  # every kernel that draws
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ def run(job: Job) -> Outcome:
 
     gpu = Gpu(job.gpu[0], job.gpu[1], (job.gpu[2][0], job.gpu[2][1]))
     compile_only(gpu)
+    fix_keys()
     outcome, parent = Outcome(), os.getppid()
 
     def count(*, cache_hit: bool, **_: object) -> None:
@@ -166,6 +170,28 @@ def run(job: Job) -> Outcome:
     knobs.runtime.jit_cache_hook, knobs.compilation.listener = skip, count
     dry_run(job)
     return outcome
+
+
+def fix_keys() -> None:
+    """Have Triton know kernels by the same keys in every process, whatever each of them compiles first.
+
+    A kernel's key holds the constants of the functions that it calls, but only if those have been hashed before it
+    (Triton 3.6). Kernels that others compiled would not be found.
+    """
+    for package in map(importlib.import_module, KERNELS):
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            for value in vars(importlib.import_module(found.name)).values():
+                _hash(value)
+
+
+def _hash(function: object) -> None:
+    """A function of Triton's, after those that it calls."""
+    from triton import JITFunction
+
+    if isinstance(function, JITFunction) and function.hash is None:
+        for name in function.fn.__code__.co_names:
+            _hash(function.fn.__globals__.get(name))
+        function.cache_key  # noqa: B018  # which is computed when it is read
 
 
 def dry_run(job: Job) -> None:

@@ -60,9 +60,12 @@ def test_what_one_process_compiled_the_next_finds(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["0.6B", "30B-A3B", "uneven"])
 def test_every_kernel_can_be_compiled(model: str, tmp_path: Path) -> None:
-    """For small batches; the interpreter takes what the compiler refuses."""
-    found = outcome(job(model, max_seqs=8, max_batched_tokens=64), tmp_path)
-    assert found["num_compiled"] == len(found["launched"]) > 50
+    """For small batches, in two shares; the interpreter takes what the compiler refuses."""
+    work = job(model, max_seqs=8, max_batched_tokens=64)
+    shares = [outcome(replace(work, num_shares=2, share=share), tmp_path) for share in range(2)]
+    assert all(share["num_compiled"] == len(share["mine"]) > 20 for share in shares)
+    found = outcome(work, tmp_path)
+    assert found["num_compiled"] == 0 and len(found["launched"]) > 50
 
 
 @pytest.mark.parametrize("model", ["8B", "0.6B", "30B-A3B"])
@@ -86,6 +89,28 @@ def test_kernels_of_every_part_of_a_step_are_found(model: str, tmp_path: Path) -
     few = outcome(job(model, num_shares=1 << 70, share=-1, max_seqs=1, max_batched_tokens=32), tmp_path)
     assert few["launched"].keys() != found["launched"].keys()
     assert len(few["launched"]) < len(found["launched"])
+
+
+KEYS = """
+import sys
+from triton import JITFunction
+from quire.engine.precompile import KERNELS, fix_keys
+fix_keys()
+functions = [value for name, module in sys.modules.items() if name.startswith(KERNELS)
+             for value in vars(module).values() if isinstance(value, JITFunction)]
+keys = [function.cache_key for function in functions]
+for function, key in zip(functions, keys, strict=True):
+    function.hash = None
+    assert function.cache_key == key, function.fn.__qualname__
+print(len(keys))
+"""
+
+
+def test_a_kernels_key_does_not_depend_on_what_was_compiled_before() -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    ended = subprocess.run([sys.executable, "-c", KEYS], env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) > 60
 
 
 def test_ropes_with_settings_of_their_own(tmp_path: Path) -> None:
