@@ -1,7 +1,7 @@
 """Attention on a CPU, by C++ that reads the cache's pages where they lie (kernels/cpu/attention.cpp)."""
 
 import ctypes
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire.attention.base import LayerCache, Ragged, Turn, turn_and_write
 from quire.attention.shapes import DIM_STEP, CacheShape
+from quire.kernels.cpu.calls import keep, kernel
 from quire.kernels.cpu.native import isa, load
 
 PAGE_TOKENS = 16
@@ -49,10 +50,7 @@ class Cpu:
         self._laid_out: tuple[Ragged | None, _Step] = (None, _Step())
         library, self._reason = load()
         if library is not None:
-            self._write, self._attend = library.quire_write, library.quire_attend
-            self._write.argtypes = (*[c_void_p] * 3, c_int64, c_void_p, c_int64)
-            query = (c_void_p, c_int64, c_int64, c_void_p)
-            self._attend.argtypes = (c_void_p, c_void_p, *query, c_float, c_float, c_int64, c_void_p)
+            self._write, self._attend = kernel("quire_write"), kernel("quire_attend")
 
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         if self._reason:
@@ -100,13 +98,13 @@ class Cpu:
             is_bf16=dtype is torch.bfloat16,
             isa=self.level,
         )
-        return LayerCache(k, v, shape, ctypes.byref(handle))
+        return LayerCache(k, v, shape, handle)
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
         k, v = _packed(k), v if v is None else _packed(v)
         self._write(
-            *(cache.handle, self._layout(step), k.data_ptr(), k.stride(0)),
-            *((None, 0) if v is None else (v.data_ptr(), v.stride(0))),
+            *(ctypes.addressof(cache.handle), self._layout(step), k.data_ptr(), k.stride(0)),
+            *((0, 0) if v is None else (v.data_ptr(), v.stride(0))),
         )
 
     def attend_turned(self, heads: Tensor, cache: LayerCache, turn: Turn, step: Ragged, **how: Any) -> Tensor:
@@ -127,13 +125,14 @@ class Cpu:
         tokens, heads, _ = q.shape
         out = torch.empty((tokens, heads, cache.shape.v_dim), dtype=q.dtype)
         self._attend(
-            *(cache.handle, self._layout(step), q.data_ptr(), heads, q.stride(0), out.data_ptr()),
-            *(scale, softcap or 0.0, window or 0, None if sinks is None else sinks.data_ptr()),
+            *(ctypes.addressof(cache.handle), self._layout(step)),
+            *(q.data_ptr(), heads, q.stride(0), out.data_ptr()),
+            *(scale, softcap or 0.0, window or 0, 0 if sinks is None else sinks.data_ptr()),
         )
         return out
 
-    def _layout(self, step: Ragged) -> object:
-        """The step as the kernels take it; made once, since all layers ask for the same one."""
+    def _layout(self, step: Ragged) -> int:
+        """The address of the step as the kernels take it; made once, since all layers ask for the same one."""
         if self._laid_out[0] is not step:
             native = _Step(
                 query_starts=step.query_starts.data_ptr(),
@@ -146,7 +145,8 @@ class Cpu:
                 num_threads=torch.get_num_threads(),
             )
             self._laid_out = (step, native)
-        return ctypes.byref(self._laid_out[1])
+        keep(self._laid_out)
+        return ctypes.addressof(self._laid_out[1])
 
 
 def _packed(x: Tensor) -> Tensor:

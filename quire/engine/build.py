@@ -39,6 +39,7 @@ from quire.runner.fixed import FixedSteps, why_not
 from quire.runner.graphs import Graphs
 from quire.runner.memory import allocate_cache
 from quire.runner.mixed import MixedSteps, worthwhile
+from quire.runner.recorded import RecordedNetwork
 from quire.runner.runner import Runner
 from quire.runner.state import SlotState
 from quire.sampling.sampler import Sampler
@@ -238,7 +239,10 @@ def _core(
     fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs()) if reason is None else None
     most_tokens = min(config.max_num_batched_tokens, worthwhile(spec))
     mixed = None if fixed is None else MixedSteps(fixed, most_tokens)
-    runner = Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed)
+    recorded = None
+    if model.backend.name == "cpu":
+        recorded = RecordedNetwork(model, parts[1], state.tables.shape[1])
+    runner = Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed, recorded=recorded)
     secret = os.urandom(16)  # nobody outside can predict which prompts share a block
     pool = BlockPool(memory.num_blocks, block_size, secret=secret, caching=config.enable_prefix_caching)
     scheduler = Scheduler(

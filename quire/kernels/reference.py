@@ -15,6 +15,13 @@ from quire.kernels.quantized import Quantized, quantized_linear
 
 
 @op
+def embed(table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
+    """Rows `ids` [T] int64 of a table [N, D], times `scale` (in the table's dtype) -> [T, D]."""
+    rows = F.embedding(ids, table)
+    return rows if scale == 1.0 else rows * scale
+
+
+@op
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """x / rms(x) * (weight + offset) over the last dimension. x [..., D], weight [D] or [H, D]."""
     y = x.float()

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quire.attention.base import Backend, LayerCache, Ragged
 from quire.attention.shapes import cache_shapes, layer_offsets
+from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.block import Block
 from quire.layers.linear import Linear
@@ -75,11 +75,9 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, step: Ragged, caches: Sequence[LayerCache]) -> Tensor:
         """token_ids [T] int64 -> hidden [T, dim], the final norm applied."""
-        x = F.embedding(token_ids, self.embedding)
-        if self.embed_scale != 1.0:
-            x = x * self.embed_scale
+        x = ops.embed(self.embedding, token_ids, self.embed_scale)
         if self.positions is not None:
-            x = x + F.embedding(step.positions + self.spec.position_offset, self.positions)
+            x = x + ops.embed(self.positions, step.positions + self.spec.position_offset)
         norms = [*(cast(Block, layer).attn_norm for layer in self.layers), self.norm]
         y = normed(x, norms[0])
         for layer, cache, following in zip(self.layers, caches, norms[1:], strict=True):

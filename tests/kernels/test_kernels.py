@@ -1,6 +1,5 @@
 """Every registered kernel against its reference, over shapes and dtypes; Triton's on the CPU if need be."""
 
-import ctypes
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from quire.kernels import ops
 from quire.kernels.cpu import native
+from quire.kernels.cpu.calls import kernel
 from quire.kernels.cpu.ops import PackedQuantized, PackedWeight
 from quire.kernels.dispatch import Kernel, Op, op
 from quire.kernels.quantized import GROUP, Quantized
@@ -151,6 +151,13 @@ def sums(dtype: torch.dtype) -> Inputs:
     yield wide[:, 16:64], wide[:, 32:], ops.RmsNorm(noise(48, dtype=dtype), 1e-6)  # rows further apart
 
 
+def lookups(dtype: torch.dtype) -> Inputs:
+    table = noise(50, 33, dtype=dtype)
+    for ids in (torch.tensor([49]), torch.arange(100) % 50, torch.arange(0), torch.arange(40)[::7]):
+        yield table, ids
+        yield table, ids, 5.75
+
+
 def unscaled(dtype: torch.dtype) -> Inputs:
     for rows, size, parts in ((1, 16, 1), (5, 33, 70), (20, 640, 5)):
         yield noise(rows, size, dtype=dtype), row_scale(rows, parts)
@@ -208,6 +215,7 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "linear_add_norm": added_products,
     "add_norm": sums,
     "finish_norm": unscaled,
+    "embed": lookups,
     "route": choices,
     "experts": mixtures,
     "experts_add_norm": added_mixtures,
@@ -328,17 +336,15 @@ def test_kernel_equals_reference(o: Op, device: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("level", range(native.isa() + 1))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_instruction_set_computes_the_same(level: int, dtype: torch.dtype) -> None:
-    library = native.load()[0]
-    assert isinstance(library, ctypes.CDLL)
     bf16, rows, size = dtype is torch.bfloat16, 3, 70
     x, weight = noise(rows, size, dtype=dtype), noise(size, dtype=dtype, seed=1)
     out = torch.empty_like(x)
     pointers = (out.data_ptr(), x.data_ptr(), weight.data_ptr())
-    library.quire_rms_norm(level, 1, bf16, *pointers, rows, size, size, 1e-6, 0.5)
+    kernel("quire_rms_norm")(level, 1, bf16, *pointers, rows, size, size, 1e-6, 0.5)
     want = ops.rms_norm.reference(x, weight, 1e-6, 0.5)
     torch.testing.assert_close(out, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     half = torch.empty(rows, size // 2, dtype=dtype)
-    library.quire_act(level, 1, bf16, half.data_ptr(), x.data_ptr(), rows, size // 2, 0, True)
+    kernel("quire_act")(level, 1, bf16, half.data_ptr(), x.data_ptr(), rows, size // 2, 0, True)
     want = ops.act_mul.reference(x, "silu")
     torch.testing.assert_close(half, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -347,8 +353,6 @@ def test_every_instruction_set_computes_the_same(level: int, dtype: torch.dtype)
 @pytest.mark.parametrize("level", range(native.isa() + 1))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_product_is_the_same_bits_for_any_number_of_rows(level: int, dtype: torch.dtype) -> None:
-    library = native.load()[0]
-    assert isinstance(library, ctypes.CDLL)
     inputs, outputs, size = 352, 200, dtype.itemsize
     x, dense = noise(130, inputs, dtype=dtype), noise(outputs, inputs, dtype=dtype, seed=1, scale=0.1)
     weight = ops.pack_linear(dense)
@@ -356,8 +360,10 @@ def test_a_product_is_the_same_bits_for_any_number_of_rows(level: int, dtype: to
     def product(x: Tensor, threads: int) -> Tensor:
         out = torch.empty(len(x), outputs)
         kind = (level, threads, dtype is torch.bfloat16, False, False)
-        pointers = (out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), None, None, None, None)
-        library.quire_linear(*kind, *pointers, len(x), outputs, inputs * size // 4, x.stride(0) * size, 1, 0)
+        pointers = (out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), 0, 0, 0, 0)
+        kernel("quire_linear")(
+            *kind, *pointers, len(x), outputs, inputs * size // 4, x.stride(0) * size, 1, 0
+        )
         return out
 
     whole = product(x, 1)

@@ -77,17 +77,26 @@ int64_t memory_bytes(const Cache& cache) {
 
 }  // namespace
 
-extern "C" void quire_attend(const Cache* cache, const Step* step, const void* q, int64_t num_heads,
-                             int64_t q_stride, void* out, float scale, float softcap, int64_t window,
-                             const float* sinks) {
-  const Query query{q, num_heads, q_stride, out, scale, softcap, window, sinks};
+// Arguments as calls.py lays them out.
+struct AttendCall {
+  const Cache* cache;
+  const Step* step;
+  Query query;
+};
+
+extern "C" void quire_attend(const void* args) {
+  const AttendCall& a = *(const AttendCall*)args;
+  const Cache* cache = a.cache;
+  const Step* step = a.step;
+  const Query& query = a.query;
+  const int64_t num_heads = query.num_heads;
   int64_t most_rows = MOST_ROWS;
   std::vector<Item> items = split(*cache, *step, num_heads, most_rows);
   while ((int64_t)items.size() < step->num_threads && most_rows > LEAST_ROWS)
     items = split(*cache, *step, num_heads, most_rows /= 2);
   const int64_t row_bytes = num_heads * cache->v_dim * (cache->is_bf16 ? 2 : 4);
   const int64_t last = step->query_starts[step->num_sequences];
-  memset((char*)out + last * row_bytes, 0, (step->num_tokens - last) * row_bytes);
+  memset((char*)query.out + last * row_bytes, 0, (step->num_tokens - last) * row_bytes);
 #pragma omp parallel num_threads(step->num_threads) if (items.size() > 1)
   {
     char* memory = (char*)aligned_alloc(64, (memory_bytes(*cache) + 63) / 64 * 64);
@@ -121,18 +130,29 @@ void write_token(const Cache& cache, int64_t slot, const T* k, const T* v) {
 
 }  // namespace
 
-extern "C" void quire_write(const Cache* cache, const Step* step, const void* k, int64_t k_stride, const void* v,
-                            int64_t v_stride) {
-  const bool has_v = v && cache->v;
+struct WriteCall {
+  const Cache* cache;
+  const Step* step;
+  const void* k;
+  int64_t k_stride;
+  const void* v;  // null: none
+  int64_t v_stride;
+};
+
+extern "C" void quire_write(const void* args) {
+  const WriteCall& a = *(const WriteCall*)args;
+  const Cache* cache = a.cache;
+  const Step* step = a.step;
+  const bool has_v = a.v && cache->v;
 #pragma omp parallel for num_threads(step->num_threads) schedule(static) if (step->num_tokens >= 8)
   for (int64_t t = 0; t < step->num_tokens; t++) {
     const int64_t slot = step->slots[t];
     if (slot < 0) continue;
     if (cache->is_bf16) {
-      const uint16_t *keys = (const uint16_t*)k + t * k_stride, *values = (const uint16_t*)v + t * v_stride;
+      const uint16_t *keys = (const uint16_t*)a.k + t * a.k_stride, *values = (const uint16_t*)a.v + t * a.v_stride;
       write_token(*cache, slot, keys, has_v ? values : nullptr);
     } else {
-      const float *keys = (const float*)k + t * k_stride, *values = (const float*)v + t * v_stride;
+      const float *keys = (const float*)a.k + t * a.k_stride, *values = (const float*)a.v + t * a.v_stride;
       write_token(*cache, slot, keys, has_v ? values : nullptr);
     }
   }

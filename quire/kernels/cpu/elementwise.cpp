@@ -13,30 +13,48 @@ enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 =
 
 constexpr int64_t PARALLEL_ELEMENTS = 32768;  // fewer are done before other threads would have begun
 
+// Arguments as calls.py lays them out.
 struct RmsNorm {
+  int32_t isa, threads, is_bf16;
   void* out;
   const void *x, *weight;  // weight may be null
-  int64_t size, stride;
+  int64_t rows, size, stride;
   float eps, offset;
-  bool is_bf16;
+};
+
+struct AddNorm {
+  int32_t isa, threads, is_bf16;
+  void *total, *out;
+  const void *x, *residual, *weight;  // weight may be null
+  int64_t rows, size, x_stride, residual_stride;
+  float eps, offset;
 };
 
 struct NormRope {
+  int32_t isa, threads, is_bf16;
   void* x;
-  int64_t num_heads, size, stride, half;
+  int64_t rows, num_heads, size, stride, half;
   const float* weight;  // [num_heads][size] or null
-  float eps;
   const float *cos, *sin;  // [max_length][half]
   const int64_t* positions;
-  bool is_bf16;
+  float eps;
 };
 
 struct Act {
+  int32_t isa, threads, is_bf16;
   void* out;
   const void* x;  // gated: [rows][2][size], gates first
-  int64_t size;
-  int32_t kind;
-  bool gated, is_bf16;
+  int64_t rows, size;
+  int32_t kind, gated;
+};
+
+struct Embed {
+  int32_t isa, threads, is_bf16;
+  void* out;
+  const void* table;
+  const int64_t* ids;
+  int64_t rows, size;
+  float scale;
 };
 
 #define QUIRE_KERNELS "elementwise.inl"
@@ -44,32 +62,45 @@ struct Act {
 
 }  // namespace
 
-extern "C" void quire_rms_norm(int32_t isa, int32_t threads, int32_t is_bf16, void* out, const void* x,
-                               const void* weight, int64_t rows, int64_t size, int64_t stride, float eps,
-                               float offset) {
-  const RmsNorm args{out, x, weight, size, stride, eps, offset, is_bf16 != 0};
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1 && rows * size >= PARALLEL_ELEMENTS)
-  for (int64_t r = 0; r < rows; r++) {
-    QUIRE_CALL(isa, rms_norm(args, r));
+// All take the address of their arguments, so that calls can be kept and made again (quire_replay).
+
+extern "C" void quire_rms_norm(const void* args) {
+  const RmsNorm& a = *(const RmsNorm*)args;
+#pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > 1 && a.rows * a.size >= PARALLEL_ELEMENTS)
+  for (int64_t r = 0; r < a.rows; r++) {
+    QUIRE_CALL(a.isa, rms_norm(a, r));
   }
 }
 
-extern "C" void quire_norm_rope(int32_t isa, int32_t threads, int32_t is_bf16, void* x, int64_t rows,
-                                int64_t num_heads, int64_t size, int64_t stride, int64_t half, const float* weight,
-                                float eps, const float* cos, const float* sin, const int64_t* positions) {
-  const NormRope args{x, num_heads, size, stride, half, weight, eps, cos, sin, positions, is_bf16 != 0};
-  const int64_t work = rows * num_heads * size;
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1 && work >= PARALLEL_ELEMENTS)
-  for (int64_t r = 0; r < rows; r++) {
-    QUIRE_CALL(isa, norm_rope(args, r));
+extern "C" void quire_add_norm(const void* args) {
+  const AddNorm& a = *(const AddNorm*)args;
+#pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > 1 && a.rows * a.size >= PARALLEL_ELEMENTS)
+  for (int64_t r = 0; r < a.rows; r++) {
+    QUIRE_CALL(a.isa, add_norm(a, r));
   }
 }
 
-extern "C" void quire_act(int32_t isa, int32_t threads, int32_t is_bf16, void* out, const void* x, int64_t rows,
-                          int64_t size, int32_t kind, int32_t gated) {
-  const Act args{out, x, size, kind, gated != 0, is_bf16 != 0};
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1 && rows * size >= PARALLEL_ELEMENTS)
-  for (int64_t r = 0; r < rows; r++) {
-    QUIRE_CALL(isa, act(args, r));
+extern "C" void quire_norm_rope(const void* args) {
+  const NormRope& a = *(const NormRope*)args;
+  const int64_t work = a.rows * a.num_heads * a.size;
+#pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > 1 && work >= PARALLEL_ELEMENTS)
+  for (int64_t r = 0; r < a.rows; r++) {
+    QUIRE_CALL(a.isa, norm_rope(a, r));
+  }
+}
+
+extern "C" void quire_act(const void* args) {
+  const Act& a = *(const Act*)args;
+#pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > 1 && a.rows * a.size >= PARALLEL_ELEMENTS)
+  for (int64_t r = 0; r < a.rows; r++) {
+    QUIRE_CALL(a.isa, act(a, r));
+  }
+}
+
+extern "C" void quire_embed(const void* args) {
+  const Embed& a = *(const Embed*)args;
+#pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > 1 && a.rows * a.size >= PARALLEL_ELEMENTS)
+  for (int64_t r = 0; r < a.rows; r++) {
+    QUIRE_CALL(a.isa, embed(a, r));
   }
 }

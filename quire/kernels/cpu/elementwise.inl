@@ -106,6 +106,41 @@ static inline void rms_norm(const RmsNorm& a, int64_t row) {
   }
 }
 
+template <class T>
+static inline void add_norm_of(const AddNorm& a, int64_t row) {
+  const T *x = (const T*)a.x + row * a.x_stride, *residual = (const T*)a.residual + row * a.residual_stride;
+  T* total = (T*)a.total + row * a.size;
+  FOR_LANES(i, n, a.size) { put(total + i, get(residual + i, n) + get(x + i, n), n); }
+  rms_norm_row((T*)a.out + row * a.size, total, (const T*)a.weight, a.size, a.eps, a.offset);
+}
+
+static inline void add_norm(const AddNorm& a, int64_t row) {
+  if (a.is_bf16) {
+    add_norm_of<Bf16>(a, row);
+  } else {
+    add_norm_of<float>(a, row);
+  }
+}
+
+template <class T>
+static inline void embed_of(const Embed& a, int64_t row) {
+  const T* from = (const T*)a.table + a.ids[row] * a.size;
+  T* to = (T*)a.out + row * a.size;
+  if (a.scale == 1.0f) {
+    memcpy(to, from, a.size * sizeof(T));
+    return;
+  }
+  FOR_LANES(i, n, a.size) { put(to + i, get(from + i, n) * a.scale, n); }
+}
+
+static inline void embed(const Embed& a, int64_t row) {
+  if (a.is_bf16) {
+    embed_of<Bf16>(a, row);
+  } else {
+    embed_of<float>(a, row);
+  }
+}
+
 static inline void norm_rope(const NormRope& a, int64_t row) {
   const float *cos = a.cos + a.positions[row] * a.half, *sin = a.sin + a.positions[row] * a.half;
   for (int64_t h = 0; h < a.num_heads; h++) {

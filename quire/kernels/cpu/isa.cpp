@@ -27,7 +27,7 @@ bool may_use_tiles() { return false; }
 }  // namespace
 
 // The version of all functions' arguments; native.py refuses a library that was built from another one.
-extern "C" int32_t quire_abi() { return 3; }
+extern "C" int32_t quire_abi() { return 4; }
 
 extern "C" int32_t quire_isa() {
 #if defined(QUIRE_X86)
@@ -41,4 +41,9 @@ extern "C" int32_t quire_isa() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
   return BASELINE;
+}
+
+// Calls functions[i] with the arguments at args + offsets[i], one after the other: what Python has called before.
+extern "C" void quire_replay(const void* const* functions, const char* args, const int64_t* offsets, int64_t count) {
+  for (int64_t i = 0; i < count; i++) ((void (*)(const void*))functions[i])(args + offsets[i]);
 }

@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "linear.h"
+
 namespace {
 
 constexpr int64_t BLOCK = 64;          // outputs
@@ -20,8 +22,6 @@ constexpr int64_t MOST_ROWS = 96;      // whose sums are kept while a block of o
 constexpr int64_t PIECE_UNITS = 128;   // 32 KiB of the weight
 constexpr int64_t TILE_UNITS = 16;     // of an AMX tile's row
 constexpr int64_t AHEAD_UNITS = 2048;  // 8 KiB
-
-enum Kind : int32_t { FLOATS = 0, BF16 = 1, BYTES = 2 };
 
 struct Linear {
   void* out;
@@ -73,33 +73,31 @@ extern "C" void quire_pack_linear(int32_t threads, int32_t is_bf16, const void* 
   }
 }
 
-extern "C" void quire_linear(int32_t isa, int32_t threads, int32_t kind, int32_t out_bf16, int32_t bias_bf16, void* out,
-                             const void* x, const void* weight, const void* bias, const float* x_scales,
-                             const int32_t* x_sums, const float* weight_scales, int64_t rows, int64_t outputs,
-                             int64_t units, int64_t x_stride_bytes, int64_t groups, int64_t x_group_bytes) {
-  const int64_t blocks = (outputs + BLOCK - 1) / BLOCK, out_bytes = out_bf16 ? 2 : 4;
-#pragma omp parallel num_threads(threads) if (groups * blocks > 1)
+extern "C" void quire_linear(const void* args) {
+  const LinearCall& a = *(const LinearCall*)args;
+  const int64_t blocks = (a.outputs + BLOCK - 1) / BLOCK, out_bytes = a.out_bf16 ? 2 : 4;
+#pragma omp parallel num_threads(a.threads) if (a.groups * blocks > 1)
   {
     alignas(64) float sums[MOST_ROWS * BLOCK];
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < groups * blocks; i++) {
+    for (int64_t i = 0; i < a.groups * blocks; i++) {
       const int64_t group = i / blocks, block = i % blocks;
-      const Linear args{(char*)out + group * outputs * out_bytes,
-                        (const char*)x + group * x_group_bytes,
-                        (const char*)weight + group * blocks * units * BLOCK * 4,
-                        bias,
-                        x_scales,
-                        weight_scales,
-                        x_sums,
-                        rows,
-                        outputs,
-                        units,
-                        x_stride_bytes,
-                        groups * outputs,
-                        kind,
-                        out_bf16 != 0,
-                        bias_bf16 != 0};
-      QUIRE_CALL(isa, linear_block(args, block, sums));
+      const Linear one{(char*)a.out + group * a.outputs * out_bytes,
+                       (const char*)a.x + group * a.x_group_bytes,
+                       (const char*)a.weight + group * blocks * a.units * BLOCK * 4,
+                       a.bias,
+                       a.x_scales,
+                       a.weight_scales,
+                       a.x_sums,
+                       a.rows,
+                       a.outputs,
+                       a.units,
+                       a.x_stride_bytes,
+                       a.groups * a.outputs,
+                       a.kind,
+                       a.out_bf16 != 0,
+                       a.bias_bf16 != 0};
+      QUIRE_CALL(a.isa, linear_block(one, block, sums));
     }
   }
 }

@@ -2,16 +2,26 @@
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from quire.kernels.cpu.calls import kernel
 from quire.kernels.cpu.native import isa, load
 from quire.kernels.quantized import GROUP, Quantized, check, quantize_linear
-from quire.kernels.reference import act, act_mul, linear, norm_rope, pack_linear, rms_norm
+from quire.kernels.reference import (
+    RmsNorm,
+    act,
+    act_mul,
+    add_norm,
+    embed,
+    linear,
+    norm_rope,
+    pack_linear,
+    rms_norm,
+)
 
 BOTH = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {  # as in elementwise.cpp
@@ -23,7 +33,6 @@ ACTIVATIONS = {  # as in elementwise.cpp
     "relu2": 4,
     "sigmoid": 5,
 }
-COMMON: tuple[Any, ...] = (c_int32, c_int32, c_int32)  # instruction set, threads, whether bf16 (else float32)
 BLOCK_OUTPUTS, INPUT_STEP, UNIT_BYTES = 64, 32, 4  # as in linear.cpp
 
 
@@ -51,8 +60,7 @@ class PackedQuantized:
 
 def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
     library.quire_pack_linear.argtypes = (c_int32, c_int32, c_void_p, c_void_p, *[c_int64] * 4)
-    library.quire_linear.argtypes = (*[c_int32] * 5, *[c_void_p] * 7, *[c_int64] * 6)
-    product, quantized = library.quire_linear, _quantized_product(library, level, threads)
+    product, quantized = kernel("quire_linear"), _quantized_product(library, level, threads)
 
     @pack_linear.on("cpu", *BOTH)
     def pack_linear_native(weight: Tensor, invariant: bool = False) -> PackedWeight:
@@ -88,7 +96,7 @@ def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int
         stride = x.stride(0) if x.dim() == 2 + grouped else inputs
         product(
             *(level, threads(), bf16, out.dtype is torch.bfloat16, bf16),
-            *(out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), _pointer(bias), None, None, None),
+            *(out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), _pointer(bias), 0, 0, 0),
             *(rows, weight.outputs, weight.data.shape[2], stride * size),
             *(weight.groups, x.stride(1) * size if grouped else 0),
         )
@@ -100,8 +108,7 @@ def _quantized_product(
 ) -> Callable[[Tensor, PackedQuantized, Tensor | None, torch.dtype | None], Tensor]:
     """Registers what makes quantized weights; returns the product with one."""
     library.quire_quantize_weight.argtypes = (*[c_int32] * 4, *[c_void_p] * 3, *[c_int64] * 3)
-    library.quire_linear_quantized.argtypes = (*[c_int32] * 5, *[c_void_p] * 5, *[c_int64] * 5)
-    product = library.quire_linear_quantized
+    product = kernel("quire_linear_quantized")
 
     @quantize_linear.on("cpu", *BOTH)
     def quantize_linear_native(weight: Tensor, bits: int) -> PackedQuantized:
@@ -143,31 +150,50 @@ def _quantized_product(
     return multiply
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """(x with the numbers of a row side by side, its rows, numbers from a row to the next)."""
+    if x.dim() != 2 or x.stride(1) != 1:
+        x = x.contiguous()
+    size = x.shape[-1]
+    return x, x.numel() // size, x.stride(0) if x.dim() == 2 else size
 
 
 def _register_norms(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
-    library.quire_rms_norm.argtypes = (*COMMON, *[c_void_p] * 3, *[c_int64] * 3, c_float, c_float)
-    rows: tuple[Any, ...] = (c_void_p, *[c_int64] * 5)
-    library.quire_norm_rope.argtypes = (*COMMON, *rows, c_void_p, c_float, c_void_p, c_void_p, c_void_p)
-    rms, rope = library.quire_rms_norm, library.quire_norm_rope
+    rms, add, rope = (kernel(f"quire_{name}") for name in ("rms_norm", "add_norm", "norm_rope"))
 
     @rms_norm.on("cpu", *BOTH)
     def rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
         size = x.shape[-1]
         if weight is not None and weight.dim() != 1:
             return rms_norm.reference(x, weight, eps, offset)
-        if x.dim() != 2 or x.stride(1) != 1:
-            x = x.contiguous()
+        x, rows, stride = _rows(x)
         out = torch.empty(x.shape, dtype=x.dtype)
-        rows = x.numel() // size
         rms(
-            *(level, threads(), x.dtype is torch.bfloat16, out.data_ptr(), x.data_ptr()),
-            *(None if weight is None else weight.data_ptr(), rows, size),
-            *(x.stride(0) if x.dim() == 2 else size, eps, offset),
+            *(level, threads(), x.dtype is torch.bfloat16, out.data_ptr(), x.data_ptr(), _pointer(weight)),
+            *(rows, size, stride, eps, offset),
         )
         return out
+
+    @add_norm.on("cpu", *BOTH)
+    def add_norm_native(
+        x: Tensor, residual: Tensor, norm: RmsNorm, post: RmsNorm | None = None
+    ) -> tuple[Tensor, Tensor]:
+        weight, eps, offset = norm
+        if x.dtype is not residual.dtype or weight is not None and weight.dim() != 1:
+            return add_norm.reference(x, residual, norm, post)
+        x, rows, stride = _rows(x if post is None else rms_norm(x, *post))
+        residual, _, residual_stride = _rows(residual)
+        total, out = (torch.empty(x.shape, dtype=x.dtype) for _ in range(2))
+        add(
+            *(level, threads(), x.dtype is torch.bfloat16, total.data_ptr(), out.data_ptr()),
+            *(x.data_ptr(), residual.data_ptr(), _pointer(weight)),
+            *(rows, x.shape[-1], stride, residual_stride, eps, offset),
+        )
+        return total, out
 
     @norm_rope.on("cpu", *BOTH)
     def norm_rope_native(
@@ -186,15 +212,13 @@ def _register_norms(library: ctypes.CDLL, level: int, threads: Callable[[], int]
             x = x.contiguous()
         rope(
             *(level, threads(), x.dtype is torch.bfloat16, x.data_ptr(), rows, heads, size, x.stride(0)),
-            *(cos.shape[1], None if weight is None else weight.data_ptr(), eps),
-            *(cos.data_ptr(), sin.data_ptr(), positions.data_ptr()),
+            *(cos.shape[1], _pointer(weight), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), eps),
         )
         return x
 
 
 def _register_activations(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
-    library.quire_act.argtypes = (*COMMON, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32)
-    activate = library.quire_act
+    activate = kernel("quire_act")
 
     def activated(x: Tensor, kind: str, gated: bool) -> Tensor:
         x = x.contiguous()
@@ -215,6 +239,20 @@ def _register_activations(library: ctypes.CDLL, level: int, threads: Callable[[]
         return activated(x, kind, True)
 
 
+def _register_embedding(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
+    find = kernel("quire_embed")
+
+    @embed.on("cpu", *BOTH)
+    def embed_native(table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
+        ids, (_, size) = ids.contiguous(), table.shape
+        out = torch.empty((*ids.shape, size), dtype=table.dtype)
+        find(
+            *(level, threads(), table.dtype is torch.bfloat16, out.data_ptr(), table.data_ptr()),
+            *(ids.data_ptr(), ids.numel(), size, scale),
+        )
+        return out
+
+
 if (_library := load()[0]) is not None:
-    for _register in (_register_linear, _register_norms, _register_activations):
+    for _register in (_register_linear, _register_norms, _register_activations, _register_embedding):
         _register(_library, isa(), torch.get_num_threads)

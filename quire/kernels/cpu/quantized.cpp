@@ -15,6 +15,8 @@
 #include <immintrin.h>
 #endif
 
+#include "linear.h"
+
 namespace {
 
 constexpr int64_t BLOCK = 64;  // outputs
@@ -85,31 +87,33 @@ extern "C" void quire_quantize_weight(int32_t isa, int32_t threads, int32_t is_b
   }
 }
 
-// In linear.cpp; `kind` 2 is bytes.
-extern "C" void quire_linear(int32_t isa, int32_t threads, int32_t kind, int32_t out_bf16, int32_t bias_bf16, void* out,
-                             const void* x, const void* weight, const void* bias, const float* x_scales,
-                             const int32_t* x_sums, const float* weight_scales, int64_t rows, int64_t outputs,
-                             int64_t units, int64_t x_stride_bytes, int64_t groups, int64_t x_group_bytes);
-
 // x [rows, inputs] @ weight.T + bias: out [rows, outputs]. The bias is of x's type.
-extern "C" void quire_linear_quantized(int32_t isa, int32_t threads, int32_t bits, int32_t is_bf16, int32_t out_bf16,
-                                       void* out, const void* x, const void* weight, const void* scales,
-                                       const void* bias, int64_t rows, int64_t inputs, int64_t outputs, int64_t padded,
-                                       int64_t x_stride_bytes) {
-  const bool grouped = bits == 4;
-  const int64_t sums_per_row = grouped ? padded / GROUP : 1;
+struct QuantizedCall {
+  int32_t isa, threads, bits, is_bf16, out_bf16;
+  void* out;
+  const void *x, *weight, *scales, *bias;
+  int64_t rows, inputs, outputs, padded, x_stride_bytes;
+};
+
+extern "C" void quire_linear_quantized(const void* args) {
+  const QuantizedCall& a = *(const QuantizedCall*)args;
+  const bool grouped = a.bits == 4;
+  const int64_t sums_per_row = grouped ? a.padded / GROUP : 1;
   static thread_local Scratch scratch;
-  int8_t* whole = (int8_t*)scratch.of(rows * (padded + 4 + 4 * sums_per_row));
-  float* x_scales = (float*)(whole + rows * padded);
-  int32_t* x_sums = (int32_t*)(x_scales + rows);
-  const Rows given{whole, x_scales, x_sums, x, inputs, padded, x_stride_bytes, is_bf16 != 0, grouped};
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows > SERIAL_ROWS)
-  for (int64_t row = 0; row < rows; row++) QUIRE_CALL(isa, quantize_row(given, row));
-  if (!grouped)
-    return quire_linear(isa, threads, 2, out_bf16, is_bf16, out, whole, weight, bias, x_scales, x_sums,
-                        (const float*)scales, rows, outputs, padded / 4, padded, 1, 0);
-  const Product args{out,     whole,    x_scales, x_sums, (const int32_t*)weight, (const uint16_t*)scales, bias, rows,
-                     outputs, padded, out_bf16 != 0, is_bf16 != 0};
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++) QUIRE_CALL(isa, nibble_block(args, block));
+  int8_t* whole = (int8_t*)scratch.of(a.rows * (a.padded + 4 + 4 * sums_per_row));
+  float* x_scales = (float*)(whole + a.rows * a.padded);
+  int32_t* x_sums = (int32_t*)(x_scales + a.rows);
+  const Rows given{whole, x_scales, x_sums, a.x, a.inputs, a.padded, a.x_stride_bytes, a.is_bf16 != 0, grouped};
+#pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > SERIAL_ROWS)
+  for (int64_t row = 0; row < a.rows; row++) QUIRE_CALL(a.isa, quantize_row(given, row));
+  if (!grouped) {
+    const LinearCall bytes{a.isa, a.threads, BYTES, a.out_bf16, a.is_bf16, a.out, whole, a.weight, a.bias,
+                           x_scales, x_sums, (const float*)a.scales, a.rows, a.outputs, a.padded / 4, a.padded, 1, 0};
+    return quire_linear(&bytes);
+  }
+  const Product product{a.out,  whole,     x_scales,  x_sums,   (const int32_t*)a.weight, (const uint16_t*)a.scales,
+                        a.bias, a.rows,    a.outputs, a.padded, a.out_bf16 != 0,          a.is_bf16 != 0};
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
+  for (int64_t block = 0; block < (a.outputs + BLOCK - 1) / BLOCK; block++)
+    QUIRE_CALL(a.isa, nibble_block(product, block));
 }

@@ -1,0 +1,165 @@
+"""Calls of the library's kernels, and steps of them that are kept and made again at once.
+
+A kernel takes the address of its arguments. So a call is a function and some bytes, and what a network does in a step
+of so many rows, always in the same memory, can be kept and repeated by one call, as CUDA graphs do it on a GPU. What a
+step computes must not depend on anything but the contents of that memory. So a step is refused if torch computes
+anything in it itself: only kernels, views and fresh memory are known to be repeated.
+"""
+
+import ctypes
+import functools
+import struct
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quire.kernels.cpu.native import load
+
+# Arguments of kernels in the order of the C++ structures of the same names: i int32, q int64, P address, f float32.
+LAYOUTS = {
+    "quire_rms_norm": "3i3P3q2f",
+    "quire_add_norm": "3i5P4q2f",
+    "quire_norm_rope": "3iP5q4Pf",
+    "quire_act": "3i2P2q2i",
+    "quire_embed": "3i3P2qf",
+    "quire_linear": "5i7P6q",
+    "quire_linear_quantized": "5i5P5q",
+    "quire_write": "3PqPq",
+    "quire_attend": "3P2qP2fqP",
+}
+ALIGNED = 8  # bytes
+LEAST_BYTES = 256  # of memory for a result
+
+
+class Kernel:
+    """A function of the library, called with numbers and addresses."""
+
+    __slots__ = ("address", "function", "pack")
+
+    def __init__(self, library: ctypes.CDLL, name: str):
+        self.function = library[name]
+        self.function.argtypes, self.function.restype = (ctypes.c_char_p,), None
+        self.address = ctypes.cast(self.function, ctypes.c_void_p).value
+        self.pack = struct.Struct(LAYOUTS[name]).pack
+
+    def __call__(self, *args: float) -> None:
+        packed = self.pack(*args)
+        if _recording.step is not None:
+            _recording.step.calls.append((self.address, packed))
+        self.function(packed)
+
+
+@functools.cache
+def kernel(name: str) -> Kernel:
+    """One of LAYOUTS.
+
+    Raises:
+        RuntimeError: there is no library.
+    """
+    library, reason = load()
+    if library is None:
+        raise RuntimeError(reason)
+    return Kernel(library, name)
+
+
+class Step:
+    """Calls in their order. Whoever replays it keeps alive whatever memory it had before."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int | None, bytes]] = []
+        self.kept: list[object] = []
+        self.refused: str | None = None  # an operation of torch's
+        self._replay: Callable[[], None] | None = None
+
+    def replay(self) -> None:
+        if self._replay is None:
+            self._replay = self._joined()
+        self._replay()
+
+    def _joined(self) -> Callable[[], None]:
+        library, _ = load()
+        if library is None:
+            raise RuntimeError("a step was recorded without a library")
+        padded = [packed.ljust(-(-len(packed) // ALIGNED) * ALIGNED, b"\0") for _, packed in self.calls]
+        args = np.frombuffer(b"".join(padded), np.uint64)
+        offsets = np.array([0, *accumulate(map(len, padded))][:-1], np.int64)
+        functions = np.array([address for address, _ in self.calls], np.uint64)
+        self.kept += (args, offsets, functions)
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (functions, args, offsets)]
+        return functools.partial(library.quire_replay, *pointers, ctypes.c_int64(len(self.calls)))
+
+
+class _Recording(threading.local):
+    step: Step | None = None
+
+
+_recording = _Recording()
+
+
+def keep(found: object) -> None:
+    """Have the step that is being recorded, if any, keep something alive that its calls point to."""
+    if _recording.step is not None:
+        _recording.step.kept.append(found)
+
+
+class Memory:
+    """What results of recorded steps are written to, and given to others of them afterwards: one runs at a time."""
+
+    def __init__(self) -> None:
+        self.free: dict[int, list[np.ndarray]] = {}
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Like torch.empty; a tensor's memory is free again when nothing views it any more."""
+        num_bytes = prod(shape) * dtype.itemsize
+        if not num_bytes:
+            return torch.empty(shape, dtype=dtype)
+        size = max(LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
+        blocks = self.free.setdefault(size, [])
+        block = blocks.pop() if blocks else torch.empty(size, dtype=torch.uint8).numpy()
+        view = block[:num_bytes]
+        weakref.finalize(view, blocks.append, block)
+        return torch.frombuffer(view, dtype=dtype).view(shape)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, step: Step, memory: Memory):
+        super().__init__()
+        self.step, self.memory = step, memory
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.empty.memory_format:
+            return self.memory.empty(args[0], kwargs.get("dtype") or torch.get_default_dtype())
+        result = func(*args, **kwargs)
+        if not (func.is_view and _is_within(result, args[0])):
+            self.step.refused = self.step.refused or func.name()
+        return result
+
+
+def _is_within(result: Any, x: Tensor) -> bool:
+    """Whether all results are parts of x, rather than copies of it."""
+    results = result if isinstance(result, list | tuple) else (result,)
+    memory = x.untyped_storage().data_ptr()
+    return all(one.untyped_storage().data_ptr() == memory for one in results)
+
+
+@contextmanager
+def record(memory: Memory) -> Iterator[Step]:
+    """Keep the calls that this thread makes meanwhile, which are made, too; `refused`: if they are not all there is."""
+    step = _recording.step = Step()
+    try:
+        with _Recorder(step, memory):
+            yield step
+    finally:
+        _recording.step = None
