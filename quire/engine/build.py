@@ -35,11 +35,11 @@ from quire.models.spec import Decoder as DecoderSpec
 from quire.platforms.base import Platform
 from quire.platforms.detect import detect
 from quire.resolve import BITS, Machine, Resolved, resolve, resolve_dtype
-from quire.runner.fixed import FixedSteps, why_not
+from quire.runner.fixed import MOST_RECORDED, FixedSteps, why_not
 from quire.runner.graphs import Graphs
 from quire.runner.memory import allocate_cache
 from quire.runner.mixed import MixedSteps, worthwhile
-from quire.runner.recorded import RecordedNetwork
+from quire.runner.recordings import Recordings
 from quire.runner.runner import Runner
 from quire.runner.state import SlotState
 from quire.sampling.sampler import Sampler
@@ -233,16 +233,17 @@ def _core(
         state,
         Sampler(spec.vocab_size, state.tokens),
     )
-    reason = why_not(model, device)
-    if reason is not None and device.type == "cuda":
-        logger.info("decode steps are no CUDA graphs: %s", reason)
-    fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs()) if reason is None else None
-    most_tokens = min(config.max_num_batched_tokens, worthwhile(spec))
-    mixed = None if fixed is None else MixedSteps(fixed, most_tokens)
-    recorded = None
+    fixed = mixed = None
     if model.backend.name == "cpu":
-        recorded = RecordedNetwork(model, parts[1], state.tables.shape[1])
-    runner = Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed, recorded=recorded)
+        fixed = FixedSteps(
+            *parts, block_size=block_size, graphs=Recordings(), sizes=range(1, MOST_RECORDED + 1)
+        )
+    elif (reason := why_not(model, device)) is None:
+        fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs())
+        mixed = MixedSteps(fixed, min(config.max_num_batched_tokens, worthwhile(spec)))
+    elif device.type == "cuda":
+        logger.info("decode steps are no CUDA graphs: %s", reason)
+    runner = Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed)
     secret = os.urandom(16)  # nobody outside can predict which prompts share a block
     pool = BlockPool(memory.num_blocks, block_size, secret=secret, caching=config.enable_prefix_caching)
     scheduler = Scheduler(

@@ -31,6 +31,7 @@ from quire.kernels.reference import (
     normed_act_mul,
     normed_linear,
     pack_linear,
+    pick,
     rms_norm,
 )
 
@@ -73,6 +74,7 @@ __all__ = [
     "normed_linear",
     "pack_experts",
     "pack_linear",
+    "pick",
     "quantize_linear",
     "rms_norm",
     "route",

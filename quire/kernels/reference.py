@@ -22,6 +22,12 @@ def embed(table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
 
 
 @op
+def pick(table: Tensor, columns: Tensor) -> Tensor:
+    """Columns [R] int64 of a table [N, M] -> [N, R]."""
+    return table.index_select(1, columns)
+
+
+@op
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """x / rms(x) * (weight + offset) over the last dimension. x [..., D], weight [D] or [H, D]."""
     y = x.float()

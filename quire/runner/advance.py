@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quire.kernels.cpu.calls import kernel
+from quire.kernels.cpu.native import load
 from quire.kernels.dispatch import op
 from quire.runner.ring import Ring
 from quire.sampling.slots import Stops
@@ -55,6 +57,25 @@ def gather(rows: Tensor, numbers: Tensor, tokens: Tensor, inputs: Inputs, block_
     inputs.tables.copy_(mine[:, 1:])
 
 
+@gather.on("cpu", torch.int64)
+def gather_native(rows: Tensor, numbers: Tensor, tokens: Tensor, inputs: Inputs, block_size: int) -> None:
+    """The compiled kernel, where there is one."""
+    if load()[0] is None:
+        gather.reference(rows, numbers, tokens, inputs, block_size)
+        return
+    kernel("quire_gather")(
+        *(rows.data_ptr(), numbers.data_ptr(), tokens.data_ptr(), *(x.data_ptr() for x in inputs)),
+        *(
+            len(rows),
+            len(numbers) - 1,
+            numbers.stride(0),
+            tokens.stride(0),
+            inputs.tables.stride(0),
+            block_size,
+        ),
+    )
+
+
 @gather.on("cuda", torch.int64)
 def gather_triton(rows: Tensor, numbers: Tensor, tokens: Tensor, inputs: Inputs, block_size: int) -> None:
     """One kernel."""
@@ -93,6 +114,32 @@ def advance(
     report = torch.cat(parts).to(ring.entries.device)
     ring.entries[int(ring.count) % len(ring.entries), : len(report)] = report
     ring.count += 1
+
+
+@advance.on("cpu", torch.int64)
+def advance_native(
+    rows: Tensor,
+    numbers: Tensor,
+    tokens: Tensor,
+    stops: Stops,
+    following: Tensor,
+    token_ids: Tensor,
+    bad: Tensor,
+    scores: Tensor | None,
+    ring: Ring,
+) -> None:
+    """The compiled kernel, where there is one."""
+    if load()[0] is None:
+        advance.reference(rows, numbers, tokens, stops, following, token_ids, bad, scores, ring)
+        return
+    kernel("quire_advance")(
+        *(rows.data_ptr(), numbers.data_ptr(), tokens.data_ptr()),
+        *(stops.records.addresses.data_ptr(), stops.start.data_ptr()),
+        *(following.data_ptr(), token_ids.data_ptr(), bad.data_ptr()),
+        *(0 if scores is None else scores.data_ptr(), ring.entries.data_ptr(), ring.count.data_ptr()),
+        *(len(rows), len(numbers) - 1, numbers.stride(0), tokens.stride(0)),
+        *(0 if scores is None else scores.numel(), *ring.entries.shape),
+    )
 
 
 @advance.on("cuda", torch.int64)

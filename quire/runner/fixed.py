@@ -6,11 +6,13 @@ CUDA one graph:
 
     gather | network | logits | draw | advance, which reports to the host        or, where the sampler must run on
     gather | network | copy of its output                                        the host's numbers, the first half
+
+On a CPU it is a recording, which there are for few rows and for each number of them: padding would take time.
 """
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +22,6 @@ from quire.attention.base import LayerCache, Ragged
 from quire.layers.decoder import Decoder
 from quire.runner.advance import Inputs, advance, gather
 from quire.runner.batch import Batch
-from quire.runner.graphs import Graphs
 from quire.runner.ring import Ring
 from quire.runner.rows import Rows
 from quire.runner.state import SlotState
@@ -29,6 +30,7 @@ from quire.sampling.sampler import FIXED_LOGPROBS, HostSampled, Sampler
 from quire.sampling.slots import Uses
 from quire.scheduler.plan import Work
 
+MOST_RECORDED = 64  # rows; with more, a step takes a hundred times as long as Python's part of it
 FEW_ROWS, SHORT = 2, 4096  # attention divides so few sequences otherwise if they are short (attention/triton)
 
 
@@ -45,6 +47,16 @@ def sizes_up_to(most: int) -> list[int]:
     """Numbers of rows that steps are padded to: fine where another row costs most, `most` itself the last."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 64)]
     return [*(size for size in sizes if size < most), most]
+
+
+class Repeated(Protocol):
+    """Steps that are computed again by one call: graphs.py, recordings.py."""
+
+    with_logprobs: bool  # whether steps may be whole in which rows ask for log probabilities
+
+    def run(self, kind: Hashable, compute: Callable[[], None]) -> bool:
+        """Run `compute`, whose kernels and memory depend on `kind` alone; False if it was not."""
+        ...
 
 
 class FixedKind(NamedTuple):
@@ -74,8 +86,10 @@ class FixedSteps:
         sampler: Sampler,
         *,
         block_size: int,
-        graphs: Graphs,
+        graphs: Repeated,
+        sizes: Sequence[int] = (),
     ):
+        """`sizes`: numbers of rows that steps are padded to, ascending; those of a GPU by default."""
         self.model, self.caches, self.state, self.sampler = model, caches, state, sampler
         self.block_size, self.graphs = block_size, graphs
         most, device, build = state.nobody, state.tokens.device, model.build
@@ -83,7 +97,7 @@ class FixedSteps:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
-        self.sizes = sizes_up_to(most)
+        self.sizes = [size for size in sizes or sizes_up_to(most) if size <= most]
         self.rows = Rows(state, block_size, share=model.backend.shares)
         self.inputs = Inputs(
             token_ids=zeros(most),
@@ -101,7 +115,7 @@ class FixedSteps:
 
     def sample(self, work: Sequence[Work]) -> Callable[[], HostSampled] | None:
         """Start the work's whole step; the returned call waits for its tokens."""
-        if not _fits(work):
+        if not self._fits(work):
             return None
         slots = [w.slot for w in work]
         asked = self.asked(slots)
@@ -113,7 +127,7 @@ class FixedSteps:
     def asked(self, slots: Sequence[int]) -> Asked | None:
         """What sampling these slots takes, or None where a whole step cannot do it."""
         uses = self.sampler.fixed_uses(slots)
-        if uses is None:
+        if uses is None or (uses & Uses.LOGPROBS and not self.graphs.with_logprobs):
             return None
         return Asked(uses, self.sampler.num_logprobs(slots) if uses & Uses.LOGPROBS else [None] * len(slots))
 
@@ -139,7 +153,7 @@ class FixedSteps:
 
     def forward(self, work: Sequence[Work]) -> tuple[Batch, Tensor] | None:
         """Start the network only: the batch and the network's output [rows, dim], both valid until the next step."""
-        if not _fits(work):
+        if not self._fits(work):
             return None
         kind = self._place(work, None)
         if not self.graphs.run(kind, lambda: self.compute(kind)):
@@ -157,6 +171,9 @@ class FixedSteps:
             sample_positions=inputs.following[:count],
         )
         return batch, self.hidden[:count]
+
+    def _fits(self, work: Sequence[Work]) -> bool:
+        return len(work) <= self.sizes[-1] and all(w.count == 1 and w.samples and not w.drafts for w in work)
 
     def _place(self, work: Sequence[Work], uses: Uses | None) -> FixedKind:
         """Tell the device whose rows follow."""
@@ -200,7 +217,3 @@ def _read(words: Tensor, *, shape: tuple[int, int], asked: Sequence[int | None])
     num_rows, count = shape[0], len(asked)
     bad = [flag != 0 for flag in words[num_rows : num_rows + count].tolist()]
     return HostSampled(words[:count].tolist(), bad, unpack_some(words[2 * num_rows :], shape, asked))
-
-
-def _fits(work: Sequence[Work]) -> bool:
-    return all(w.count == 1 and w.samples and not w.drafts for w in work)

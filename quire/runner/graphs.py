@@ -19,6 +19,8 @@ class Graphs:
     cannot be captured runs without a graph, and what has no memory for it is tried again after a while.
     """
 
+    with_logprobs = True
+
     def __init__(self, *, capture: bool = True):
         """`capture`: False to run every step uncaptured, as machines without CUDA do in tests."""
         self.capture = capture

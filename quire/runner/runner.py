@@ -20,7 +20,6 @@ from quire.runner.batch import Batch, make_batch
 from quire.runner.fixed import FixedSteps
 from quire.runner.mixed import MixedSteps
 from quire.runner.pieces import PieceSize
-from quire.runner.recorded import RecordedNetwork
 from quire.runner.state import SlotState
 from quire.sampling.logprobs import prompt_logprobs
 from quire.sampling.sampler import HostSampled, Sampled, Sampler
@@ -56,14 +55,10 @@ class Runner:
         block_size: int,
         fixed: FixedSteps | None = None,
         mixed: MixedSteps | None = None,
-        recorded: RecordedNetwork | None = None,
     ):
-        """`fixed`, `mixed`: how steps of newest tokens, and small ones of any, are computed if not as all others.
-
-        `recorded`: the network, if it is not simply called.
-        """
+        """`fixed`, `mixed`: how steps of newest tokens, and small ones of any, are computed if not as all others."""
         self.model, self.caches, self.state, self.sampler = model, caches, state, sampler
-        self.block_size, self.fixed, self.mixed, self.recorded = block_size, fixed, mixed, recorded
+        self.block_size, self.fixed, self.mixed = block_size, fixed, mixed
         self.sampling: dict[int, Sampling] = {}  # by sequence, from `register` to `forget`
         self.logprobs: dict[int, deque[TokenLogprobs]] = {}  # by sequence, a token each, oldest first
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by sequence, for prompt tokens 1, 2, ...
@@ -74,7 +69,7 @@ class Runner:
 
     def close(self) -> None:
         """Let go of the device's memory; nothing can be launched afterwards."""
-        del self.model, self.caches, self.state, self.sampler, self.fixed, self.mixed, self.recorded
+        del self.model, self.caches, self.state, self.sampler, self.fixed, self.mixed
         self.launched, self.drawn = [], []
 
     def register(self, seq: int, sampling: Sampling) -> None:
@@ -141,7 +136,7 @@ class Runner:
             piece = todo.popleft()
             try:
                 batch = make_batch(piece, self.state, self.block_size)
-                self.launched.append((batch, self._hidden(batch)))
+                self.launched.append((batch, self.model(batch.token_ids, batch.ragged, self.caches)))
                 continue
             except torch.OutOfMemoryError:
                 num_positions = sum(w.count for w in piece)
@@ -152,13 +147,6 @@ class Runner:
             logger.warning("out of memory at %d positions; going on with %d", num_positions, self.pieces.most)
             todo.extendleft(reversed(tuple(self.pieces.split(piece))))
         self.pieces.went_well()
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        """The network's output [T, dim]."""
-        if self.recorded is not None:
-            return self.recorded(batch.token_ids, batch.ragged)
-        hidden: Tensor = self.model(batch.token_ids, batch.ragged, self.caches)
-        return hidden
 
     def _draw(self, batch: Batch, hidden: Tensor) -> list[Drawn]:
         """Tokens for the batch's rows: for all at once or, where that fails, for either half.

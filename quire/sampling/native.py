@@ -1,25 +1,17 @@
 """Calls of the compiled CPU sampling kernels, where the machine has them. Knows no slots and no requests."""
 
-import ctypes
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from quire.kernels.cpu.calls import Kernel, kernel
 from quire.kernels.cpu.native import library
-
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
 @cache
-def _functions() -> ctypes.CDLL | None:
-    found = library()
-    if found is not None:
-        found.quire_draw.argtypes = [_POINTER, *[_LONG] * 3, *[_POINTER] * 8, _INT]
-        found.quire_draw.restype = None
-        found.quire_penalise.argtypes = [_POINTER, *[_LONG] * 2, _POINTER, _LONG, _POINTER, _INT]
-        found.quire_penalise.restype = None
-    return found
+def _kernels() -> tuple[Kernel, Kernel] | None:
+    return None if library() is None else (kernel("quire_draw"), kernel("quire_penalise"))
 
 
 def draw(
@@ -29,8 +21,8 @@ def draw(
 
     `floats` are log_min_p and top_p [R] float32, `ints` are top_k, seeds and positions [R] int64.
     """
-    functions = _functions()
-    if functions is None:
+    kernels = _kernels()
+    if kernels is None:
         return None
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     num_rows, vocab_size = logits.shape
@@ -39,17 +31,17 @@ def draw(
     bad = torch.empty(num_rows, dtype=torch.bool)
     pointers = [x.data_ptr() for x in (*columns, token_ids, bad)]
     shape = (num_rows, vocab_size, logits.stride(0))
-    functions.quire_draw(logits.data_ptr(), *shape, *pointers, torch.get_num_threads())
+    kernels[0](logits.data_ptr(), *shape, *pointers, torch.get_num_threads())
     return token_ids, bad
 
 
 def penalise(logits: Tensor, slots: Tensor, addresses: Tensor) -> bool:
     """Do what `quire.sampling.penalties.penalise` does; False without the compiled library."""
-    functions = _functions()
-    if functions is None or logits.stride(-1) != 1:
+    kernels = _kernels()
+    if kernels is None or logits.stride(-1) != 1:
         return False
     shape = (logits.stride(0), logits.shape[1])
     slots = slots.contiguous()
     given = (slots.data_ptr(), len(slots), addresses.data_ptr(), torch.get_num_threads())
-    functions.quire_penalise(logits.data_ptr(), *shape, *given)
+    kernels[1](logits.data_ptr(), *shape, *given)
     return True

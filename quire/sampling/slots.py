@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.kernels.ops import pick
 from quire.sampling.draw import Controls
 from quire.sampling.filters import Filters
 from quire.sampling.records import Records
@@ -138,7 +139,7 @@ class SlotParams:
     def controls(self, slots: Tensor, positions: Tensor, union: Uses) -> Controls:
         """How to draw for slots [R] at positions [R], gathered on the device; `union` of what they use."""
         if union & Uses.RANDOM:
-            floats, ints = self._floats.index_select(1, slots), self._ints[:2].index_select(1, slots)
+            floats, ints = pick(self._floats, slots), pick(self._ints[:2], slots)
         else:
             floats, ints = self._greedy[0][:, : len(slots)], self._greedy[1][:, : len(slots)]
         (scale, log_min_p, top_p), (seeds, top_k) = floats.unbind(0), ints.unbind(0)

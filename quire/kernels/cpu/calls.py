@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quire.kernels.cpu.native import load
@@ -35,7 +36,14 @@ LAYOUTS = {
     "quire_linear_quantized": "5i5P5q",
     "quire_write": "3PqPq",
     "quire_attend": "3P2qP2fqP",
+    "quire_gather": "10P6q",
+    "quire_advance": "11P7q",
+    "quire_pick": "3P4q",
+    "quire_copy": "2Pq",
+    "quire_draw": "P3q8Pi",
+    "quire_penalise": "P2qPqPi",
 }
+LOOKS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 ALIGNED = 8  # bytes
 LEAST_BYTES = 256  # of memory for a result
 
@@ -141,10 +149,33 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.empty.memory_format:
             return self.memory.empty(args[0], kwargs.get("dtype") or torch.get_default_dtype())
+        if func is torch.ops.aten.copy_.default and _are_alike(*args[:2]):
+            kernel("quire_copy")(args[0].data_ptr(), args[1].data_ptr(), args[1].nbytes)
+            return args[0]
         result = func(*args, **kwargs)
         if not (func.is_view and _is_within(result, args[0])):
             self.step.refused = self.step.refused or func.name()
         return result
+
+
+class _Watch(TorchFunctionMode):
+    """Refuses what looks at numbers and is no operation to torch."""
+
+    def __init__(self, step: Step):
+        super().__init__()
+        self.step = step
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in LOOKS:
+            self.step.refused = self.step.refused or func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def _are_alike(to: Tensor, x: Tensor) -> bool:
+    """Whether a copy is one of bytes."""
+    return (to.shape, to.dtype) == (x.shape, x.dtype) and to.is_contiguous() and x.is_contiguous()
 
 
 def _is_within(result: Any, x: Tensor) -> bool:
@@ -159,7 +190,7 @@ def record(memory: Memory) -> Iterator[Step]:
     """Keep the calls that this thread makes meanwhile, which are made, too; `refused`: if they are not all there is."""
     step = _recording.step = Step()
     try:
-        with _Recorder(step, memory):
+        with _Recorder(step, memory), _Watch(step):
             yield step
     finally:
         _recording.step = None

@@ -20,6 +20,7 @@ from quire.kernels.reference import (
     linear,
     norm_rope,
     pack_linear,
+    pick,
     rms_norm,
 )
 
@@ -239,8 +240,8 @@ def _register_activations(library: ctypes.CDLL, level: int, threads: Callable[[]
         return activated(x, kind, True)
 
 
-def _register_embedding(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
-    find = kernel("quire_embed")
+def _register_lookups(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
+    find, choose = kernel("quire_embed"), kernel("quire_pick")
 
     @embed.on("cpu", *BOTH)
     def embed_native(table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
@@ -252,7 +253,16 @@ def _register_embedding(library: ctypes.CDLL, level: int, threads: Callable[[], 
         )
         return out
 
+    @pick.on("cpu", torch.float32, torch.int64)
+    def pick_native(table: Tensor, columns: Tensor) -> Tensor:
+        if table.stride(1) != 1 or not columns.is_contiguous():
+            return pick.reference(table, columns)
+        out = torch.empty(len(table), len(columns), dtype=table.dtype)
+        pointers = out.data_ptr(), table.data_ptr(), columns.data_ptr()
+        choose(*pointers, *out.shape, table.stride(0), table.element_size())
+        return out
+
 
 if (_library := load()[0]) is not None:
-    for _register in (_register_linear, _register_norms, _register_activations, _register_embedding):
+    for _register in (_register_linear, _register_norms, _register_activations, _register_lookups):
         _register(_library, isa(), torch.get_num_threads)

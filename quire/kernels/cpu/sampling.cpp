@@ -395,38 +395,53 @@ SELECTING void penalise_block(float* logits, const int32_t* seen, int64_t size, 
 
 }  // namespace
 
-extern "C" {
+// Arguments as calls.py lays them out. Per row: scale (1 / temperature, 0 for greedy), log_min_p (-inf: off),
+// top_p (1: off), top_k (vocab_size: off), seed, position.
+struct Draw {
+  const float* logits;
+  int64_t num_rows, vocab_size, stride;
+  const float *scale, *log_min_p, *top_p;
+  const int64_t *top_k, *seeds, *positions;
+  int64_t* tokens;
+  bool* bad;
+  int32_t threads;
+};
+
+struct Penalise {
+  float* logits;
+  int64_t stride, vocab_size;
+  const int64_t* slots;
+  int64_t num_rows;
+  const int64_t* addresses;
+  int32_t threads;
+};
 
 // Draws a token for each row. Rows share the threads; one row is done before a second thread would have helped.
-// Per row: scale (1 / temperature, 0 for greedy), log_min_p (-inf: off), top_p (1: off), top_k (vocab_size: off),
-// seed, position. `bad` rows hold NaN or +inf, or nothing finite; their token is 0.
-void quire_draw(const float* logits, int64_t num_rows, int64_t vocab_size, int64_t stride, const float* scale,
-                const float* log_min_p, const float* top_p, const int64_t* top_k, const int64_t* seeds,
-                const int64_t* positions, int64_t* tokens, bool* bad, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic) if (num_rows > 1 && num_threads > 1)
-  for (int64_t r = 0; r < num_rows; ++r) {
-    Row row{logits + r * stride, vocab_size, scale[r], log_min_p[r], top_p[r], top_k[r],
-            static_cast<uint64_t>(seeds[r]), static_cast<uint64_t>(positions[r])};
+// `bad` rows hold NaN or +inf, or nothing finite; their token is 0.
+extern "C" void quire_draw(const void* args) {
+  const Draw& a = *static_cast<const Draw*>(args);
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic) if (a.num_rows > 1 && a.threads > 1)
+  for (int64_t r = 0; r < a.num_rows; ++r) {
+    Row row{a.logits + r * a.stride, a.vocab_size, a.scale[r], a.log_min_p[r], a.top_p[r], a.top_k[r],
+            static_cast<uint64_t>(a.seeds[r]), static_cast<uint64_t>(a.positions[r])};
     int64_t token = draw_row(row);
-    bad[r] = token < 0;
-    tokens[r] = token < 0 ? 0 : token;
+    a.bad[r] = token < 0;
+    a.tokens[r] = token < 0 ? 0 : token;
   }
 }
 
 // Penalises row i of the logits in place, if slots[i] has a record at addresses[slots[i]]: three floats (repetition,
 // frequency, presence) and a count ((times generated) * 2 + (in the prompt)) for each token.
-void quire_penalise(float* logits, int64_t stride, int64_t vocab_size, const int64_t* slots, int64_t num_rows,
-                    const int64_t* addresses, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic) if (num_rows > 1 && num_threads > 1)
-  for (int64_t i = 0; i < num_rows; ++i) {
-    const auto* record = reinterpret_cast<const int32_t*>(addresses[slots[i]]);
+extern "C" void quire_penalise(const void* args) {
+  const Penalise& a = *static_cast<const Penalise*>(args);
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic) if (a.num_rows > 1 && a.threads > 1)
+  for (int64_t i = 0; i < a.num_rows; ++i) {
+    const auto* record = reinterpret_cast<const int32_t*>(a.addresses[a.slots[i]]);
     if (record == nullptr) continue;
     float strengths[3];
     std::memcpy(strengths, record, sizeof strengths);
     const int32_t* seen = record + 3;
-    for (int64_t at = 0; at < vocab_size; at += BLOCK)
-      penalise_block(logits + i * stride + at, seen + at, std::min(BLOCK, vocab_size - at), strengths);
+    for (int64_t at = 0; at < a.vocab_size; at += BLOCK)
+      penalise_block(a.logits + i * a.stride + at, seen + at, std::min(BLOCK, a.vocab_size - at), strengths);
   }
 }
-
-}  // extern "C"

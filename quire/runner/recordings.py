@@ -1,0 +1,40 @@
+"""Steps of a CPU, recorded when they are first needed and replayed by one call: what graphs.py is on a GPU.
+
+What is replayed computes the same bits: it is the same kernels on the same memory, without Python between them. A kind
+of step of which torch computes a part cannot be repeated so (kernels/cpu/calls.py).
+"""
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+from quire.kernels.cpu.calls import Memory, Step, record
+from quire.log import logger
+
+
+class Recordings:
+    """One recording for each kind of step. They share memory for what they compute on the way: one runs at a time."""
+
+    with_logprobs = False  # torch computes them, and of equally likely tokens others for another k
+
+    def __init__(self) -> None:
+        self.memory = Memory()
+        self.steps: dict[Hashable, Step] = {}
+        self.refused: dict[Hashable, str] = {}  # kinds, and what torch computes in them
+
+    def run(self, kind: Hashable, compute: Callable[[], None]) -> bool:
+        """Run `compute`, whose kernels and memory depend on `kind` alone; False if it is better done otherwise."""
+        kind = kind, torch.get_num_threads()
+        if kind in self.steps:
+            self.steps[kind].replay()
+            return True
+        if kind in self.refused:
+            return False
+        with record(self.memory) as step:
+            compute()
+        if step.refused is None:
+            self.steps[kind] = step
+        else:
+            logger.debug("steps of kind %s are not recorded: torch computes %s", kind[0], step.refused)
+            self.refused[kind] = step.refused
+        return True
