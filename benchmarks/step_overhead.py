@@ -2,8 +2,8 @@
 
     python benchmarks/step_overhead.py [--sequences 1 8 32]
 
-The network has one layer of 64 numbers and 256 tokens, so that all but a few microseconds is what surrounds any network.
-Kernels are those of the whole step, input and sampling included, replayed by themselves.
+The network has one layer of 64 numbers and 256 tokens, so that nearly all is what surrounds any network. Kernels are
+those of the whole step, input and sampling included, replayed by themselves.
 """
 
 import argparse

@@ -25,6 +25,7 @@ EXTRAS = re.compile(
 )
 MAX_CANDIDATES = 2000  # names searched for a close match
 NUM_SHOWN = 5
+MAPPED_BYTES = 64 * 2**20  # read through one mapping of a file: its pages are this process's until it is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Checkpoint:
         self._index: dict[str, Entry] = {}
         self._used: set[str] = set()
         self._open_files: dict[Path, Any] = {}
+        self._mapped: dict[Path, int] = {}  # bytes read since a file was opened
         for file in weight_files(folder):
             for theirs, stored in read_header(file).items():
                 if EXTRAS.search(theirs):
@@ -109,13 +111,17 @@ class Checkpoint:
             )
         self._used.add(name)
         try:
-            return _read(self._open(entry.file), entry, rows)
+            found = _read(self._open(entry.file), entry, rows)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{entry.file}: {entry.theirs} cannot be read: {error}") from error
+        self._mapped[entry.file] += found.nbytes
+        return found
 
     def _open(self, file: Path) -> Any:
+        if self._mapped.get(file, 0) > MAPPED_BYTES:
+            del self._open_files[file]  # its mapping is gone with the last tensor of it
         if file not in self._open_files:
-            self._open_files[file] = safe_open(file, "pt")
+            self._open_files[file], self._mapped[file] = safe_open(file, "pt"), 0
         return self._open_files[file]
 
     def check(self, expected: Iterable[tuple[str, tuple[int, ...]]]) -> None:

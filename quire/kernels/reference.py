@@ -15,10 +15,19 @@ from quire.kernels.quantized import Quantized, quantized_linear
 
 
 @op
-def embed(table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
-    """Rows `ids` [T] int64 of a table [N, D], times `scale` (in the table's dtype) -> [T, D]."""
+def embed(ids: Tensor, table: Any, scale: float = 1.0) -> Tensor:
+    """Rows `ids` [T] int64 of a table [N, D], or of what `as_table` made of it, times `scale` -> [T, D]."""
     rows = F.embedding(ids, table)
     return rows if scale == 1.0 else rows * scale
+
+
+@op
+def as_table(table: Tensor, weight: Any) -> Any:
+    """What `embed` takes of a table [N, D] that is a product's weight, too: less memory where one form serves both.
+
+    `weight` is what the product has.
+    """
+    return table
 
 
 @op

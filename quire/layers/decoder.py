@@ -45,7 +45,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(block, self.build) for block in s.blocks)
         self.norm = Norm(s.norm, (s.dim,), self.build)
         self.head = Linear(s.dim, {"lm_head": s.vocab_size}, self.build, bias=s.head_bias, least_bits=8)
-        self.embedding: Any = None  # once loaded, [vocab_size, dim]
+        self.embedding: Any = None  # once loaded, what `ops.embed` takes, [vocab_size, dim]
         self.positions: Tensor | None = None  # [num_positions, dim]
 
     def load(self, weights: Weights) -> None:
@@ -62,6 +62,8 @@ class Decoder(nn.Module):
             cast(Block, layer).load(weights, f"layers.{i}")
         self.norm.load(weights, "norm")
         self.head.load(weights, "", shared=self.embedding if s.tied else None)
+        if s.tied:
+            self.embedding = ops.as_table(self.embedding, self.head.weight)
 
     def caches(self, pool: Tensor) -> list[LayerCache]:
         """Each layer's view of `pool` [num_blocks, block_bytes] uint8."""
@@ -75,9 +77,9 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, step: Ragged, caches: Sequence[LayerCache]) -> Tensor:
         """token_ids [T] int64 -> hidden [T, dim], the final norm applied."""
-        x = ops.embed(self.embedding, token_ids, self.embed_scale)
+        x = ops.embed(token_ids, self.embedding, self.embed_scale)
         if self.positions is not None:
-            x = x + ops.embed(self.positions, step.positions + self.spec.position_offset)
+            x = x + ops.embed(step.positions + self.spec.position_offset, self.positions)
         norms = [*(cast(Block, layer).attn_norm for layer in self.layers), self.norm]
         y = normed(x, norms[0])
         for layer, cache, following in zip(self.layers, caches, norms[1:], strict=True):

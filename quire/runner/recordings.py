@@ -20,7 +20,7 @@ class Recordings:
     def __init__(self) -> None:
         self.memory = Memory()
         self.steps: dict[Hashable, Step] = {}
-        self.refused: dict[Hashable, str] = {}  # kinds, and what torch computes in them
+        self.refused: dict[Hashable, str] = {}  # kinds, and what torch computes in them, or an exception
 
     def run(self, kind: Hashable, compute: Callable[[], None]) -> bool:
         """Run `compute`, whose kernels and memory depend on `kind` alone; False if it is better done otherwise."""
@@ -30,8 +30,13 @@ class Recordings:
             return True
         if kind in self.refused:
             return False
-        with record(self.memory) as step:
-            compute()
+        try:
+            with record(self.memory) as step:
+                compute()
+        except Exception as error:  # of one row perhaps: the ordinary path finds out which
+            logger.warning("steps of kind %s are not recorded", kind[0], exc_info=True)
+            self.refused[kind] = type(error).__name__
+            return False
         if step.refused is None:
             self.steps[kind] = step
         else:

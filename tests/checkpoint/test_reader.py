@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.checkpoint import reader
 from quire.checkpoint.reader import Checkpoint
 from quire.errors import CheckpointError
 from quire.models.names import LLAMA, Names, Split
@@ -174,3 +175,28 @@ def test_a_tensor_that_the_shard_lacks(tmp_path: Path) -> None:
     write_index(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"})
     with pytest.raises(CheckpointError, match=r"no tensor for b"):
         Checkpoint(tmp_path, PLAIN).tensor("b", shape=(1, 1))
+
+
+def test_what_was_read_does_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file only what was read last is this process's."""
+    monkeypatch.setattr(reader, "MAPPED_BYTES", 2 << 20)
+    names = [f"weight{i}" for i in range(12)]
+    save(tmp_path, {name: torch.full((512, 512), 2.0) for name in names})
+    checkpoint = Checkpoint(tmp_path, PLAIN)
+    most = 0
+    for name in names:
+        assert checkpoint.tensor(name, shape=(512, 512)).sum() == 2 * 512 * 512
+        most = max(most, resident_kib(tmp_path))
+    assert 1024 <= most <= 4 * 1024
+
+
+def resident_kib(folder: Path) -> int:
+    """Of mapped files of a folder."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if not head.endswith(":"):
+            inside = str(folder) in line
+        elif inside and head == "Rss:":
+            found += int(line.split()[1])
+    return found

@@ -13,6 +13,7 @@ from quire.engine.core import EngineCore
 from quire.engine.events import Submission, TokenEvent
 from quire.sampling.rules import read
 from quire.types import SamplingParams
+from tests.poison import poison
 
 POISON = 3333  # a token that no good request has
 PARAMS = SamplingParams(
@@ -67,9 +68,7 @@ def test_nan_in_one_row_fails_that_row_and_leaves_nothing_behind(
     )
     want = tokens(run(core, good()))
     assert all(POISON not in line for line in want.values())
-    network = core.runner.model
-    network.embedding = network.embedding.clone()  # the head's stays as it is
-    network.embedding[POISON] = torch.nan
+    poison(core.runner.model, POISON)
     for _ in range(4):
         bad = [submission(f"bad {i}", (POISON,) * (17 + 20 * i)) for i in range(2)]
         got = run(core, [*bad, *good()])
@@ -150,6 +149,7 @@ def test_running_out_of_memory_makes_steps_smaller(room: int, overlap: bool) -> 
 def test_a_shortage_of_a_moment_is_forgotten() -> None:
     core = make_core()
     want = tokens(run(core, good()))
+    core.runner.fixed = None  # whose memory is there already
     core.runner.model = tight = Tight(core.runner.model, lambda step: 3 if step == 3 else 10**6)
     assert tokens(run(core, good())) == want
     assert tight.num_shortages == 1

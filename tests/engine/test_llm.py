@@ -13,6 +13,7 @@ from quire.scheduler.trace import TraceError, replay
 from quire.types import BeamSearchParams, OutputKind
 from tests.engine.conftest import OPTIONS
 from tests.models.cases import BY_NAME, build_hf
+from tests.poison import poison
 from tests.tiny_tokenizer import make_tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -242,9 +243,7 @@ def test_an_unknown_option_names_the_close_ones() -> None:
 
 def test_one_not_a_number_fails_one_request(model_folder: Path) -> None:
     with LLM(str(model_folder), **OPTIONS) as llm:
-        model = llm.engine.core.runner.model
-        model.embedding = model.embedding.clone()  # the head keeps the true one
-        model.embedding[42] = float("nan")
+        poison(llm.engine.core.runner.model, 42)
         bad, good = llm.generate([[5, 42], [5, 6]], GREEDY, use_tqdm=False)
     assert bad.outputs[0].finish_reason == "error"
     assert good.outputs[0].finish_reason == "length"

@@ -28,7 +28,12 @@ else:
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the latter: in Triton's interpreter
 OPS = [value for name in ops.__all__ if isinstance(value := getattr(ops, name), Op)]
 REGISTERED = [(o, device, dtype) for o in OPS for device, dtype in o.kernels if device != "meta"]
-TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # an erf near -1 loses digits
+TOLERANCE = {
+    torch.float32: 4e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+    torch.int64: 0.0,
+}  # an erf near -1 loses digits
 MOST_INTERPRETED = 40  # rows; the interpreter takes milliseconds for each
 Inputs = Iterator[tuple[object, ...]]
 
@@ -152,10 +157,26 @@ def sums(dtype: torch.dtype) -> Inputs:
 
 
 def lookups(dtype: torch.dtype) -> Inputs:
-    table = noise(50, 33, dtype=dtype)
-    for ids in (torch.tensor([49]), torch.arange(100) % 50, torch.arange(0), torch.arange(40)[::7]):
-        yield table, ids
-        yield table, ids, 5.75
+    for size in (33, 64):
+        table = noise(150, size, dtype=torch.bfloat16 if dtype is torch.int64 else dtype)
+        for ids in (torch.tensor([149]), torch.arange(300) % 150, torch.arange(0), torch.arange(40)[::7]):
+            for form in (table, table.float(), Pack(table), Pack(table.float())):
+                yield ids, form
+                yield ids, form, 5.75
+
+
+def tables(dtype: torch.dtype) -> Inputs:
+    table = noise(70, 32, dtype=dtype)
+    yield table, None
+    yield table, Pack(table)
+
+
+def picks(dtype: torch.dtype) -> Inputs:
+    table = (noise(3, 20) * 100).to(dtype)
+    for columns in (torch.tensor([19]), torch.arange(20), torch.arange(0), torch.arange(20)[::3]):
+        yield table, columns
+        yield table[:2], columns
+        yield table.t().contiguous().t(), columns
 
 
 def unscaled(dtype: torch.dtype) -> Inputs:
@@ -216,6 +237,8 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "add_norm": sums,
     "finish_norm": unscaled,
     "embed": lookups,
+    "pick": picks,
+    "as_table": tables,
     "route": choices,
     "experts": mixtures,
     "experts_add_norm": added_mixtures,

@@ -15,6 +15,7 @@ from quire.attention.cpu import Cpu
 from quire.attention.reference import Reference
 from quire.attention.shapes import block_bytes
 from quire.checkpoint.reader import Checkpoint
+from quire.kernels.cpu import native
 from quire.layers.decoder import Decoder
 from quire.models.parameters import parameter_shapes
 from quire.models.registry import decoder_spec
@@ -178,3 +179,14 @@ def test_cpu_logits_are_the_same_bits_for_any_batch_and_chunks(network: Network,
             assert torch.equal(got, want)
     alone = compute(decoder, network.prompts[1:2], (3,))
     assert torch.equal(alone[0], whole[1])
+
+
+@pytest.mark.skipif(native.load()[0] is None, reason="the C++ kernels are not built")
+def test_a_tied_embedding_is_held_once(tmp_path: Path) -> None:
+    """Looked up in the form of the head, unless the head has fewer bits."""
+    build_hf(BY_NAME["Llama-tied"], tmp_path)
+    spec, names = decoder_spec(json.loads((tmp_path / "config.json").read_text()))
+    for bits in (None, 8):
+        decoder = Decoder(spec, backend=Cpu(), dtype=torch.bfloat16, bits=bits)
+        decoder.load(Checkpoint(tmp_path, names))
+        assert (decoder.embedding is decoder.head.weight) == (bits is None)

@@ -31,12 +31,14 @@ from quire.sampling.sampler import EXTRAS, FIXED_LOGPROBS
 from quire.sampling.slots import Uses
 from quire.types import OutputKind, SamplingParams
 from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
+from tests.poison import poison
 
 BLOCK_SIZE = 4
 BAD_WORDS = ((4,), (5, 6), (3, 3, 3), *((token, token) for token in range(20, VOCAB_SIZE)))
 
 
 def make_engine(folder: str, **options: object) -> Engine:
+    """Whose steps are computed as they come."""
     base = {
         "dtype": "float32",
         "device": "cpu",
@@ -46,7 +48,9 @@ def make_engine(folder: str, **options: object) -> Engine:
         "max_model_len": 32,
         "max_logprobs": 200,
     }
-    return Engine(Config.of(model=folder, **base | options), offline=True)
+    engine = Engine(Config.of(model=folder, **base | options), offline=True)
+    engine.core.runner.fixed = None  # recordings; see test_recordings.py
+    return engine
 
 
 def forbid(engine: Engine) -> Engine:
@@ -264,13 +268,11 @@ def test_bad_rows_and_aborts_leave_the_others_alone(folder: str, overlap: bool) 
     work = [([3, 4 + i, 5], random if i % 2 else greedy, i) for i in range(5)]
     work += [([5, 6, 7 + i], random, 10 + i) for i in range(3)]  # in slots and blocks that others had
     options = {"max_num_seqs": 5, "async_scheduling": overlap, "enable_prefix_caching": False}
-    poison = run(make_engine(folder, **options), work)["1"][0][0][5]
+    victim = run(make_engine(folder, **options), work)["1"][0][0][5]
     got = []
     for prepare in (fix, lambda engine: None):
         engine = make_engine(folder, **options)
-        network = engine.core.runner.model
-        network.embedding = network.embedding.clone()  # the head's stays as it is
-        network.embedding[poison] = torch.nan
+        poison(engine.core.runner.model, victim)
         fixed = prepare(engine)
         got.append(run(engine, work, aborted=("2", 7)))
         assert fixed is None or (fixed.ring.num_steps and not fixed.graphs.has_failed)

@@ -5,6 +5,7 @@ import random
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,26 @@ def test_more_rows_than_are_recorded_are_computed_otherwise(tmp_path: Path) -> N
         assert {(kind.num_rows, threads) for (kind, threads) in recordings(engine).steps} == {(2, 1), (2, 2)}
     finally:
         torch.set_num_threads(num_threads)
+
+
+def test_what_fails_while_it_is_recorded_is_computed_otherwise(tmp_path: Path) -> None:
+    folder, work = folder_of("Qwen3", tmp_path), workload(KINDS[:1])
+    engine, other = make_engine(folder), make_engine(folder)
+    other.core.runner.fixed = None
+    fixed = engine.core.runner.fixed
+    assert fixed is not None
+    sampler = fixed.sampler.sample_fixed
+    calls = []
+
+    def fail_twice(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) < 3:
+            raise RuntimeError("no memory")
+        return sampler(*args)
+
+    fixed.sampler.sample_fixed = fail_twice  # type: ignore[method-assign]
+    assert run(engine, work) == run(other, work)
+    assert [*recordings(engine).refused.values()] == ["RuntimeError"] * 2 and recordings(engine).steps
 
 
 def test_what_torch_computes_is_refused() -> None:

@@ -31,7 +31,7 @@ LAYOUTS = {
     "quire_add_norm": "3i5P4q2f",
     "quire_norm_rope": "3iP5q4Pf",
     "quire_act": "3i2P2q2i",
-    "quire_embed": "3i3P2qf",
+    "quire_embed": "3i3P3qf",
     "quire_linear": "5i7P6q",
     "quire_linear_quantized": "5i5P5q",
     "quire_write": "3PqPq",

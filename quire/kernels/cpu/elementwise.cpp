@@ -51,9 +51,9 @@ struct Act {
 struct Embed {
   int32_t isa, threads, is_bf16;
   void* out;
-  const void* table;
+  const void* table;  // rows, or a weight that linear.cpp packed: then `units` of a row
   const int64_t* ids;
-  int64_t rows, size;
+  int64_t rows, size, units;
   float scale;
 };
 

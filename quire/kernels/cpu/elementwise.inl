@@ -124,13 +124,17 @@ static inline void add_norm(const AddNorm& a, int64_t row) {
 
 template <class T>
 static inline void embed_of(const Embed& a, int64_t row) {
-  const T* from = (const T*)a.table + a.ids[row] * a.size;
+  constexpr int64_t PER_UNIT = 4 / sizeof(T), BLOCK = 64;  // as in linear.cpp
+  const int64_t id = a.ids[row];
+  const T* from = (const T*)a.table + (a.units ? id / BLOCK * a.units * BLOCK + id % BLOCK : 0) * PER_UNIT;
   T* to = (T*)a.out + row * a.size;
-  if (a.scale == 1.0f) {
-    memcpy(to, from, a.size * sizeof(T));
-    return;
+  if (a.units) {
+    for (int64_t i = 0; i < a.size; i++) to[i] = from[i / PER_UNIT * BLOCK * PER_UNIT + i % PER_UNIT];
+  } else {
+    memcpy(to, from + id * a.size, a.size * sizeof(T));
   }
-  FOR_LANES(i, n, a.size) { put(to + i, get(from + i, n) * a.scale, n); }
+  if (a.scale == 1.0f) return;
+  FOR_LANES(i, n, a.size) { put(to + i, get(to + i, n) * a.scale, n); }
 }
 
 static inline void embed(const Embed& a, int64_t row) {

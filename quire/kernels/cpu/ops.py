@@ -16,6 +16,7 @@ from quire.kernels.reference import (
     act,
     act_mul,
     add_norm,
+    as_table,
     embed,
     linear,
     norm_rope,
@@ -243,15 +244,25 @@ def _register_activations(library: ctypes.CDLL, level: int, threads: Callable[[]
 def _register_lookups(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
     find, choose = kernel("quire_embed"), kernel("quire_pick")
 
-    @embed.on("cpu", *BOTH)
-    def embed_native(table: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
-        ids, (_, size) = ids.contiguous(), table.shape
-        out = torch.empty((*ids.shape, size), dtype=table.dtype)
+    @embed.on("cpu", torch.int64)
+    def embed_native(ids: Tensor, table: Tensor | PackedWeight, scale: float = 1.0) -> Tensor:
+        packed = isinstance(table, PackedWeight)
+        data, size = (
+            (table.data, table.inputs) if isinstance(table, PackedWeight) else (table, table.shape[1])
+        )
+        if data.dtype not in BOTH or not data.is_contiguous():
+            return embed.reference(ids, table, scale)
+        ids = ids.contiguous()
+        out = torch.empty((*ids.shape, size), dtype=data.dtype)
         find(
-            *(level, threads(), table.dtype is torch.bfloat16, out.data_ptr(), table.data_ptr()),
-            *(ids.data_ptr(), ids.numel(), size, scale),
+            *(level, threads(), data.dtype is torch.bfloat16, out.data_ptr(), data.data_ptr()),
+            *(ids.data_ptr(), ids.numel(), size, data.shape[2] if packed else 0, scale),
         )
         return out
+
+    @as_table.on("cpu", *BOTH)
+    def as_table_native(table: Tensor, weight: object) -> object:
+        return weight if isinstance(weight, PackedWeight) and weight.groups == 1 else table
 
     @pick.on("cpu", torch.float32, torch.int64)
     def pick_native(table: Tensor, columns: Tensor) -> Tensor:
