@@ -121,7 +121,7 @@ def build_core(
         spec,
         core,
         max_model_len=config.max_model_len or spec.max_length,
-        summary=_summary(resolved, spec, backend),
+        summary=_summary(resolved, spec, backend, platform),
         start_s=time.perf_counter() - begin,
     )
 
@@ -266,12 +266,15 @@ def _core(
     )
 
 
-def _summary(resolved: Resolved, spec: DecoderSpec, backend: Backend) -> str:
+def _summary(resolved: Resolved, spec: DecoderSpec, backend: Backend, platform: Platform) -> str:
     config, memory, gib = resolved.config, resolved.memory, 2**30
     num_tokens = memory.num_blocks * (config.block_size or 1)
     quantized = "" if config.quantization == "auto" else f" with {config.quantization} weights"
+    where = platform.name
+    if where == "cpu":
+        where += f" ({config.num_threads} threads, {platform.num_nodes} memory node{'s' * (platform.num_nodes > 1)})"
     return (
-        f"{len(spec.blocks)} layers in {config.dtype}{quantized} on {config.device}, attention {backend.name}, weights"
+        f"{len(spec.blocks)} layers in {config.dtype}{quantized} on {where}, attention {backend.name}, weights"
         f" {memory.weight_bytes / gib:.2f} GiB, KV cache {memory.cache_bytes / gib:.2f} GiB = {num_tokens} tokens"
         f" ({num_tokens // (config.max_model_len or 1)} requests of {config.max_model_len})"
     )

@@ -16,3 +16,4 @@ class Platform:
     available_bytes: int  # when the platform was detected
     attention_order: tuple[str, ...]  # backends, the best first
     num_threads: int
+    num_nodes: int = 1  # of memory (NUMA), that the threads are on

@@ -1,5 +1,8 @@
-"""The CPU: memory from the kernel and the control group, threads from torch."""
+"""The CPU: memory and cores from the kernel and the control group."""
 
+import math
+import os
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -25,6 +28,42 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
     return total, available
 
 
+def cores(allowed: Set[int], root: Path = Path("/")) -> int:
+    """Physical cores among the processors that this process may run on, or fewer if its control group has less time.
+
+    Two threads of a core would share its arithmetic, and its part of the memory bandwidth.
+    """
+    topology = root / "sys/devices/system/cpu"
+    found = set()
+    for processor in allowed:
+        try:
+            found.add((topology / f"cpu{processor}/topology/thread_siblings_list").read_text())
+        except OSError:  # nothing is known
+            found.add(str(processor))
+    return max(1, min(len(found), _most_time(root)))
+
+
+def nodes(allowed: Set[int], root: Path = Path("/")) -> int:
+    """Memory nodes (NUMA) that these processors belong to."""
+    lists = (path.read_text() for path in (root / "sys/devices/system/node").glob("node[0-9]*/cpulist"))
+    return max(1, sum(not allowed.isdisjoint(_processors(text)) for text in lists))
+
+
+def _most_time(root: Path) -> int:
+    """Processors' worth of time that the control group has."""
+    try:
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        return math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):  # no such control group, or "max"
+        return len(os.sched_getaffinity(0))
+
+
+def _processors(text: str) -> set[int]:
+    """0-3,8 -> 0, 1, 2, 3, 8"""
+    ends = [part.split("-") for part in text.strip().split(",") if part]
+    return {number for part in ends for number in range(int(part[0]), int(part[-1]) + 1)}
+
+
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())
@@ -35,6 +74,8 @@ def _number(path: Path) -> int | None:
 def detect() -> Platform:
     """This machine's CPU."""
     total, available = memory()
+    allowed = os.sched_getaffinity(0)
+    told = "OMP_NUM_THREADS" in os.environ
     fast_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return Platform(
         name="cpu",
@@ -43,5 +84,6 @@ def detect() -> Platform:
         total_bytes=total,
         available_bytes=available,
         attention_order=("cpu", "reference"),
-        num_threads=torch.get_num_threads(),
+        num_threads=torch.get_num_threads() if told else cores(allowed),
+        num_nodes=nodes(allowed),
     )

@@ -1,12 +1,14 @@
 """What the machine offers."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from quire.errors import ConfigError
-from quire.platforms.cpu import memory
+from quire.platforms.cpu import cores, memory, nodes
 from quire.platforms.detect import detect
 
 GIB = 2**30
@@ -49,7 +51,49 @@ def test_this_cpu() -> None:
     assert platform.name == "cpu" and platform.device == torch.device("cpu")
     assert 0 < platform.available_bytes <= platform.total_bytes
     assert platform.attention_order[-1] == "reference"
-    assert platform.num_threads == torch.get_num_threads()
+    assert 1 <= platform.num_threads <= (os.cpu_count() or 1) and platform.num_nodes >= 1
+
+
+def topology(root: Path) -> Path:
+    """Two nodes of two cores of two threads."""
+    for processor in range(8):
+        name = f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list"
+        machine(root, {name: f"{processor % 4},{processor % 4 + 4}\n"})
+    return machine(
+        root,
+        {
+            f"sys/devices/system/node/node{i}/cpulist": f"{2 * i}-{2 * i + 1},{2 * i + 4}-{2 * i + 5}\n"
+            for i in range(2)
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("allowed", "quota", "want"),
+    [
+        (range(8), "max 100000", (4, 2)),
+        (range(4), "max 100000", (4, 2)),
+        ((0, 4), "max 100000", (1, 1)),
+        ((0, 1, 4), "max 100000", (2, 1)),
+        (range(8), "250000 100000", (3, 2)),
+        (range(8), "10000 100000", (1, 2)),
+    ],
+)
+def test_threads_are_physical_cores_that_may_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: Sequence[int], quota: str, want: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(allowed))
+    root = machine(topology(tmp_path), {"sys/fs/cgroup/cpu.max": quota + "\n"})
+    assert (cores(set(allowed), root), nodes(set(allowed), root)) == want
+
+
+def test_unknown_cores_are_processors(tmp_path: Path) -> None:
+    assert cores({0}, tmp_path) == 1 and nodes({0}, tmp_path) == 1
+
+
+def test_who_says_how_many_threads_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert detect("cpu").num_threads == torch.get_num_threads()
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:0", "", "cuda:"])
