@@ -124,7 +124,7 @@ def test_a_dead_engine_says_so(model_folder: Path) -> None:
     async def break_it() -> None:
         stream = engine.generate("hello", replace(GREEDY, max_tokens=40), "victim")
         await anext(stream)
-        engine.engine.core.runner.model = None  # the next step raises
+        engine.engine.core.runner.launch = None  # the next step raises, whatever this one is at
         with pytest.raises(EngineDead):
             async for _ in stream:
                 pass
