@@ -29,10 +29,6 @@ class Op:
 
         return register
 
-    def has_kernel(self, x: Tensor) -> bool:
-        """Whether anything but the reference would compute with x as the first argument."""
-        return (x.device.type, x.dtype) in self.kernels
-
     def __call__(self, x: Tensor, *args: Any) -> Any:
         return self.kernels.get((x.device.type, x.dtype), self.reference)(x, *args)
 

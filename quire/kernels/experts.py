@@ -4,7 +4,8 @@ Beside reference.py, whose operations these are made of. Here the host looks at 
 one after the other; kernels take any choice without telling the host.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -138,16 +139,12 @@ def experts_add_norm(
     return *add_norm(experts(values, scale, routes, stack, shared), residual, norm), None
 
 
-def pack_experts(weights: Iterator[Tensor], count: int, pack: Callable[[Tensor], Any] = pack_linear) -> Any:
-    """Weights [outputs, inputs] of `count` experts, in the form that `experts` is fastest with. None is held twice.
+@op
+def pack_experts(
+    first: Tensor, others: Iterable[Tensor], count: int, pack: Callable[[Tensor], Any] = pack_linear
+) -> Any:
+    """Weights [outputs, inputs] of `count` experts, in the form that `experts` is fastest with; one of each index.
 
-    One tensor [count, outputs, inputs] where a kernel takes all experts at once; else each as `pack` makes it.
+    Here each is as `pack` makes it. At most one is held twice.
     """
-    first = next(weights)
-    if not experts.has_kernel(first):
-        return tuple(pack(weight) for weight in (first, *weights))
-    stacked = first.new_empty(count, *first.shape)
-    stacked[0] = first
-    for i, weight in enumerate(weights, 1):
-        stacked[i] = weight
-    return stacked
+    return tuple(pack(weight) for weight in chain((first,), others))

@@ -4,7 +4,8 @@ import importlib.util
 
 import torch
 
-from quire.kernels.cpu import ops as _cpu  # noqa: F401  (importing it registers its kernels)
+from quire.kernels.cpu import mixture as _cpu_mixture  # noqa: F401  (importing it registers its kernels)
+from quire.kernels.cpu import ops as _cpu  # noqa: F401
 from quire.kernels.experts import (
     Experts,
     Routes,
@@ -21,6 +22,7 @@ from quire.kernels.reference import (
     RowScale,
     act,
     act_mul,
+    add,
     add_norm,
     as_table,
     embed,
@@ -62,6 +64,7 @@ __all__ = [
     "Shared",
     "act",
     "act_mul",
+    "add",
     "add_norm",
     "as_table",
     "embed",

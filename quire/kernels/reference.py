@@ -69,11 +69,17 @@ def finish_norm(values: Tensor, scale: RowScale | None) -> Tensor:
 
 
 @op
+def add(x: Tensor, residual: Tensor) -> Tensor:
+    """residual + x, as precise as the residual. Both [T, D]."""
+    return residual + x
+
+
+@op
 def add_norm(
     x: Tensor, residual: Tensor, norm: RmsNorm, post: RmsNorm | None = None
 ) -> tuple[Tensor, Tensor]:
     """(residual + post(x), its norm in x's dtype). x and residual [T, D]; the sum is as precise as the residual."""
-    total = residual + (x if post is None else rms_norm(x, *post))
+    total = add(x if post is None else rms_norm(x, *post), residual)
     return total, rms_norm(total, *norm).to(x.dtype)
 
 

@@ -56,7 +56,7 @@ class Experts(nn.Module):
     def _weights(self, part: Linear, weights: Weights, name: str) -> object:
         count = self.spec.num_experts
         pulled = (part.pull_weight(weights, f"{name}.{i}") for i in range(count))
-        return ops.pack_experts(pulled, count, part.pack)
+        return ops.pack_experts(next(pulled), pulled, count, part.pack)
 
     def _biases(self, part: Linear, weights: Weights, name: str) -> Tensor | None:
         found = [part.pull_bias(weights, f"{name}.{i}") for i in range(self.spec.num_experts)]

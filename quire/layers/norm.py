@@ -60,7 +60,7 @@ def add(x: Tensor, residual: Tensor, post: Norm | None, following: Norm | None) 
     if norm is not None and (post is None or post.rms is not None):
         total, y = ops.add_norm(x, residual, norm, rms_of(post))
         return total, Normed(y)
-    total = residual + (x if post is None else post(x))
+    total = ops.add(x if post is None else post(x), residual)
     return total, normed(total.to(x.dtype), following)
 
 

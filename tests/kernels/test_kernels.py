@@ -27,6 +27,7 @@ else:
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the latter: in Triton's interpreter
 OPS = [value for name in ops.__all__ if isinstance(value := getattr(ops, name), Op)]
+OPS.remove(ops.pack_experts)  # whose result is what other operations take
 REGISTERED = [(o, device, dtype) for o in OPS for device, dtype in o.kernels if device != "meta"]
 TOLERANCE = {
     torch.float32: 4e-6,
@@ -156,6 +157,11 @@ def sums(dtype: torch.dtype) -> Inputs:
     yield wide[:, 16:64], wide[:, 32:], ops.RmsNorm(noise(48, dtype=dtype), 1e-6)  # rows further apart
 
 
+def plain_sums(dtype: torch.dtype) -> Inputs:
+    for x, residual, *_ in sums(dtype):
+        yield x, residual
+
+
 def lookups(dtype: torch.dtype) -> Inputs:
     for size in (33, 64):
         table = noise(150, size, dtype=torch.bfloat16 if dtype is torch.int64 else dtype)
@@ -234,6 +240,7 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "normed_linear": normed_products,
     "normed_act_mul": gated_products,
     "linear_add_norm": added_products,
+    "add": plain_sums,
     "add_norm": sums,
     "finish_norm": unscaled,
     "embed": lookups,
@@ -367,9 +374,19 @@ def test_every_instruction_set_computes_the_same(level: int, dtype: torch.dtype)
     want = ops.rms_norm.reference(x, weight, 1e-6, 0.5)
     torch.testing.assert_close(out, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     half = torch.empty(rows, size // 2, dtype=dtype)
-    kernel("quire_act")(level, 1, bf16, half.data_ptr(), x.data_ptr(), rows, size // 2, 0, True)
+    kernel("quire_act")(level, 1, bf16, half.data_ptr(), x.data_ptr(), rows, size // 2, size // 2, 0, True)
     want = ops.act_mul.reference(x, "silu")
     torch.testing.assert_close(half, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    angles, positions, gain = noise(8, 21, seed=2), torch.tensor([5, 0, 7]), noise(1, size, seed=3)
+    cos, sin = angles.cos(), angles.sin()
+    for interleaved in (False, True):
+        turned = x.clone()
+        kernel("quire_norm_rope")(
+            *(level, 1, bf16, turned.data_ptr(), rows, 1, size, size, 21, gain.data_ptr()),
+            *(cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), 1e-6, interleaved),
+        )
+        want = ops.norm_rope.reference(x[:, None], gain, 1e-6, cos, sin, positions, interleaved)[:, 0]
+        torch.testing.assert_close(turned, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.skipif(native.load()[0] is None, reason="the C++ kernels are not built")
@@ -385,7 +402,7 @@ def test_a_product_is_the_same_bits_for_any_number_of_rows(level: int, dtype: to
         kind = (level, threads, dtype is torch.bfloat16, False, False)
         pointers = (out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), 0, 0, 0, 0)
         kernel("quire_linear")(
-            *kind, *pointers, len(x), outputs, inputs * size // 4, x.stride(0) * size, 1, 0
+            *kind, *pointers, len(x), outputs, inputs * size // 4, x.stride(0) * size, 1, 0, inputs * size
         )
         return out
 
@@ -394,6 +411,19 @@ def test_a_product_is_the_same_bits_for_any_number_of_rows(level: int, dtype: to
     for rows in (1, 2, 3, 5, 6, 7, 15, 16, 17, 31, 32, 33, 64, 97):
         assert torch.equal(product(x[-rows:], 1), whole[-rows:]), rows
     assert torch.equal(product(x, 3), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_lies_beside_a_row_is_not_read_as_its_inputs(dtype: torch.dtype) -> None:
+    whole = torch.full((40, 3, 64), torch.nan, dtype=dtype)
+    whole[..., :33] = noise(40, 3, 33, dtype=dtype)
+    for x, weight in (
+        (whole[:, 0, :33], noise(70, 33, dtype=dtype, scale=0.1)),
+        (whole[..., :33], noise(3, 70, 33, dtype=dtype, scale=0.1)),
+    ):
+        got = ops.linear(x, ops.pack_linear(weight), None)
+        assert got.isfinite().all()
+        assert torch.equal(got, ops.linear(x.contiguous(), ops.pack_linear(weight), None))
 
 
 def test_every_operation_with_kernels_is_tested() -> None:

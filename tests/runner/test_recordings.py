@@ -3,7 +3,7 @@
 import gc
 import random
 import threading
-from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
 from tests.runner.test_fixed import run
 
 pytestmark = pytest.mark.skipif(native.load()[0] is None, reason="the C++ kernels are not built")
-RECORDED = ("Llama-3.1", "Qwen3", "Gemma2", "Gemma3", "Phi3-long")
-LEFT_ALONE = (
-    "GPT2",
-    "Mixtral",
-    "Cohere",
-    "Exaone4",
-)  # positions, experts, pairs that turn, sums without a norm
+RECORDED = (
+    *("Llama-3.1", "Qwen3", "Gemma2", "Gemma3", "Phi3-long"),
+    *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Glm4Moe"),
+    *("Helium", "Exaone4-global"),  # pairs that turn, sums without a norm
+)
+LEFT_ALONE = ("GPT2", "Cohere", "Exaone4")  # positions, layer norms, norms of heads that do not turn
 KINDS = (
     {"temperature": 0.0},
     {"temperature": 0.8},
@@ -39,10 +38,7 @@ KINDS = (
 
 
 def folder_of(name: str, folder: Path) -> str:
-    case = BY_NAME[name]
-    if "intermediate_size" in case.values:  # a multiple of 32, as everywhere but in tests
-        case = replace(case, values={**case.values, "intermediate_size": 192})
-    build_hf(case, folder)
+    build_hf(BY_NAME[name], folder)
     return str(folder)
 
 
@@ -69,7 +65,10 @@ def workload(kinds: tuple, count: int = 14) -> list:
 
 @pytest.mark.parametrize(
     ("name", "quantization"),
-    [*((name, "auto") for name in (*RECORDED, *LEFT_ALONE)), ("Qwen3", "int8"), ("Qwen3", "int4")],
+    [
+        *((name, "auto") for name in (*RECORDED, *LEFT_ALONE)),
+        *product(("Qwen3", "Qwen2Moe"), ("int8", "int4")),
+    ],
 )
 def test_recorded_steps_answer_as_others(name: str, quantization: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include "elementwise.h"
+
 namespace {
 
 enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 = 4, SIGMOID = 5 };  // as in ops.py
@@ -24,7 +26,7 @@ struct RmsNorm {
 
 struct AddNorm {
   int32_t isa, threads, is_bf16;
-  void *total, *out;
+  void *total, *out;  // out is null where no norm follows
   const void *x, *residual, *weight;  // weight may be null
   int64_t rows, size, x_stride, residual_stride;
   float eps, offset;
@@ -38,14 +40,7 @@ struct NormRope {
   const float *cos, *sin;  // [max_length][half]
   const int64_t* positions;
   float eps;
-};
-
-struct Act {
-  int32_t isa, threads, is_bf16;
-  void* out;
-  const void* x;  // gated: [rows][2][size], gates first
-  int64_t rows, size;
-  int32_t kind, gated;
+  int32_t interleaved;  // pairs lie side by side, not half apart
 };
 
 struct Embed {
@@ -61,6 +56,8 @@ struct Embed {
 #include "isa.h"
 
 }  // namespace
+
+void activate_row(const Act& a, int64_t row) { QUIRE_CALL(a.isa, act(a, row)); }
 
 // All take the address of their arguments, so that calls can be kept and made again (quire_replay).
 
@@ -93,7 +90,7 @@ extern "C" void quire_act(const void* args) {
   const Act& a = *(const Act*)args;
 #pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > 1 && a.rows * a.size >= PARALLEL_ELEMENTS)
   for (int64_t r = 0; r < a.rows; r++) {
-    QUIRE_CALL(a.isa, act(a, r));
+    activate_row(a, r);
   }
 }
 

@@ -2,24 +2,6 @@
 
 #include "vectors.inl"
 
-// f(values, i, n) for each 16 (or, at the end, n < 16) elements of a row.
-#define FOR_LANES(i, n, size) \
-  for (int64_t i = 0, n = LANES; (n = (size) - i < LANES ? (size) - i : LANES), i < (size); i += LANES)
-
-template <class T>
-static inline Floats get(const T* p, int64_t n) {
-  return n == LANES ? load(p) : load_some(p, n);
-}
-
-template <class T>
-static inline void put(T* p, Floats x, int64_t n) {
-  if (n == LANES) {
-    store(p, x);
-  } else {
-    store_some(p, x, n);
-  }
-}
-
 template <class T>
 static inline float inverse_rms(const T* x, int64_t size, float eps) {
   Floats squares = {};
@@ -40,29 +22,59 @@ static inline void rms_norm_row(T* out, const T* x, const T* weight, int64_t siz
   }
 }
 
+// Elements i and half + i of a head, which turn together.
+struct Apart {
+  template <class T>
+  static inline void get_pairs(const T* p, int64_t i, int64_t n, int64_t half, Floats& a, Floats& b) {
+    a = get(p + i, n);
+    b = get(p + half + i, n);
+  }
+  template <class T>
+  static inline void put_pairs(T* p, int64_t i, int64_t n, int64_t half, Floats a, Floats b) {
+    put(p + i, a, n);
+    put(p + half + i, b, n);
+  }
+};
+
+// Elements 2 * i and 2 * i + 1.
+struct Neighbours {
+  template <class T>
+  static inline void get_pairs(const T* p, int64_t i, int64_t n, int64_t half, Floats& a, Floats& b) {
+    const int64_t first = 2 * n < LANES ? 2 * n : LANES;
+    const Floats x = get(p + 2 * i, first), y = get(p + 2 * i + first, 2 * n - first);
+    a = __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    b = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  }
+  template <class T>
+  static inline void put_pairs(T* p, int64_t i, int64_t n, int64_t half, Floats a, Floats b) {
+    const int64_t first = 2 * n < LANES ? 2 * n : LANES;
+    put(p + 2 * i, __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), first);
+    put(p + 2 * i + first, __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31),
+        2 * n - first);
+  }
+};
+
 // One head, in place: normalise by weight where given, then rotate the first 2 * half elements.
-template <class T>
+template <class P, class T>
 static inline void norm_rope_head(T* x, const float* weight, int64_t size, float eps, const float* cos,
                                   const float* sin, int64_t half) {
-  if (weight) {
-    const float inverse = inverse_rms(x, size, eps);
-    FOR_LANES(i, n, half) {
-      const Floats a = get(x + i, n) * inverse * get(weight + i, n);
-      const Floats b = get(x + half + i, n) * inverse * get(weight + half + i, n);
-      const Floats c = get(cos + i, n), s = get(sin + i, n);
-      put(x + i, a * c - b * s, n);
-      put(x + half + i, b * c + a * s, n);
-    }
-    const int64_t turned = 2 * half;
-    FOR_LANES(i, n, size - turned) {
-      put(x + turned + i, get(x + turned + i, n) * inverse * get(weight + turned + i, n), n);
-    }
-    return;
-  }
+  const float inverse = weight ? inverse_rms(x, size, eps) : 1.0f;
   FOR_LANES(i, n, half) {
-    const Floats a = get(x + i, n), b = get(x + half + i, n), c = get(cos + i, n), s = get(sin + i, n);
-    put(x + i, a * c - b * s, n);
-    put(x + half + i, b * c + a * s, n);
+    const Floats c = get(cos + i, n), s = get(sin + i, n);
+    Floats a, b;
+    P::get_pairs(x, i, n, half, a, b);
+    if (weight) {
+      Floats by_a, by_b;
+      P::get_pairs(weight, i, n, half, by_a, by_b);
+      a = a * inverse * by_a;
+      b = b * inverse * by_b;
+    }
+    P::put_pairs(x, i, n, half, a * c - b * s, b * c + a * s);
+  }
+  if (!weight) return;
+  const int64_t turned = 2 * half;
+  FOR_LANES(i, n, size - turned) {
+    put(x + turned + i, get(x + turned + i, n) * inverse * get(weight + turned + i, n), n);
   }
 }
 
@@ -83,7 +95,7 @@ static inline Floats activate(Floats x, int32_t kind) {
     }
     case RELU: return x < 0.0f ? zero : x;
     case RELU2: return x < 0.0f ? zero : x * x;
-    case SIGMOID: return 1.0f / (exp(-x) + 1.0f);
+    case SIGMOID: return sigmoid(x);
     default: return x / (exp(-x) + 1.0f);
   }
 }
@@ -111,7 +123,7 @@ static inline void add_norm_of(const AddNorm& a, int64_t row) {
   const T *x = (const T*)a.x + row * a.x_stride, *residual = (const T*)a.residual + row * a.residual_stride;
   T* total = (T*)a.total + row * a.size;
   FOR_LANES(i, n, a.size) { put(total + i, get(residual + i, n) + get(x + i, n), n); }
-  rms_norm_row((T*)a.out + row * a.size, total, (const T*)a.weight, a.size, a.eps, a.offset);
+  if (a.out) rms_norm_row((T*)a.out + row * a.size, total, (const T*)a.weight, a.size, a.eps, a.offset);
 }
 
 static inline void add_norm(const AddNorm& a, int64_t row) {
@@ -145,23 +157,27 @@ static inline void embed(const Embed& a, int64_t row) {
   }
 }
 
-static inline void norm_rope(const NormRope& a, int64_t row) {
+template <class P, class T>
+static inline void norm_rope_of(const NormRope& a, int64_t row) {
   const float *cos = a.cos + a.positions[row] * a.half, *sin = a.sin + a.positions[row] * a.half;
   for (int64_t h = 0; h < a.num_heads; h++) {
-    const int64_t at = row * a.stride + h * a.size;
     const float* weight = a.weight ? a.weight + h * a.size : nullptr;
-    if (a.is_bf16) {
-      norm_rope_head((Bf16*)a.x + at, weight, a.size, a.eps, cos, sin, a.half);
-    } else {
-      norm_rope_head((float*)a.x + at, weight, a.size, a.eps, cos, sin, a.half);
-    }
+    norm_rope_head<P>((T*)a.x + row * a.stride + h * a.size, weight, a.size, a.eps, cos, sin, a.half);
+  }
+}
+
+static inline void norm_rope(const NormRope& a, int64_t row) {
+  if (a.is_bf16) {
+    a.interleaved ? norm_rope_of<Neighbours, Bf16>(a, row) : norm_rope_of<Apart, Bf16>(a, row);
+  } else {
+    a.interleaved ? norm_rope_of<Neighbours, float>(a, row) : norm_rope_of<Apart, float>(a, row);
   }
 }
 
 template <class T>
 static inline void act_of(const Act& a, int64_t row) {
   const T* x = (const T*)a.x + row * a.size * (a.gated ? 2 : 1);
-  act_row((T*)a.out + row * a.size, x, a.gated ? x + a.size : nullptr, a.size, a.kind);
+  act_row((T*)a.out + row * a.out_stride, x, a.gated ? x + a.size : nullptr, a.size, a.kind);
 }
 
 static inline void act(const Act& a, int64_t row) {

@@ -14,24 +14,14 @@
 #endif
 
 #include "linear.h"
+#include "scratch.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 64;          // outputs
-constexpr int64_t MOST_ROWS = 96;      // whose sums are kept while a block of outputs is computed
 constexpr int64_t PIECE_UNITS = 128;   // 32 KiB of the weight
 constexpr int64_t TILE_UNITS = 16;     // of an AMX tile's row
 constexpr int64_t AHEAD_UNITS = 2048;  // 8 KiB
-
-struct Linear {
-  void* out;
-  const void *x, *weight, *bias;           // bias may be null
-  const float *x_scales, *weight_scales;   // of bytes
-  const int32_t* x_sums;
-  int64_t rows, outputs, units, x_stride_bytes, out_stride;
-  int32_t kind;
-  bool out_bf16, bias_bf16;
-};
+constexpr int64_t SERIAL_ROWS = 16;    // which one thread copies sooner than others wake up
 
 #define QUIRE_KERNELS "linear.inl"
 #include "isa.h"
@@ -55,7 +45,27 @@ void pack_block(const T* weight, T* packed, int64_t block, int64_t outputs, int6
   }
 }
 
+// Has the rows of x as long as the weight's, zeros at their end, in this thread's memory.
+void pad(LinearCall& a) {
+  static thread_local Scratch scratch;
+  const int64_t bytes = a.units * 4, count = a.groups * a.rows;
+  char* padded = scratch.of(count * bytes);
+#pragma omp parallel for num_threads(a.threads) schedule(static) if (count > SERIAL_ROWS)
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t group = i / a.rows, row = i % a.rows;
+    memcpy(padded + i * bytes, (const char*)a.x + group * a.x_group_bytes + row * a.x_stride_bytes, a.x_row_bytes);
+    memset(padded + i * bytes + a.x_row_bytes, 0, bytes - a.x_row_bytes);
+  }
+  a.x = padded;
+  a.x_stride_bytes = bytes;
+  a.x_group_bytes = a.rows * bytes;
+}
+
 }  // namespace
+
+void linear_block(int32_t isa, const Linear& one, int64_t block, float* sums) {
+  QUIRE_CALL(isa, linear_block(one, block, sums));
+}
 
 extern "C" void quire_pack_linear(int32_t threads, int32_t is_bf16, const void* weight, void* packed,
                                   int64_t outputs, int64_t inputs, int64_t units, int64_t groups) {
@@ -74,7 +84,8 @@ extern "C" void quire_pack_linear(int32_t threads, int32_t is_bf16, const void* 
 }
 
 extern "C" void quire_linear(const void* args) {
-  const LinearCall& a = *(const LinearCall*)args;
+  LinearCall a = *(const LinearCall*)args;
+  if (a.x_row_bytes < a.units * 4) pad(a);
   const int64_t blocks = (a.outputs + BLOCK - 1) / BLOCK, out_bytes = a.out_bf16 ? 2 : 4;
 #pragma omp parallel num_threads(a.threads) if (a.groups * blocks > 1)
   {
@@ -97,7 +108,7 @@ extern "C" void quire_linear(const void* args) {
                        a.kind,
                        a.out_bf16 != 0,
                        a.bias_bf16 != 0};
-      QUIRE_CALL(a.isa, linear_block(one, block, sums));
+      linear_block(a.isa, one, block, sums);
     }
   }
 }

@@ -15,6 +15,7 @@ from quire.kernels.reference import (
     RmsNorm,
     act,
     act_mul,
+    add,
     add_norm,
     as_table,
     embed,
@@ -87,8 +88,6 @@ def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int
             return quantized(x, weight, bias, dtype)
         if isinstance(weight, Tensor | Quantized):
             return linear.reference(x, weight, bias, dtype)
-        if weight.inputs % INPUT_STEP:
-            x = torch.nn.functional.pad(x, (0, -weight.inputs % INPUT_STEP))
         grouped = weight.groups > 1
         if x.dim() != 2 + grouped or x.stride(-1) != 1:
             x = x.contiguous()
@@ -98,9 +97,9 @@ def _register_linear(library: ctypes.CDLL, level: int, threads: Callable[[], int
         stride = x.stride(0) if x.dim() == 2 + grouped else inputs
         product(
             *(level, threads(), bf16, out.dtype is torch.bfloat16, bf16),
-            *(out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), _pointer(bias), 0, 0, 0),
+            *(out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), pointer(bias), 0, 0, 0),
             *(rows, weight.outputs, weight.data.shape[2], stride * size),
-            *(weight.groups, x.stride(1) * size if grouped else 0),
+            *(weight.groups, x.stride(1) * size if grouped else 0, inputs * size),
         )
         return out
 
@@ -138,7 +137,7 @@ def _quantized_product(
         stride = x.stride(0) if x.dim() == 2 else x.shape[-1]
         product(
             *(level, threads(), weight.bits, x.dtype is torch.bfloat16, out.dtype is torch.bfloat16),
-            *(out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), weight.scales.data_ptr(), _pointer(bias)),
+            *(out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), weight.scales.data_ptr(), pointer(bias)),
             *(
                 x.numel() // weight.inputs,
                 weight.inputs,
@@ -152,11 +151,11 @@ def _quantized_product(
     return multiply
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int]:
+def rows_of(x: Tensor) -> tuple[Tensor, int, int]:
     """(x with the numbers of a row side by side, its rows, numbers from a row to the next)."""
     if x.dim() != 2 or x.stride(1) != 1:
         x = x.contiguous()
@@ -165,17 +164,17 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def _register_norms(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
-    rms, add, rope = (kernel(f"quire_{name}") for name in ("rms_norm", "add_norm", "norm_rope"))
+    rms, add_normed = kernel("quire_rms_norm"), kernel("quire_add_norm")
 
     @rms_norm.on("cpu", *BOTH)
     def rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
         size = x.shape[-1]
         if weight is not None and weight.dim() != 1:
             return rms_norm.reference(x, weight, eps, offset)
-        x, rows, stride = _rows(x)
+        x, rows, stride = rows_of(x)
         out = torch.empty(x.shape, dtype=x.dtype)
         rms(
-            *(level, threads(), x.dtype is torch.bfloat16, out.data_ptr(), x.data_ptr(), _pointer(weight)),
+            *(level, threads(), x.dtype is torch.bfloat16, out.data_ptr(), x.data_ptr(), pointer(weight)),
             *(rows, size, stride, eps, offset),
         )
         return out
@@ -187,15 +186,32 @@ def _register_norms(library: ctypes.CDLL, level: int, threads: Callable[[], int]
         weight, eps, offset = norm
         if x.dtype is not residual.dtype or weight is not None and weight.dim() != 1:
             return add_norm.reference(x, residual, norm, post)
-        x, rows, stride = _rows(x if post is None else rms_norm(x, *post))
-        residual, _, residual_stride = _rows(residual)
+        x, rows, stride = rows_of(x if post is None else rms_norm(x, *post))
+        residual, _, residual_stride = rows_of(residual)
         total, out = (torch.empty(x.shape, dtype=x.dtype) for _ in range(2))
-        add(
+        add_normed(
             *(level, threads(), x.dtype is torch.bfloat16, total.data_ptr(), out.data_ptr()),
-            *(x.data_ptr(), residual.data_ptr(), _pointer(weight)),
+            *(x.data_ptr(), residual.data_ptr(), pointer(weight)),
             *(rows, x.shape[-1], stride, residual_stride, eps, offset),
         )
         return total, out
+
+    @add.on("cpu", *BOTH)
+    def add_native(x: Tensor, residual: Tensor) -> Tensor:
+        if x.dtype is not residual.dtype or x.shape != residual.shape:
+            return add.reference(x, residual)
+        (x, rows, stride), (residual, _, residual_stride) = rows_of(x), rows_of(residual)
+        total = torch.empty(x.shape, dtype=x.dtype)
+        add_normed(
+            *(level, threads(), x.dtype is torch.bfloat16, total.data_ptr(), 0),
+            *(x.data_ptr(), residual.data_ptr(), 0),
+            *(rows, x.shape[-1], stride, residual_stride, 0.0, 0.0),
+        )
+        return total
+
+
+def _register_rotation(library: ctypes.CDLL, level: int, threads: Callable[[], int]) -> None:
+    rope = kernel("quire_norm_rope")
 
     @norm_rope.on("cpu", *BOTH)
     def norm_rope_native(
@@ -208,13 +224,12 @@ def _register_norms(library: ctypes.CDLL, level: int, threads: Callable[[], int]
         interleaved: bool,
     ) -> Tensor:
         rows, heads, size = x.shape
-        if interleaved:
-            return norm_rope.reference(x, weight, eps, cos, sin, positions, interleaved)
         if x.stride(1) != size or x.stride(2) != 1:
             x = x.contiguous()
         rope(
             *(level, threads(), x.dtype is torch.bfloat16, x.data_ptr(), rows, heads, size, x.stride(0)),
-            *(cos.shape[1], _pointer(weight), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), eps),
+            *(cos.shape[1], pointer(weight), cos.data_ptr(), sin.data_ptr(), positions.data_ptr()),
+            *(eps, interleaved),
         )
         return x
 
@@ -228,7 +243,7 @@ def _register_activations(library: ctypes.CDLL, level: int, threads: Callable[[]
         out = torch.empty((*x.shape[:-1], size), dtype=x.dtype)
         activate(
             *(level, threads(), x.dtype is torch.bfloat16, out.data_ptr(), x.data_ptr()),
-            *(out.numel() // size, size, ACTIVATIONS[kind], gated),
+            *(out.numel() // size, size, size, ACTIVATIONS[kind], gated),
         )
         return out
 
@@ -275,5 +290,11 @@ def _register_lookups(library: ctypes.CDLL, level: int, threads: Callable[[], in
 
 
 if (_library := load()[0]) is not None:
-    for _register in (_register_linear, _register_norms, _register_activations, _register_lookups):
+    for _register in (
+        _register_linear,
+        _register_norms,
+        _register_rotation,
+        _register_activations,
+        _register_lookups,
+    ):
         _register(_library, isa(), torch.get_num_threads)

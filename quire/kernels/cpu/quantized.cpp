@@ -16,22 +16,13 @@
 #endif
 
 #include "linear.h"
+#include "quantized.h"
+#include "scratch.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 64;  // outputs
-constexpr int64_t GROUP = 64;  // inputs with a scale of their own, of 4 bits
 constexpr int64_t AHEAD_UNITS = 1024;  // 4 KiB
 constexpr int64_t SERIAL_ROWS = 4;     // which one thread quantizes sooner than others wake up
-
-struct Rows {
-  int8_t* out;     // [rows, padded]
-  float* scales;   // [rows]
-  int32_t* sums;   // [rows], or [rows, padded / GROUP] where grouped
-  const void* x;
-  int64_t inputs, padded, x_stride_bytes;
-  bool is_bf16, grouped;
-};
 
 struct Weight {
   void *packed, *scales;
@@ -40,37 +31,14 @@ struct Weight {
   bool is_bf16;
 };
 
-struct Product {
-  void* out;
-  const int8_t* x;
-  const float* x_scales;
-  const int32_t *x_sums, *weight;
-  const uint16_t* scales;
-  const void* bias;  // may be null
-  int64_t rows, outputs, padded;
-  bool out_bf16, bias_bf16;
-};
-
-// Memory of a thread that calls, kept for its next call.
-struct Scratch {
-  char* memory = nullptr;
-  int64_t size = 0;
-  ~Scratch() { free(memory); }
-  char* of(int64_t bytes) {
-    if (bytes > size) {
-      free(memory);
-      size = (bytes + 63) / 64 * 64;
-      memory = (char*)aligned_alloc(64, size);
-      if (!memory) abort();  // as C++'s own allocation would
-    }
-    return memory;
-  }
-};
-
 #define QUIRE_KERNELS "quantized.inl"
 #include "isa.h"
 
 }  // namespace
+
+void quantize_row(int32_t isa, const Rows& a, int64_t row) { QUIRE_CALL(isa, quantize_row(a, row)); }
+
+void nibble_block(int32_t isa, const Product& a, int64_t block) { QUIRE_CALL(isa, nibble_block(a, block)); }
 
 // `bits` is 8 or 4.
 extern "C" void quire_quantize_weight(int32_t isa, int32_t threads, int32_t is_bf16, int32_t bits, void* packed,
@@ -105,15 +73,15 @@ extern "C" void quire_linear_quantized(const void* args) {
   int32_t* x_sums = (int32_t*)(x_scales + a.rows);
   const Rows given{whole, x_scales, x_sums, a.x, a.inputs, a.padded, a.x_stride_bytes, a.is_bf16 != 0, grouped};
 #pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > SERIAL_ROWS)
-  for (int64_t row = 0; row < a.rows; row++) QUIRE_CALL(a.isa, quantize_row(given, row));
+  for (int64_t row = 0; row < a.rows; row++) quantize_row(a.isa, given, row);
   if (!grouped) {
     const LinearCall bytes{a.isa, a.threads, BYTES, a.out_bf16, a.is_bf16, a.out, whole, a.weight, a.bias,
-                           x_scales, x_sums, (const float*)a.scales, a.rows, a.outputs, a.padded / 4, a.padded, 1, 0};
+                           x_scales, x_sums, (const float*)a.scales, a.rows, a.outputs, a.padded / 4, a.padded, 1, 0, a.padded};
     return quire_linear(&bytes);
   }
   const Product product{a.out,  whole,     x_scales,  x_sums,   (const int32_t*)a.weight, (const uint16_t*)a.scales,
                         a.bias, a.rows,    a.outputs, a.padded, a.out_bf16 != 0,          a.is_bf16 != 0};
 #pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
   for (int64_t block = 0; block < (a.outputs + BLOCK - 1) / BLOCK; block++)
-    QUIRE_CALL(a.isa, nibble_block(product, block));
+    nibble_block(a.isa, product, block);
 }

@@ -76,7 +76,7 @@ static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
 }
 
 static inline void quantize_row(const Rows& a, int64_t row) {
-  const char* x = (const char*)a.x + row * a.x_stride_bytes;
+  const char* x = (const char*)a.x + (a.of ? a.of[row] : row) * a.x_stride_bytes;
   if (a.is_bf16) {
     quantize_row_of(a, (const Bf16*)x, row);
   } else {

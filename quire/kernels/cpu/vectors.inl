@@ -54,6 +54,24 @@ static inline void store_some(T* p, Floats x, int64_t n) {
   memcpy(p, padded, n * sizeof(T));
 }
 
+// A loop over each 16 (or, at the end, n < 16) elements of a row: those from i on.
+#define FOR_LANES(i, n, size) \
+  for (int64_t i = 0, n = LANES; (n = (size) - i < LANES ? (size) - i : LANES), i < (size); i += LANES)
+
+template <class T>
+static inline Floats get(const T* p, int64_t n) {
+  return n == LANES ? load(p) : load_some(p, n);
+}
+
+template <class T>
+static inline void put(T* p, Floats x, int64_t n) {
+  if (n == LANES) {
+    store(p, x);
+  } else {
+    store_some(p, x, n);
+  }
+}
+
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 static inline float sum(Floats x) {
@@ -99,3 +117,5 @@ static inline Floats exp(Floats x) {
 }
 
 static inline Floats tanh(Floats x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
+
+static inline Floats sigmoid(Floats x) { return 1.0f / (exp(-x) + 1.0f); }

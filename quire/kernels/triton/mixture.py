@@ -5,13 +5,23 @@ graph holds for any routing. Results differ from the reference's by what it woul
 order of a token's experts, which is that of its choices here.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quire.kernels.experts import Experts, Routes, Rule, Shared, experts, experts_add_norm, route
-from quire.kernels.reference import RmsNorm, RowScale
+from quire.kernels.experts import (
+    Experts,
+    Routes,
+    Rule,
+    Shared,
+    experts,
+    experts_add_norm,
+    pack_experts,
+    route,
+)
+from quire.kernels.reference import RmsNorm, RowScale, pack_linear
 from quire.kernels.triton import experts as kernels
 from quire.kernels.triton import routing
 from quire.kernels.triton.expert_tiles import expert_tile_for, rows_for, turns_for
@@ -58,6 +68,18 @@ def route_triton(logits: Tensor, rule: Rule, correction: Tensor | None) -> Route
         **following(logits.device, AFTER),
     )
     return Routes(chosen, weights)
+
+
+@pack_experts.on("cuda", *DTYPES)
+def pack_experts_triton(
+    first: Tensor, others: Iterable[Tensor], count: int, pack: Callable[[Tensor], Any] = pack_linear
+) -> Tensor:
+    """One tensor [count, outputs, inputs], since a kernel takes all experts at once."""
+    stacked = first.new_empty(count, *first.shape)
+    stacked[0] = first
+    for i, weight in enumerate(others, 1):
+        stacked[i] = weight
+    return stacked
 
 
 @experts.on("cuda", *DTYPES)

@@ -1,0 +1,31 @@
+// Rows of int8 and products with weights of 4 bits (quantized.cpp), for experts.cpp.
+#pragma once
+#include <cstdint>
+
+constexpr int64_t GROUP = 64;  // inputs with a scale of their own, of 4 bits
+
+struct Rows {
+  int8_t* out;     // [rows, padded]
+  float* scales;   // [rows]
+  int32_t* sums;   // [rows], or [rows, padded / GROUP] where grouped
+  const void* x;
+  int64_t inputs, padded, x_stride_bytes;
+  bool is_bf16, grouped;
+  const int32_t* of = nullptr;  // which row of x each is; null: the same
+};
+
+void quantize_row(int32_t isa, const Rows& a, int64_t row);
+
+struct Product {
+  void* out;
+  const int8_t* x;
+  const float* x_scales;
+  const int32_t *x_sums, *weight;
+  const uint16_t* scales;
+  const void* bias;  // may be null
+  int64_t rows, outputs, padded;
+  bool out_bf16, bias_bf16;
+};
+
+// 64 outputs of all rows.
+void nibble_block(int32_t isa, const Product& a, int64_t block);
