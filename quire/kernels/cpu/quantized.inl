@@ -7,10 +7,16 @@ typedef int8_t CharsAt __attribute__((vector_size(16), aligned(1), may_alias));
 
 constexpr int GROUP_VECTORS = GROUP / LANES;
 #if QUIRE_ISA >= 2
-constexpr int NIBBLE_ROWS = 4, NIBBLE_COLUMNS = 2;  // a block of sums, and one of whole numbers, fit in registers
+constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 16;  // registers of sums, half of them whole numbers
 #else
-constexpr int NIBBLE_ROWS = 2, NIBBLE_COLUMNS = 1;
+constexpr int NIBBLE_ROWS = 2, NIBBLE_SUMS = 8;
 #endif
+
+// As columns_of in linear.inl.
+constexpr int nibble_columns_of(int rows) {
+  const int most = NIBBLE_SUMS / (2 * rows * PARTS);
+  return most >= 4 ? 4 : most >= 2 ? 2 : 1;
+}
 
 static inline Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
@@ -215,10 +221,10 @@ static void pack_nibbles(const Weight& a, int64_t block) {
   }
 }
 
-// Columns column .. of rows row .. row + R - 1: sums [R][NIBBLE_COLUMNS * LANES] of products with their scales.
+// Columns column .. of rows row .. row + R - 1: sums [R][nibble_columns_of(R) * LANES] of products with their scales.
 template <bool FIRST, int R>
 static inline void nibble_rows(const Product& a, int64_t block, int64_t row, int64_t column, float* sums) {
-  constexpr int PIECES = NIBBLE_COLUMNS * PARTS;
+  constexpr int PIECES = nibble_columns_of(R) * PARTS;
   typedef uint16_t Scales __attribute__((vector_size(2 * WIDTH)));
   typedef uint16_t ScalesAt __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
   typedef uint32_t RegisterWords __attribute__((vector_size(4 * WIDTH)));
@@ -266,7 +272,7 @@ static inline void finish_columns(const Product& a, const float* sums, int64_t r
 
 template <bool FIRST, int R>
 static inline void some_nibble_rows(const Product& a, int64_t block, int64_t row) {
-  constexpr int64_t COLUMNS = NIBBLE_COLUMNS * LANES;
+  constexpr int64_t COLUMNS = nibble_columns_of(R) * LANES;
   for (int64_t column = 0; column < BLOCK; column += COLUMNS) {
     alignas(64) float sums[R * COLUMNS];
     nibble_rows<FIRST, R>(a, block, row, column, sums);
