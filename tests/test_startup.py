@@ -57,6 +57,14 @@ def test_the_server_loads_no_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_answering_loads_no_compiler() -> None:
+    """Torch loads its own when it is watched by someone that does not ask it not to, which takes a second."""
+    call = "from quire import LLM, SamplingParams\nimport sys\n"
+    call += "LLM('demo', device='cpu', num_threads=1).generate('Hello', SamplingParams(max_tokens=4))\n"
+    done = python(call + "sys.exit('torch._dynamo' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_half_that_talks_to_users_loads_no_torch() -> None:
     done = python("import sys, quire.engine.remote\nprint({'torch', 'transformers'} & sys.modules.keys())")
     assert (done.stdout.strip(), done.stderr) == ("set()", "")

@@ -145,6 +145,11 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.step, self.memory = step, memory
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, which takes a second, to leave __torch_dispatch__ alone."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
