@@ -108,6 +108,10 @@ class Backend(Protocol):
     def block_size(self) -> int: ...
 
     @property
+    def quantized(self) -> bool:
+        """Whether it keeps keys and values as int8, with a scale for each token and head (kernels/quantized.py)."""
+
+    @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold steps: nothing in them waits for the device."""
 
@@ -123,7 +127,10 @@ class Backend(Protocol):
         """Why this backend cannot run, or None if it can."""
 
     def views(self, pool: Tensor, offset: int, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
-        """One layer's cache in `pool` [num_blocks, block_bytes] uint8; its share starts at byte `offset`."""
+        """One layer's cache in `pool` [num_blocks, block_bytes] uint8; its share starts at byte `offset`.
+
+        `dtype`: of queries, keys, values and results.
+        """
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
         """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None where values are in keys) at the step's slots."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.base import LayerCache, Ragged, Turn, turn_and_write
-from quire.attention.shapes import DIM_STEP, CacheShape
+from quire.attention.shapes import DIM_STEP, CacheShape, head_bytes
 from quire.kernels.cpu.calls import keep, kernel
 from quire.kernels.cpu.native import isa, load
 
@@ -21,7 +21,7 @@ class _Cache(ctypes.Structure):
         *[(name, c_void_p) for name in ("k", "v")],
         *[(name, c_int64) for name in ("block_stride", "num_kv_heads", "k_dim", "v_dim")],
         *[(name, c_int64) for name in ("k_stored", "v_stored", "pages_per_block")],
-        *[(name, c_int32) for name in ("is_bf16", "isa")],
+        *[(name, c_int32) for name in ("is_bf16", "is_quantized", "isa")],
     ]
 
 
@@ -43,9 +43,9 @@ class Cpu:
     shares = False
     invariant = True
 
-    def __init__(self, block_size: int = PAGE_TOKENS, level: int | None = None):
+    def __init__(self, block_size: int = PAGE_TOKENS, level: int | None = None, *, quantized: bool = False):
         """`level`: the instruction set (see native.isa); None for the best there is."""
-        self.block_size = block_size
+        self.block_size, self.quantized = block_size, quantized
         self.level = isa() if level is None else level
         self._laid_out: tuple[Ragged | None, _Step] = (None, _Step())
         library, self._reason = load()
@@ -64,27 +64,16 @@ class Cpu:
         return None
 
     def views(self, pool: Tensor, offset: int, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
-        """Units of 4 bytes hold 1 float32 or 2 bfloat16.
+        """k [num_blocks, Hkv, pages, page_bytes] uint8 and v, likewise: attention.cpp says what is in a page."""
+        heads, pages = shape.num_kv_heads, self.block_size // PAGE_TOKENS
 
-        k [num_blocks, Hkv, pages, Dk / per_unit, 16, per_unit],
-        v [num_blocks, Hkv, pages, 16 / per_unit, Dv, per_unit]
-        """
-        heads, pages, per_unit = (
-            shape.num_kv_heads,
-            self.block_size // PAGE_TOKENS,
-            UNIT_BYTES // dtype.itemsize,
-        )
+        def view(start: int, stored: int) -> Tensor:
+            page_bytes = PAGE_TOKENS * head_bytes(stored, dtype.itemsize, self.quantized)
+            return pool[:, start : start + heads * pages * page_bytes].unflatten(1, (heads, pages, page_bytes))
 
-        def view(start: int, *page: int) -> Tensor:
-            count = heads * self.block_size * page[0] * page[1] * per_unit // PAGE_TOKENS
-            flat = pool[:, start : start + count * dtype.itemsize].view(dtype)
-            return flat.unflatten(1, (heads, pages, *page, per_unit))
-
-        k = view(offset, shape.k_stored // per_unit, PAGE_TOKENS)
-        v = k
+        k = v = view(offset, shape.k_stored)
         if not shape.v_in_k:
-            start = offset + shape.k_bytes(self.block_size, dtype.itemsize)
-            v = view(start, PAGE_TOKENS // per_unit, shape.v_stored)
+            v = view(offset + shape.k_bytes(self.block_size, dtype.itemsize, self.quantized), shape.v_stored)
         handle = _Cache(
             k=k.data_ptr(),
             v=None if shape.v_in_k else v.data_ptr(),
@@ -96,6 +85,7 @@ class Cpu:
             v_stored=-(-shape.v_dim // DIM_STEP) * DIM_STEP,
             pages_per_block=pages,
             is_bf16=dtype is torch.bfloat16,
+            is_quantized=self.quantized,
             isa=self.level,
         )
         return LayerCache(k, v, shape, handle)

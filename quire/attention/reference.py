@@ -1,14 +1,39 @@
 """Attention over the paged cache in plain torch, on any device: the oracle, and the path without kernels."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quire.attention.base import LayerCache, Ragged, Turn, turn_and_write
-from quire.attention.shapes import CacheShape
+from quire.attention.shapes import CacheShape, head_bytes
+from quire.kernels.quantized import quantize_rows
 
 SCORE_BYTES = 64 * 2**20  # queries are taken in pieces whose float32 scores fit in about this much
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Keys or values of a layer, as they lie in the pool."""
+
+    numbers: Tensor  # [num_blocks, Hkv, block_size, D]
+    scales: Tensor | None  # [num_blocks, Hkv, block_size, 1] float32, if the numbers are int8
+
+    def write(self, blocks: Tensor, offsets: Tensor, x: Tensor) -> None:
+        """x [T, Hkv, D] at these blocks [T] and offsets [T]."""
+        if self.scales is not None:
+            integers, scales = quantize_rows(x.flatten(0, 1))
+            self.scales[blocks, :, offsets] = scales.view(*x.shape[:2], 1)
+            x = integers.view(x.shape)
+        self.numbers[blocks, :, offsets] = x
+
+    def read(self, blocks: Tensor) -> Tensor:
+        """What these blocks hold [Hkv, blocks * block_size, D], in float32."""
+        x = self.numbers[blocks].float()
+        if self.scales is not None:
+            x *= self.scales[blocks]
+        return x.transpose(0, 1).flatten(1, 2)
 
 
 class Reference:
@@ -19,32 +44,40 @@ class Reference:
     shares = False
     invariant = False
 
-    def __init__(self, block_size: int = 16):
-        self.block_size = block_size
+    def __init__(self, block_size: int = 16, *, quantized: bool = False):
+        self.block_size, self.quantized = block_size, quantized
 
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         return None
 
     def views(self, pool: Tensor, offset: int, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
-        heads, size = shape.num_kv_heads, self.block_size
+        heads, size, itemsize = shape.num_kv_heads, self.block_size, dtype.itemsize
 
-        def view(start: int, dim: int) -> Tensor:
-            count = heads * size * dim
-            flat = pool[:, start : start + count * dtype.itemsize].view(dtype)
-            return flat.unflatten(1, (heads, size, dim))
+        def view(start: int, dim: int, stored: int) -> Kept:
+            if self.quantized:  # a token's scale is behind its numbers
+                token_bytes = head_bytes(stored, itemsize, True)
+                rows = pool[:, start : start + heads * size * token_bytes]
+                rows = rows.unflatten(1, (heads, size, token_bytes))
+                return Kept(rows[..., :dim].view(torch.int8), rows[..., stored:].view(torch.float32))
+            flat = pool[:, start : start + heads * size * dim * itemsize].view(dtype)
+            return Kept(flat.unflatten(1, (heads, size, dim)), None)
 
-        k = view(offset, shape.k_dim)
+        k = view(offset, shape.k_dim, shape.k_stored)
         if shape.v_in_k:
-            return LayerCache(k, k[..., : shape.v_dim], shape)
-        return LayerCache(k, view(offset + shape.k_bytes(size, dtype.itemsize), shape.v_dim), shape)
+            v = Kept(k.numbers[..., : shape.v_dim], k.scales)
+        else:
+            start = offset + shape.k_bytes(size, itemsize, self.quantized)
+            v = view(start, shape.v_dim, shape.v_stored)
+        return LayerCache(k.numbers, v.numbers, shape, (k, v))
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
         slots = step.slot_mapping
         kept = slots >= 0
         blocks, offsets = slots[kept] // self.block_size, slots[kept] % self.block_size
-        cache.k[blocks, :, offsets] = k[kept]
+        keys, values = cache.handle
+        keys.write(blocks, offsets, k[kept])
         if v is not None:
-            cache.v[blocks, :, offsets] = v[kept]
+            values.write(blocks, offsets, v[kept])
 
     def attend_turned(self, heads: Tensor, cache: LayerCache, turn: Turn, step: Ragged, **how: Any) -> Tensor:
         return self.attend(turn_and_write(self, cache, heads, turn, step), cache, step, **how)
@@ -64,7 +97,7 @@ class Reference:
         starts, lengths = step.query_starts.tolist(), step.lengths.tolist()
         for s, length in enumerate(lengths):
             blocks = step.block_tables[s, : -(-length // self.block_size)].long()
-            k, v = (t[blocks].transpose(0, 1).flatten(1, 2)[:, :length].float() for t in (cache.k, cache.v))
+            k, v = (kept.read(blocks)[:, :length] for kept in cache.handle)
             first = length - (starts[s + 1] - starts[s])
             piece = max(1, SCORE_BYTES // (4 * q.shape[1] * max(length, 1)))
             for a in range(starts[s], starts[s + 1], piece):

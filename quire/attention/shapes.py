@@ -3,6 +3,9 @@
 A block holds `block_size` tokens of every layer, contiguously; a layer's share starts at a multiple of 64:
 
     block: | layer 0: K, V | layer 1: K, V | ... |
+
+A number takes `itemsize` bytes or, of a quantized cache, one; then each head has a scale for each token's keys, and one
+for its values.
 """
 
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from quire.models.spec import MLA, Attention, Decoder
 
 ALIGNMENT_BYTES = 64
 DIM_STEP = 16  # stored head dimensions are multiples of this, so that kernels need no tails
+SCALE_BYTES = 4  # a float32
 
 
 def _round_up(value: int, step: int) -> int:
@@ -36,14 +40,23 @@ class CacheShape:
     def v_stored(self) -> int:
         return 0 if self.v_in_k else _round_up(self.v_dim, DIM_STEP)
 
-    def k_bytes(self, block_size: int, itemsize: int) -> int:
+    def k_bytes(self, block_size: int, itemsize: int, quantized: bool = False) -> int:
         """Bytes of a block's keys in this layer, rounded up to the alignment; its values follow them."""
-        return _round_up(self.num_kv_heads * block_size * self.k_stored * itemsize, ALIGNMENT_BYTES)
+        token_bytes = head_bytes(self.k_stored, itemsize, quantized)
+        return _round_up(self.num_kv_heads * block_size * token_bytes, ALIGNMENT_BYTES)
 
-    def num_bytes(self, block_size: int, itemsize: int) -> int:
+    def num_bytes(self, block_size: int, itemsize: int, quantized: bool = False) -> int:
         """Bytes of this layer's share of a block."""
-        v_bytes = self.num_kv_heads * block_size * self.v_stored * itemsize
-        return self.k_bytes(block_size, itemsize) + _round_up(v_bytes, ALIGNMENT_BYTES)
+        k_bytes = self.k_bytes(block_size, itemsize, quantized)
+        if self.v_in_k:
+            return k_bytes
+        v_bytes = self.num_kv_heads * block_size * head_bytes(self.v_stored, itemsize, quantized)
+        return k_bytes + _round_up(v_bytes, ALIGNMENT_BYTES)
+
+
+def head_bytes(dim: int, itemsize: int, quantized: bool) -> int:
+    """Bytes of a head's key or value for one token, scale included."""
+    return dim + SCALE_BYTES if quantized else dim * itemsize
 
 
 def cache_shape(mixer: Attention | MLA) -> CacheShape:
@@ -58,15 +71,17 @@ def cache_shapes(spec: Decoder) -> tuple[CacheShape, ...]:
     return tuple(cache_shape(block.mixer) for block in spec.blocks)
 
 
-def _ends(spec: Decoder, block_size: int, itemsize: int) -> Iterator[int]:
-    return accumulate((s.num_bytes(block_size, itemsize) for s in cache_shapes(spec)), initial=0)
+def _ends(spec: Decoder, *numbers: int) -> Iterator[int]:
+    return accumulate((s.num_bytes(*numbers) for s in cache_shapes(spec)), initial=0)
 
 
-def layer_offsets(spec: Decoder, block_size: int, itemsize: int) -> tuple[int, ...]:
+def layer_offsets(
+    spec: Decoder, block_size: int, itemsize: int, quantized: bool = False
+) -> tuple[int, ...]:
     """Where each layer's share of a block starts, in bytes."""
-    return tuple(_ends(spec, block_size, itemsize))[:-1]
+    return tuple(_ends(spec, block_size, itemsize, quantized))[:-1]
 
 
-def block_bytes(spec: Decoder, block_size: int, itemsize: int) -> int:
-    """Bytes of one block of all layers; `itemsize` is the bytes of one cached number."""
-    return tuple(_ends(spec, block_size, itemsize))[-1]
+def block_bytes(spec: Decoder, block_size: int, itemsize: int, quantized: bool = False) -> int:
+    """Bytes of one block of all layers; `itemsize` is the bytes of a number of the network's."""
+    return tuple(_ends(spec, block_size, itemsize, quantized))[-1]

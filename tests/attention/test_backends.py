@@ -18,9 +18,15 @@ from quire.kernels.cpu.native import isa
 CPU = torch.device("cpu")
 BUILT = Cpu().why_not(torch.float32, CPU) is None
 LEVELS = range(isa() + 1) if BUILT else ()
-BACKENDS = (
-    [Reference(4), Reference(16)] + [Cpu(level=level) for level in LEVELS] + ([Cpu(32)] if BUILT else [])
-)
+BACKENDS = [
+    backend
+    for quantized in (False, True)
+    for backend in (
+        *(Reference(size, quantized=quantized) for size in (4, 16)),
+        *(Cpu(level=level, quantized=quantized) for level in LEVELS),
+        *([Cpu(32, quantized=quantized)] if BUILT else []),
+    )
+]
 NUM_BLOCKS = 96
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -82,10 +88,19 @@ def sequences(
     return Sequences(q, k, v, sinks)
 
 
-def dense(case: Case, data: Sequences, scale: float) -> list[Tensor]:
+def rounded(x: Tensor) -> Tensor:
+    """What is left of x [n, Hkv, D] in a quantized cache: 255 numbers around 0 for each head of a position."""
+    top = x.float().abs().amax(-1, keepdim=True)
+    return (x.float() * (torch.tensor(127.0) / top)).round().double() * (top / 127).double()
+
+
+def dense(case: Case, data: Sequences, scale: float, quantized: bool = False) -> list[Tensor]:
     """Attention of every position of every sequence, in float64, without a cache."""
     out = []
     for q, k, v in zip(data.q, data.k, data.v, strict=True):
+        if quantized:
+            k = rounded(k)
+            v = k[..., : case.shape.v_dim] if case.shape.v_in_k else rounded(v)
         group = case.num_heads // case.shape.num_kv_heads
         k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
@@ -108,7 +123,7 @@ def paged(
     """The same through the cache; steps[i][s] positions of sequence s are computed in step i."""
     dtype, size = data.q[0].dtype, backend.block_size
     offset = 192  # of another layer, which must stay as it is
-    pool_bytes = offset + case.shape.num_bytes(size, dtype.itemsize)
+    pool_bytes = offset + case.shape.num_bytes(size, dtype.itemsize, backend.quantized)
     device = data.q[0].device
     pool = torch.full((NUM_BLOCKS, pool_bytes), 255, dtype=torch.uint8, device=device)  # NaN in every dtype
     cache = backend.views(pool, offset, case.shape, dtype)
@@ -136,6 +151,11 @@ def paged(
     return [torch.cat(p) for p in parts]
 
 
+def empty_pool(backend: Backend, case: Case) -> Tensor:
+    """Eight blocks of float32, of one layer."""
+    return torch.zeros(8, case.shape.num_bytes(backend.block_size, 4, backend.quantized), dtype=torch.uint8)
+
+
 def attend(backend: Backend, case: Case, cache: LayerCache, q: Tensor, step, scale: float, sinks) -> Tensor:
     return backend.attend(q, cache, step, scale=scale, window=case.window, softcap=case.softcap, sinks=sinks)
 
@@ -151,11 +171,10 @@ def cut(lengths: list[int], seed: int) -> list[list[int]]:
 
 
 def name_of(value: object) -> str:
-    if isinstance(value, Cpu):
-        return f"cpu{value.block_size}-isa{value.level}"
-    return (
-        f"reference{value.block_size}" if isinstance(value, Reference) else str(getattr(value, "name", value))
-    )
+    if not isinstance(value, Cpu | Reference):
+        return str(value)
+    level = f"-isa{value.level}" if isinstance(value, Cpu) else ""
+    return f"{value.name}{value.block_size}{level}{'-int8' * value.quantized}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -165,7 +184,7 @@ def test_backend_equals_dense_attention(backend: Backend, case: Case, dtype: tor
     lengths = [70, 1, 16, 65, 33]
     data = sequences(case, lengths, dtype)
     scale = case.shape.k_dim**-0.5
-    want = dense(case, data, scale)
+    want = dense(case, data, scale, backend.quantized)
     for steps in ([lengths], cut(lengths, seed=2)):
         for got, expected in zip(paged(backend, case, data, scale, steps), want, strict=True):
             torch.testing.assert_close(got.double(), expected, rtol=0, atol=TOLERANCE[dtype])
@@ -175,10 +194,11 @@ def test_backend_equals_dense_attention(backend: Backend, case: Case, dtype: tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("quantized", [False, True], ids=["", "int8"])
 def test_cpu_result_is_the_same_bits_for_any_batch_chunks_and_threads(
-    case: Case, dtype: torch.dtype, level: int
+    case: Case, dtype: torch.dtype, level: int, quantized: bool
 ) -> None:
-    backend, lengths = Cpu(level=level), [90, 17, 64]
+    backend, lengths = Cpu(level=level, quantized=quantized), [90, 17, 64]
     data = sequences(case, lengths, dtype)
     together = paged(backend, case, data, 0.2, [lengths])
     for steps in (cut(lengths, 3), cut(lengths, 4), [[1, 1, 1]] * 17 + [[1, 0, 1]] * 47 + [[1, 0, 0]] * 26):
@@ -203,12 +223,13 @@ def test_strided_inputs(backend: Backend) -> None:
     data = sequences(case, [20], torch.float32)
     fused = torch.cat((data.q[0], data.k[0], data.v[0]), 1)
     q, k, v = fused.split((case.num_heads, 2, 2), 1)
-    pool = torch.zeros(8, case.shape.num_bytes(backend.block_size, 4), dtype=torch.uint8)
+    pool = empty_pool(backend, case)
     cache = backend.views(pool, 0, case.shape, torch.float32)
     step = ragged([0], [20], [list(range(-(-20 // backend.block_size)))], backend.block_size)
     backend.write(cache, k, v, step)
     got = backend.attend(q, cache, step, scale=0.1)
-    torch.testing.assert_close(got.double(), dense(case, data, 0.1)[0], rtol=0, atol=2e-5)
+    want = dense(case, data, 0.1, backend.quantized)[0]
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=name_of)
@@ -218,14 +239,20 @@ def test_nan_stays_in_its_sequence(backend: Backend) -> None:
     data.k[0][3] = torch.nan
     broken, fine = paged(backend, case, data, 0.1, [[20, 20]])
     assert bool(broken[3:].isnan().all()) and not bool(broken[:3].isnan().any())
-    torch.testing.assert_close(fine.double(), dense(case, data, 0.1)[1], rtol=0, atol=2e-5)
+    want = dense(case, data, 0.1, backend.quantized)[1]
+    torch.testing.assert_close(fine.double(), want, rtol=0, atol=2e-5)
+    for number in (torch.nan, torch.inf):
+        data.k[0][3], data.v[0][7, :, 5] = 0.0, number
+        broken, fine = paged(backend, case, data, 0.1, [[20, 20]])
+        assert not bool(broken[7:, :, 5].isfinite().any())
+        torch.testing.assert_close(fine.double(), want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=name_of)
 def test_padding_rows_are_zero_and_written_nowhere(backend: Backend) -> None:
     case = CASES[0]
     data = sequences(case, [9], torch.float32)
-    pool = torch.zeros(8, case.shape.num_bytes(backend.block_size, 4), dtype=torch.uint8)
+    pool = empty_pool(backend, case)
     cache = backend.views(pool, 0, case.shape, torch.float32)
     step = ragged([0], [5], [list(range(4))], backend.block_size)
     slots = torch.cat((step.slot_mapping, torch.full((4,), -1)))

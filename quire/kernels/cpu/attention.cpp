@@ -18,8 +18,12 @@
 #include <immintrin.h>
 #endif
 
+#include "quantized.h"
+#include "scratch.h"
+
 namespace {
 
+constexpr int64_t PAGE = 16;  // tokens
 constexpr int64_t TILE = 64;
 constexpr int64_t MOST_ROWS = 32;  // of an item: its queries, scores and sums stay in the cache
 constexpr int64_t LEAST_ROWS = 4;
@@ -29,7 +33,14 @@ struct Cache {
   const void *k, *v;     // v null: values are inside the keys
   int64_t block_stride;  // units
   int64_t num_kv_heads, k_dim, v_dim, k_stored, v_stored, pages_per_block;
-  int32_t is_bf16, isa;
+  int32_t is_bf16, is_quantized, isa;
+
+  int64_t item_bytes() const { return is_bf16 ? 2 : 4; }  // of a number outside the cache
+
+  // Units from a page of so many stored dimensions to the next.
+  int64_t page_units(int64_t stored) const {
+    return is_quantized ? PAGE * (stored / 4 + 1) : PAGE * stored * item_bytes() / 4;
+  }
 };
 
 struct Step {
@@ -72,7 +83,8 @@ std::vector<Item> split(const Cache& cache, const Step& step, int64_t num_heads,
 
 int64_t memory_bytes(const Cache& cache) {
   const int64_t row = (cache.k_stored + cache.v_stored + TILE + 64) * 4 + 64;
-  return MOST_ROWS * row + (TILE + 16) * cache.v_stored * 4 + 16 * TILE * 4 + 4096;
+  const int64_t widened = cache.is_quantized ? TILE * cache.k_stored * 4 : 0;
+  return MOST_ROWS * row + (TILE + 16) * cache.v_stored * 4 + widened + 16 * TILE * 4 + 4096;
 }
 
 }  // namespace
@@ -94,7 +106,7 @@ extern "C" void quire_attend(const void* args) {
   std::vector<Item> items = split(*cache, *step, num_heads, most_rows);
   while ((int64_t)items.size() < step->num_threads && most_rows > LEAST_ROWS)
     items = split(*cache, *step, num_heads, most_rows /= 2);
-  const int64_t row_bytes = num_heads * cache->v_dim * (cache->is_bf16 ? 2 : 4);
+  const int64_t row_bytes = num_heads * cache->v_dim * cache->item_bytes();
   const int64_t last = step->query_starts[step->num_sequences];
   memset((char*)query.out + last * row_bytes, 0, (step->num_tokens - last) * row_bytes);
 #pragma omp parallel num_threads(step->num_threads) if (items.size() > 1)
@@ -110,21 +122,41 @@ extern "C" void quire_attend(const void* args) {
 
 namespace {
 
-template <class T>
-void write_token(const Cache& cache, int64_t slot, const T* k, const T* v) {
-  constexpr int64_t PER_UNIT = 4 / sizeof(T), LANES = 16;
-  const int64_t size = cache.pages_per_block * LANES, block = slot / size, offset = slot % size;
-  const int64_t page = offset / LANES, token = offset % LANES;
+// A token's x [dim] in a page of keys, or of values. The rest of its `stored` numbers are zeros.
+template <int PER_UNIT, class T>
+void put(bool is_key, T* page, int64_t token, const T* x, int64_t dim, int64_t stored) {
+  for (int64_t d = 0; d < stored; d++) {
+    const int64_t at = is_key ? (d / PER_UNIT * PAGE + token) * PER_UNIT + d % PER_UNIT
+                              : (token / PER_UNIT * stored + d) * PER_UNIT + token % PER_UNIT;
+    page[at] = d < dim ? x[d] : T{};
+  }
+}
+
+void put_quantized(const Cache& cache, bool is_key, char* page, int64_t token, const void* x, int64_t dim,
+                   int64_t stored) {
+  static thread_local Scratch memory;
+  int8_t* row = (int8_t*)memory.of(stored);
+  int32_t sum;
+  float* scales = (float*)(page + PAGE * stored);
+  quantize_row(cache.isa, {row, scales + token, &sum, x, dim, stored, 0, cache.is_bf16 != 0, false}, 0);
+  put<1>(is_key, (int8_t*)page, token, row, stored, stored);
+}
+
+// A token's x [num_kv_heads][dim], keys or values.
+void write_token(const Cache& cache, int64_t slot, bool is_key, const void* x) {
+  const int64_t dim = is_key ? cache.k_dim : cache.v_dim, stored = is_key ? cache.k_stored : cache.v_stored;
+  const int64_t size = cache.pages_per_block * PAGE, page = slot % size / PAGE, token = slot % PAGE;
+  int32_t* block = (int32_t*)(is_key ? cache.k : cache.v) + slot / size * cache.block_stride;
   for (int64_t h = 0; h < cache.num_kv_heads; h++) {
-    const int64_t index = h * cache.pages_per_block + page;
-    T* to = (T*)((int32_t*)cache.k + block * cache.block_stride) + index * LANES * cache.k_stored;
-    for (int64_t d = 0; d < cache.k_stored; d++)
-      to[(d / PER_UNIT * LANES + token) * PER_UNIT + d % PER_UNIT] = d < cache.k_dim ? k[h * cache.k_dim + d] : T{};
-    if (!v) continue;
-    to = (T*)((int32_t*)cache.v + block * cache.block_stride) + index * LANES * cache.v_stored;
-    for (int64_t d = 0; d < cache.v_stored; d++)
-      to[(token / PER_UNIT * cache.v_stored + d) * PER_UNIT + token % PER_UNIT] =
-          d < cache.v_dim ? v[h * cache.v_dim + d] : T{};
+    int32_t* to = block + (h * cache.pages_per_block + page) * cache.page_units(stored);
+    const char* from = (const char*)x + h * dim * cache.item_bytes();
+    if (cache.is_quantized) {
+      put_quantized(cache, is_key, (char*)to, token, from, dim, stored);
+    } else if (cache.is_bf16) {
+      put<2>(is_key, (uint16_t*)to, token, (const uint16_t*)from, dim, stored);
+    } else {
+      put<1>(is_key, (float*)to, token, (const float*)from, dim, stored);
+    }
   }
 }
 
@@ -141,19 +173,13 @@ struct WriteCall {
 
 extern "C" void quire_write(const void* args) {
   const WriteCall& a = *(const WriteCall*)args;
-  const Cache* cache = a.cache;
-  const Step* step = a.step;
-  const bool has_v = a.v && cache->v;
-#pragma omp parallel for num_threads(step->num_threads) schedule(static) if (step->num_tokens >= 8)
-  for (int64_t t = 0; t < step->num_tokens; t++) {
-    const int64_t slot = step->slots[t];
-    if (slot < 0) continue;
-    if (cache->is_bf16) {
-      const uint16_t *keys = (const uint16_t*)a.k + t * a.k_stride, *values = (const uint16_t*)a.v + t * a.v_stride;
-      write_token(*cache, slot, keys, has_v ? values : nullptr);
-    } else {
-      const float *keys = (const float*)a.k + t * a.k_stride, *values = (const float*)a.v + t * a.v_stride;
-      write_token(*cache, slot, keys, has_v ? values : nullptr);
-    }
+  const Cache& cache = *a.cache;
+  const Step& step = *a.step;
+#pragma omp parallel for num_threads(step.num_threads) schedule(static) if (step.num_tokens >= 8)
+  for (int64_t t = 0; t < step.num_tokens; t++) {
+    if (step.slots[t] < 0) continue;
+    write_token(cache, step.slots[t], true, (const char*)a.k + t * a.k_stride * cache.item_bytes());
+    if (a.v && cache.v)
+      write_token(cache, step.slots[t], false, (const char*)a.v + t * a.v_stride * cache.item_bytes());
   }
 }

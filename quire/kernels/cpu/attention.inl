@@ -13,6 +13,16 @@ constexpr int ROWS = 2, COLUMNS = 1;
 constexpr int PAGES = TILE / LANES;
 constexpr float LOWEST = -1e30f;
 
+typedef int8_t CharsAt __attribute__((vector_size(16), aligned(1), may_alias));
+
+static inline void ask(const void* memory, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)memory + i);
+}
+
+static inline Ints widened(const int8_t* p) {
+  return (Ints) __builtin_convertvector(__builtin_convertvector(*(const CharsAt*)p, Ints), Floats);
+}
+
 template <class E>
 struct Task {
   typedef typename E::Element Element;
@@ -23,12 +33,15 @@ struct Task {
   char* memory;
 
   int64_t rows, k_units, v_stored, first, begin, end;
-  int32_t *q, *weights, *v_tile, *v_last;
+  int64_t step_bytes;  // of 16 units in the cache
+  int32_t *q, *weights, *k_tile, *v_tile, *v_last;
   float *acc, *scores, *most, *rescale;
   Floats* total;
   int64_t *limit, *low;
   const int32_t* table;
-  const int32_t *k_page[PAGES], *v_page[PAGES], *next_page[PAGES];
+  const int32_t *k_page[PAGES], *v_page[PAGES];
+  const int32_t *soon[PAGES], *next_page[PAGES];  // asked for meanwhile: by scores, and by sums
+  const float *k_scales[PAGES], *v_scales[PAGES];
 
   template <class T>
   T* take(int64_t count) {
@@ -42,9 +55,11 @@ struct Task {
     rows = (item.token_end - item.token_start) * group;
     k_units = cache.k_stored / E::PER_UNIT;
     v_stored = cache.v_stored;
+    step_bytes = cache.is_quantized ? LANES * E::PER_UNIT : LANES * 4;
     q = take<int32_t>(rows * k_units);
     weights = take<int32_t>(rows * TILE / E::PER_UNIT);
-    v_tile = cache.v ? nullptr : take<int32_t>(TILE / E::PER_UNIT * v_stored);
+    k_tile = cache.is_quantized ? take<int32_t>(TILE * k_units) : nullptr;
+    v_tile = cache.is_quantized || !cache.v ? take<int32_t>(TILE / E::PER_UNIT * v_stored) : nullptr;
     v_last = take<int32_t>(LANES / E::PER_UNIT * v_stored);
     scores = take<float>(16 * TILE);
     acc = take<float>(rows * v_stored);
@@ -73,22 +88,56 @@ struct Task {
     end = limit[rows - 1];
   }
 
-  const int32_t* page(const void* base, int64_t index, int64_t page_units) const {
+  const int32_t* page(const void* base, int64_t index, int64_t stored) const {
     const int64_t block = table[index / cache.pages_per_block], inside = index % cache.pages_per_block;
     return (const int32_t*)base + block * cache.block_stride +
-           (item.kv_head * cache.pages_per_block + inside) * page_units;
+           (item.kv_head * cache.pages_per_block + inside) * cache.page_units(stored);
   }
 
   // Pages before the windows and after the end may belong to others: a needed one stands in, its scores masked.
   void find_pages(int64_t tile) {
     const int64_t oldest = tile > low[0] ? tile : low[0];
     for (int64_t p = 0; p < PAGES; p++) {
-      const int64_t at = tile + p * LANES, index = (at + LANES > oldest && at < end ? at : oldest) / LANES;
-      k_page[p] = page(cache.k, index, k_units * LANES);
-      if (cache.v) v_page[p] = page(cache.v, index, v_stored * LANES / E::PER_UNIT);
-      next_page[p] = page(cache.k, at + TILE < end ? at / LANES + PAGES : index, k_units * LANES);
+      const int64_t at = tile + p * LANES;
+      const bool needed = at + LANES > oldest && at < end;
+      const int64_t index = (needed ? at : oldest) / LANES, next = at + TILE < end ? at / LANES + PAGES : index;
+      k_page[p] = page(cache.k, index, cache.k_stored);
+      next_page[p] = page(cache.k, next, cache.k_stored);
+      if (cache.v) soon[p] = v_page[p] = page(cache.v, index, v_stored);
+      if (cache.is_quantized) {
+        if (cache.v) soon[p] = page(cache.v, next, v_stored);
+        widen_pages(p, needed ? p : (oldest - tile) / LANES, needed);
+      }
     }
     if (!cache.v) transpose_values();
+  }
+
+  // Pages p are units at `place` of the tile afterwards, as soon as another one that they stand for is.
+  void widen_pages(int64_t p, int64_t place, bool needed) {
+    constexpr int64_t UNITS = LANES / E::PER_UNIT;
+    const int8_t *keys = (const int8_t*)k_page[p], *values = (const int8_t*)v_page[p];
+    int32_t* k_to = k_tile + place * k_units * LANES;
+    k_scales[p] = v_scales[p] = (const float*)(keys + LANES * cache.k_stored);
+    ask((const int8_t*)next_page[p] + LANES * cache.k_stored, 64);
+    if (needed) widen(k_to, keys, k_units, LANES * E::PER_UNIT, LANES);
+    k_page[p] = k_to;
+    if (!cache.v) return;
+    int32_t* v_to = v_tile + place * UNITS * v_stored;
+    v_scales[p] = (const float*)(values + LANES * v_stored);
+    ask((const int8_t*)soon[p] + LANES * v_stored, 64);
+    for (int64_t u = 0; needed && u < UNITS; u++)
+      widen(v_to + u * v_stored, values + u * E::PER_UNIT * v_stored, v_stored / LANES, LANES, v_stored);
+    v_page[p] = v_to;
+  }
+
+  // `count` times 16 units; the numbers of a unit are `apart`.
+  static void widen(int32_t* to, const int8_t* from, int64_t count, int64_t step, int64_t apart) {
+    for (int64_t i = 0; i < count; i++) {
+      Ints units = widened(from + i * step);
+      if (E::PER_UNIT == 2)
+        units = (Ints)((Words)units >> 16) | (widened(from + i * step + apart) & (int32_t)0xffff0000);
+      *(IntsAt*)(to + i * LANES) = units;
+    }
   }
 
   // The values inside keys [unit][token] as [token unit][dim].
@@ -118,7 +167,7 @@ struct Task {
     for (int i = 0; i < R; i++) a[i] = q + (r + i) * k_units;
     for (int p = 0; p < PAGES; p += COLUMNS) {
       Floats part[R][COLUMNS] = {};
-      products<E, AHEAD, R, COLUMNS>(part, a, k_page + p, k_units, LANES, v_page + p, 64);
+      products<E, AHEAD, R, COLUMNS>(part, a, k_page + p, k_units, LANES, soon + p, step_bytes);
       for (int i = 0; i < R; i++)
         for (int c = 0; c < COLUMNS; c++) store(scores + i * TILE + (p + c) * LANES, part[i][c]);
     }
@@ -135,6 +184,7 @@ struct Task {
       const Ints token = lane + p * LANES;
       seen[p] = (token >= from) & (token < to);
       x[p] = load(s + p * LANES) * query.scale;
+      if (cache.is_quantized) x[p] = x[p] * load(k_scales[p]);
       if (query.softcap != 0.0f) x[p] = tanh(x[p] / query.softcap) * query.softcap;
       x[p] = seen[p] ? x[p] : fill(LOWEST);
       top = larger(x[p], top);
@@ -145,8 +195,9 @@ struct Task {
     Floats sums = total[row] * rescale[row];
     Element* out = (Element*)weights + row * TILE;
     for (int p = 0; p < PAGES; p++) {
-      const Floats w = seen[p] ? exp(x[p] - now) : Floats{};
+      Floats w = seen[p] ? exp(x[p] - now) : Floats{};
       sums = sums + w;
+      if (cache.is_quantized) w = seen[p] ? w * load(v_scales[p]) : Floats{};  // never written: it may be NaN
       E::store_weights(out + p * LANES, w);
     }
     total[row] = sums;
@@ -156,7 +207,7 @@ struct Task {
   template <bool AHEAD, int R, int C>
   void accumulate(int64_t tile, int64_t r, int64_t d, int64_t tokens) {
     constexpr int PAGE_UNITS = LANES / E::PER_UNIT;
-    const int64_t next_bytes = k_units * LANES * 4 * LANES / v_stored / PAGE_UNITS;  // per step and column
+    const int64_t next_bytes = k_units * step_bytes * LANES / v_stored / PAGE_UNITS;  // per step and column
     Floats sums[R][C];
     for (int i = 0; i < R; i++)
       for (int c = 0; c < C; c++) sums[i][c] = load(acc + (r + i) * v_stored + d + c * LANES) * rescale[r + i];
@@ -211,10 +262,6 @@ struct Task {
     _tile_loadconfig(&config);
   }
 
-  static void ask(const void* memory, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)memory + i);
-  }
-
   template <bool AHEAD>
   void score_by_tiles(int64_t r) {
     const int32_t* rows_of_q = q + r * k_units;
@@ -225,7 +272,7 @@ struct Task {
     int64_t u = 0;
     for (; u + 16 <= k_units; u += 16) {
       if (AHEAD)
-        for (int p = 0; p < PAGES; p++) ask(v_page[p] + u * LANES, 16 * LANES * 4);
+        for (int p = 0; p < PAGES; p++) ask((const char*)soon[p] + u * step_bytes, 16 * step_bytes);
       _tile_loadd(4, rows_of_q + u, k_units * 4);
       _tile_loadd(5, k_page[0] + u * LANES, 64);
       _tile_dpbf16ps(0, 4, 5);
@@ -267,8 +314,8 @@ struct Task {
     }
     for (int64_t p = low[0] > tile ? (low[0] - tile) / LANES : 0; p * LANES < tokens; p++) {
       if (AHEAD) {
-        const int64_t share = k_units * LANES / v_stored * (four ? 64 : 16);
-        ask(next_page[p] + k_units * LANES / v_stored * d, share * 4);
+        const int64_t bytes = k_units * step_bytes / v_stored;  // per dimension
+        ask((const char*)next_page[p] + bytes * d, bytes * (four ? 64 : 16));
       }
       _tile_loadd(6, weights + r * (TILE / 2) + p * (LANES / 2), TILE * 2);
       _tile_loadd(7, v_page[p] + d, stride);
