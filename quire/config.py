@@ -56,6 +56,12 @@ class Config:
         "Bits of a weight, on a CPU: int8, or int4 with the head in int8, made while weights load. auto: as they are.",
         choices=("auto", "int8", "int4"),
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Type of cached keys and values. auto: the model's. int8, on a CPU: 8 bits, with a scale for each token and"
+        " key head.",
+        choices=("auto", "int8"),
+    )
     attention_backend: str = option(
         "auto",
         "How attention over the paged cache is computed.",

@@ -99,7 +99,7 @@ def resolve(
         _check_quantization(config, dtype, machine)
     weights = _weight_bytes(spec, ITEM_BYTES[dtype], BITS.get(config.quantization))
     work = _work_bytes(spec, batched, min(max_seqs, batched))
-    per_block = block_bytes(spec, block_size, ITEM_BYTES[dtype])
+    per_block = block_bytes(spec, block_size, ITEM_BYTES[dtype], _quantizes_cache(config, machine))
     budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, machine, weights, work)
     wanted = max_seqs * -(-length // block_size) + (SPARE_BLOCKS if config.enable_prefix_caching else 0)
     num_blocks = min(budget // per_block, wanted)
@@ -137,6 +137,15 @@ def _check_quantization(config: Config, dtype: str, machine: Machine) -> None:
             f"quantization is {config.quantization}, whose products take bfloat16 or float32, and dtype is float16;"
             " use dtype bfloat16"
         )
+
+
+def _quantizes_cache(config: Config, machine: Machine) -> bool:
+    if config.kv_cache_dtype == "int8" and machine.device != "cpu":
+        raise ConfigError(
+            f"kv_cache_dtype is int8, which is for CPUs, and the device is a {machine.device}, which takes auto (the"
+            " model's dtype); leave it out, or use device cpu"
+        )
+    return config.kv_cache_dtype == "int8"
 
 
 def _weight_bytes(spec: Decoder, item_bytes: int, bits: int | None) -> int:

@@ -28,6 +28,7 @@ OPTIONS = {
     "device",
     "dtype",
     "quantization",
+    "kv_cache_dtype",
     "attention_backend",
     "num_threads",
     "max_model_len",

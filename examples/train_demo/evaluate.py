@@ -113,12 +113,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="examples of each skill")
     parser.add_argument("--skills", nargs="+", default=list(SKILLS), choices=list(SKILLS))
     parser.add_argument("--quantization", default="auto", help="auto, int8 or int4")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto or int8")
     parser.add_argument("--verbose", action="store_true", help="show what went wrong")
     args = parser.parse_args()
     print(
         "| skill | right | well formed | right at once | well formed at once | perplexity |\n|---|---|---|---|---|---|"
     )
-    with LLM(args.model, quantization=args.quantization, disable_log_stats=True) as llm:
+    options = {"quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
+    with LLM(args.model, **options, disable_log_stats=True) as llm:
         for skill in args.skills:
             shares = " | ".join(f"{share:.1%}" for share in measure(llm, skill, args.count, args.verbose))
             print(f"| {skill} | {shares} | {perplexity(llm, skill, args.count):.4f} |", flush=True)

@@ -69,7 +69,9 @@ class Cpu:
 
         def view(start: int, stored: int) -> Tensor:
             page_bytes = PAGE_TOKENS * head_bytes(stored, dtype.itemsize, self.quantized)
-            return pool[:, start : start + heads * pages * page_bytes].unflatten(1, (heads, pages, page_bytes))
+            return pool[:, start : start + heads * pages * page_bytes].unflatten(
+                1, (heads, pages, page_bytes)
+            )
 
         k = v = view(offset, shape.k_stored)
         if not shape.v_in_k:

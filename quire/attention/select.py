@@ -25,8 +25,9 @@ def select(
     forced: str | None = None,
     block_size: int | None = None,
     invariant: bool = False,
+    quantized: bool = False,
 ) -> Backend:
-    """The backend to use, with blocks of `block_size` tokens or of its own choice.
+    """The backend to use, with blocks of `block_size` tokens or of its own choice, and a cache of int8 if `quantized`.
 
     Of an `invariant` one results do not depend on what shares the batch or on how prompts were cut into chunks.
 
@@ -37,7 +38,7 @@ def select(
         raise ConfigError(f"attention_backend is {forced!r}; it must be one of {', '.join(sorted(BACKENDS))}")
     reasons: list[str] = []
     for name in order if forced is None else (forced,):
-        backend = _make(name, block_size, invariant)
+        backend = _make(name, block_size, invariant, quantized)
         reason = backend.why_not(dtype, device)
         if reason is None and invariant and not backend.invariant:
             reason = "with deterministic, results must not depend on the batch, and its results do"
@@ -52,8 +53,8 @@ def select(
     raise ConfigError(f"no attention backend runs {dtype} on {device}: {'; '.join(reasons)}")
 
 
-def _make(name: str, block_size: int | None, invariant: bool) -> Backend:
-    kind: Callable[..., Backend] = BACKENDS[name]
-    if kind is Triton:
+def _make(name: str, block_size: int | None, invariant: bool, quantized: bool) -> Backend:
+    kind: Callable[..., Backend] = partial(BACKENDS[name], quantized=quantized)
+    if name == Triton.name:
         kind = partial(kind, invariant=invariant)
     return kind() if block_size is None else kind(block_size)

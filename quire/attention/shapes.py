@@ -71,13 +71,11 @@ def cache_shapes(spec: Decoder) -> tuple[CacheShape, ...]:
     return tuple(cache_shape(block.mixer) for block in spec.blocks)
 
 
-def _ends(spec: Decoder, *numbers: int) -> Iterator[int]:
-    return accumulate((s.num_bytes(*numbers) for s in cache_shapes(spec)), initial=0)
+def _ends(spec: Decoder, block_size: int, itemsize: int, quantized: bool) -> Iterator[int]:
+    return accumulate((s.num_bytes(block_size, itemsize, quantized) for s in cache_shapes(spec)), initial=0)
 
 
-def layer_offsets(
-    spec: Decoder, block_size: int, itemsize: int, quantized: bool = False
-) -> tuple[int, ...]:
+def layer_offsets(spec: Decoder, block_size: int, itemsize: int, quantized: bool = False) -> tuple[int, ...]:
     """Where each layer's share of a block starts, in bytes."""
     return tuple(_ends(spec, block_size, itemsize, quantized))[:-1]
 

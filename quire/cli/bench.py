@@ -192,6 +192,11 @@ def _compare(backend: "Backend", work: "Workload", seconds: float, speed: "Speed
     if config.quantization != "auto":
         _say(f"No bound is known for {config.quantization}: how fast this machine multiplies is not measured")
         return found
+    if config.kv_cache_dtype != "auto":
+        _say(
+            f"No bound is known for a cache of {config.kv_cache_dtype}: how fast it can be read is not measured"
+        )
+        return found
     needs = Needs(backend.spec, ITEM_BYTES[config.dtype])
     least = bound_s(speed, needs, work.input_lens, work.output_lens, work.n)
     found |= {

@@ -33,6 +33,11 @@ class Transformers:
             raise ConfigError(
                 f"quantization is {config.quantization}; the backend hf runs weights as they are: leave it out"
             )
+        if config.kv_cache_dtype != "auto":
+            raise ConfigError(
+                f"kv_cache_dtype is {config.kv_cache_dtype}; the backend hf keeps keys and values in the model's dtype,"
+                " auto: leave it out"
+            )
         folder = resolve(config.model, config.revision).folder
         platform = detect(config.device)
         raw = read_config(folder)

@@ -157,6 +157,7 @@ def _backend(config: Config, platform: Platform, dtype: str) -> Backend:
         forced=None if config.attention_backend == "auto" else config.attention_backend,
         block_size=config.block_size,
         invariant=config.deterministic,
+        quantized=config.kv_cache_dtype == "int8",
     )
 
 
@@ -270,11 +271,12 @@ def _summary(resolved: Resolved, spec: DecoderSpec, backend: Backend, platform: 
     config, memory, gib = resolved.config, resolved.memory, 2**30
     num_tokens = memory.num_blocks * (config.block_size or 1)
     quantized = "" if config.quantization == "auto" else f" with {config.quantization} weights"
+    cached = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     where = platform.name
     if where == "cpu":
         where += f" ({config.num_threads} threads, {platform.num_nodes} memory node{'s' * (platform.num_nodes > 1)})"
     return (
         f"{len(spec.blocks)} layers in {config.dtype}{quantized} on {where}, attention {backend.name}, weights"
-        f" {memory.weight_bytes / gib:.2f} GiB, KV cache {memory.cache_bytes / gib:.2f} GiB = {num_tokens} tokens"
-        f" ({num_tokens // (config.max_model_len or 1)} requests of {config.max_model_len})"
+        f" {memory.weight_bytes / gib:.2f} GiB, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB ="
+        f" {num_tokens} tokens ({num_tokens // (config.max_model_len or 1)} requests of {config.max_model_len})"
     )

@@ -173,7 +173,7 @@ class Metrics:
             "enable_prefix_caching": config.enable_prefix_caching,
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
-            "cache_dtype": config.dtype,
+            "cache_dtype": config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         }
         help, only = "Facts about the KV cache, as labels", frozenset({"engine"})
         info = self.families.gauge("vllm:cache_config_info", help, *facts, only=only)

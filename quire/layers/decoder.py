@@ -68,10 +68,10 @@ class Decoder(nn.Module):
     def caches(self, pool: Tensor) -> list[LayerCache]:
         """Each layer's view of `pool` [num_blocks, block_bytes] uint8."""
         dtype, shapes = self.build.dtype, cache_shapes(self.spec)
-        offsets = layer_offsets(self.spec, self.backend.block_size, dtype.itemsize)
+        backend = self.backend
+        offsets = layer_offsets(self.spec, backend.block_size, dtype.itemsize, backend.quantized)
         return [
-            self.backend.views(pool, offset, shape, dtype)
-            for offset, shape in zip(offsets, shapes, strict=True)
+            backend.views(pool, offset, shape, dtype) for offset, shape in zip(offsets, shapes, strict=True)
         ]
 
     @torch.inference_mode()

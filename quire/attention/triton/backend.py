@@ -103,8 +103,9 @@ class Triton:
     name = "triton"
     capturable = True
 
-    def __init__(self, block_size: int = 64, invariant: bool = False):
+    def __init__(self, block_size: int = 64, invariant: bool = False, *, quantized: bool = False):
         self.block_size, self.invariant, self.shares = block_size, invariant, not invariant
+        self.quantized = quantized
         self._shares: dict[tuple[int, ...], Share] = {}  # of the newest step
 
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -117,6 +118,8 @@ class Triton:
         found = torch.cuda.get_device_capability(device)
         if found < MIN_CAPABILITY:
             return f"it needs compute capability 8.0, and the GPU has {found[0]}.{found[1]}"
+        if self.quantized:
+            return "it keeps keys and values in the model's dtype, kv_cache_dtype auto, and int8 is asked for"
         if dtype not in DTYPES:
             return f"it computes bfloat16, float16 and float32, and the cache is {dtype}"
         return None
