@@ -2,25 +2,29 @@
 
 #include "products.inl"
 
-#if QUIRE_ISA >= 2
-constexpr int ROWS = 4, COLUMNS = 4;  // a block of sums fits in registers
-#elif QUIRE_ISA == 1
-constexpr int ROWS = 4, COLUMNS = 1;
-#else
-constexpr int ROWS = 2, COLUMNS = 1;
-#endif
-
 constexpr int PAGES = TILE / LANES;
-constexpr float LOWEST = -1e30f;
+constexpr int ROWS = QUIRE_ISA >= 1 ? 4 : 2;
 
-typedef int8_t CharsAt __attribute__((vector_size(16), aligned(1), may_alias));
+// A block of sums fits in registers, and fills enough of them not to wait for its own sums.
+constexpr int columns_of(int rows) {
+  const int most = (QUIRE_ISA >= 2 ? 16 : 8) / (rows * PARTS);
+  return most >= PAGES ? PAGES : most >= 2 ? 2 : 1;
+}
+constexpr float LOWEST = -1e30f;
 
 static inline void ask(const void* memory, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)memory + i);
 }
 
-static inline Ints widened(const int8_t* p) {
-  return (Ints) __builtin_convertvector(__builtin_convertvector(*(const CharsAt*)p, Ints), Floats);
+// Numbers of int8 as the bits of floats.
+static inline RegisterInts widened(const int8_t* p) {
+#if QUIRE_ISA >= 2
+  return (RegisterInts)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif QUIRE_ISA == 1
+  return (RegisterInts)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  return (RegisterInts) __builtin_convertvector(RegisterInts{p[0], p[1], p[2], p[3]}, Register);
+#endif
 }
 
 template <class E>
@@ -132,11 +136,16 @@ struct Task {
 
   // `count` times 16 units; the numbers of a unit are `apart`.
   static void widen(int32_t* to, const int8_t* from, int64_t count, int64_t step, int64_t apart) {
+    typedef uint32_t RegisterWords __attribute__((vector_size(4 * WIDTH)));
     for (int64_t i = 0; i < count; i++) {
-      Ints units = widened(from + i * step);
-      if (E::PER_UNIT == 2)
-        units = (Ints)((Words)units >> 16) | (widened(from + i * step + apart) & (int32_t)0xffff0000);
-      *(IntsAt*)(to + i * LANES) = units;
+      for (int64_t u = 0; u < LANES; u += WIDTH) {
+        RegisterInts units = widened(from + i * step + u);
+        if (E::PER_UNIT == 2) {
+          const RegisterInts second = widened(from + i * step + apart + u) & (int32_t)0xffff0000;
+          units = (RegisterInts)((RegisterWords)units >> 16) | second;
+        }
+        *(RegisterIntsAt*)(to + i * LANES + u) = units;
+      }
     }
   }
 
@@ -164,6 +173,7 @@ struct Task {
   template <bool AHEAD, int R>
   void score(int64_t r) {
     const int32_t* a[R];
+    constexpr int COLUMNS = columns_of(R);
     for (int i = 0; i < R; i++) a[i] = q + (r + i) * k_units;
     for (int p = 0; p < PAGES; p += COLUMNS) {
       Floats part[R][COLUMNS] = {};
@@ -237,6 +247,7 @@ struct Task {
     score<AHEAD, R>(r);
     for (int i = 0; i < R; i++) weigh(tile, r + i, scores + i * TILE);
     const int64_t tokens = end - tile < TILE ? end - tile : TILE;
+    constexpr int COLUMNS = columns_of(R);
     int64_t d = 0;
     for (; d + COLUMNS * LANES <= v_stored; d += COLUMNS * LANES) accumulate<AHEAD, R, COLUMNS>(tile, r, d, tokens);
     for (; d < v_stored; d += LANES) accumulate<AHEAD, R, 1>(tile, r, d, tokens);
