@@ -149,3 +149,12 @@ def test_quantized_weights_leave_more_for_the_cache(spec: Decoder, quantization:
     assert found == pytest.approx((plain - embedding) * share + 1.5 * embedding, rel=1e-3)
     with pytest.raises(ConfigError, match="is for CPUs, and the device is a cuda"):
         resolve(config, spec, GPU, checkpoint_dtype="bfloat16", offline=True)
+
+
+def test_a_quantized_cache_holds_more_and_is_for_cpus(spec: Decoder) -> None:
+    options = {"kv_cache_memory_bytes": GIB, "max_model_len": 1024}
+    plain, small = (derive(spec, kv_cache_dtype=kept, **options).memory for kept in ("auto", "int8"))
+    assert small.block_bytes / plain.block_bytes == (64 + 4) / (64 * 2)  # a head's numbers and their scale
+    assert small.num_blocks == GIB // small.block_bytes > plain.num_blocks
+    with pytest.raises(ConfigError, match="kv_cache_dtype is int8.* cuda, which takes auto"):
+        derive(spec, GPU, kv_cache_dtype="int8")

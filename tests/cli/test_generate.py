@@ -117,3 +117,6 @@ def test_bench_with_transformers_refuses_quantization(quire: Quire, tiny: str) -
     done = quire("bench", "throughput", tiny, "--backend", "hf", "--quantization", "int8", *SMALL)
     assert done.returncode != 0
     assert "quantization is int8; the backend hf" in done.stderr
+    done = quire("bench", "throughput", tiny, "--backend", "hf", "--kv-cache-dtype", "int8", *SMALL)
+    assert done.returncode != 0
+    assert "kv_cache_dtype is int8; the backend hf" in done.stderr

@@ -64,16 +64,17 @@ def workload(kinds: tuple, count: int = 14) -> list:
 
 
 @pytest.mark.parametrize(
-    ("name", "quantization"),
+    ("name", "options"),
     [
-        *((name, "auto") for name in (*RECORDED, *LEFT_ALONE)),
-        *product(("Qwen3", "Qwen2Moe"), ("int8", "int4")),
+        *((name, {}) for name in (*RECORDED, *LEFT_ALONE)),
+        *product(("Qwen3", "Qwen2Moe"), ({"quantization": "int8"}, {"quantization": "int4"})),
+        *product(("Qwen3", "Gemma3"), ({"kv_cache_dtype": "int8"},)),
     ],
 )
-def test_recorded_steps_answer_as_others(name: str, quantization: str, tmp_path: Path) -> None:
+def test_recorded_steps_answer_as_others(name: str, options: dict[str, str], tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder, work = folder_of(name, tmp_path), workload(KINDS)
-    one, other = (make_engine(folder, quantization=quantization) for _ in range(2))
+    one, other = (make_engine(folder, **options) for _ in range(2))
     other.core.runner.fixed = None
     assert run(one, work) == run(other, work)
     found = recordings(one)

@@ -111,6 +111,8 @@ class Triton:
     def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"it needs an NVIDIA GPU, and the device is {device}"
+        if self.quantized:
+            return "it keeps keys and values in the model's dtype, kv_cache_dtype auto, and int8 is asked for"
         if importlib.util.find_spec("triton") is None:
             return "the package triton is missing; pip install triton"
         if torch.version.cuda is None or not torch.cuda.is_available():
@@ -118,8 +120,6 @@ class Triton:
         found = torch.cuda.get_device_capability(device)
         if found < MIN_CAPABILITY:
             return f"it needs compute capability 8.0, and the GPU has {found[0]}.{found[1]}"
-        if self.quantized:
-            return "it keeps keys and values in the model's dtype, kv_cache_dtype auto, and int8 is asked for"
         if dtype not in DTYPES:
             return f"it computes bfloat16, float16 and float32, and the cache is {dtype}"
         return None
