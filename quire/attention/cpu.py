@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.base import LayerCache, Ragged, Turn, turn_and_write
-from quire.attention.shapes import DIM_STEP, CacheShape, head_bytes
+from quire.attention.shapes import DIM_STEP, CacheShape
 from quire.kernels.cpu.calls import keep, kernel
 from quire.kernels.cpu.native import isa, load
 
@@ -66,16 +66,17 @@ class Cpu:
     def views(self, pool: Tensor, offset: int, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
         """k [num_blocks, Hkv, pages, page_bytes] uint8 and v, likewise: attention.cpp says what is in a page."""
         heads, pages = shape.num_kv_heads, self.block_size // PAGE_TOKENS
+        how = dtype.itemsize, self.quantized
 
-        def view(start: int, stored: int) -> Tensor:
-            page_bytes = PAGE_TOKENS * head_bytes(stored, dtype.itemsize, self.quantized)
+        def view(start: int, head_bytes: int) -> Tensor:
+            page_bytes = PAGE_TOKENS * head_bytes
             return pool[:, start : start + heads * pages * page_bytes].unflatten(
                 1, (heads, pages, page_bytes)
             )
 
-        k = v = view(offset, shape.k_stored)
+        k = v = view(offset, shape.k_head_bytes(*how))
         if not shape.v_in_k:
-            v = view(offset + shape.k_bytes(self.block_size, dtype.itemsize, self.quantized), shape.v_stored)
+            v = view(offset + shape.k_bytes(self.block_size, *how), shape.v_head_bytes(*how))
         handle = _Cache(
             k=k.data_ptr(),
             v=None if shape.v_in_k else v.data_ptr(),

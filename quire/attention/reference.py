@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.base import LayerCache, Ragged, Turn, turn_and_write
-from quire.attention.shapes import CacheShape, head_bytes
+from quire.attention.shapes import SCALE_BYTES, CacheShape
 from quire.kernels.quantized import quantize_rows
 
 SCORE_BYTES = 64 * 2**20  # queries are taken in pieces whose float32 scores fit in about this much
@@ -18,21 +18,23 @@ class Kept:
     """Keys or values of a layer, as they lie in the pool."""
 
     numbers: Tensor  # [num_blocks, Hkv, block_size, D]
-    scales: Tensor | None  # [num_blocks, Hkv, block_size, 1] float32, if the numbers are int8
+    scales: Tensor | None = None  # [num_blocks, Hkv, block_size, parts] float32, if the numbers are int8
+    parts: tuple[int, ...] = ()  # dimensions that share one
 
     def write(self, blocks: Tensor, offsets: Tensor, x: Tensor) -> None:
         """x [T, Hkv, D] at these blocks [T] and offsets [T]."""
         if self.scales is not None:
-            integers, scales = quantize_rows(x.flatten(0, 1))
-            self.scales[blocks, :, offsets] = scales.view(*x.shape[:2], 1)
-            x = integers.view(x.shape)
+            integers, scales = zip(*map(quantize_rows, x.flatten(0, 1).split(self.parts, 1)), strict=True)
+            self.scales[blocks, :, offsets] = torch.cat(scales, 1).unflatten(0, x.shape[:2])
+            x = torch.cat(integers, 1).view(x.shape)
         self.numbers[blocks, :, offsets] = x
 
     def read(self, blocks: Tensor) -> Tensor:
         """What these blocks hold [Hkv, blocks * block_size, D], in float32."""
         x = self.numbers[blocks].float()
         if self.scales is not None:
-            x *= self.scales[blocks]
+            parts = torch.tensor(self.parts, device=x.device)
+            x *= self.scales[blocks].repeat_interleave(parts, -1)
         return x.transpose(0, 1).flatten(1, 2)
 
 
@@ -51,23 +53,23 @@ class Reference:
         return None
 
     def views(self, pool: Tensor, offset: int, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
-        heads, size, itemsize = shape.num_kv_heads, self.block_size, dtype.itemsize
+        heads, size, how = shape.num_kv_heads, self.block_size, (dtype.itemsize, self.quantized)
 
-        def view(start: int, dim: int, stored: int) -> Kept:
-            if self.quantized:  # a token's scale is behind its numbers
-                token_bytes = head_bytes(stored, itemsize, True)
-                rows = pool[:, start : start + heads * size * token_bytes]
-                rows = rows.unflatten(1, (heads, size, token_bytes))
-                return Kept(rows[..., :dim].view(torch.int8), rows[..., stored:].view(torch.float32))
-            flat = pool[:, start : start + heads * size * dim * itemsize].view(dtype)
-            return Kept(flat.unflatten(1, (heads, size, dim)), None)
+        def view(start: int, head_bytes: int, *parts: int) -> Kept:
+            """A token's scales are at the end of its bytes."""
+            dim, scales = sum(parts), len(parts) * SCALE_BYTES
+            if not self.quantized:
+                flat = pool[:, start : start + heads * size * dim * dtype.itemsize].view(dtype)
+                return Kept(flat.unflatten(1, (heads, size, dim)))
+            rows = pool[:, start : start + heads * size * head_bytes].unflatten(1, (heads, size, head_bytes))
+            return Kept(rows[..., :dim].view(torch.int8), rows[..., -scales:].view(torch.float32), parts)
 
-        k = view(offset, shape.k_dim, shape.k_stored)
+        k = view(offset, shape.k_head_bytes(*how), *shape.k_parts)
         if shape.v_in_k:
-            v = Kept(k.numbers[..., : shape.v_dim], k.scales)
+            scales = None if k.scales is None else k.scales[..., :1]
+            v = Kept(k.numbers[..., : shape.v_dim], scales, (shape.v_dim,))
         else:
-            start = offset + shape.k_bytes(size, itemsize, self.quantized)
-            v = view(start, shape.v_dim, shape.v_stored)
+            v = view(offset + shape.k_bytes(size, *how), shape.v_head_bytes(*how), shape.v_dim)
         return LayerCache(k.numbers, v.numbers, shape, (k, v))
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:

@@ -4,8 +4,8 @@ A block holds `block_size` tokens of every layer, contiguously; a layer's share 
 
     block: | layer 0: K, V | layer 1: K, V | ... |
 
-A number takes `itemsize` bytes or, of a quantized cache, one; then each head has a scale for each token's keys, and one
-for its values.
+A number takes `itemsize` bytes or, of a quantized cache, one; then each head has a scale for each token's key, and one
+for its value. A key that holds its value has two: what is rotated need not be as large as the rest.
 """
 
 from collections.abc import Iterator
@@ -40,23 +40,31 @@ class CacheShape:
     def v_stored(self) -> int:
         return 0 if self.v_in_k else _round_up(self.v_dim, DIM_STEP)
 
+    @property
+    def k_parts(self) -> tuple[int, ...]:
+        """Dimensions of a key that share a scale; pairs stay together."""
+        first = min(_round_up(self.v_dim, 2), self.k_dim)
+        return (first, self.k_dim - first) if self.v_in_k else (self.k_dim,)
+
+    def k_head_bytes(self, itemsize: int, quantized: bool) -> int:
+        """Bytes of a head's key for one token, scales included."""
+        return self.k_stored + len(self.k_parts) * SCALE_BYTES if quantized else self.k_stored * itemsize
+
+    def v_head_bytes(self, itemsize: int, quantized: bool) -> int:
+        """The same of its value."""
+        if self.v_in_k:
+            return 0
+        return self.v_stored + SCALE_BYTES if quantized else self.v_stored * itemsize
+
     def k_bytes(self, block_size: int, itemsize: int, quantized: bool = False) -> int:
         """Bytes of a block's keys in this layer, rounded up to the alignment; its values follow them."""
-        token_bytes = head_bytes(self.k_stored, itemsize, quantized)
-        return _round_up(self.num_kv_heads * block_size * token_bytes, ALIGNMENT_BYTES)
+        token_bytes = self.num_kv_heads * self.k_head_bytes(itemsize, quantized)
+        return _round_up(block_size * token_bytes, ALIGNMENT_BYTES)
 
     def num_bytes(self, block_size: int, itemsize: int, quantized: bool = False) -> int:
         """Bytes of this layer's share of a block."""
-        k_bytes = self.k_bytes(block_size, itemsize, quantized)
-        if self.v_in_k:
-            return k_bytes
-        v_bytes = self.num_kv_heads * block_size * head_bytes(self.v_stored, itemsize, quantized)
-        return k_bytes + _round_up(v_bytes, ALIGNMENT_BYTES)
-
-
-def head_bytes(dim: int, itemsize: int, quantized: bool) -> int:
-    """Bytes of a head's key or value for one token, scale included."""
-    return dim + SCALE_BYTES if quantized else dim * itemsize
+        v_bytes = self.num_kv_heads * block_size * self.v_head_bytes(itemsize, quantized)
+        return self.k_bytes(block_size, itemsize, quantized) + _round_up(v_bytes, ALIGNMENT_BYTES)
 
 
 def cache_shape(mixer: Attention | MLA) -> CacheShape:

@@ -59,6 +59,7 @@ CASES = [
     Case("all", 8, CacheShape(2, 32, 32), window=37, softcap=2.0, sinks=True),
     Case("latent", 20, CacheShape(1, 40, 26, v_in_k=True)),
     Case("wide latent", 16, CacheShape(1, 144, 128, v_in_k=True)),
+    Case("odd latent", 5, CacheShape(1, 29, 11, v_in_k=True)),
 ]
 
 
@@ -99,7 +100,7 @@ def dense(case: Case, data: Sequences, scale: float, quantized: bool = False) ->
     out = []
     for q, k, v in zip(data.q, data.k, data.v, strict=True):
         if quantized:
-            k = rounded(k)
+            k = torch.cat([rounded(part) for part in k.split(case.shape.k_parts, -1)], -1)
             v = k[..., : case.shape.v_dim] if case.shape.v_in_k else rounded(v)
         group = case.num_heads // case.shape.num_kv_heads
         k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))

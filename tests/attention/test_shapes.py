@@ -38,5 +38,5 @@ def test_a_quantized_cache_has_a_byte_a_number_and_a_scale_a_head() -> None:
     spec = decoder(*[ATTENTION] * 28)
     assert block_bytes(spec, 16, 2, quantized=True) == 28 * 2 * 8 * (128 + 4) * 16
     assert layer_offsets(spec, 16, 2, quantized=True)[1] == 2 * 8 * (128 + 4) * 16
-    assert block_bytes(decoder(LATENT), 64, 2, quantized=True) == 64 * (576 + 4)
+    assert block_bytes(decoder(LATENT), 64, 2, quantized=True) == 64 * (576 + 2 * 4)  # two scales
     assert CacheShape(1, 10, 10).k_bytes(3, 4, quantized=True) == 64  # 3 * (16 + 4), rounded up

@@ -7,6 +7,10 @@
 // are multiples of 16; what lies past k_dim is zero. Without values of their own (latent attention), the values
 // are the first v_dim elements of the keys.
 //
+// Quantized pages hold int8, keys [k_stored][16 tokens] and values [16 tokens][v_stored], then 16 floats: a scale per
+// token. They are widened to units before they are multiplied, since an int8 is exact in bf16; scores then meet the
+// keys' scales, and probabilities the values'. A key that holds its value has two scales, one from the value's end on.
+//
 // Every row (a query position's head) goes through tiles of 64 positions, counted from position 0, in the same
 // order and arithmetic whatever shares its batch and however its prompt was cut, so its result is the same bits.
 
@@ -25,6 +29,7 @@ namespace {
 
 constexpr int64_t PAGE = 16;  // tokens
 constexpr int64_t TILE = 64;
+constexpr float LEAST_SCALE = 1e-30f;
 constexpr int64_t MOST_ROWS = 32;  // of an item: its queries, scores and sums stay in the cache
 constexpr int64_t LEAST_ROWS = 4;
 
@@ -37,9 +42,16 @@ struct Cache {
 
   int64_t item_bytes() const { return is_bf16 ? 2 : 4; }  // of a number outside the cache
 
-  // Units from a page of so many stored dimensions to the next.
-  int64_t page_units(int64_t stored) const {
-    return is_quantized ? PAGE * (stored / 4 + 1) : PAGE * stored * item_bytes() / 4;
+  // Units from a page of keys, or of values, to the next.
+  int64_t page_units(bool is_key) const {
+    const int64_t stored = is_key ? k_stored : v_stored, scales = is_key && !v ? 2 : 1;
+    return is_quantized ? PAGE * (stored / 4 + scales) : PAGE * stored * item_bytes() / 4;
+  }
+
+  // Where a key's second scale begins. Pairs stay together.
+  int64_t second_part() const {
+    const int64_t first = (v_dim + 1) / 2 * 2;
+    return v || first > k_dim ? k_dim : first;
   }
 };
 
@@ -135,11 +147,22 @@ void put(bool is_key, T* page, int64_t token, const T* x, int64_t dim, int64_t s
 void put_quantized(const Cache& cache, bool is_key, char* page, int64_t token, const void* x, int64_t dim,
                    int64_t stored) {
   static thread_local Scratch memory;
-  int8_t* row = (int8_t*)memory.of(stored);
-  int32_t sum;
-  float* scales = (float*)(page + PAGE * stored);
-  quantize_row(cache.isa, {row, scales + token, &sum, x, dim, stored, 0, cache.is_bf16 != 0, false}, 0);
-  put<1>(is_key, (int8_t*)page, token, row, stored, stored);
+  int8_t* row = (int8_t*)memory.of(stored + PAGE);
+  float* scale = (float*)(page + PAGE * stored) + token;
+  const auto quantize = [&](int64_t from, int64_t to, float* scale) {
+    const char* numbers = (const char*)x + from * cache.item_bytes();
+    const int64_t padded = (to - from + PAGE - 1) / PAGE * PAGE;
+    int32_t sum;
+    quantize_row(cache.isa, {row + from, scale, &sum, numbers, to - from, padded, 0, cache.is_bf16 != 0, false}, 0);
+  };
+  const bool has_parts = is_key && !cache.v;
+  const int64_t second = has_parts ? cache.second_part() : dim;
+  quantize(0, second, scale);
+  if (has_parts) {
+    quantize(second, dim, scale + PAGE);
+    if (*scale < LEAST_SCALE) *scale = LEAST_SCALE;  // the other is divided by it
+  }
+  put<1>(is_key, (int8_t*)page, token, row, dim, stored);
 }
 
 // A token's x [num_kv_heads][dim], keys or values.
@@ -148,7 +171,7 @@ void write_token(const Cache& cache, int64_t slot, bool is_key, const void* x) {
   const int64_t size = cache.pages_per_block * PAGE, page = slot % size / PAGE, token = slot % PAGE;
   int32_t* block = (int32_t*)(is_key ? cache.k : cache.v) + slot / size * cache.block_stride;
   for (int64_t h = 0; h < cache.num_kv_heads; h++) {
-    int32_t* to = block + (h * cache.pages_per_block + page) * cache.page_units(stored);
+    int32_t* to = block + (h * cache.pages_per_block + page) * cache.page_units(is_key);
     const char* from = (const char*)x + h * dim * cache.item_bytes();
     if (cache.is_quantized) {
       put_quantized(cache, is_key, (char*)to, token, from, dim, stored);

@@ -92,10 +92,10 @@ struct Task {
     end = limit[rows - 1];
   }
 
-  const int32_t* page(const void* base, int64_t index, int64_t stored) const {
+  const int32_t* page(bool is_key, int64_t index) const {
     const int64_t block = table[index / cache.pages_per_block], inside = index % cache.pages_per_block;
-    return (const int32_t*)base + block * cache.block_stride +
-           (item.kv_head * cache.pages_per_block + inside) * cache.page_units(stored);
+    return (const int32_t*)(is_key ? cache.k : cache.v) + block * cache.block_stride +
+           (item.kv_head * cache.pages_per_block + inside) * cache.page_units(is_key);
   }
 
   // Pages before the windows and after the end may belong to others: a needed one stands in, its scores masked.
@@ -105,11 +105,11 @@ struct Task {
       const int64_t at = tile + p * LANES;
       const bool needed = at + LANES > oldest && at < end;
       const int64_t index = (needed ? at : oldest) / LANES, next = at + TILE < end ? at / LANES + PAGES : index;
-      k_page[p] = page(cache.k, index, cache.k_stored);
-      next_page[p] = page(cache.k, next, cache.k_stored);
-      if (cache.v) soon[p] = v_page[p] = page(cache.v, index, v_stored);
+      k_page[p] = page(true, index);
+      next_page[p] = page(true, next);
+      if (cache.v) soon[p] = v_page[p] = page(false, index);
       if (cache.is_quantized) {
-        if (cache.v) soon[p] = page(cache.v, next, v_stored);
+        if (cache.v) soon[p] = page(false, next);
         widen_pages(p, needed ? p : (oldest - tile) / LANES, needed);
       }
     }
@@ -125,13 +125,29 @@ struct Task {
     ask((const int8_t*)next_page[p] + LANES * cache.k_stored, 64);
     if (needed) widen(k_to, keys, k_units, LANES * E::PER_UNIT, LANES);
     k_page[p] = k_to;
-    if (!cache.v) return;
+    if (!cache.v) {
+      if (needed) widen_second_part(k_to, keys, k_scales[p]);
+      return;
+    }
     int32_t* v_to = v_tile + place * UNITS * v_stored;
     v_scales[p] = (const float*)(values + LANES * v_stored);
     ask((const int8_t*)soon[p] + LANES * v_stored, 64);
     for (int64_t u = 0; needed && u < UNITS; u++)
       widen(v_to + u * v_stored, values + u * E::PER_UNIT * v_stored, v_stored / LANES, LANES, v_stored);
     v_page[p] = v_to;
+  }
+
+  // A key's second part becomes multiples of its first scale, so that scores meet one.
+  void widen_second_part(int32_t* to, const int8_t* keys, const float* scales) {
+    const Floats ratio = load(scales + LANES) / load(scales);
+    for (int64_t d = cache.second_part(); d < cache.k_stored; d++) {
+      Floats x;
+      for (int t = 0; t < LANES; t++) x[t] = (float)keys[d * LANES + t];
+      Element numbers[LANES];
+      E::store_weights(numbers, x * ratio);
+      Element* first = (Element*)(to + d / E::PER_UNIT * LANES) + d % E::PER_UNIT;
+      for (int t = 0; t < LANES; t++) first[t * E::PER_UNIT] = numbers[t];
+    }
   }
 
   // `count` times 16 units; the numbers of a unit are `apart`.
