@@ -1,5 +1,6 @@
 """Loading the compiled kernels, and living without them."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,16 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(native, "ABI", native.ABI + 1)
     library, reason = native.load.__wrapped__()
     assert library is None and "another version" in reason
+
+
+@pytest.mark.skipif(native.load()[0] is None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize(("machine", "lines"), [("aarch64", 1), ("x86_64", 0)])
+def test_an_architecture_without_tests_is_named(
+    machine: str, lines: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert native.library.__wrapped__() is not None
+    assert [f"untested on this architecture, {machine}" in line for line in caplog.messages] == [True] * lines
 
 
 @pytest.mark.skipif(native.load()[0] is None, reason="the C++ kernels are not built")

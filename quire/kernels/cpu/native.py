@@ -5,6 +5,7 @@ torch is imported first, so that the library shares torch's OpenMP runtime and i
 
 import ctypes
 import functools
+import platform
 from pathlib import Path
 
 import torch  # noqa: F401  (before the library: see above)
@@ -12,6 +13,7 @@ import torch  # noqa: F401  (before the library: see above)
 from quire.log import logger
 
 ABI = 8  # as quire_abi() in isa.cpp says: raise both when a function's arguments change
+TESTED = ("x86_64", "AMD64")  # architectures; on others the portable kernels run
 
 
 @functools.cache
@@ -33,11 +35,15 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None; what is lost then is logged, once."""
+    """The library, or None. What is lost then is logged, once, and so is where nobody has tested it."""
     found, reason = load()
     if found is None:
         logger.warning(
             "the CPU kernels are missing and plain torch runs instead, several times slower: %s", reason
+        )
+    elif (here := platform.machine()) not in TESTED:
+        logger.warning(
+            "the CPU kernels are the portable ones, which are untested on this architecture, %s", here
         )
     return found
 
