@@ -147,13 +147,15 @@ void put(bool is_key, T* page, int64_t token, const T* x, int64_t dim, int64_t s
 void put_quantized(const Cache& cache, bool is_key, char* page, int64_t token, const void* x, int64_t dim,
                    int64_t stored) {
   static thread_local Scratch memory;
-  int8_t* row = (int8_t*)memory.of(stored + PAGE);
+  const int64_t num_sums = stored / GROUP + 1;
+  int32_t* sums = (int32_t*)memory.of(num_sums * sizeof(int32_t) + stored + PAGE);
+  int8_t* row = (int8_t*)(sums + num_sums);
   float* scale = (float*)(page + PAGE * stored) + token;
   const auto quantize = [&](int64_t from, int64_t to, float* scale) {
     const char* numbers = (const char*)x + from * cache.item_bytes();
     const int64_t padded = (to - from + PAGE - 1) / PAGE * PAGE;
-    int32_t sum;
-    quantize_row(cache.isa, {row + from, scale, &sum, numbers, to - from, padded, 0, cache.is_bf16 != 0, false}, 0);
+    const Rows one{(char*)row + from, scale, sums, numbers, to - from, padded, 0, cache.is_bf16 != 0, true};
+    quantize_row(cache.isa, one, 0);
   };
   const bool has_parts = is_key && !cache.v;
   const int64_t second = has_parts ? cache.second_part() : dim;

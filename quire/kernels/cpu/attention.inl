@@ -192,10 +192,11 @@ struct Task {
     constexpr int COLUMNS = columns_of(R);
     for (int i = 0; i < R; i++) a[i] = q + (r + i) * k_units;
     for (int p = 0; p < PAGES; p += COLUMNS) {
-      Floats part[R][COLUMNS] = {};
-      products<E, AHEAD, R, COLUMNS>(part, a, k_page + p, k_units, LANES, soon + p, step_bytes);
+      Register part[R][COLUMNS * PARTS] = {};
+      products<E, AHEAD>(part, a, k_page + p, k_units, LANES, soon + p, step_bytes);
       for (int i = 0; i < R; i++)
-        for (int c = 0; c < COLUMNS; c++) store(scores + i * TILE + (p + c) * LANES, part[i][c]);
+        for (int c = 0; c < COLUMNS * PARTS; c++)
+          store_register(scores + i * TILE + p * LANES + c * WIDTH, part[i][c]);
     }
   }
 
@@ -234,9 +235,10 @@ struct Task {
   void accumulate(int64_t tile, int64_t r, int64_t d, int64_t tokens) {
     constexpr int PAGE_UNITS = LANES / E::PER_UNIT;
     const int64_t next_bytes = k_units * step_bytes * LANES / v_stored / PAGE_UNITS;  // per step and column
-    Floats sums[R][C];
+    Register sums[R][C * PARTS];
     for (int i = 0; i < R; i++)
-      for (int c = 0; c < C; c++) sums[i][c] = load(acc + (r + i) * v_stored + d + c * LANES) * rescale[r + i];
+      for (int c = 0; c < C * PARTS; c++)
+        sums[i][c] = load_register(acc + (r + i) * v_stored + d + c * WIDTH) * rescale[r + i];
     for (int64_t p = low[0] > tile ? (low[0] - tile) / LANES : 0; p * LANES < tokens; p++) {
       const int64_t here = tokens - p * LANES < LANES ? tokens - p * LANES : LANES, whole = here / E::PER_UNIT;
       const int32_t *a[R], *b[C];
@@ -246,16 +248,19 @@ struct Task {
         b[c] = v_page[p] + d + c * LANES;
         ahead[c] = next_page[p] + (d / LANES + c) * next_bytes / 4 * PAGE_UNITS;
       }
-      products<E, AHEAD, R, C>(sums, a, b, whole, v_stored, ahead, next_bytes);
+      products<E, AHEAD>(sums, a, b, whole, v_stored, ahead, next_bytes);
       if (whole * E::PER_UNIT < here) {  // the other half of the last pair was never written: it may be NaN
+        Ints last[C];
+        for (int i = 0; i < R; i++) a[i] += whole;
         for (int c = 0; c < C; c++) {
-          const Ints column = E::first_only(load_units(b[c] + whole * v_stored));
-          for (int i = 0; i < R; i++) sums[i][c] = E::step(sums[i][c], column, a[i][whole]);
+          last[c] = E::first_only(load_units(b[c] + whole * v_stored));
+          b[c] = (const int32_t*)&last[c];
         }
+        products<E, false>(sums, a, b, 1, 0, ahead, 0);
       }
     }
     for (int i = 0; i < R; i++)
-      for (int c = 0; c < C; c++) store(acc + (r + i) * v_stored + d + c * LANES, sums[i][c]);
+      for (int c = 0; c < C * PARTS; c++) store_register(acc + (r + i) * v_stored + d + c * WIDTH, sums[i][c]);
   }
 
   template <bool AHEAD, int R>

@@ -90,7 +90,7 @@ struct Mixture {
   Run* runs;
   int64_t piece, num_runs;  // the former in pairs
   Side up, down;
-  char* hidden;  // [pairs][hidden], before it is quantized
+  char* hidden;  // [pairs][hidden], before it is prepared
 };
 
 struct Room {
@@ -108,9 +108,14 @@ int64_t padded(const ExpertsCall& a, int64_t inputs) {
   return (inputs + step - 1) / step * step;
 }
 
+// Bytes of a number of a row that goes into products.
+int64_t input_bytes(const ExpertsCall& a) {
+  return a.bits == 4 ? 1 : prepared_bytes(a.isa, a.bits ? BYTES : a.is_bf16 ? BF16 : FLOATS);
+}
+
 Side lay_out(const ExpertsCall& a, const Weights& weights, int64_t inputs, int64_t outputs, int64_t pairs, Room& room) {
   const int64_t size = a.is_bf16 ? 2 : 4, length = padded(a, inputs), scales = a.bits ? pairs : 0;
-  char* rows = room.take<char>(pairs * length * (a.bits ? 1 : size));
+  char* rows = room.take<char>(pairs * length * input_bytes(a));
   float* row_scales = room.take<float>(scales);
   int32_t* sums = room.take<int32_t>(a.bits == 4 ? scales * (length / GROUP) : scales);
   return {&weights, inputs, outputs, length, rows, row_scales, sums, room.take<char>(pairs * outputs * size)};
@@ -131,7 +136,7 @@ Mixture lay_out(const ExpertsCall& a, Room& room) {
   m.totals = room.take<float>(m.piece < pairs ? a.rows * a.dim : 0);
   m.up = lay_out(a, a.up, a.dim, ups, m.piece, room);
   m.down = lay_out(a, a.down, a.hidden, a.dim, m.piece, room);
-  m.hidden = a.bits ? room.take<char>(m.piece * a.hidden * size) : m.down.rows;
+  m.hidden = room.take<char>(m.piece * a.hidden * size);
   return m;
 }
 
@@ -165,7 +170,7 @@ int64_t find_runs(const ExpertsCall& a, const Mixture& m, int64_t first, int64_t
 
 // 64 outputs of an expert's rows.
 void multiply(const ExpertsCall& a, const Side& side, const Run& run, int64_t block, float* sums) {
-  const int64_t size = a.is_bf16 ? 2 : 4, at = run.first, row_bytes = side.padded * (a.bits ? 1 : size);
+  const int64_t size = a.is_bf16 ? 2 : 4, at = run.first, row_bytes = side.padded * input_bytes(a);
   const bool bf16 = a.is_bf16 != 0;
   const void* weight = (const void*)side.weights->data[run.expert];
   const void* scales = a.bits ? (const void*)side.weights->scales[run.expert] : nullptr;
@@ -180,7 +185,7 @@ void multiply(const ExpertsCall& a, const Side& side, const Run& run, int64_t bl
     return nibble_block(a.isa, product, block);
   }
   const Linear one{out, rows, weight, bias, side.scales + at, (const float*)scales, side.sums + at,
-                   run.count, side.outputs, row_bytes / 4, row_bytes, side.outputs,
+                   run.count, side.outputs, side.padded * (a.bits ? 1 : size) / 4, row_bytes, side.outputs,
                    a.bits ? BYTES : bf16 ? BF16 : FLOATS, bf16, bf16};
   linear_block(a.isa, one, block, sums);
 }
@@ -193,40 +198,35 @@ void multiply_all(const ExpertsCall& a, const Mixture& m, const Side& side) {
   for (int64_t i = 0; i < m.num_runs * blocks; i++) multiply(a, side, m.runs[i / blocks], i % blocks, sums);
 }
 
-void take_row(const ExpertsCall& a, const Mixture& m, const Rows& given, int64_t first, int64_t row) {
+// A row that goes into products: `x` is that of `given`.
+void prepare(const ExpertsCall& a, const Side& side, const Rows& given, int64_t row) {
   if (a.bits) return quantize_row(a.isa, given, row);
-  const int64_t size = a.is_bf16 ? 2 : 4, bytes = a.dim * size, padded_bytes = m.up.padded * size;
-  char* to = m.up.rows + row * padded_bytes;
-  memcpy(to, (const char*)a.x + m.tokens[first + row] * a.x_stride * size, bytes);
-  memset(to + bytes, 0, padded_bytes - bytes);
-}
-
-void activate(const ExpertsCall& a, const Mixture& m, const Act& act, const Rows& given, int64_t row) {
-  activate_row(act, row);
-  if (a.bits) return quantize_row(a.isa, given, row);
-  const int64_t size = a.is_bf16 ? 2 : 4;
-  memset(m.hidden + (row * m.down.padded + a.hidden) * size, 0, (m.down.padded - a.hidden) * size);
+  const char* x = (const char*)given.x + (given.of ? given.of[row] : row) * given.x_stride_bytes;
+  char* to = side.rows + row * side.padded * input_bytes(a);
+  prepare_row(a.isa, a.is_bf16 ? BF16 : FLOATS, to, x, side.inputs, side.padded);
 }
 
 // What becomes of `count` pairs from `first` on.
 void compute_piece(const ExpertsCall& a, const Mixture& m, int64_t first, int64_t count) {
   const int64_t size = a.is_bf16 ? 2 : 4;
   const bool bf16 = a.is_bf16 != 0, grouped = a.bits == 4, last = first + count == a.rows * a.top_k;
-  const Rows given{(int8_t*)m.up.rows, m.up.scales, m.up.sums, a.x, a.dim, m.up.padded, a.x_stride * size,
+  const Rows given{m.up.rows, m.up.scales, m.up.sums, a.x, a.dim, m.up.padded, a.x_stride * size,
                    bf16, grouped, m.tokens + first};
-  const Rows hidden{(int8_t*)m.down.rows, m.down.scales, m.down.sums, m.hidden, a.hidden, m.down.padded,
+  const Rows hidden{m.down.rows, m.down.scales, m.down.sums, m.hidden, a.hidden, m.down.padded,
                     a.hidden * size, bf16, grouped};
-  const Act act{a.isa, 1, a.is_bf16, m.hidden, m.up.out, count, a.hidden, a.bits ? a.hidden : m.down.padded,
-                a.kind, a.gated};
+  const Act act{a.isa, 1, a.is_bf16, m.hidden, m.up.out, count, a.hidden, a.hidden, a.kind, a.gated};
   const Sums sums{a.out, m.totals, m.down.out, a.shared, a.gate, m.places, m.weights, first, count,
                   a.top_k, a.dim, a.shared_stride, last, bf16};
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < count; row++) take_row(a, m, given, first, row);
+    for (int64_t row = 0; row < count; row++) prepare(a, m.up, given, row);
     multiply_all(a, m, m.up);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < count; row++) activate(a, m, act, hidden, row);
+    for (int64_t row = 0; row < count; row++) {
+      activate_row(act, row);
+      prepare(a, m.down, hidden, row);
+    }
     multiply_all(a, m, m.down);
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < a.rows; token++) QUIRE_CALL(a.isa, add_pairs(sums, token));

@@ -1,4 +1,4 @@
-// Which instruction set this machine has, as isa.h numbers them. Plain C ABI.
+// Which instruction set this machine has. Plain C ABI.
 
 #include <cstdint>
 #if defined(__linux__)
@@ -6,13 +6,13 @@
 #include <unistd.h>
 #endif
 
+#include "levels.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define QUIRE_X86 1
 #endif
 
 namespace {
-
-enum Isa : int32_t { BASELINE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };  // as in isa.h
 
 #if defined(QUIRE_X86) && defined(__linux__)
 // Linux gives AMX's large registers to processes that ask.

@@ -1,8 +1,6 @@
 // Compiles QUIRE_KERNELS, a file of kernels, once per instruction set, each in a namespace of its own; callers
 // choose one at run time with QUIRE_CALL. No guard: every file of kernels includes this once.
-#include <cstdint>
-
-enum Isa : int32_t { BASELINE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
+#include "levels.h"
 
 #define QUIRE_ISA 0
 namespace baseline {

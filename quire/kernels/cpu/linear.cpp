@@ -4,7 +4,8 @@
 //                  or four bytes (quantized.cpp).
 // A group (a head) has a weight, inputs and outputs of its own; usually there is one. Outputs are padded to 64 and
 // inputs to 32 with zeros. Lanes are outputs, so there are no reductions, and a row's result is a sum in the order of
-// the inputs: the same bits however many rows there are, and on however many threads.
+// the inputs: the same bits however many rows there are, and on however many threads. Inputs are widened first to what the
+// machine multiplies: bf16 to float, and int8 to int16, where it has no products of them.
 
 #include <cstdint>
 #include <cstdlib>
@@ -45,18 +46,18 @@ void pack_block(const T* weight, T* packed, int64_t block, int64_t outputs, int6
   }
 }
 
-// Has the rows of x as long as the weight's, zeros at their end, in this thread's memory.
-void pad(LinearCall& a) {
+// Has the rows of x as products take them, in this thread's memory.
+void prepare(LinearCall& a) {
   static thread_local Scratch scratch;
-  const int64_t bytes = a.units * 4, count = a.groups * a.rows;
-  char* padded = scratch.of(count * bytes);
+  const int64_t count = a.groups * a.rows, size = a.kind == BF16 ? 2 : 4, padded = a.units * 4 / size;
+  const int64_t bytes = padded * prepared_bytes(a.isa, (Kind)a.kind), inputs = a.x_row_bytes / size;
+  char* rows = scratch.of(count * bytes);
 #pragma omp parallel for num_threads(a.threads) schedule(static) if (count > SERIAL_ROWS)
   for (int64_t i = 0; i < count; i++) {
-    const int64_t group = i / a.rows, row = i % a.rows;
-    memcpy(padded + i * bytes, (const char*)a.x + group * a.x_group_bytes + row * a.x_stride_bytes, a.x_row_bytes);
-    memset(padded + i * bytes + a.x_row_bytes, 0, bytes - a.x_row_bytes);
+    const char* x = (const char*)a.x + i / a.rows * a.x_group_bytes + i % a.rows * a.x_stride_bytes;
+    prepare_row(a.isa, a.kind, rows + i * bytes, x, inputs, padded);
   }
-  a.x = padded;
+  a.x = rows;
   a.x_stride_bytes = bytes;
   a.x_group_bytes = a.rows * bytes;
 }
@@ -65,6 +66,10 @@ void pad(LinearCall& a) {
 
 void linear_block(int32_t isa, const Linear& one, int64_t block, float* sums) {
   QUIRE_CALL(isa, linear_block(one, block, sums));
+}
+
+void prepare_row(int32_t isa, int32_t kind, void* out, const void* x, int64_t count, int64_t padded) {
+  QUIRE_CALL(isa, prepare_row(kind, out, x, count, padded));
 }
 
 extern "C" void quire_pack_linear(int32_t threads, int32_t is_bf16, const void* weight, void* packed,
@@ -85,7 +90,8 @@ extern "C" void quire_pack_linear(int32_t threads, int32_t is_bf16, const void* 
 
 extern "C" void quire_linear(const void* args) {
   LinearCall a = *(const LinearCall*)args;
-  if (a.x_row_bytes < a.units * 4) pad(a);
+  const bool widened = a.kind == BF16 && prepared_bytes(a.isa, BF16) > 2;
+  if (widened || a.x_row_bytes < a.units * 4) prepare(a);
   const int64_t blocks = (a.outputs + BLOCK - 1) / BLOCK, out_bytes = a.out_bf16 ? 2 : 4;
 #pragma omp parallel num_threads(a.threads) if (a.groups * blocks > 1)
   {

@@ -2,10 +2,18 @@
 #pragma once
 #include <cstdint>
 
+#include "levels.h"
+
 constexpr int64_t BLOCK = 64;      // outputs
 constexpr int64_t MOST_ROWS = 96;  // whose sums are kept while a block of outputs is computed
 
 enum Kind : int32_t { FLOATS = 0, BF16 = 1, BYTES = 2 };
+
+// Bytes of an input as products take it.
+inline int64_t prepared_bytes(int32_t isa, Kind kind) {
+  const int64_t widened = isa < AVX512_BF16 ? 2 : 1;
+  return kind == FLOATS ? 4 : kind == BF16 ? 2 * widened : widened;
+}
 
 struct LinearCall {
   int32_t isa, threads, kind, out_bf16, bias_bf16;
@@ -15,12 +23,12 @@ struct LinearCall {
   const int32_t* x_sums;
   const float* weight_scales;
   int64_t rows, outputs, units, x_stride_bytes, groups, x_group_bytes;
-  int64_t x_row_bytes;  // where that is less than 4 * units, rows are copied to be as long
+  int64_t x_row_bytes;  // of its inputs, which may be fewer than the weight's
 };
 
 extern "C" void quire_linear(const void* args);
 
-// The product of one group. Rows of x are as long as the weight's.
+// The product of one group. Rows of x are prepared, and as long as the weight's.
 struct Linear {
   void* out;
   const void *x, *weight, *bias;           // bias may be null
@@ -30,6 +38,9 @@ struct Linear {
   int32_t kind;
   bool out_bf16, bias_bf16;
 };
+
+// A row of `count` floats or bf16 as products take it, with zeros up to `padded`.
+void prepare_row(int32_t isa, int32_t kind, void* out, const void* x, int64_t count, int64_t padded);
 
 // 64 outputs of all rows; `sums` has room for [MOST_ROWS][BLOCK].
 void linear_block(int32_t isa, const Linear& one, int64_t block, float* sums);

@@ -5,9 +5,40 @@
 #if QUIRE_ISA >= 2
 constexpr int LINEAR_ROWS = 6, LINEAR_SUMS = 24;  // registers of sums
 #elif QUIRE_ISA == 1
-constexpr int LINEAR_ROWS = 4, LINEAR_SUMS = 8;
+constexpr int LINEAR_ROWS = 6, LINEAR_SUMS = 12;
 #else
 constexpr int LINEAR_ROWS = 2, LINEAR_SUMS = 8;
+#endif
+
+#if QUIRE_ISA >= 3
+typedef Bf16Units PreparedBf16Units;
+
+// Four weights of 8 bits, 128 added, by four int8. Sums are int32, as the bits of floats: exact.
+struct ByteUnits {
+  static constexpr int WORDS = 1, HALVES = 1;
+  static inline RegisterInts half(RegisterInts b, int) { return b; }
+  static inline RegisterInts input(const int32_t* x, int) { return everywhere(*x); }
+  static inline Register add(Register sum, RegisterInts b, RegisterInts x) {
+    return (Register)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, (__m512i)x);
+  }
+};
+#else
+// A pair of bf16 by two floats.
+struct PreparedBf16Units : Bf16Units {
+  static constexpr int WORDS = 2;
+  static inline RegisterInts input(const int32_t* x, int h) { return everywhere(x[h]); }
+};
+
+// Four weights of 8 bits, 128 added, the first and the third by a pair of int16, the others by another. Sums are int32, as
+// the bits of floats: exact.
+struct ByteUnits {
+  static constexpr int WORDS = 2, HALVES = 2;
+  static inline RegisterInts half(RegisterInts b, int h) { return (h ? b >> 8 : b) & 0x00ff00ff; }
+  static inline RegisterInts input(const int32_t* x, int h) { return everywhere(x[h]); }
+  static inline Register add(Register sum, RegisterInts b, RegisterInts x) {
+    return (Register)add_shorts((RegisterInts)sum, b, x);
+  }
+};
 #endif
 
 // Columns of LANES that so many rows have sums for in registers. The fewer rows, the more, so that sums do not wait for
@@ -50,17 +81,20 @@ static inline void rows_of_block(const Linear& a, const int32_t* weight, float* 
                                  int64_t units) {
   constexpr int COLUMNS = columns_of(R);
   const int32_t *x[R], *columns[COLUMNS], *ahead[COLUMNS];
-  for (int r = 0; r < R; r++) x[r] = (const int32_t*)((const char*)a.x + (row + r) * a.x_stride_bytes) + unit;
+  for (int r = 0; r < R; r++)
+    x[r] = (const int32_t*)((const char*)a.x + (row + r) * a.x_stride_bytes) + unit * E::WORDS;
   for (int64_t c = 0; c < BLOCK; c += COLUMNS * LANES) {
-    Floats part[R][COLUMNS];
     for (int i = 0; i < COLUMNS; i++) {
       columns[i] = weight + unit * BLOCK + c + i * LANES;
       ahead[i] = columns[i] + AHEAD_UNITS;
-      for (int r = 0; r < R; r++) part[r][i] = unit ? load(sums + r * BLOCK + c + i * LANES) : Floats{};
     }
-    products<E, FIRST, R, COLUMNS>(part, x, columns, units, BLOCK, ahead, BLOCK * 4);
-    for (int i = 0; i < COLUMNS; i++)
-      for (int r = 0; r < R; r++) store(sums + r * BLOCK + c + i * LANES, part[r][i]);
+    Register part[R][COLUMNS * PARTS];
+    for (int r = 0; r < R; r++)
+      for (int p = 0; p < COLUMNS * PARTS; p++)
+        part[r][p] = unit ? load_register(sums + r * BLOCK + c + p * WIDTH) : Register{};
+    products<E, FIRST>(part, x, columns, units, BLOCK, ahead, BLOCK * 4);
+    for (int r = 0; r < R; r++)
+      for (int p = 0; p < COLUMNS * PARTS; p++) store_register(sums + r * BLOCK + c + p * WIDTH, part[r][p]);
   }
 }
 
@@ -191,12 +225,25 @@ static void block_by_tiles(const Linear& a, int64_t block, float* sums) {
 }
 #endif
 
+// A row of `count` numbers as products take it, with zeros up to `padded`.
+static inline void prepare_row(int32_t kind, void* out, const void* x, int64_t count, int64_t padded) {
+  if (QUIRE_ISA < 3 && kind == BF16) {
+    float* to = (float*)out;
+    FOR_LANES(i, n, count) { put(to + i, get((const Bf16*)x + i, n), n); }
+    memset(to + count, 0, (padded - count) * 4);
+  } else {
+    const int64_t size = kind == BF16 ? 2 : 4;
+    memcpy(out, x, count * size);
+    memset((char*)out + count * size, 0, (padded - count) * size);
+  }
+}
+
 static inline void linear_block(const Linear& a, int64_t block, float* sums) {
 #if QUIRE_ISA >= 4
   if (a.kind == BF16) return block_by_tiles(a, block, sums);
 #endif
   if (a.kind == BF16) {
-    block_by_vectors<Bf16Units>(a, block, sums);
+    block_by_vectors<PreparedBf16Units>(a, block, sums);
   } else if (a.kind == BYTES) {
     block_by_vectors<ByteUnits>(a, block, sums);
   } else {

@@ -2,91 +2,6 @@
 
 #include "vectors.inl"
 
-typedef float EightFloats __attribute__((vector_size(32)));
-
-// sum + b * f, rounded once where the machine can. Left to the compiler, it would fuse here and not there, and a row would
-// get other bits when it is computed alone than among others.
-template <class V>
-static inline V add_product(V sum, V b, float f) {
-#if QUIRE_ISA >= 2
-  static_assert(sizeof(V) == 64, "a register");
-  return (V)_mm512_fmadd_ps((__m512)b, _mm512_set1_ps(f), (__m512)sum);
-#elif QUIRE_ISA == 1
-  EightFloats sums[sizeof(V) / 32], factors[sizeof(V) / 32];
-  memcpy(sums, &sum, sizeof(V));
-  memcpy(factors, &b, sizeof(V));
-  for (size_t i = 0; i < sizeof(V) / 32; i++)
-    sums[i] = (EightFloats)_mm256_fmadd_ps((__m256)factors[i], _mm256_set1_ps(f), (__m256)sums[i]);
-  memcpy(&sum, sums, sizeof(V));
-  return sum;
-#else
-  return sum + b * f;
-#endif
-}
-
-// A unit is 4 bytes: one float, or a pair of bf16 that are multiplied together and added.
-struct FloatUnits {
-  typedef float Element;
-  static constexpr int PER_UNIT = 1;
-  template <class V, class I>
-  static inline V step(V sum, I b, int32_t a) {
-    float f;
-    memcpy(&f, &a, 4);
-    return add_product(sum, (V)b, f);
-  }
-  static inline void store_weights(float* p, Floats x) { store(p, x); }
-  static inline Ints first_only(Ints b) { return b; }
-};
-
-struct Bf16Units {
-  typedef Bf16 Element;
-  static constexpr int PER_UNIT = 2;
-  template <class V, class I>
-  static inline V step(V sum, I b, int32_t a) {
-#if QUIRE_ISA >= 3
-    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(a));
-#else
-    const uint32_t first = (uint32_t)a << 16, second = (uint32_t)a & 0xffff0000;
-    float f, g;
-    memcpy(&f, &first, 4);
-    memcpy(&g, &second, 4);
-    sum = add_product(sum, (V)(b << 16), f);
-    return add_product(sum, (V)(b & (int32_t)0xffff0000), g);
-#endif
-  }
-  static inline void store_weights(Bf16* p, Floats x) { store(p, x); }
-  static inline Ints first_only(Ints b) { return b & 0xffff; }
-};
-
-// sum + four bytes of each lane of b, from 0 to 255, by the four int8 of a: exact.
-template <class I>
-static inline I add_bytes(I sum, I b, int32_t a) {
-#if QUIRE_ISA >= 3
-  return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, _mm512_set1_epi32(a));
-#elif QUIRE_ISA == 2
-  const __m512i x = _mm512_set1_epi32(a), even = _mm512_and_si512((__m512i)b, _mm512_set1_epi16(255));
-  const __m512i odd = _mm512_srli_epi16((__m512i)b, 8);
-  const __m512i by_even = _mm512_madd_epi16(even, _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
-  return sum + (I)_mm512_add_epi32(by_even, _mm512_madd_epi16(odd, _mm512_srai_epi16(x, 8)));
-#elif QUIRE_ISA == 1
-  const __m256i x = _mm256_set1_epi32(a), even = _mm256_and_si256((__m256i)b, _mm256_set1_epi16(255));
-  const __m256i odd = _mm256_srli_epi16((__m256i)b, 8);
-  const __m256i by_even = _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-  return sum + (I)_mm256_add_epi32(by_even, _mm256_madd_epi16(odd, _mm256_srai_epi16(x, 8)));
-#else
-  for (int i = 0; i < 4; i++) sum += ((b >> (8 * i)) & 255) * (int32_t)(int8_t)(a >> (8 * i));
-  return sum;
-#endif
-}
-
-// A unit is four weights of 8 bits, 128 added; sums are int32, as the bits of floats.
-struct ByteUnits {
-  template <class V, class I>
-  static inline V step(V sum, I b, int32_t a) {
-    return (V)add_bytes((I)sum, b, a);
-  }
-};
-
 // Sums stay in registers of the machine's own width; a Floats is PARTS of them.
 #if QUIRE_ISA >= 2
 constexpr int WIDTH = 16;
@@ -97,29 +12,111 @@ constexpr int WIDTH = 4;
 #endif
 constexpr int PARTS = LANES / WIDTH;
 typedef float Register __attribute__((vector_size(4 * WIDTH)));
+typedef float RegisterAt __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int32_t RegisterInts __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t RegisterIntsAt __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-// sums[r][c] += a[r][s] * b[c][s * stride ...] over `steps` units, in order. With AHEAD, it also asks for the memory
-// that is wanted next, `ahead_bytes` at `ahead` for each step and column.
-template <class E, bool AHEAD, int R, int C>
-static inline void products(Floats (&sums)[R][C], const int32_t* const* a, const int32_t* const* b, int64_t steps,
+static inline RegisterInts everywhere(int32_t x) { return RegisterInts{} + x; }
+
+// sum + a * b, rounded once where the machine can. Left to the compiler, it would fuse here and not there, and a row would
+// get other bits when it is computed alone than among others.
+static inline Register add_product(Register sum, Register a, Register b) {
+#if QUIRE_ISA >= 2
+  return (Register)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif QUIRE_ISA == 1
+  return (Register)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum + a * b;
+#endif
+}
+
+// sum + the two int16 of each lane of a by those of b, which do not overflow together. The empty statement keeps the
+// compiler from collecting products first, which takes more registers than there are.
+static inline RegisterInts add_shorts(RegisterInts sum, RegisterInts a, RegisterInts b) {
+#if QUIRE_ISA >= 2
+  sum += (RegisterInts)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+  __asm__ volatile("" : "+v"(sum));
+#elif QUIRE_ISA == 1
+  sum += (RegisterInts)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  __asm__ volatile("" : "+x"(sum));
+#else
+  sum += (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+  return sum;
+}
+
+// Kinds of units, which are 4 bytes of a weight and WORDS of x. A unit is multiplied in HALVES: part `h` of its column by
+// part `h` of its x, which is the same for all lanes.
+
+struct FloatUnits {
+  typedef float Element;
+  static constexpr int PER_UNIT = 1, WORDS = 1, HALVES = 1;
+  static inline RegisterInts half(RegisterInts b, int) { return b; }
+  static inline RegisterInts input(const int32_t* x, int) { return everywhere(*x); }
+  static inline Register add(Register sum, RegisterInts b, RegisterInts x) {
+    return add_product(sum, (Register)b, (Register)x);
+  }
+  static inline void store_weights(float* p, Floats x) { store(p, x); }
+  static inline Ints first_only(Ints b) { return b; }
+};
+
+// A pair of bf16.
+struct Bf16Units {
+  typedef Bf16 Element;
+  static constexpr int PER_UNIT = 2, WORDS = 1;
+#if QUIRE_ISA >= 3
+  static constexpr int HALVES = 1;
+  static inline RegisterInts half(RegisterInts b, int) { return b; }
+  static inline RegisterInts input(const int32_t* x, int) { return everywhere(*x); }
+  static inline Register add(Register sum, RegisterInts b, RegisterInts x) {
+    return (Register)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)x);
+  }
+#else
+  static constexpr int HALVES = 2;
+  static inline RegisterInts half(RegisterInts b, int h) { return h ? b & (int32_t)0xffff0000 : b << 16; }
+  static inline RegisterInts input(const int32_t* x, int h) {
+    return everywhere(h ? *x & (int32_t)0xffff0000 : (int32_t)((uint32_t)*x << 16));
+  }
+  static inline Register add(Register sum, RegisterInts b, RegisterInts x) {
+    return add_product(sum, (Register)b, (Register)x);
+  }
+#endif
+  static inline void store_weights(Bf16* p, Floats x) { store(p, x); }
+  static inline Ints first_only(Ints b) { return b & 0xffff; }
+};
+
+static inline Register load_register(const float* p) { return *(const RegisterAt*)p; }
+static inline void store_register(float* p, Register x) { *(RegisterAt*)p = x; }
+
+// sums[r][c * PARTS ...] += a[r][s * WORDS ...] * b[c][s * stride ...] over `steps` units, in order. With AHEAD, it also
+// asks for the memory that is wanted next, `ahead_bytes` at `ahead` for each step and column. Loops are unrolled by hand
+// where the compiler would otherwise leave sums in memory.
+template <class E, bool AHEAD, int R, int P>
+static inline void products(Register (&sums)[R][P], const int32_t* const* a, const int32_t* const* b, int64_t steps,
                             int64_t stride, const int32_t* const* ahead, int64_t ahead_bytes) {
-  Register parts[R][C * PARTS];
-  memcpy(parts, sums, sizeof(sums));
   for (int64_t s = 0; s < steps; s++) {
-    for (int c = 0; c < C; c++) {
-      if (AHEAD) {
-        const char* next = (const char*)ahead[c] + s * ahead_bytes;
+    RegisterInts columns[P];
+#pragma GCC unroll 16
+    for (int p = 0; p < P; p++) {
+      if (AHEAD && p % PARTS == 0) {
+        const char* next = (const char*)ahead[p / PARTS] + s * ahead_bytes;
         for (int64_t i = 0; i < ahead_bytes; i += 64) __builtin_prefetch(next + i);
       }
-      for (int p = 0; p < PARTS; p++) {
-        const RegisterInts column = *(const RegisterIntsAt*)(b[c] + s * stride + p * WIDTH);
-        for (int r = 0; r < R; r++) parts[r][c * PARTS + p] = E::step(parts[r][c * PARTS + p], column, a[r][s]);
+      columns[p] = *(const RegisterIntsAt*)(b[p / PARTS] + s * stride + p % PARTS * WIDTH);
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < E::HALVES; h++) {
+      RegisterInts some[P];
+#pragma GCC unroll 16
+      for (int p = 0; p < P; p++) some[p] = E::half(columns[p], h);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const RegisterInts x = E::input(a[r] + s * E::WORDS, h);
+#pragma GCC unroll 16
+        for (int p = 0; p < P; p++) sums[r][p] = E::add(sums[r][p], some[p], x);
       }
     }
   }
-  memcpy(sums, parts, sizeof(sums));
 }
 
 #if QUIRE_ISA >= 4

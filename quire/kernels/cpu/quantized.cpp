@@ -67,19 +67,20 @@ extern "C" void quire_linear_quantized(const void* args) {
   const QuantizedCall& a = *(const QuantizedCall*)args;
   const bool grouped = a.bits == 4;
   const int64_t sums_per_row = grouped ? a.padded / GROUP : 1;
+  const int64_t row_bytes = a.padded * (grouped ? 1 : prepared_bytes(a.isa, BYTES));
   static thread_local Scratch scratch;
-  int8_t* whole = (int8_t*)scratch.of(a.rows * (a.padded + 4 + 4 * sums_per_row));
-  float* x_scales = (float*)(whole + a.rows * a.padded);
+  char* whole = scratch.of(a.rows * (row_bytes + 4 + 4 * sums_per_row));
+  float* x_scales = (float*)(whole + a.rows * row_bytes);
   int32_t* x_sums = (int32_t*)(x_scales + a.rows);
   const Rows given{whole, x_scales, x_sums, a.x, a.inputs, a.padded, a.x_stride_bytes, a.is_bf16 != 0, grouped};
 #pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > SERIAL_ROWS)
   for (int64_t row = 0; row < a.rows; row++) quantize_row(a.isa, given, row);
   if (!grouped) {
     const LinearCall bytes{a.isa, a.threads, BYTES, a.out_bf16, a.is_bf16, a.out, whole, a.weight, a.bias,
-                           x_scales, x_sums, (const float*)a.scales, a.rows, a.outputs, a.padded / 4, a.padded, 1, 0, a.padded};
+                           x_scales, x_sums, (const float*)a.scales, a.rows, a.outputs, a.padded / 4, row_bytes, 1, 0, row_bytes};
     return quire_linear(&bytes);
   }
-  const Product product{a.out,  whole,     x_scales,  x_sums,   (const int32_t*)a.weight, (const uint16_t*)a.scales,
+  const Product product{a.out,  (const int8_t*)whole,     x_scales,  x_sums,   (const int32_t*)a.weight, (const uint16_t*)a.scales,
                         a.bias, a.rows,    a.outputs, a.padded, a.out_bf16 != 0,          a.is_bf16 != 0};
 #pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
   for (int64_t block = 0; block < (a.outputs + BLOCK - 1) / BLOCK; block++)

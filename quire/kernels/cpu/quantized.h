@@ -5,7 +5,7 @@
 constexpr int64_t GROUP = 64;  // inputs with a scale of their own, of 4 bits
 
 struct Rows {
-  int8_t* out;     // [rows, padded]
+  char* out;       // [rows, padded] int8, or what products make of it where they are not grouped (linear.h)
   float* scales;   // [rows]
   int32_t* sums;   // [rows], or [rows, padded / GROUP] where grouped
   const void* x;

@@ -4,19 +4,57 @@
 
 typedef int8_t Chars __attribute__((vector_size(16)));
 typedef int8_t CharsAt __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(32)));
+typedef int16_t ShortsAt __attribute__((vector_size(32), aligned(2), may_alias));
 
 constexpr int GROUP_VECTORS = GROUP / LANES;
-#if QUIRE_ISA >= 2
-constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 16;  // registers of sums, half of them whole numbers
+#if QUIRE_ISA >= 3
+constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 8;  // registers of sums; as many again for what becomes of them
+#elif QUIRE_ISA == 2
+constexpr int NIBBLE_ROWS = 6, NIBBLE_SUMS = 12;
+#elif QUIRE_ISA == 1
+constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 8;
 #else
 constexpr int NIBBLE_ROWS = 2, NIBBLE_SUMS = 8;
 #endif
 
 // As columns_of in linear.inl.
 constexpr int nibble_columns_of(int rows) {
-  const int most = NIBBLE_SUMS / (2 * rows * PARTS);
+  const int most = NIBBLE_SUMS / (rows * PARTS);
   return most >= 4 ? 4 : most >= 2 ? 2 : 1;
 }
+
+// sum + four bytes of each lane of b, from 0 to 15, by the four int8 of a: exact. Before products of bytes were summed as
+// int32, a lane of the sum is two int16, which hold EXACT_UNITS of both halves of a unit.
+#if QUIRE_ISA >= 3
+constexpr int EXACT_UNITS = GROUP / 8;
+static inline RegisterInts add_nibbles(RegisterInts sum, RegisterInts b, RegisterInts a) {
+  return (RegisterInts)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, (__m512i)a);
+}
+static inline RegisterInts add_exact(RegisterInts sum, RegisterInts some) { return sum + some; }
+#elif QUIRE_ISA >= 1
+constexpr int EXACT_UNITS = 4;  // 2 * 4 * 2 * 15 * 127 < 2^15
+static inline RegisterInts add_nibbles(RegisterInts sum, RegisterInts b, RegisterInts a) {
+#if QUIRE_ISA == 2
+  sum = (RegisterInts)_mm512_add_epi16((__m512i)sum, _mm512_maddubs_epi16((__m512i)b, (__m512i)a));
+  __asm__ volatile("" : "+v"(sum));  // as in add_shorts
+#else
+  sum = (RegisterInts)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)b, (__m256i)a));
+  __asm__ volatile("" : "+x"(sum));
+#endif
+  return sum;
+}
+static inline RegisterInts add_exact(RegisterInts sum, RegisterInts some) {
+  return add_shorts(sum, some, everywhere(0x00010001));
+}
+#else
+constexpr int EXACT_UNITS = GROUP / 8;
+static inline RegisterInts add_nibbles(RegisterInts sum, RegisterInts b, RegisterInts a) {
+  for (int i = 0; i < 4; i++) sum += ((b >> (8 * i)) & 255) * (a << (24 - 8 * i) >> 24);
+  return sum;
+}
+static inline RegisterInts add_exact(RegisterInts sum, RegisterInts some) { return sum + some; }
+#endif
 
 static inline Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
@@ -66,11 +104,18 @@ static inline float greatest(const T* row, int64_t count) {
 template <class T>
 static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
   const float top = greatest(x, a.inputs), inverse = top > 0 ? 127.0f / top : 0;
-  int8_t* out = a.out + row * a.padded;
+  const int64_t size = a.grouped ? 1 : QUIRE_ISA >= 3 ? 1 : 2;
+  char* out = a.out + row * a.padded * size;
   Ints total{};
   for (int64_t k = 0; k < a.padded; k += LANES) {
     const Chars whole = __builtin_convertvector(nearest(inputs_of(x, k, a.inputs) * inverse), Chars);
-    *(CharsAt*)(out + k) = whole;
+    if (size == 1) {
+      *(CharsAt*)(out + k) = whole;
+    } else {  // as ByteUnits of linear.inl take them
+      const Shorts wide = __builtin_convertvector(whole, Shorts);
+      *(ShortsAt*)(out + 2 * k) =
+          __builtin_shufflevector(wide, wide, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    }
     total += __builtin_convertvector(whole, Ints);  // of what is not a number, too: 0
     if (a.grouped && (k + LANES) % GROUP == 0) {
       a.sums[row * (a.padded / GROUP) + k / GROUP] = sum(total);
@@ -115,17 +160,6 @@ static void pack_bytes(const Weight& a, int64_t block) {
   }
 }
 
-// sum + a * b, rounded once where the machine can; see add_product.
-static inline Register add_scaled(Register sum, Register a, Register b) {
-#if QUIRE_ISA >= 2
-  return (Register)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif QUIRE_ISA == 1
-  return (Register)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#else
-  return sum + a * b;
-#endif
-}
-
 // Whole numbers between -8 and 7.
 static inline Register nibbles(Register x, float inverse) {
   x = x * inverse;
@@ -168,8 +202,8 @@ static inline float group_scale(const Floats (&x)[GROUP_VECTORS]) {
     const float scale = rounded(extreme / place), inverse = scale != 0 ? 1.0f / scale : 0;
     Register error[PARTS] = {};
     for (int i = 0; i < GROUP / WIDTH; i++) {
-      const Register off = add_scaled(-numbers[i], nibbles(numbers[i], inverse), Register{} + scale);
-      error[i % PARTS] = add_scaled(error[i % PARTS], off, off);
+      const Register off = add_product(-numbers[i], nibbles(numbers[i], inverse), Register{} + scale);
+      error[i % PARTS] = add_product(error[i % PARTS], off, off);
     }
     Floats errors;
     memcpy(&errors, error, sizeof(errors));
@@ -221,9 +255,39 @@ static void pack_nibbles(const Weight& a, int64_t block) {
   }
 }
 
-// Columns column .. of rows row .. row + R - 1: sums [R][nibble_columns_of(R) * LANES] of products with their scales.
+// whole[r][p] += EXACT_UNITS units of a weight by those of x[r] from `at` on.
+template <bool FIRST, int R, int P>
+static inline void nibble_units(RegisterInts (&whole)[R][P], const int32_t* weight, const int32_t* const* x, int64_t at) {
+  RegisterInts some[R][P] = {};
+  for (int u = 0; u < EXACT_UNITS; u++) {
+    RegisterInts both[P];
+#pragma GCC unroll 16
+    for (int p = 0; p < P; p++) {
+      if (FIRST) __builtin_prefetch(weight + u * BLOCK + p * WIDTH + AHEAD_UNITS);
+      both[p] = *(const RegisterIntsAt*)(weight + u * BLOCK + p * WIDTH);
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+      RegisterInts half[P];
+#pragma GCC unroll 16
+      for (int p = 0; p < P; p++) half[p] = (h ? both[p] >> 4 : both[p]) & 0x0f0f0f0f;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const RegisterInts input = everywhere(x[r][at + 2 * u + h]);
+#pragma GCC unroll 16
+        for (int p = 0; p < P; p++) some[r][p] = add_nibbles(some[r][p], half[p], input);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int p = 0; p < P; p++) whole[r][p] = add_exact(whole[r][p], some[r][p]);
+}
+
+// Not inlined, where other loops would take its registers. Columns column .. of rows row .. row + R - 1: sums [R][nibble_columns_of(R) * LANES] of products with their scales.
 template <bool FIRST, int R>
-static inline void nibble_rows(const Product& a, int64_t block, int64_t row, int64_t column, float* sums) {
+__attribute__((noinline)) static void nibble_rows(const Product& a, int64_t block, int64_t row, int64_t column, float* sums) {
   constexpr int PIECES = nibble_columns_of(R) * PARTS;
   typedef uint16_t Scales __attribute__((vector_size(2 * WIDTH)));
   typedef uint16_t ScalesAt __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
@@ -236,23 +300,14 @@ static inline void nibble_rows(const Product& a, int64_t block, int64_t row, int
   Register total[R][PIECES] = {};
   for (int64_t group = 0; group < groups; group++) {
     RegisterInts whole[R][PIECES] = {};
-    for (int64_t u = group * (GROUP / 8); u < (group + 1) * (GROUP / 8); u++)
-      for (int p = 0; p < PIECES; p++) {
-        const int32_t* at = weight + u * BLOCK + p * WIDTH;
-        if (FIRST) __builtin_prefetch(at + AHEAD_UNITS);
-        const RegisterInts both = *(const RegisterIntsAt*)at;
-        const RegisterInts below = both & 0x0f0f0f0f, above = (both >> 4) & 0x0f0f0f0f;
-        for (int r = 0; r < R; r++) {
-          whole[r][p] = add_bytes(whole[r][p], below, x[r][2 * u]);
-          whole[r][p] = add_bytes(whole[r][p], above, x[r][2 * u + 1]);
-        }
-      }
+    for (int64_t unit = group * (GROUP / 8); unit < (group + 1) * (GROUP / 8); unit += EXACT_UNITS)
+      nibble_units<FIRST>(whole, weight + unit * BLOCK, x, 2 * unit);
     for (int p = 0; p < PIECES; p++) {
       const Scales bits = *(const ScalesAt*)(scales + group * BLOCK + p * WIDTH);
       const Register scale = (Register)(__builtin_convertvector(bits, RegisterWords) << 16);
       for (int r = 0; r < R; r++) {
         const RegisterInts off = whole[r][p] - 8 * a.x_sums[(row + r) * groups + group];
-        total[r][p] = add_scaled(total[r][p], __builtin_convertvector(off, Register), scale);
+        total[r][p] = add_product(total[r][p], __builtin_convertvector(off, Register), scale);
       }
     }
   }
@@ -262,11 +317,11 @@ static inline void nibble_rows(const Product& a, int64_t block, int64_t row, int
 static inline void finish_columns(const Product& a, const float* sums, int64_t row, int64_t start, int64_t count) {
   const int64_t n = count < LANES ? count : LANES, at = row * a.outputs + start;
   Floats x = load(sums) * a.x_scales[row];
-  if (a.bias) x = x + (a.bias_bf16 ? load_some((const Bf16*)a.bias + start, n) : load_some((const float*)a.bias + start, n));
+  if (a.bias) x = x + (a.bias_bf16 ? get((const Bf16*)a.bias + start, n) : get((const float*)a.bias + start, n));
   if (a.out_bf16) {
-    store_some((Bf16*)a.out + at, x, n);
+    put((Bf16*)a.out + at, x, n);
   } else {
-    store_some((float*)a.out + at, x, n);
+    put((float*)a.out + at, x, n);
   }
 }
 
@@ -284,6 +339,16 @@ static inline void some_nibble_rows(const Product& a, int64_t block, int64_t row
   }
 }
 
+template <bool FIRST>
+static inline void nibble_rows_left(int64_t count, const Product& a, int64_t block, int64_t row) {
+  constexpr int R = NIBBLE_ROWS;
+  if (count == 1) some_nibble_rows<FIRST, 1>(a, block, row);
+  if (R > 2 && count == 2) some_nibble_rows<FIRST, (R < 2 ? 1 : 2)>(a, block, row);
+  if (R > 3 && count == 3) some_nibble_rows<FIRST, (R < 3 ? 1 : 3)>(a, block, row);
+  if (R > 4 && count == 4) some_nibble_rows<FIRST, (R < 4 ? 1 : 4)>(a, block, row);
+  if (R > 5 && count == 5) some_nibble_rows<FIRST, (R < 5 ? 1 : 5)>(a, block, row);
+}
+
 // 64 outputs of all rows.
 static void nibble_block(const Product& a, int64_t block) {
   constexpr int R = NIBBLE_ROWS;
@@ -292,9 +357,9 @@ static void nibble_block(const Product& a, int64_t block) {
     some_nibble_rows<true, R>(a, block, 0);
     for (row = R; row + R <= a.rows; row += R) some_nibble_rows<false, R>(a, block, row);
   }
-  if (R > 2 && a.rows - row >= 2) {
-    row ? some_nibble_rows<false, 2>(a, block, row) : some_nibble_rows<true, 2>(a, block, row);
-    row += 2;
+  if (row) {
+    nibble_rows_left<false>(a.rows - row, a, block, row);
+  } else {
+    nibble_rows_left<true>(a.rows, a, block, 0);
   }
-  if (a.rows - row >= 1) row ? some_nibble_rows<false, 1>(a, block, row) : some_nibble_rows<true, 1>(a, block, row);
 }
