@@ -203,31 +203,39 @@ struct Task {
   // A row's weights from its scores s, and how much smaller the earlier ones have become. One copy for all callers, so
   // that a row's bits do not depend on how many rows come with it.
   __attribute__((noinline)) void weigh(int64_t tile, int64_t row, const float* s) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    constexpr int COUNT = PAGES * PARTS;  // registers of a row
     const int32_t from = (int32_t)(low[row] - tile), to = (int32_t)(limit[row] - tile);
-    Ints seen[PAGES];
-    Floats x[PAGES], top = fill(LOWEST);
-    for (int p = 0; p < PAGES; p++) {
-      const Ints token = lane + p * LANES;
-      seen[p] = (token >= from) & (token < to);
-      x[p] = load(s + p * LANES) * query.scale;
-      if (cache.is_quantized) x[p] = x[p] * load(k_scales[p]);
-      if (query.softcap != 0.0f) x[p] = tanh(x[p] / query.softcap) * query.softcap;
-      x[p] = seen[p] ? x[p] : fill(LOWEST);
-      top = larger(x[p], top);
+    RegisterInts seen[COUNT], token;
+    for (int i = 0; i < WIDTH; i++) token[i] = i;
+    Register x[COUNT], top[PARTS], sums[PARTS];
+    for (int i = 0; i < PARTS; i++) top[i] = Register{} + LOWEST;
+    for (int i = 0; i < COUNT; i++) {
+      const int page = i / PARTS, part = i % PARTS;
+      seen[i] = (token >= from) & (token < to);
+      token += WIDTH;
+      x[i] = load_register(s + i * WIDTH) * query.scale;
+      if (cache.is_quantized) x[i] = x[i] * load_register(k_scales[page] + part * WIDTH);
+      if (query.softcap != 0.0f) x[i] = tanh(x[i] / query.softcap) * query.softcap;
+      x[i] = seen[i] ? x[i] : Register{} + LOWEST;
+      top[part] = x[i] > top[part] ? x[i] : top[part];
     }
-    const float tallest = largest(top), now = tallest > most[row] ? tallest : most[row];
+    Floats tops;
+    memcpy(&tops, top, sizeof(tops));
+    const float tallest = largest(tops), now = tallest > most[row] ? tallest : most[row];
     rescale[row] = now == most[row] ? 1.0f : exp(fill(most[row] - now))[0];
     most[row] = now;
-    Floats sums = total[row] * rescale[row];
-    Element* out = (Element*)weights + row * TILE;
-    for (int p = 0; p < PAGES; p++) {
-      Floats w = seen[p] ? exp(x[p] - now) : Floats{};
-      sums = sums + w;
-      if (cache.is_quantized) w = seen[p] ? w * load(v_scales[p]) : Floats{};  // never written: it may be NaN
-      E::store_weights(out + p * LANES, w);
+    for (int i = 0; i < PARTS; i++) sums[i] = load_register((const float*)&total[row] + i * WIDTH) * rescale[row];
+    for (int i = 0; i < COUNT; i++) {
+      const int page = i / PARTS, part = i % PARTS;
+      x[i] = seen[i] ? exp(x[i] - now) : Register{};
+      sums[part] += x[i];
+      if (cache.is_quantized)  // a scale that was never written may be NaN
+        x[i] = seen[i] ? x[i] * load_register(v_scales[page] + part * WIDTH) : Register{};
     }
-    total[row] = sums;
+    Floats weighed[PAGES];
+    memcpy(weighed, x, sizeof(x));
+    for (int p = 0; p < PAGES; p++) E::store_weights((Element*)weights + row * TILE + p * LANES, weighed[p]);
+    memcpy(&total[row], sums, sizeof(sums));
   }
 
   // acc = acc * rescale + weights @ values, for rows r .. and dimensions d ..; `tokens` of the tile exist.

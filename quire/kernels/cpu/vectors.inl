@@ -24,6 +24,17 @@ static inline Floats load(const Bf16* p) {
   return (Floats)(__builtin_convertvector(*(const HalvesAt*)p, Words) << 16);
 }
 
+// The lower halves of words below 2^16.
+static inline Halves narrowed(Words w) {
+#if QUIRE_ISA == 1
+  __m256i parts[2];
+  memcpy(parts, &w, sizeof(w));
+  return (Halves)_mm256_permute4x64_epi64(_mm256_packus_epi32(parts[0], parts[1]), 0xd8);
+#else
+  return __builtin_convertvector(w, Halves);
+#endif
+}
+
 // Rounds to nearest even; NaN stays NaN.
 static inline Halves to_bf16(Floats x) {
 #if QUIRE_ISA >= 3
@@ -32,8 +43,8 @@ static inline Halves to_bf16(Floats x) {
   Words w = (Words)x;
   Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
   Words quiet = (w >> 16) | 0x40;
-  Words nan = (Words)(x != x);
-  return __builtin_convertvector((rounded & ~nan) | (quiet & nan), Halves);
+  Words nan = (Words)((0x7f800000 - (Ints)(w & 0x7fffffff)) >> 31);  // compilers take comparisons of long vectors apart
+  return narrowed((rounded & ~nan) | (quiet & nan));
 #endif
 }
 
@@ -97,25 +108,30 @@ static inline float largest(Floats x) {
 }
 
 // e^x to about one unit in the last place (Cephes' polynomial); exp(0) is 1; NaN stays NaN; no denormals.
-static inline Floats exp(Floats x) {
-  x = x < -87.3f ? fill(-87.3f) : x;
-  x = x > 88.3f ? fill(88.3f) : x;
+template <class V>
+static inline V exp(V x) {
+  typedef decltype(x < x) Whole;
+  x = x < -87.3f ? V{} - 87.3f : x;
+  x = x > 88.3f ? V{} + 88.3f : x;
   const float magic = 12582912.0f;  // adding it rounds to an integer, in the low bits
-  Floats t = x * 1.44269504f + magic;
-  Ints n = (Ints)t - 0x4b400000;
-  Floats whole = t - magic;
-  Floats f = x - whole * 0.693359375f;
+  V t = x * 1.44269504f + magic;
+  Whole n = (Whole)t - 0x4b400000;
+  V whole = t - magic;
+  V f = x - whole * 0.693359375f;
   f = f + whole * 2.12194440e-4f;
-  Floats p = fill(1.9875691500e-4f);
+  V p = V{} + 1.9875691500e-4f;
   p = p * f + 1.3981999507e-3f;
   p = p * f + 8.3334519073e-3f;
   p = p * f + 4.1665795894e-2f;
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1.0f;
-  return p * (Floats)((n + 127) << 23);
+  return p * (V)((n + 127) << 23);
 }
 
-static inline Floats tanh(Floats x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
+template <class V>
+static inline V tanh(V x) {
+  return 1.0f - 2.0f / (exp(x + x) + 1.0f);
+}
 
 static inline Floats sigmoid(Floats x) { return 1.0f / (exp(-x) + 1.0f); }
