@@ -27,7 +27,15 @@ static inline RegisterInts widened(const int8_t* p) {
 #endif
 }
 
-template <class E>
+#if QUIRE_ISA >= 3
+typedef Bf16Units WidenedUnits;
+#else
+// Without products of bf16, what int8 becomes for bf16 queries is multiplied as floats, which need not be taken apart.
+typedef FloatUnits WidenedUnits;
+#endif
+
+// E: units of products. Number: of queries and results.
+template <class E, class Number>
 struct Task {
   typedef typename E::Element Element;
   const Cache& cache;
@@ -78,10 +86,9 @@ struct Task {
     memset(acc, 0, rows * v_stored * sizeof(float));
     for (int64_t r = 0; r < rows; r++) {
       const int64_t token = item.token_start + r / group, head = item.head_start + r % group;
-      const Element* source = (const Element*)query.q + (start + token) * query.q_stride + head * cache.k_dim;
+      const Number* source = (const Number*)query.q + (start + token) * query.q_stride + head * cache.k_dim;
       Element* row = (Element*)(q + r * k_units);
-      memcpy(row, source, cache.k_dim * sizeof(Element));
-      memset((void*)(row + cache.k_dim), 0, (cache.k_stored - cache.k_dim) * sizeof(Element));
+      FOR_LANES(d, n, cache.k_dim) store(row + d, get(source + d, n));
       limit[r] = first + token + 1;
       low[r] = query.window && limit[r] > query.window ? limit[r] - query.window : 0;
       most[r] = query.sinks ? query.sinks[head] : LOWEST;
@@ -449,7 +456,7 @@ struct Task {
     for (int64_t r = 0; r < rows; r++) {
       const int64_t token = step.query_starts[item.sequence] + item.token_start + r / group;
       const int64_t head = item.head_start + r % group;
-      Element* out = (Element*)query.out + (token * query.num_heads + head) * cache.v_dim;
+      Number* out = (Number*)query.out + (token * query.num_heads + head) * cache.v_dim;
       const Floats inverse = fill(1.0f / sum(total[r]));
       int64_t d = 0;
       for (; d + LANES <= cache.v_dim; d += LANES) store(out + d, load(acc + r * v_stored + d) * inverse);
@@ -460,9 +467,11 @@ struct Task {
 
 static inline void attend_item(const Cache& cache, const Step& step, const Query& query, const Item& item,
                                char* memory) {
-  if (cache.is_bf16) {
-    Task<Bf16Units>{cache, step, query, item, memory}.run();
+  if (!cache.is_bf16) {
+    Task<FloatUnits, float>{cache, step, query, item, memory}.run();
+  } else if (cache.is_quantized) {
+    Task<WidenedUnits, Bf16>{cache, step, query, item, memory}.run();
   } else {
-    Task<FloatUnits>{cache, step, query, item, memory}.run();
+    Task<Bf16Units, Bf16>{cache, step, query, item, memory}.run();
   }
 }
