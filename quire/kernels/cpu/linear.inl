@@ -56,7 +56,7 @@ static inline void finish_row(const Linear& a, const float* sums, int64_t row, i
     Floats x = load(sums + i);
     if (a.kind == BYTES) {
       const Ints whole = load_units((const int32_t*)sums + i) - 128 * a.x_sums[row];
-      x = __builtin_convertvector(whole, Floats) * (a.x_scales[row] * load(a.weight_scales + at));
+      x = as_floats(whole) * (a.x_scales[row] * load(a.weight_scales + at));
     }
     if (a.bias) {
       if (a.bias_bf16) {

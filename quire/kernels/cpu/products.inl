@@ -3,13 +3,6 @@
 #include "vectors.inl"
 
 // Sums stay in registers of the machine's own width; a Floats is PARTS of them.
-#if QUIRE_ISA >= 2
-constexpr int WIDTH = 16;
-#elif QUIRE_ISA == 1
-constexpr int WIDTH = 8;
-#else
-constexpr int WIDTH = 4;
-#endif
 constexpr int PARTS = LANES / WIDTH;
 typedef float Register __attribute__((vector_size(4 * WIDTH)));
 typedef float RegisterAt __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
