@@ -38,6 +38,7 @@ typedef FloatUnits WidenedUnits;
 template <class E, class Number>
 struct Task {
   typedef typename E::Element Element;
+  typedef typename E::Input Input;
   const Cache& cache;
   const Step& step;
   const Query& query;
@@ -68,8 +69,8 @@ struct Task {
     k_units = cache.k_stored / E::PER_UNIT;
     v_stored = cache.v_stored;
     step_bytes = cache.is_quantized ? LANES * E::PER_UNIT : LANES * 4;
-    q = take<int32_t>(rows * k_units);
-    weights = take<int32_t>(rows * TILE / E::PER_UNIT);
+    q = take<int32_t>(rows * k_units * E::WORDS);
+    weights = take<int32_t>(rows * TILE / E::PER_UNIT * E::WORDS);
     k_tile = cache.is_quantized ? take<int32_t>(TILE * k_units) : nullptr;
     v_tile = cache.is_quantized || !cache.v ? take<int32_t>(TILE / E::PER_UNIT * v_stored) : nullptr;
     v_last = take<int32_t>(LANES / E::PER_UNIT * v_stored);
@@ -87,7 +88,7 @@ struct Task {
     for (int64_t r = 0; r < rows; r++) {
       const int64_t token = item.token_start + r / group, head = item.head_start + r % group;
       const Number* source = (const Number*)query.q + (start + token) * query.q_stride + head * cache.k_dim;
-      Element* row = (Element*)(q + r * k_units);
+      Input* row = (Input*)(q + r * k_units * E::WORDS);
       FOR_LANES(d, n, cache.k_dim) store(row + d, get(source + d, n));
       limit[r] = first + token + 1;
       low[r] = query.window && limit[r] > query.window ? limit[r] - query.window : 0;
@@ -151,7 +152,7 @@ struct Task {
       Floats x;
       for (int t = 0; t < LANES; t++) x[t] = (float)keys[d * LANES + t];
       Element numbers[LANES];
-      E::store_weights(numbers, x * ratio);
+      store(numbers, x * ratio);
       Element* first = (Element*)(to + d / E::PER_UNIT * LANES) + d % E::PER_UNIT;
       for (int t = 0; t < LANES; t++) first[t * E::PER_UNIT] = numbers[t];
     }
@@ -197,7 +198,7 @@ struct Task {
   void score(int64_t r) {
     const int32_t* a[R];
     constexpr int COLUMNS = columns_of(R);
-    for (int i = 0; i < R; i++) a[i] = q + (r + i) * k_units;
+    for (int i = 0; i < R; i++) a[i] = q + (r + i) * k_units * E::WORDS;
     for (int p = 0; p < PAGES; p += COLUMNS) {
       Register part[R][COLUMNS * PARTS] = {};
       products<E, AHEAD>(part, a, k_page + p, k_units, LANES, soon + p, step_bytes);
@@ -241,7 +242,7 @@ struct Task {
     }
     Floats weighed[PAGES];
     memcpy(weighed, x, sizeof(x));
-    for (int p = 0; p < PAGES; p++) E::store_weights((Element*)weights + row * TILE + p * LANES, weighed[p]);
+    for (int p = 0; p < PAGES; p++) store((Input*)weights + row * TILE + p * LANES, weighed[p]);
     memcpy(&total[row], sums, sizeof(sums));
   }
 
@@ -257,7 +258,7 @@ struct Task {
     for (int64_t p = low[0] > tile ? (low[0] - tile) / LANES : 0; p * LANES < tokens; p++) {
       const int64_t here = tokens - p * LANES < LANES ? tokens - p * LANES : LANES, whole = here / E::PER_UNIT;
       const int32_t *a[R], *b[C];
-      for (int i = 0; i < R; i++) a[i] = weights + (r + i) * TILE / E::PER_UNIT + p * PAGE_UNITS;
+      for (int i = 0; i < R; i++) a[i] = weights + ((r + i) * TILE / E::PER_UNIT + p * PAGE_UNITS) * E::WORDS;
       const int32_t* ahead[C];
       for (int c = 0; c < C; c++) {
         b[c] = v_page[p] + d + c * LANES;
@@ -266,7 +267,7 @@ struct Task {
       products<E, AHEAD>(sums, a, b, whole, v_stored, ahead, next_bytes);
       if (whole * E::PER_UNIT < here) {  // the other half of the last pair was never written: it may be NaN
         Ints last[C];
-        for (int i = 0; i < R; i++) a[i] += whole;
+        for (int i = 0; i < R; i++) a[i] += whole * E::WORDS;
         for (int c = 0; c < C; c++) {
           last[c] = E::first_only(load_units(b[c] + whole * v_stored));
           b[c] = (const int32_t*)&last[c];

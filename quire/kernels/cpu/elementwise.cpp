@@ -52,6 +52,7 @@ struct Embed {
   float scale;
 };
 
+#define QUIRE_OWN_WIDTH
 #define QUIRE_KERNELS "elementwise.inl"
 #include "isa.h"
 

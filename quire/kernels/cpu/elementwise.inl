@@ -41,16 +41,26 @@ struct Neighbours {
   template <class T>
   static inline void get_pairs(const T* p, int64_t i, int64_t n, int64_t half, Floats& a, Floats& b) {
     const int64_t first = 2 * n < LANES ? 2 * n : LANES;
-    const Floats x = get(p + 2 * i, first), y = get(p + 2 * i + first, 2 * n - first);
-    a = __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    b = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    float pairs[2 * LANES], of_a[LANES], of_b[LANES];
+    store(pairs, get(p + 2 * i, first));
+    store(pairs + LANES, get(p + 2 * i + first, 2 * n - first));
+    for (int lane = 0; lane < LANES; lane++) {
+      of_a[lane] = pairs[2 * lane];
+      of_b[lane] = pairs[2 * lane + 1];
+    }
+    a = load(of_a);
+    b = load(of_b);
   }
   template <class T>
   static inline void put_pairs(T* p, int64_t i, int64_t n, int64_t half, Floats a, Floats b) {
     const int64_t first = 2 * n < LANES ? 2 * n : LANES;
-    put(p + 2 * i, __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), first);
-    put(p + 2 * i + first, __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31),
-        2 * n - first);
+    float pairs[2 * LANES];
+    for (int lane = 0; lane < LANES; lane++) {
+      pairs[2 * lane] = a[lane];
+      pairs[2 * lane + 1] = b[lane];
+    }
+    put(p + 2 * i, load(pairs), first);
+    put(p + 2 * i + first, load(pairs + LANES), 2 * n - first);
   }
 };
 
@@ -84,7 +94,7 @@ static inline Floats activate(Floats x, int32_t kind) {
   switch (kind) {
     case GELU_TANH: return x / (exp((x + x * x * x * 0.044715f) * -1.5957691216f) + 1.0f);
     case GELU: {  // Abramowitz and Stegun 7.1.26
-      const Floats u = (x < 0.0f ? -x : x) * 0.70710678f, t = 1.0f / (u * 0.3275911f + 1.0f);
+      const Floats u = magnitude(x) * 0.70710678f, t = 1.0f / (u * 0.3275911f + 1.0f);
       Floats p = fill(1.061405429f);
       p = p * t - 1.453152027f;
       p = p * t + 1.421413741f;

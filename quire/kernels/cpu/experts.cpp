@@ -65,6 +65,7 @@ struct Sums {
   bool last, is_bf16;
 };
 
+#define QUIRE_OWN_WIDTH
 #define QUIRE_KERNELS "experts.inl"
 #include "isa.h"
 

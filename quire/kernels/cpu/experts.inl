@@ -82,7 +82,7 @@ inline Floats rounded<float>(Floats x) {
 }
 template <>
 inline Floats rounded<Bf16>(Floats x) {
-  return (Floats)(__builtin_convertvector(to_bf16(x), Words) << 16);
+  return (Floats)(as_words(to_bf16(x)) << 16);
 }
 
 // Adds what a token's pairs within the piece have become; at the last piece, what the shared expert made of it.

@@ -11,8 +11,6 @@ constexpr int LINEAR_ROWS = 2, LINEAR_SUMS = 8;
 #endif
 
 #if QUIRE_ISA >= 3
-typedef Bf16Units PreparedBf16Units;
-
 // Four weights of 8 bits, 128 added, by four int8. Sums are int32, as the bits of floats: exact.
 struct ByteUnits {
   static constexpr int WORDS = 1, HALVES = 1;
@@ -23,12 +21,6 @@ struct ByteUnits {
   }
 };
 #else
-// A pair of bf16 by two floats.
-struct PreparedBf16Units : Bf16Units {
-  static constexpr int WORDS = 2;
-  static inline RegisterInts input(const int32_t* x, int h) { return everywhere(x[h]); }
-};
-
 // Four weights of 8 bits, 128 added, the first and the third by a pair of int16, the others by another. Sums are int32, as
 // the bits of floats: exact.
 struct ByteUnits {
@@ -56,7 +48,7 @@ static inline void finish_row(const Linear& a, const float* sums, int64_t row, i
     Floats x = load(sums + i);
     if (a.kind == BYTES) {
       const Ints whole = load_units((const int32_t*)sums + i) - 128 * a.x_sums[row];
-      x = __builtin_convertvector(whole, Floats) * (a.x_scales[row] * load(a.weight_scales + at));
+      x = as_floats(whole) * (a.x_scales[row] * load(a.weight_scales + at));
     }
     if (a.bias) {
       if (a.bias_bf16) {
@@ -243,7 +235,7 @@ static inline void linear_block(const Linear& a, int64_t block, float* sums) {
   if (a.kind == BF16) return block_by_tiles(a, block, sums);
 #endif
   if (a.kind == BF16) {
-    block_by_vectors<PreparedBf16Units>(a, block, sums);
+    block_by_vectors<Bf16Units>(a, block, sums);
   } else if (a.kind == BYTES) {
     block_by_vectors<ByteUnits>(a, block, sums);
   } else {

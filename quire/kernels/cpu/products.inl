@@ -3,13 +3,6 @@
 #include "vectors.inl"
 
 // Sums stay in registers of the machine's own width; a Floats is PARTS of them.
-#if QUIRE_ISA >= 2
-constexpr int WIDTH = 16;
-#elif QUIRE_ISA == 1
-constexpr int WIDTH = 8;
-#else
-constexpr int WIDTH = 4;
-#endif
 constexpr int PARTS = LANES / WIDTH;
 typedef float Register __attribute__((vector_size(4 * WIDTH)));
 typedef float RegisterAt __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
@@ -49,39 +42,37 @@ static inline RegisterInts add_shorts(RegisterInts sum, RegisterInts a, Register
 // part `h` of its x, which is the same for all lanes.
 
 struct FloatUnits {
-  typedef float Element;
+  typedef float Element, Input;
   static constexpr int PER_UNIT = 1, WORDS = 1, HALVES = 1;
   static inline RegisterInts half(RegisterInts b, int) { return b; }
   static inline RegisterInts input(const int32_t* x, int) { return everywhere(*x); }
   static inline Register add(Register sum, RegisterInts b, RegisterInts x) {
     return add_product(sum, (Register)b, (Register)x);
   }
-  static inline void store_weights(float* p, Floats x) { store(p, x); }
   static inline Ints first_only(Ints b) { return b; }
 };
 
-// A pair of bf16.
+// A pair of bf16, by another one; or by two floats, where there are no products of bf16.
 struct Bf16Units {
   typedef Bf16 Element;
-  static constexpr int PER_UNIT = 2, WORDS = 1;
+  static constexpr int PER_UNIT = 2;
 #if QUIRE_ISA >= 3
-  static constexpr int HALVES = 1;
+  typedef Bf16 Input;
+  static constexpr int WORDS = 1, HALVES = 1;
   static inline RegisterInts half(RegisterInts b, int) { return b; }
   static inline RegisterInts input(const int32_t* x, int) { return everywhere(*x); }
   static inline Register add(Register sum, RegisterInts b, RegisterInts x) {
     return (Register)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)x);
   }
 #else
-  static constexpr int HALVES = 2;
+  typedef float Input;
+  static constexpr int WORDS = 2, HALVES = 2;
   static inline RegisterInts half(RegisterInts b, int h) { return h ? b & (int32_t)0xffff0000 : b << 16; }
-  static inline RegisterInts input(const int32_t* x, int h) {
-    return everywhere(h ? *x & (int32_t)0xffff0000 : (int32_t)((uint32_t)*x << 16));
-  }
+  static inline RegisterInts input(const int32_t* x, int h) { return everywhere(x[h]); }
   static inline Register add(Register sum, RegisterInts b, RegisterInts x) {
     return add_product(sum, (Register)b, (Register)x);
   }
 #endif
-  static inline void store_weights(Bf16* p, Floats x) { store(p, x); }
   static inline Ints first_only(Ints b) { return b & 0xffff; }
 };
 

@@ -56,30 +56,34 @@ static inline RegisterInts add_nibbles(RegisterInts sum, RegisterInts b, Registe
 static inline RegisterInts add_exact(RegisterInts sum, RegisterInts some) { return sum + some; }
 #endif
 
-static inline Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+static inline Chars as_chars(Ints x) {
+#if QUIRE_ISA == 1
+  const Halves y = as_halves((Words)(x & 255));
+  return (Chars)_mm_packus_epi16(_mm256_castsi256_si128((__m256i)y), _mm256_extracti128_si256((__m256i)y, 1));
+#else
+  return __builtin_convertvector(x, Chars);
+#endif
+}
+static inline Ints as_ints(Chars x) {
+#if QUIRE_ISA == 1
+  return as<Ints>(IntPair{_mm256_cvtepi8_epi32((__m128i)x), _mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)x, 8))});
+#else
+  return __builtin_convertvector(x, Ints);
+#endif
+}
 
 // To the nearest integer, ties to even. Not by adding a large number, which the compiler might fuse with a product.
 static inline Ints nearest(Floats x) {
 #if QUIRE_ISA >= 2
   return (Ints)_mm512_cvtps_epi32((__m512)x);
 #elif QUIRE_ISA == 1
-  __m256 parts[2];
-  memcpy(parts, &x, sizeof(x));
-  const __m256i whole[2] = {_mm256_cvtps_epi32(parts[0]), _mm256_cvtps_epi32(parts[1])};
-  Ints y;
-  memcpy(&y, whole, sizeof(y));
-  return y;
+  const auto y = as<FloatPair>(x);
+  return as<Ints>(IntPair{_mm256_cvtps_epi32(y.low), _mm256_cvtps_epi32(y.high)});
 #else
   Ints y;
   for (int i = 0; i < LANES; i++) y[i] = (int32_t)__builtin_rintf(x[i]);
   return y;
 #endif
-}
-
-static inline int32_t sum(Ints x) {
-  int32_t total = 0;
-  for (int i = 0; i < LANES; i++) total += x[i];
-  return total;
 }
 
 // Inputs first .. first + 15 of a row that has `count`; zero past its end.
@@ -108,7 +112,7 @@ static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
   char* out = a.out + row * a.padded * size;
   Ints total{};
   for (int64_t k = 0; k < a.padded; k += LANES) {
-    const Chars whole = __builtin_convertvector(nearest(inputs_of(x, k, a.inputs) * inverse), Chars);
+    const Chars whole = as_chars(nearest(inputs_of(x, k, a.inputs) * inverse));
     if (size == 1) {
       *(CharsAt*)(out + k) = whole;
     } else {  // as ByteUnits of linear.inl take them
@@ -116,7 +120,7 @@ static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
       *(ShortsAt*)(out + 2 * k) =
           __builtin_shufflevector(wide, wide, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
     }
-    total += __builtin_convertvector(whole, Ints);  // of what is not a number, too: 0
+    total += as_ints(whole);  // of what is not a number, too: 0
     if (a.grouped && (k + LANES) % GROUP == 0) {
       a.sums[row * (a.padded / GROUP) + k / GROUP] = sum(total);
       total = Ints{};
@@ -146,7 +150,7 @@ static void pack_bytes_of(const Weight& a, int64_t block) {
     const float top = greatest(weight, inputs), inverse = top > 0 ? 127.0f / top : 0;
     scales[i] = top / 127.0f;
     for (int64_t k = 0; k < a.padded; k += LANES) {
-      const Chars whole = __builtin_convertvector(nearest(inputs_of(weight, k, inputs) * inverse) + 128, Chars);
+      const Chars whole = as_chars(nearest(inputs_of(weight, k, inputs) * inverse) + 128);
       for (int64_t u = 0; u < LANES; u += 4) memcpy(packed + ((k + u) / 4 * BLOCK + i) * 4, (const char*)&whole + u, 4);
     }
   }
@@ -236,7 +240,7 @@ static void pack_nibbles_of(const Weight& a, int64_t block) {
         for (Register& number : some_numbers) number = nibbles(number, inverse) + 8.0f;
         Floats whole;
         memcpy(&whole, some_numbers, sizeof(whole));
-        const Chars some = __builtin_convertvector(nearest(whole), Chars);
+        const Chars some = as_chars(nearest(whole));
         memcpy(codes + v * 4, &some, sizeof(some));
       }
       for (int64_t u = 0; u < GROUP / 8; u++) {

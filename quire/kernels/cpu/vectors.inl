@@ -1,15 +1,30 @@
-// Sixteen lanes of float, as the compiler's vectors: one AVX-512 register, two AVX ones, four SSE ones.
-// Included inside the namespace of an instruction set (isa.h), because inlining comes too late to widen them.
+// Lanes of float, as the compiler's vectors. Included inside the namespace of an instruction set (isa.h), because inlining
+// comes too late to widen them.
+//
+// Usually there are sixteen: one AVX-512 register, two AVX ones, four SSE ones. A file of kernels whose memory is laid out
+// for no number of them defines QUIRE_OWN_WIDTH and has as many as a register of the machine. That is faster, since the
+// compiler takes some operations of longer vectors apart, lane by lane.
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef float FloatsAt __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t IntsAt __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t HalvesAt __attribute__((vector_size(32), aligned(2), may_alias));
-
+#if QUIRE_ISA >= 2
+constexpr int WIDTH = 16;  // of a register
+#elif QUIRE_ISA == 1
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+#ifdef QUIRE_OWN_WIDTH
+constexpr int LANES = WIDTH;
+#else
 constexpr int LANES = 16;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef float FloatsAt __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t IntsAt __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t HalvesAt __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 static inline Floats fill(float x) { return Floats{} + x; }
 static inline Floats load(const float* p) { return *(const FloatsAt*)p; }
@@ -20,31 +35,58 @@ struct Bf16 {
   uint16_t bits;
 };
 
-static inline Floats load(const Bf16* p) {
-  return (Floats)(__builtin_convertvector(*(const HalvesAt*)p, Words) << 16);
+// Conversions that the compiler takes apart if they are of two registers, and those that it has no words for. The larger
+// and the smaller of two is the second one where either is no number.
+#if QUIRE_ISA == 1 && !defined(QUIRE_OWN_WIDTH)
+struct FloatPair {
+  __m256 low, high;
+};
+struct IntPair {
+  __m256i low, high;
+};
+template <class To, class From>
+static inline To as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To y;
+  memcpy(&y, &x, sizeof(y));
+  return y;
 }
-
-// The lower halves of words below 2^16.
-static inline Halves narrowed(Words w) {
-#if QUIRE_ISA == 1
-  __m256i parts[2];
-  memcpy(parts, &w, sizeof(w));
-  return (Halves)_mm256_permute4x64_epi64(_mm256_packus_epi32(parts[0], parts[1]), 0xd8);
+static inline Floats larger(Floats a, Floats b) {
+  const auto x = as<FloatPair>(a), y = as<FloatPair>(b);
+  return as<Floats>(FloatPair{_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)});
+}
+static inline Words as_words(Halves x) {
+  const __m256i y = (__m256i)x;
+  return as<Words>(IntPair{_mm256_cvtepu16_epi32(_mm256_castsi256_si128(y)),
+                           _mm256_cvtepu16_epi32(_mm256_extracti128_si256(y, 1))});
+}
+static inline Halves as_halves(Words x) {
+  const auto y = as<IntPair>(x);
+  return (Halves)_mm256_permute4x64_epi64(_mm256_packus_epi32(y.low, y.high), 0xd8);
+}
+static inline Floats as_floats(Ints x) {
+  const auto y = as<IntPair>(x);
+  return as<Floats>(FloatPair{_mm256_cvtepi32_ps(y.low), _mm256_cvtepi32_ps(y.high)});
+}
 #else
-  return __builtin_convertvector(w, Halves);
+static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+static inline Words as_words(Halves x) { return __builtin_convertvector(x, Words); }
+static inline Halves as_halves(Words x) { return __builtin_convertvector(x, Halves); }
+static inline Floats as_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 #endif
-}
+
+static inline Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+
+static inline Floats load(const Bf16* p) { return (Floats)(as_words(*(const HalvesAt*)p) << 16); }
 
 // Rounds to nearest even; NaN stays NaN.
 static inline Halves to_bf16(Floats x) {
 #if QUIRE_ISA >= 3
   return (Halves)_mm512_cvtneps_pbh((__m512)x);
 #else
-  Words w = (Words)x;
-  Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  Words quiet = (w >> 16) | 0x40;
-  Words nan = (Words)((0x7f800000 - (Ints)(w & 0x7fffffff)) >> 31);  // compilers take comparisons of long vectors apart
-  return narrowed((rounded & ~nan) | (quiet & nan));
+  const Words w = (Words)x, rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16, quiet = (w >> 16) | 0x40;
+  const Words nan = (Words)((0x7f800000 - (Ints)(w & 0x7fffffff)) >> 31);  // not by a comparison: see above
+  return as_halves((rounded & ~nan) | (quiet & nan));
 #endif
 }
 
@@ -83,28 +125,28 @@ static inline void put(T* p, Floats x, int64_t n) {
   }
 }
 
-static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
-static inline float sum(Floats x) {
-  typedef float Eight __attribute__((vector_size(32)));
-  typedef float Four __attribute__((vector_size(16)));
-  Eight lo = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
-  Eight hi = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  Eight e = lo + hi;
-  Four f = __builtin_shufflevector(e, e, 0, 1, 2, 3) + __builtin_shufflevector(e, e, 4, 5, 6, 7);
-  return (f[0] + f[2]) + (f[1] + f[3]);
+// One of N numbers by a function of two vectors: of their halves, of the halves of that, and so on.
+template <int N, class T, class Join>
+static inline T joined(const T* x, Join join) {
+  if constexpr (N == 2) {
+    return join(x[0], x[1]);
+  } else {
+    typedef T Half __attribute__((vector_size(N / 2 * sizeof(T))));
+    Half low, high;
+    memcpy(&low, x, sizeof(low));
+    memcpy(&high, x + N / 2, sizeof(high));
+    const Half both = join(low, high);
+    return joined<N / 2>((const T*)&both, join);
+  }
 }
-
+static inline float sum(Floats x) {
+  return joined<LANES>((const float*)&x, [](auto a, auto b) { return a + b; });
+}
+static inline int32_t sum(Ints x) {
+  return joined<LANES>((const int32_t*)&x, [](auto a, auto b) { return a + b; });
+}
 static inline float largest(Floats x) {
-  typedef float Eight __attribute__((vector_size(32)));
-  typedef float Four __attribute__((vector_size(16)));
-  Eight lo = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
-  Eight hi = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  Eight e = lo > hi ? lo : hi;
-  Four a = __builtin_shufflevector(e, e, 0, 1, 2, 3), b = __builtin_shufflevector(e, e, 4, 5, 6, 7);
-  Four f = a > b ? a : b;
-  float x0 = f[0] > f[2] ? f[0] : f[2], x1 = f[1] > f[3] ? f[1] : f[3];
-  return x0 > x1 ? x0 : x1;
+  return joined<LANES>((const float*)&x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x to about one unit in the last place (Cephes' polynomial); exp(0) is 1; NaN stays NaN; no denormals.
