@@ -20,7 +20,7 @@ class _Cache(ctypes.Structure):
     _fields_ = [
         *[(name, c_void_p) for name in ("k", "v")],
         *[(name, c_int64) for name in ("block_stride", "num_kv_heads", "k_dim", "v_dim")],
-        *[(name, c_int64) for name in ("k_stored", "v_stored", "pages_per_block")],
+        *[(name, c_int64) for name in ("k_stored", "v_stored", "k_first", "pages_per_block")],
         *[(name, c_int32) for name in ("is_bf16", "is_quantized", "isa")],
     ]
 
@@ -86,6 +86,7 @@ class Cpu:
             v_dim=shape.v_dim,
             k_stored=shape.k_stored,
             v_stored=-(-shape.v_dim // DIM_STEP) * DIM_STEP,
+            k_first=shape.k_parts[0],
             pages_per_block=pages,
             is_bf16=dtype is torch.bfloat16,
             is_quantized=self.quantized,

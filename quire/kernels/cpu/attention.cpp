@@ -37,7 +37,9 @@ constexpr int64_t LEAST_ROWS = 4;
 struct Cache {
   const void *k, *v;     // v null: values are inside the keys
   int64_t block_stride;  // units
-  int64_t num_kv_heads, k_dim, v_dim, k_stored, v_stored, pages_per_block;
+  int64_t num_kv_heads, k_dim, v_dim, k_stored, v_stored;
+  int64_t k_first;  // dimensions of a key that its first scale is for
+  int64_t pages_per_block;
   int32_t is_bf16, is_quantized, isa;
 
   int64_t item_bytes() const { return is_bf16 ? 2 : 4; }  // of a number outside the cache
@@ -46,12 +48,6 @@ struct Cache {
   int64_t page_units(bool is_key) const {
     const int64_t stored = is_key ? k_stored : v_stored, scales = is_key && !v ? 2 : 1;
     return is_quantized ? PAGE * (stored / 4 + scales) : PAGE * stored * item_bytes() / 4;
-  }
-
-  // Where a key's second scale begins. Pairs stay together.
-  int64_t second_part() const {
-    const int64_t first = (v_dim + 1) / 2 * 2;
-    return v || first > k_dim ? k_dim : first;
   }
 };
 
@@ -158,7 +154,7 @@ void put_quantized(const Cache& cache, bool is_key, char* page, int64_t token, c
     quantize_row(cache.isa, one, 0);
   };
   const bool has_parts = is_key && !cache.v;
-  const int64_t second = has_parts ? cache.second_part() : dim;
+  const int64_t second = has_parts ? cache.k_first : dim;
   quantize(0, second, scale);
   if (has_parts) {
     quantize(second, dim, scale + PAGE);

@@ -3,13 +3,8 @@
 #include "products.inl"
 
 constexpr int PAGES = TILE / LANES;
-constexpr int ROWS = QUIRE_ISA >= 1 ? 4 : 2;
+constexpr int ROWS = QUIRE_ISA >= 1 ? 4 : 2, SUMS = QUIRE_ISA >= 2 ? 16 : 8;  // of a block of sums, in registers
 
-// A block of sums fits in registers, and fills enough of them not to wait for its own sums.
-constexpr int columns_of(int rows) {
-  const int most = (QUIRE_ISA >= 2 ? 16 : 8) / (rows * PARTS);
-  return most >= PAGES ? PAGES : most >= 2 ? 2 : 1;
-}
 constexpr float LOWEST = -1e30f;
 
 static inline void ask(const void* memory, int64_t bytes) {
@@ -148,7 +143,7 @@ struct Task {
   // A key's second part becomes multiples of its first scale, so that scores meet one.
   void widen_second_part(int32_t* to, const int8_t* keys, const float* scales) {
     const Floats ratio = load(scales + LANES) / load(scales);
-    for (int64_t d = cache.second_part(); d < cache.k_stored; d++) {
+    for (int64_t d = cache.k_first; d < cache.k_stored; d++) {
       Floats x;
       for (int t = 0; t < LANES; t++) x[t] = (float)keys[d * LANES + t];
       Element numbers[LANES];
@@ -197,7 +192,7 @@ struct Task {
   template <bool AHEAD, int R>
   void score(int64_t r) {
     const int32_t* a[R];
-    constexpr int COLUMNS = columns_of(R);
+    constexpr int COLUMNS = columns_of(R, SUMS);
     for (int i = 0; i < R; i++) a[i] = q + (r + i) * k_units * E::WORDS;
     for (int p = 0; p < PAGES; p += COLUMNS) {
       Register part[R][COLUMNS * PARTS] = {};
@@ -284,7 +279,7 @@ struct Task {
     score<AHEAD, R>(r);
     for (int i = 0; i < R; i++) weigh(tile, r + i, scores + i * TILE);
     const int64_t tokens = end - tile < TILE ? end - tile : TILE;
-    constexpr int COLUMNS = columns_of(R);
+    constexpr int COLUMNS = columns_of(R, SUMS);
     int64_t d = 0;
     for (; d + COLUMNS * LANES <= v_stored; d += COLUMNS * LANES) accumulate<AHEAD, R, COLUMNS>(tile, r, d, tokens);
     for (; d < v_stored; d += LANES) accumulate<AHEAD, R, 1>(tile, r, d, tokens);

@@ -33,13 +33,6 @@ struct ByteUnits {
 };
 #endif
 
-// Columns of LANES that so many rows have sums for in registers. The fewer rows, the more, so that sums do not wait for
-// each other, and the weight is read in order.
-constexpr int columns_of(int rows) {
-  const int most = LINEAR_SUMS / (rows * PARTS);
-  return most >= 4 ? 4 : most >= 2 ? 2 : 1;
-}
-
 // Columns start .. of one row of results: add the bias, round, keep those that exist.
 static inline void finish_row(const Linear& a, const float* sums, int64_t row, int64_t start) {
   const int64_t count = a.outputs - start < BLOCK ? a.outputs - start : BLOCK;
@@ -50,28 +43,17 @@ static inline void finish_row(const Linear& a, const float* sums, int64_t row, i
       const Ints whole = load_units((const int32_t*)sums + i) - 128 * a.x_sums[row];
       x = as_floats(whole) * (a.x_scales[row] * load(a.weight_scales + at));
     }
-    if (a.bias) {
-      if (a.bias_bf16) {
-        x = x + (n == LANES ? load((const Bf16*)a.bias + at) : load_some((const Bf16*)a.bias + at, n));
-      } else {
-        x = x + (n == LANES ? load((const float*)a.bias + at) : load_some((const float*)a.bias + at, n));
-      }
-    }
-    if (a.out_bf16) {
-      Bf16* out = (Bf16*)a.out + row * a.out_stride + at;
-      n == LANES ? store(out, x) : store_some(out, x, n);
-    } else {
-      float* out = (float*)a.out + row * a.out_stride + at;
-      n == LANES ? store(out, x) : store_some(out, x, n);
-    }
+    char* out = (char*)a.out + row * a.out_stride * (a.out_bf16 ? 2 : 4);
+    put_results(x, at, n, a.bias, a.bias_bf16, out, a.out_bf16);
   }
 }
 
-// Rows row .. row + R - 1 of units unit .. unit + units - 1, added to sums [R][64].
+// Rows row .. row + R - 1 of units unit .. unit + units - 1, added to sums [R][64]. Not inlined: other loops would take
+// its registers.
 template <class E, bool FIRST, int R>
-static inline void rows_of_block(const Linear& a, const int32_t* weight, float* sums, int64_t row, int64_t unit,
-                                 int64_t units) {
-  constexpr int COLUMNS = columns_of(R);
+__attribute__((noinline)) static void rows_of_block(const Linear& a, const int32_t* weight, float* sums, int64_t row,
+                                                    int64_t unit, int64_t units) {
+  constexpr int COLUMNS = columns_of(R, LINEAR_SUMS);
   const int32_t *x[R], *columns[COLUMNS], *ahead[COLUMNS];
   for (int r = 0; r < R; r++)
     x[r] = (const int32_t*)((const char*)a.x + (row + r) * a.x_stride_bytes) + unit * E::WORDS;
@@ -90,18 +72,6 @@ static inline void rows_of_block(const Linear& a, const int32_t* weight, float* 
   }
 }
 
-template <class E, bool FIRST>
-static inline void some_rows(int64_t count, const Linear& a, const int32_t* weight, float* sums, int64_t row,
-                             int64_t unit, int64_t units) {
-  constexpr int R = LINEAR_ROWS;
-  if (count == 1) rows_of_block<E, FIRST, 1>(a, weight, sums, row, unit, units);
-  if (count == 2) rows_of_block<E, FIRST, 2>(a, weight, sums, row, unit, units);
-  if (R > 2 && count == 3) rows_of_block<E, FIRST, (R < 3 ? 1 : 3)>(a, weight, sums, row, unit, units);
-  if (R > 2 && count == 4) rows_of_block<E, FIRST, (R < 4 ? 1 : 4)>(a, weight, sums, row, unit, units);
-  if (R > 2 && count == 5) rows_of_block<E, FIRST, (R < 5 ? 1 : 5)>(a, weight, sums, row, unit, units);
-  if (R > 2 && count == 6) rows_of_block<E, FIRST, (R < 6 ? 1 : 6)>(a, weight, sums, row, unit, units);
-}
-
 // 64 outputs of all rows. A piece of the weight stays in the first cache while up to 96 rows pass by.
 template <class E>
 static void block_by_vectors(const Linear& a, int64_t block, float* sums) {
@@ -113,11 +83,14 @@ static void block_by_vectors(const Linear& a, int64_t block, float* sums) {
       const int64_t units = a.units - unit < piece ? a.units - unit : piece;
       for (int64_t r = 0; r < rows; r += LINEAR_ROWS) {
         const int64_t count = rows - r < LINEAR_ROWS ? rows - r : LINEAR_ROWS;
-        if (top == 0 && r == 0) {
-          some_rows<E, true>(count, a, weight, sums, 0, unit, units);
-        } else {
-          some_rows<E, false>(count, a, weight, sums + r * BLOCK, top + r, unit, units);
-        }
+        with_rows<LINEAR_ROWS>(count, [&](auto n) {
+          constexpr int R = decltype(n)::value;
+          if (top == 0 && r == 0) {
+            rows_of_block<E, true, R>(a, weight, sums, 0, unit, units);
+          } else {
+            rows_of_block<E, false, R>(a, weight, sums + r * BLOCK, top + r, unit, units);
+          }
+        });
       }
     }
     for (int64_t r = 0; r < rows; r++) finish_row(a, sums + r * BLOCK, top + r, block * BLOCK);

@@ -76,6 +76,36 @@ struct Bf16Units {
   static inline Ints first_only(Ints b) { return b & 0xffff; }
 };
 
+// Columns of LANES that so many rows have sums for in so many registers. The fewer rows, the more, so that sums do not
+// wait for each other, and the weight is read in order.
+constexpr int columns_of(int rows, int registers) {
+  const int most = registers / (rows * PARTS);
+  return most >= 4 ? 4 : most >= 2 ? 2 : 1;
+}
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// Calls f with `count`, from 1 to MOST, as a Constant.
+template <int MOST, class F>
+static inline void with_rows(int64_t count, F f) {
+  if (count == MOST) return f(Constant<MOST>{});
+  if constexpr (MOST > 1) with_rows<MOST - 1>(count, f);
+}
+
+// Adds the bias, if any, of results `at` .. of a row, rounds them, and keeps the n < 17 that exist.
+static inline void put_results(Floats x, int64_t at, int64_t n, const void* bias, bool bias_bf16, void* out,
+                               bool out_bf16) {
+  if (bias) x = x + (bias_bf16 ? get((const Bf16*)bias + at, n) : get((const float*)bias + at, n));
+  if (out_bf16) {
+    put((Bf16*)out + at, x, n);
+  } else {
+    put((float*)out + at, x, n);
+  }
+}
+
 static inline Register load_register(const float* p) { return *(const RegisterAt*)p; }
 static inline void store_register(float* p, Register x) { *(RegisterAt*)p = x; }
 

@@ -76,12 +76,12 @@ extern "C" void quire_linear_quantized(const void* args) {
 #pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > SERIAL_ROWS)
   for (int64_t row = 0; row < a.rows; row++) quantize_row(a.isa, given, row);
   if (!grouped) {
-    const LinearCall bytes{a.isa, a.threads, BYTES, a.out_bf16, a.is_bf16, a.out, whole, a.weight, a.bias,
-                           x_scales, x_sums, (const float*)a.scales, a.rows, a.outputs, a.padded / 4, row_bytes, 1, 0, row_bytes};
+    const LinearCall bytes{a.isa, a.threads, BYTES, a.out_bf16, a.is_bf16, a.out, whole, a.weight, a.bias, x_scales, x_sums,
+                           (const float*)a.scales, a.rows, a.outputs, a.padded / 4, row_bytes, 1, 0, row_bytes};
     return quire_linear(&bytes);
   }
-  const Product product{a.out,  (const int8_t*)whole,     x_scales,  x_sums,   (const int32_t*)a.weight, (const uint16_t*)a.scales,
-                        a.bias, a.rows,    a.outputs, a.padded, a.out_bf16 != 0,          a.is_bf16 != 0};
+  const Product product{a.out, (const int8_t*)whole, x_scales, x_sums, (const int32_t*)a.weight,
+                        (const uint16_t*)a.scales, a.bias, a.rows, a.outputs, a.padded, a.out_bf16 != 0, a.is_bf16 != 0};
 #pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
   for (int64_t block = 0; block < (a.outputs + BLOCK - 1) / BLOCK; block++)
     nibble_block(a.isa, product, block);

@@ -18,12 +18,6 @@ constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 8;
 constexpr int NIBBLE_ROWS = 2, NIBBLE_SUMS = 8;
 #endif
 
-// As columns_of in linear.inl.
-constexpr int nibble_columns_of(int rows) {
-  const int most = NIBBLE_SUMS / (rows * PARTS);
-  return most >= 4 ? 4 : most >= 2 ? 2 : 1;
-}
-
 // sum + four bytes of each lane of b, from 0 to 15, by the four int8 of a: exact. Before products of bytes were summed as
 // int32, a lane of the sum is two int16, which hold EXACT_UNITS of both halves of a unit.
 #if QUIRE_ISA >= 3
@@ -108,7 +102,7 @@ static inline float greatest(const T* row, int64_t count) {
 template <class T>
 static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
   const float top = greatest(x, a.inputs), inverse = top > 0 ? 127.0f / top : 0;
-  const int64_t size = a.grouped ? 1 : QUIRE_ISA >= 3 ? 1 : 2;
+  const int64_t size = a.grouped ? 1 : prepared_bytes(QUIRE_ISA, BYTES);
   char* out = a.out + row * a.padded * size;
   Ints total{};
   for (int64_t k = 0; k < a.padded; k += LANES) {
@@ -289,10 +283,12 @@ static inline void nibble_units(RegisterInts (&whole)[R][P], const int32_t* weig
     for (int p = 0; p < P; p++) whole[r][p] = add_exact(whole[r][p], some[r][p]);
 }
 
-// Not inlined, where other loops would take its registers. Columns column .. of rows row .. row + R - 1: sums [R][nibble_columns_of(R) * LANES] of products with their scales.
+// Columns column .. of rows row .. row + R - 1: sums [R][columns_of(R, NIBBLE_SUMS) * LANES] of products with their
+// scales. Not inlined: other loops would take its registers.
 template <bool FIRST, int R>
-__attribute__((noinline)) static void nibble_rows(const Product& a, int64_t block, int64_t row, int64_t column, float* sums) {
-  constexpr int PIECES = nibble_columns_of(R) * PARTS;
+__attribute__((noinline)) static void nibble_rows(const Product& a, int64_t block, int64_t row, int64_t column,
+                                                  float* sums) {
+  constexpr int PIECES = columns_of(R, NIBBLE_SUMS) * PARTS;
   typedef uint16_t Scales __attribute__((vector_size(2 * WIDTH)));
   typedef uint16_t ScalesAt __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
   typedef uint32_t RegisterWords __attribute__((vector_size(4 * WIDTH)));
@@ -318,52 +314,29 @@ __attribute__((noinline)) static void nibble_rows(const Product& a, int64_t bloc
   memcpy(sums, total, sizeof(total));
 }
 
-static inline void finish_columns(const Product& a, const float* sums, int64_t row, int64_t start, int64_t count) {
-  const int64_t n = count < LANES ? count : LANES, at = row * a.outputs + start;
-  Floats x = load(sums) * a.x_scales[row];
-  if (a.bias) x = x + (a.bias_bf16 ? get((const Bf16*)a.bias + start, n) : get((const float*)a.bias + start, n));
-  if (a.out_bf16) {
-    put((Bf16*)a.out + at, x, n);
-  } else {
-    put((float*)a.out + at, x, n);
-  }
-}
-
 template <bool FIRST, int R>
 static inline void some_nibble_rows(const Product& a, int64_t block, int64_t row) {
-  constexpr int64_t COLUMNS = nibble_columns_of(R) * LANES;
+  constexpr int64_t COLUMNS = columns_of(R, NIBBLE_SUMS) * LANES;
   for (int64_t column = 0; column < BLOCK; column += COLUMNS) {
     alignas(64) float sums[R * COLUMNS];
     nibble_rows<FIRST, R>(a, block, row, column, sums);
     for (int r = 0; r < R; r++)
       for (int64_t c = 0; c < COLUMNS; c += LANES) {
-        const int64_t start = block * BLOCK + column + c;
-        if (start < a.outputs) finish_columns(a, sums + r * COLUMNS + c, row + r, start, a.outputs - start);
+        const int64_t start = block * BLOCK + column + c, left = a.outputs - start;
+        const Floats x = load(sums + r * COLUMNS + c) * a.x_scales[row + r];
+        char* out = (char*)a.out + (row + r) * a.outputs * (a.out_bf16 ? 2 : 4);
+        if (left > 0) put_results(x, start, left < LANES ? left : LANES, a.bias, a.bias_bf16, out, a.out_bf16);
       }
   }
 }
 
-template <bool FIRST>
-static inline void nibble_rows_left(int64_t count, const Product& a, int64_t block, int64_t row) {
-  constexpr int R = NIBBLE_ROWS;
-  if (count == 1) some_nibble_rows<FIRST, 1>(a, block, row);
-  if (R > 2 && count == 2) some_nibble_rows<FIRST, (R < 2 ? 1 : 2)>(a, block, row);
-  if (R > 3 && count == 3) some_nibble_rows<FIRST, (R < 3 ? 1 : 3)>(a, block, row);
-  if (R > 4 && count == 4) some_nibble_rows<FIRST, (R < 4 ? 1 : 4)>(a, block, row);
-  if (R > 5 && count == 5) some_nibble_rows<FIRST, (R < 5 ? 1 : 5)>(a, block, row);
-}
-
 // 64 outputs of all rows.
 static void nibble_block(const Product& a, int64_t block) {
-  constexpr int R = NIBBLE_ROWS;
-  int64_t row = 0;
-  if (a.rows >= R) {
-    some_nibble_rows<true, R>(a, block, 0);
-    for (row = R; row + R <= a.rows; row += R) some_nibble_rows<false, R>(a, block, row);
-  }
-  if (row) {
-    nibble_rows_left<false>(a.rows - row, a, block, row);
-  } else {
-    nibble_rows_left<true>(a.rows, a, block, 0);
+  for (int64_t row = 0; row < a.rows; row += NIBBLE_ROWS) {
+    const int64_t count = a.rows - row < NIBBLE_ROWS ? a.rows - row : NIBBLE_ROWS;
+    with_rows<NIBBLE_ROWS>(count, [&](auto n) {
+      constexpr int R = decltype(n)::value;
+      row ? some_nibble_rows<false, R>(a, block, row) : some_nibble_rows<true, R>(a, block, 0);
+    });
   }
 }

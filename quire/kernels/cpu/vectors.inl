@@ -35,8 +35,7 @@ struct Bf16 {
   uint16_t bits;
 };
 
-// Conversions that the compiler takes apart if they are of two registers, and those that it has no words for. The larger
-// and the smaller of two is the second one where either is no number.
+// What the compiler takes apart if it is of two registers. The larger of two is the second one where either is no number.
 #if QUIRE_ISA == 1 && !defined(QUIRE_OWN_WIDTH)
 struct FloatPair {
   __m256 low, high;

@@ -1,0 +1,124 @@
+"""Kernels of a CPU: products by rows and kind of weight, and what a recorded decode step spends in each kernel.
+
+    python benchmarks/cpu/kernels.py [--threads 1 --positions 128]
+
+Products have a weight of 6,144 x 1,024, of which there are more than the processor's caches hold; the best of several
+rounds. A step is Qwen3 0.6B's with random weights in bfloat16: its calls one by one, in the best of several rounds.
+"""
+
+import argparse
+import ctypes
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.gpu.shapes import SHAPES  # noqa: E402
+from quire import LLM, SamplingParams  # noqa: E402
+from quire.kernels import ops  # noqa: E402
+from quire.kernels.cpu.calls import LAYOUTS, Step, kernel  # noqa: E402
+
+OUTPUTS, INPUTS, NUM_WEIGHTS = 6144, 1024, 12
+ROWS, ROUNDS = (1, 8, 32, 512), 5
+SEQUENCES = (1, 8, 32)
+KINDS = ("float32", "bfloat16", "int8", "int4")
+
+
+def weights(kind: str) -> tuple[torch.dtype, list[Any]]:
+    """(Type of the inputs, packed weights)."""
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    plain = (torch.randn(OUTPUTS, INPUTS).to(dtype) for _ in range(NUM_WEIGHTS))
+    if kind.startswith("int"):
+        return dtype, [ops.quantize_linear(weight, int(kind.removeprefix("int"))) for weight in plain]
+    return dtype, [ops.pack_linear(weight) for weight in plain]
+
+
+def products(kind: str) -> Iterator[str]:
+    dtype, packed = weights(kind)
+    for rows in ROWS:
+        x, seconds = torch.randn(rows, INPUTS).to(dtype), []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            for weight in packed:
+                ops.linear(x, weight, None)
+            seconds.append((time.perf_counter() - start) / NUM_WEIGHTS)
+        rate = 2 * rows * OUTPUTS * INPUTS / min(seconds) / 1e9
+        read = packed[0].data.nbytes / min(seconds) / 1e9
+        yield f"| {kind} | {rows} | {min(seconds) * 1e3:.2f} | {rate:.0f} | {read:.1f} |"
+
+
+def calls(step: Step) -> Counter[str]:
+    """Milliseconds by kernel."""
+    names = {kernel(name).address: name.removeprefix("quire_") for name in LAYOUTS}
+    made = [
+        (names[address], ctypes.CFUNCTYPE(None, ctypes.c_char_p)(address), args)
+        for address, args in step.calls
+    ]
+    rounds = []
+    for _ in range(ROUNDS):
+        times: Counter[str] = Counter()
+        for name, call, args in made:
+            start = time.perf_counter()
+            call(args)
+            times[name] += (time.perf_counter() - start) * 1e3
+        rounds.append(times)
+    return min(rounds, key=Counter.total)
+
+
+def steps(quantization: str, positions: int) -> Iterator[str]:
+    chance = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(SHAPES["0.6B"]))
+        options: dict[str, Any] = {
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "disable_log_stats": True,
+        }
+        options |= {"device": "cpu", "dtype": "bfloat16", "max_model_len": positions + 64}
+        with LLM(folder, quantization=quantization, **options) as llm:
+            engine, sampling = llm.engine, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+            for count in SEQUENCES:
+                for number in range(count):
+                    prompt = [chance.randrange(1000) for _ in range(positions)]
+                    engine.add(engine.inputs.request(prompt, sampling, request_id=str(number)))
+                recorded = engine.core.runner.fixed.graphs.steps
+                known = len(recorded)
+                while len(recorded) == known or engine.core.stats().batched_tokens != count:
+                    engine.step()
+                times = calls([*recorded.values()][-1])
+                largest = ", ".join(f"{name} {ms:.2f}" for name, ms in times.most_common(8))
+                yield f"| {quantization} | {count} | {times.total():.1f} | {largest} |"
+                for number in range(count):
+                    engine.abort(str(number))
+                while not engine.idle:
+                    engine.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--positions", type=int, default=128, help="of each sequence, before the step")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print("| weight | rows | ms | GFLOP/s | weight, GB/s |\n|---|---|---|---|---|")
+    for kind in KINDS:
+        print(*products(kind), sep="\n", flush=True)
+    print("\n| weights | sequences | ms | kernels |\n|---|---|---|---|")
+    for quantization in ("auto", "int8", "int4"):
+        for line in steps(quantization, args.positions):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
