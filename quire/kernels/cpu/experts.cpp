@@ -105,7 +105,7 @@ struct Room {
 };
 
 int64_t padded(const ExpertsCall& a, int64_t inputs) {
-  const int64_t step = a.bits == 4 ? GROUP : INPUT_STEP;
+  const int64_t step = a.bits ? GROUP : INPUT_STEP;
   return (inputs + step - 1) / step * step;
 }
 

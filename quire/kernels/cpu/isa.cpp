@@ -27,12 +27,13 @@ bool may_use_tiles() { return false; }
 }  // namespace
 
 // The version of all functions' arguments; native.py refuses a library that was built from another one.
-extern "C" int32_t quire_abi() { return 9; }
+extern "C" int32_t quire_abi() { return 10; }
 
 extern "C" int32_t quire_isa() {
 #if defined(QUIRE_X86)
   __builtin_cpu_init();
-  const bool amx = __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile");
+  const bool amx = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                   __builtin_cpu_supports("amx-int8");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool products = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");

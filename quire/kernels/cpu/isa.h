@@ -40,7 +40,7 @@ namespace avx512_bf16 {
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,prefer-vector-width=512")
-#pragma GCC target("amx-tile,amx-bf16")
+#pragma GCC target("amx-tile,amx-bf16,amx-int8")
 #define QUIRE_ISA 4
 namespace amx {
 #include QUIRE_KERNELS

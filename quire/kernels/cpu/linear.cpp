@@ -3,7 +3,7 @@
 //   packed weight  [groups][outputs / 64][units][64] units of 4 bytes: a float, two bf16 that follow each other in a row,
 //                  or four bytes (quantized.cpp).
 // A group (a head) has a weight, inputs and outputs of its own; usually there is one. Outputs are padded to 64 and
-// inputs to 32 with zeros. Lanes are outputs, so there are no reductions, and a row's result is a sum in the order of
+// inputs to 32 with zeros, bytes to 64. Lanes are outputs, so there are no reductions, and a row's result is a sum in the order of
 // the inputs: the same bits however many rows there are, and on however many threads. Inputs are widened first to what the
 // machine multiplies: bf16 to float, and int8 to int16, where it has no products of them.
 
@@ -20,7 +20,6 @@
 namespace {
 
 constexpr int64_t PIECE_UNITS = 128;   // 32 KiB of the weight
-constexpr int64_t TILE_UNITS = 16;     // of an AMX tile's row
 constexpr int64_t AHEAD_UNITS = 2048;  // 8 KiB
 constexpr int64_t SERIAL_ROWS = 16;    // which one thread copies sooner than others wake up
 

@@ -7,7 +7,7 @@
 constexpr int64_t BLOCK = 64;      // outputs
 constexpr int64_t MOST_ROWS = 96;  // whose sums are kept while a block of outputs is computed
 
-enum Kind : int32_t { FLOATS = 0, BF16 = 1, BYTES = 2 };
+enum Kind : int32_t { FLOATS = 0, BF16 = 1, BYTES = 2, NIBBLES = 3 };
 
 // Bytes of an input as products take it.
 inline int64_t prepared_bytes(int32_t isa, Kind kind) {

@@ -1,6 +1,7 @@
 // A matrix product with a packed weight, for one instruction set. See linear.cpp.
 
 #include "products.inl"
+#include "tiles.inl"
 
 #if QUIRE_ISA >= 2
 constexpr int LINEAR_ROWS = 6, LINEAR_SUMS = 24;  // registers of sums
@@ -8,6 +9,10 @@ constexpr int LINEAR_ROWS = 6, LINEAR_SUMS = 24;  // registers of sums
 constexpr int LINEAR_ROWS = 6, LINEAR_SUMS = 12;
 #else
 constexpr int LINEAR_ROWS = 2, LINEAR_SUMS = 8;
+#endif
+
+#if QUIRE_ISA >= 4
+constexpr int64_t LEAST_TILE_ROWS = 2;  // of bytes; with fewer, vectors are as fast
 #endif
 
 #if QUIRE_ISA >= 3
@@ -98,91 +103,18 @@ static void block_by_vectors(const Linear& a, int64_t block, float* sums) {
 }
 
 #if QUIRE_ISA >= 4
-// Tiles 0 to 3 are sums, 4 and 5 rows of x (16 and up to 16 more), 6 and 7 columns of the weight.
-static inline void configure(int64_t rows) {
-  TileConfig config;
-  const uint8_t first = rows < 16 ? rows : 16, second = rows > 16 ? rows - 16 : 1;
-  const uint8_t counts[8] = {first, first, second, second, first, second, 16, 16};
-  for (int i = 0; i < 8; i++) {
-    config.column_bytes[i] = 64;
-    config.rows[i] = rows > 16 || i == 5 || i >= 6 ? counts[i] : first;
-  }
-  _tile_loadconfig(&config);
-}
-
-static inline void ask_ahead(const char* weight) {
-  for (int i = 0; i < TILE_UNITS * BLOCK * 4; i += 64) __builtin_prefetch(weight + AHEAD_UNITS * 4 + i);
-}
-
-// Up to 16 rows by 64 columns.
-template <bool FIRST>
-static inline void narrow(const char* x, int64_t x_stride, const char* weight, int64_t units, float* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t u = 0; u < units; u += TILE_UNITS) {
-    const char* w = weight + u * BLOCK * 4;
-    if (FIRST) ask_ahead(w);
-    _tile_loadd(4, x + u * 4, x_stride);
-    _tile_loadd(6, w, BLOCK * 4);
-    _tile_loadd(7, w + 64, BLOCK * 4);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(6, w + 128, BLOCK * 4);
-    _tile_loadd(7, w + 192, BLOCK * 4);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_dpbf16ps(3, 4, 7);
-  }
-  _tile_stored(0, sums, BLOCK * 4);
-  _tile_stored(1, sums + 16, BLOCK * 4);
-  _tile_stored(2, sums + 32, BLOCK * 4);
-  _tile_stored(3, sums + 48, BLOCK * 4);
-}
-
-// 17 to 32 rows by 32 columns.
-template <bool FIRST>
-static inline void wide(const char* x, int64_t x_stride, const char* weight, int64_t units, float* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t u = 0; u < units; u += TILE_UNITS) {
-    const char* w = weight + u * BLOCK * 4;
-    if (FIRST) ask_ahead(w);
-    _tile_loadd(6, w, BLOCK * 4);
-    _tile_loadd(4, x + u * 4, x_stride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, w + 64, BLOCK * 4);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, x + 16 * x_stride + u * 4, x_stride);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, sums, BLOCK * 4);
-  _tile_stored(1, sums + 16, BLOCK * 4);
-  _tile_stored(2, sums + 16 * BLOCK, BLOCK * 4);
-  _tile_stored(3, sums + 16 * BLOCK + 16, BLOCK * 4);
-}
-
+template <Kind KIND>
 static void block_by_tiles(const Linear& a, int64_t block, float* sums) {
   const char* weight = (const char*)a.weight + block * a.units * BLOCK * 4;
   int64_t configured = 0;
-  for (int64_t top = 0; top < a.rows; top += 32) {
-    const int64_t rows = a.rows - top < 32 ? a.rows - top : 32;
+  for (int64_t top = 0; top < a.rows; top += 2 * TILE_ROWS) {
+    const int64_t rows = a.rows - top < 2 * TILE_ROWS ? a.rows - top : 2 * TILE_ROWS;
     const char* x = (const char*)a.x + top * a.x_stride_bytes;
-    if (rows != configured) configure(configured = rows);
-    if (rows > 16) {
-      if (top == 0) {
-        wide<true>(x, a.x_stride_bytes, weight, a.units, sums);
-      } else {
-        wide<false>(x, a.x_stride_bytes, weight, a.units, sums);
-      }
-      wide<false>(x, a.x_stride_bytes, weight + 128, a.units, sums + 32);
-    } else if (top == 0) {
-      narrow<true>(x, a.x_stride_bytes, weight, a.units, sums);
+    if (rows != configured) configure_tiles(configured = rows);
+    if (top == 0) {
+      tile_products<KIND, AHEAD_UNITS * 4>(x, a.x_stride_bytes, rows, weight, a.units, sums);
     } else {
-      narrow<false>(x, a.x_stride_bytes, weight, a.units, sums);
+      tile_products<KIND, 0>(x, a.x_stride_bytes, rows, weight, a.units, sums);
     }
     for (int64_t r = 0; r < rows; r++) finish_row(a, sums + r * BLOCK, top + r, block * BLOCK);
   }
@@ -205,7 +137,8 @@ static inline void prepare_row(int32_t kind, void* out, const void* x, int64_t c
 
 static inline void linear_block(const Linear& a, int64_t block, float* sums) {
 #if QUIRE_ISA >= 4
-  if (a.kind == BF16) return block_by_tiles(a, block, sums);
+  if (a.kind == BF16) return block_by_tiles<BF16>(a, block, sums);
+  if (a.kind == BYTES && a.rows >= LEAST_TILE_ROWS) return block_by_tiles<BYTES>(a, block, sums);
 #endif
   if (a.kind == BF16) {
     block_by_vectors<Bf16Units>(a, block, sums);

@@ -115,8 +115,7 @@ def _quantized_product(
     def quantize_linear_native(weight: Tensor, bits: int) -> PackedQuantized:
         check(weight, bits)
         (outputs, inputs), weight = weight.shape, weight.contiguous()
-        step = INPUT_STEP if bits == 8 else GROUP
-        blocks, padded = -(-outputs // BLOCK_OUTPUTS), -(-inputs // step) * step
+        blocks, padded = -(-outputs // BLOCK_OUTPUTS), -(-inputs // GROUP) * GROUP
         data = torch.empty(blocks, padded * BLOCK_OUTPUTS * bits // 8, dtype=torch.uint8)
         if bits == 8:
             scales = torch.empty(blocks, BLOCK_OUTPUTS)

@@ -1,6 +1,7 @@
 // Numbers of 8 and 4 bits, for one instruction set. See quantized.cpp.
 
 #include "products.inl"
+#include "tiles.inl"
 
 typedef int8_t Chars __attribute__((vector_size(16)));
 typedef int8_t CharsAt __attribute__((vector_size(16), aligned(1), may_alias));
@@ -314,24 +315,79 @@ __attribute__((noinline)) static void nibble_rows(const Product& a, int64_t bloc
   memcpy(sums, total, sizeof(total));
 }
 
+// Outputs `start` .. of a row, of whose products there are `count` sums.
+static inline void finish_nibbles(const Product& a, const float* sums, int64_t row, int64_t start, int64_t count) {
+  for (int64_t c = 0; c < count; c += LANES) {
+    const int64_t left = a.outputs - start - c;
+    const Floats x = load(sums + c) * a.x_scales[row];
+    char* out = (char*)a.out + row * a.outputs * (a.out_bf16 ? 2 : 4);
+    if (left > 0) put_results(x, start + c, left < LANES ? left : LANES, a.bias, a.bias_bf16, out, a.out_bf16);
+  }
+}
+
 template <bool FIRST, int R>
 static inline void some_nibble_rows(const Product& a, int64_t block, int64_t row) {
   constexpr int64_t COLUMNS = columns_of(R, NIBBLE_SUMS) * LANES;
   for (int64_t column = 0; column < BLOCK; column += COLUMNS) {
     alignas(64) float sums[R * COLUMNS];
     nibble_rows<FIRST, R>(a, block, row, column, sums);
-    for (int r = 0; r < R; r++)
-      for (int64_t c = 0; c < COLUMNS; c += LANES) {
-        const int64_t start = block * BLOCK + column + c, left = a.outputs - start;
-        const Floats x = load(sums + r * COLUMNS + c) * a.x_scales[row + r];
-        char* out = (char*)a.out + (row + r) * a.outputs * (a.out_bf16 ? 2 : 4);
-        if (left > 0) put_results(x, start, left < LANES ? left : LANES, a.bias, a.bias_bf16, out, a.out_bf16);
-      }
+    for (int r = 0; r < R; r++) finish_nibbles(a, sums + r * COLUMNS, row + r, block * BLOCK + column, COLUMNS);
   }
 }
 
+#if QUIRE_ISA >= 4
+constexpr int64_t LEAST_TILE_ROWS = 6;  // with fewer, vectors are as fast
+
+// A group of 64 columns as tiles take it: int8 [16][64][4].
+static inline void expand_nibbles(const int32_t* weight, int8_t* bytes) {
+  const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+  for (int64_t u = 0; u < GROUP / 8; u++)
+    for (int64_t c = 0; c < BLOCK; c += LANES) {
+      const __m512i both = _mm512_loadu_si512(weight + u * BLOCK + c);
+      int8_t* to = bytes + (2 * u * BLOCK + c) * 4;
+      _mm512_store_si512(to, _mm512_sub_epi8(_mm512_and_si512(both, low), eight));
+      _mm512_store_si512(to + BLOCK * 4, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(both, 4), low), eight));
+    }
+}
+
+// 64 outputs of all rows.
+static void nibble_block_by_tiles(const Product& a, int64_t block) {
+  const int64_t groups = a.padded / GROUP;
+  const int32_t* weight = a.weight + block * groups * (GROUP / 8) * BLOCK;
+  const uint16_t* scales = a.scales + block * groups * BLOCK;
+  alignas(64) int8_t bytes[GROUP * BLOCK];
+  alignas(64) float some[2 * TILE_ROWS * BLOCK], sums[2 * TILE_ROWS * BLOCK];
+  int64_t configured = 0;
+  for (int64_t top = 0; top < a.rows; top += 2 * TILE_ROWS) {
+    const int64_t rows = a.rows - top < 2 * TILE_ROWS ? a.rows - top : 2 * TILE_ROWS;
+    if (rows != configured) configure_tiles(configured = rows);
+    memset(sums, 0, rows * BLOCK * 4);
+    for (int64_t group = 0; group < groups; group++) {
+      const int32_t* from = weight + group * (GROUP / 8) * BLOCK;
+      if (top == 0)
+        for (int64_t u = 0; u < GROUP / 8 * BLOCK; u += 16) __builtin_prefetch(from + u + AHEAD_UNITS);
+      expand_nibbles(from, bytes);
+      const char* x = (const char*)a.x + top * a.padded + group * GROUP;
+      tile_products<NIBBLES, 0>(x, a.padded, rows, (const char*)bytes, TILE_UNITS, some);
+      for (int64_t c = 0; c < BLOCK; c += LANES) {
+        const Register scale = (Register)load((const Bf16*)scales + group * BLOCK + c);
+        for (int64_t i = c; i < rows * BLOCK; i += BLOCK) {
+          const Register whole = __builtin_convertvector((RegisterInts)load_register(some + i), Register);
+          store_register(sums + i, add_product(load_register(sums + i), whole, scale));
+        }
+      }
+    }
+    for (int64_t r = 0; r < rows; r++) finish_nibbles(a, sums + r * BLOCK, top + r, block * BLOCK, BLOCK);
+  }
+  _tile_release();
+}
+#endif
+
 // 64 outputs of all rows.
 static void nibble_block(const Product& a, int64_t block) {
+#if QUIRE_ISA >= 4
+  if (a.rows >= LEAST_TILE_ROWS) return nibble_block_by_tiles(a, block);
+#endif
   for (int64_t row = 0; row < a.rows; row += NIBBLE_ROWS) {
     const int64_t count = a.rows - row < NIBBLE_ROWS ? a.rows - row : NIBBLE_ROWS;
     with_rows<NIBBLE_ROWS>(count, [&](auto n) {
