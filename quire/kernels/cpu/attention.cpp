@@ -14,6 +14,7 @@
 // Every row (a query position's head) goes through tiles of 64 positions, counted from position 0, in the same
 // order and arithmetic whatever shares its batch and however its prompt was cut, so its result is the same bits.
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -117,12 +118,15 @@ extern "C" void quire_attend(const void* args) {
   const int64_t row_bytes = num_heads * cache->v_dim * cache->item_bytes();
   const int64_t last = step->query_starts[step->num_sequences];
   memset((char*)query.out + last * row_bytes, 0, (step->num_tokens - last) * row_bytes);
+  std::atomic<size_t> taken{0};
 #pragma omp parallel num_threads(step->num_threads) if (items.size() > 1)
   {
     char* memory = (char*)aligned_alloc(64, (memory_bytes(*cache) + 63) / 64 * 64);
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < items.size(); i++) {
-      QUIRE_CALL(cache->isa, attend_item(*cache, *step, query, items[i], memory));
+    size_t next = 0;
+    for (size_t i = taken++; i < items.size(); i = next) {  // a thread knows its next item, whose keys it can ask for
+      next = taken++;
+      const Item* following = next < items.size() ? &items[next] : nullptr;
+      QUIRE_CALL(cache->isa, attend_item(*cache, *step, query, items[i], following, memory));
     }
     free(memory);
   }

@@ -38,6 +38,7 @@ struct Task {
   const Step& step;
   const Query& query;
   const Item& item;
+  const Item* following;  // whose first keys are asked for during the last tile; null: none
   char* memory;
 
   int64_t rows, k_units, v_stored, first, begin, end;
@@ -46,7 +47,6 @@ struct Task {
   float *acc, *scores, *most, *rescale;
   Floats* total;
   int64_t *limit, *low;
-  const int32_t* table;
   const int32_t *k_page[PAGES], *v_page[PAGES];
   const int32_t *soon[PAGES], *next_page[PAGES];  // asked for meanwhile: by scores, and by sums
   const float *k_scales[PAGES], *v_scales[PAGES];
@@ -76,9 +76,8 @@ struct Task {
     total = take<Floats>(rows);
     limit = take<int64_t>(rows);
     low = take<int64_t>(rows);
-    table = step.tables + item.sequence * step.max_blocks;
-    const int64_t start = step.query_starts[item.sequence], stop = step.query_starts[item.sequence + 1];
-    first = step.lengths[item.sequence] - (stop - start);
+    const int64_t start = step.query_starts[item.sequence];
+    first = first_of(item);
     memset(acc, 0, rows * v_stored * sizeof(float));
     for (int64_t r = 0; r < rows; r++) {
       const int64_t token = item.token_start + r / group, head = item.head_start + r % group;
@@ -86,7 +85,7 @@ struct Task {
       Input* row = (Input*)(q + r * k_units * E::WORDS);
       FOR_LANES(d, n, cache.k_dim) store(row + d, get(source + d, n));
       limit[r] = first + token + 1;
-      low[r] = query.window && limit[r] > query.window ? limit[r] - query.window : 0;
+      low[r] = low_of(limit[r]);
       most[r] = query.sinks ? query.sinks[head] : LOWEST;
       total[r] = Floats{};
       if (query.sinks) total[r][0] = 1.0f;
@@ -95,10 +94,26 @@ struct Task {
     end = limit[rows - 1];
   }
 
-  const int32_t* page(bool is_key, int64_t index) const {
-    const int64_t block = table[index / cache.pages_per_block], inside = index % cache.pages_per_block;
+  // The position of the first query of an item's sequence, and the first one that a query sees if it sees none from `limit` on.
+  int64_t first_of(const Item& one) const {
+    return step.lengths[one.sequence] - (step.query_starts[one.sequence + 1] - step.query_starts[one.sequence]);
+  }
+  int64_t low_of(int64_t limit) const { return query.window && limit > query.window ? limit - query.window : 0; }
+
+  const int32_t* page(bool is_key, const Item& one, int64_t index) const {
+    const int64_t block = step.tables[one.sequence * step.max_blocks + index / cache.pages_per_block];
+    const int64_t inside = index % cache.pages_per_block;
     return (const int32_t*)(is_key ? cache.k : cache.v) + block * cache.block_stride +
-           (item.kv_head * cache.pages_per_block + inside) * cache.page_units(is_key);
+           (one.kv_head * cache.pages_per_block + inside) * cache.page_units(is_key);
+  }
+
+  // Keys that are wanted once `at`, in the page of that index, is done with: of the next tile, or of what follows.
+  const int32_t* keys_after(int64_t at, int64_t index) const {
+    if (at + TILE < end) return page(true, item, at / LANES + PAGES);
+    if (!following) return page(true, item, index);
+    const int64_t start = first_of(*following), begin = low_of(start + following->token_start + 1) / TILE * TILE;
+    const int64_t then = begin + at % TILE, last = start + following->token_end - 1;
+    return page(true, *following, (then < last ? then : last) / LANES);
   }
 
   // Pages before the windows and after the end may belong to others: a needed one stands in, its scores masked.
@@ -107,12 +122,12 @@ struct Task {
     for (int64_t p = 0; p < PAGES; p++) {
       const int64_t at = tile + p * LANES;
       const bool needed = at + LANES > oldest && at < end;
-      const int64_t index = (needed ? at : oldest) / LANES, next = at + TILE < end ? at / LANES + PAGES : index;
-      k_page[p] = page(true, index);
-      next_page[p] = page(true, next);
-      if (cache.v) soon[p] = v_page[p] = page(false, index);
+      const int64_t index = (needed ? at : oldest) / LANES;
+      k_page[p] = page(true, item, index);
+      next_page[p] = keys_after(at, index);
+      if (cache.v) soon[p] = v_page[p] = page(false, item, index);
       if (cache.is_quantized) {
-        if (cache.v) soon[p] = page(false, next);
+        if (cache.v) soon[p] = at + TILE < end ? page(false, item, at / LANES + PAGES) : v_page[p];
         widen_pages(p, needed ? p : (oldest - tile) / LANES, needed);
       }
     }
@@ -188,13 +203,16 @@ struct Task {
     }
   }
 
-  // Scores of rows r .. r + R - 1 over the tile.
+  // Pages of a tile that any row sees some of, at its beginning.
+  int64_t pages_of(int64_t tile) const { return end - tile < TILE ? (end - tile + LANES - 1) / LANES : PAGES; }
+
+  // Scores of rows r .. r + R - 1 over so many pages of the tile, or more.
   template <bool AHEAD, int R>
-  void score(int64_t r) {
+  void score(int64_t r, int64_t pages) {
     const int32_t* a[R];
     constexpr int COLUMNS = columns_of(R, SUMS);
     for (int i = 0; i < R; i++) a[i] = q + (r + i) * k_units * E::WORDS;
-    for (int p = 0; p < PAGES; p += COLUMNS) {
+    for (int p = 0; p < pages; p += COLUMNS) {
       Register part[R][COLUMNS * PARTS] = {};
       products<E, AHEAD>(part, a, k_page + p, k_units, LANES, soon + p, step_bytes);
       for (int i = 0; i < R; i++)
@@ -276,7 +294,7 @@ struct Task {
 
   template <bool AHEAD, int R>
   void rows_of_tile(int64_t tile, int64_t r) {
-    score<AHEAD, R>(r);
+    score<AHEAD, R>(r, pages_of(tile));
     for (int i = 0; i < R; i++) weigh(tile, r + i, scores + i * TILE);
     const int64_t tokens = end - tile < TILE ? end - tile : TILE;
     constexpr int COLUMNS = columns_of(R, SUMS);
@@ -305,8 +323,9 @@ struct Task {
     _tile_loadconfig(&config);
   }
 
+  // Scores of up to 16 rows from r on over so many pages of the tile, or more.
   template <bool AHEAD>
-  void score_by_tiles(int64_t r) {
+  void score_by_tiles(int64_t r, int64_t pages) {
     const int32_t* rows_of_q = q + r * k_units;
     _tile_zero(0);
     _tile_zero(1);
@@ -319,8 +338,10 @@ struct Task {
       _tile_loadd(4, rows_of_q + u, k_units * 4);
       _tile_loadd(5, k_page[0] + u * LANES, 64);
       _tile_dpbf16ps(0, 4, 5);
+      if (pages == 1) continue;
       _tile_loadd(5, k_page[1] + u * LANES, 64);
       _tile_dpbf16ps(1, 4, 5);
+      if (pages == 2) continue;
       _tile_loadd(5, k_page[2] + u * LANES, 64);
       _tile_dpbf16ps(2, 4, 5);
       _tile_loadd(5, k_page[3] + u * LANES, 64);
@@ -394,7 +415,7 @@ struct Task {
   template <bool AHEAD>
   void rows_by_tiles(int64_t tile, int64_t r, int64_t count) {
     const int64_t tokens = end - tile < TILE ? end - tile : TILE;
-    score_by_tiles<AHEAD>(r);
+    score_by_tiles<AHEAD>(r, pages_of(tile));
     for (int64_t i = 0; i < count; i++) {
       weigh(tile, r + i, scores + i * TILE);
       if (rescale[r + i] == 1.0f) continue;
@@ -462,12 +483,12 @@ struct Task {
 };
 
 static inline void attend_item(const Cache& cache, const Step& step, const Query& query, const Item& item,
-                               char* memory) {
+                               const Item* following, char* memory) {
   if (!cache.is_bf16) {
-    Task<FloatUnits, float>{cache, step, query, item, memory}.run();
+    Task<FloatUnits, float>{cache, step, query, item, following, memory}.run();
   } else if (cache.is_quantized) {
-    Task<WidenedUnits, Bf16>{cache, step, query, item, memory}.run();
+    Task<WidenedUnits, Bf16>{cache, step, query, item, following, memory}.run();
   } else {
-    Task<Bf16Units, Bf16>{cache, step, query, item, memory}.run();
+    Task<Bf16Units, Bf16>{cache, step, query, item, following, memory}.run();
   }
 }

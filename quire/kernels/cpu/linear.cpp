@@ -95,7 +95,7 @@ extern "C" void quire_linear(const void* args) {
 #pragma omp parallel num_threads(a.threads) if (a.groups * blocks > 1)
   {
     alignas(64) float sums[MOST_ROWS * BLOCK];
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(guided)
     for (int64_t i = 0; i < a.groups * blocks; i++) {
       const int64_t group = i / blocks, block = i % blocks;
       const Linear one{(char*)a.out + group * a.outputs * out_bytes,

@@ -12,7 +12,7 @@ constexpr int LINEAR_ROWS = 2, LINEAR_SUMS = 8;
 #endif
 
 #if QUIRE_ISA >= 4
-constexpr int64_t LEAST_TILE_ROWS = 2;  // of bytes; with fewer, vectors are as fast
+constexpr int64_t LEAST_TILE_ROWS = 7;  // of bytes; with fewer, vectors are as fast
 #endif
 
 #if QUIRE_ISA >= 3

@@ -82,7 +82,7 @@ extern "C" void quire_linear_quantized(const void* args) {
   }
   const Product product{a.out, (const int8_t*)whole, x_scales, x_sums, (const int32_t*)a.weight,
                         (const uint16_t*)a.scales, a.bias, a.rows, a.outputs, a.padded, a.out_bf16 != 0, a.is_bf16 != 0};
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(a.threads) schedule(guided)
   for (int64_t block = 0; block < (a.outputs + BLOCK - 1) / BLOCK; block++)
     nibble_block(a.isa, product, block);
 }

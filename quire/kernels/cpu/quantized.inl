@@ -336,7 +336,7 @@ static inline void some_nibble_rows(const Product& a, int64_t block, int64_t row
 }
 
 #if QUIRE_ISA >= 4
-constexpr int64_t LEAST_TILE_ROWS = 6;  // with fewer, vectors are as fast
+constexpr int64_t LEAST_TILE_ROWS = 5;  // with fewer, vectors are as fast
 
 // A group of 64 columns as tiles take it: int8 [16][64][4].
 static inline void expand_nibbles(const int32_t* weight, int8_t* bytes) {

@@ -38,8 +38,9 @@ static inline void tile_products(const char* x, int64_t x_stride, int64_t rows, 
     _tile_zero(3);
     for (int64_t u = 0; u < units; u += TILE_UNITS) {
       const char* w = weight + half * 128 + u * BLOCK * 4;
-      if (AHEAD && half == 0)
-        for (int i = 0; i < TILE_UNITS * BLOCK * 4; i += 64) __builtin_prefetch(w + AHEAD + i);
+      if (AHEAD)  // of wide ones for the same half, so that memory is never idle
+        for (int i = 0; i < TILE_UNITS; i++)
+          for (int line = 0; line < (wide ? 2 : 4); line++) __builtin_prefetch(w + AHEAD + i * BLOCK * 4 + line * 64);
       _tile_loadd(4, x + u * 4, x_stride);
       _tile_loadd(6, w, BLOCK * 4);
       QUIRE_TILES(0, 4, 6)
