@@ -33,6 +33,7 @@ from quire.models.parameters import parameter_shapes
 from quire.models.registry import decoder_spec
 from quire.models.spec import Decoder as DecoderSpec
 from quire.platforms.base import Platform
+from quire.platforms.cpu import return_memory
 from quire.platforms.detect import detect
 from quire.resolve import BITS, Machine, Resolved, resolve, resolve_dtype
 from quire.runner.fixed import MOST_RECORDED, FixedSteps, why_not
@@ -212,6 +213,7 @@ def _load(model: Decoder, config: Config, names: Names, folder: Path) -> None:
     checkpoint.check(parameter_shapes(model.spec))  # before the first byte of weights is read
     model.load(checkpoint)
     checkpoint.finish()
+    return_memory()
 
 
 def _core(

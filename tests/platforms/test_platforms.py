@@ -1,5 +1,6 @@
 """What the machine offers."""
 
+import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from quire.errors import ConfigError
-from quire.platforms.cpu import cores, memory, nodes
+from quire.kernels.cpu import native
+from quire.platforms.cpu import cores, memory, nodes, return_memory
 from quire.platforms.detect import detect
 
 GIB = 2**30
@@ -107,3 +109,22 @@ def test_without_a_gpu() -> None:
     assert detect("auto").name == "cpu"
     with pytest.raises(ConfigError, match="--device cpu"):
         detect("cuda")
+
+
+def test_a_cpu_with_vectors_computes_a_checkpoint_of_bfloat16_as_it_is() -> None:
+    """Kernels that are built read half of what float32 takes, and compute as fast."""
+    assert (detect("cpu").default_dtype is torch.bfloat16) >= (native.isa() > native.BASELINE)
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    count, size = 4096, 16384  # each too small for a mapping of its own
+    pieces = [ctypes.create_string_buffer(size) for _ in range(count)]
+    kept = pieces[::8]  # so that the heap cannot shrink by itself
+    before = resident()
+    del pieces
+    return_memory()
+    assert before - resident() > count * size // 2
+    assert len(kept) == count // 8
