@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import platform
 from collections.abc import Set
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def nodes(allowed: Set[int], root: Path = Path("/")) -> int:
 
 def return_memory() -> None:
     """Give the system what this process has freed: after loading, what lies between weights, a sixth of their size."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
-        trim(0)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _most_time(root: Path) -> int:

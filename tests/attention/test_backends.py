@@ -217,6 +217,31 @@ def test_cpu_result_is_the_same_bits_for_any_batch_chunks_and_threads(
     assert all(torch.equal(a, b) for a, b in zip(again, together, strict=True))
 
 
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.shape.num_kv_heads == 1 or c.window], ids=lambda c: c.name)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("quantized", [False, True], ids=["", "int8"])
+def test_threads_that_share_out_a_long_sequence_find_the_same_bits(
+    case: Case, dtype: torch.dtype, level: int, quantized: bool
+) -> None:
+    backend, length = Cpu(level=level, quantized=quantized), 1100
+    data = sequences(case, [length], dtype)
+    steps = [[length - 3], [1], [1], [1]]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 60):  # as many that even spans are fewer
+            torch.set_num_threads(count)
+            found.append(paged(backend, case, data, 0.2, steps)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    if not quantized:
+        torch.testing.assert_close(
+            found[0].double(), dense(case, data, 0.2)[0], rtol=0, atol=TOLERANCE[dtype]
+        )
+
+
 @pytest.mark.parametrize("backend", BACKENDS, ids=name_of)
 def test_strided_inputs(backend: Backend) -> None:
     """Queries, keys and values as views of one product, as the layers pass them."""

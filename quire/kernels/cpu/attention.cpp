@@ -14,10 +14,12 @@
 // Every row (a query position's head) goes through tiles of 64 positions, counted from position 0, in the same
 // order and arithmetic whatever shares its batch and however its prompt was cut, so its result is the same bits.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -30,6 +32,7 @@ namespace {
 
 constexpr int64_t PAGE = 16;  // tokens
 constexpr int64_t TILE = 64;
+constexpr int64_t SPAN = 512;  // positions, from a multiple of it on, that are added up alone
 constexpr float LEAST_SCALE = 1e-30f;
 constexpr int64_t MOST_ROWS = 32;  // of an item: its queries, scores and sums stay in the cache
 constexpr int64_t LEAST_ROWS = 4;
@@ -72,6 +75,13 @@ struct Item {
   int64_t sequence, token_start, token_end, kv_head, head_start, head_end;
 };
 
+// Which spans of an item are computed, or where they are already: [spans], `bytes` from one to the next.
+struct Spans {
+  int64_t only = -1;  // this one, to be kept; else all, from what is kept if there is anything
+  char* kept = nullptr;
+  int64_t bytes = 0;
+};
+
 #define QUIRE_KERNELS "attention.inl"
 #include "isa.h"
 
@@ -90,10 +100,19 @@ std::vector<Item> split(const Cache& cache, const Step& step, int64_t num_heads,
   return items;
 }
 
-int64_t memory_bytes(const Cache& cache) {
-  const int64_t row = (cache.k_stored + cache.v_stored + TILE + 64) * 4 + 64;
+// Of the longest sequence.
+int64_t spans_of(const Step& step) {
+  int64_t longest = 1;
+  for (int64_t s = 0; s < step.num_sequences; s++) longest = std::max<int64_t>(longest, step.lengths[s]);
+  return (longest + SPAN - 1) / SPAN;
+}
+
+// What a thread needs for an item.
+char* own_memory(const Cache& cache) {
+  static thread_local Scratch scratch;
+  const int64_t row = (cache.k_stored + 2 * cache.v_stored + TILE + 96) * 4 + 64;
   const int64_t widened = cache.is_quantized ? TILE * cache.k_stored * 4 : 0;
-  return MOST_ROWS * row + (TILE + 16) * cache.v_stored * 4 + widened + 16 * TILE * 4 + 4096;
+  return scratch.of(MOST_ROWS * row + (TILE + 16) * cache.v_stored * 4 + widened + 16 * TILE * 4 + 4096);
 }
 
 }  // namespace
@@ -105,6 +124,28 @@ struct AttendCall {
   Query query;
 };
 
+// Threads share out spans, too, where there are fewer items than threads. A span is the same however it is computed.
+static void attend_by_spans(const AttendCall& a, const std::vector<Item>& items, int64_t spans) {
+  static thread_local Scratch scratch;
+  const Cache& cache = *a.cache;
+  const int64_t count = items.size(), span_bytes = MOST_ROWS * (cache.v_stored + 32) * 4;
+  char* kept = scratch.of(count * spans * span_bytes);
+#pragma omp parallel num_threads(a.step->num_threads)
+  {
+    char* memory = own_memory(cache);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count * spans; i++) {
+      const Spans one{i % spans, kept + i / spans * spans * span_bytes, span_bytes};
+      QUIRE_CALL(cache.isa, attend_item(cache, *a.step, a.query, items[i / spans], nullptr, one, memory));
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; i++) {
+      const Spans all{-1, kept + i * spans * span_bytes, span_bytes};
+      QUIRE_CALL(cache.isa, attend_item(cache, *a.step, a.query, items[i], nullptr, all, memory));
+    }
+  }
+}
+
 extern "C" void quire_attend(const void* args) {
   const AttendCall& a = *(const AttendCall*)args;
   const Cache* cache = a.cache;
@@ -112,23 +153,24 @@ extern "C" void quire_attend(const void* args) {
   const Query& query = a.query;
   const int64_t num_heads = query.num_heads;
   int64_t most_rows = MOST_ROWS;
+  const int64_t spans = spans_of(*step);
   std::vector<Item> items = split(*cache, *step, num_heads, most_rows);
-  while ((int64_t)items.size() < step->num_threads && most_rows > LEAST_ROWS)
+  while ((int64_t)items.size() * spans < step->num_threads && most_rows > LEAST_ROWS)
     items = split(*cache, *step, num_heads, most_rows /= 2);
   const int64_t row_bytes = num_heads * cache->v_dim * cache->item_bytes();
   const int64_t last = step->query_starts[step->num_sequences];
   memset((char*)query.out + last * row_bytes, 0, (step->num_tokens - last) * row_bytes);
+  if ((int64_t)items.size() < step->num_threads && spans > 1) return attend_by_spans(a, items, spans);
   std::atomic<size_t> taken{0};
 #pragma omp parallel num_threads(step->num_threads) if (items.size() > 1)
   {
-    char* memory = (char*)aligned_alloc(64, (memory_bytes(*cache) + 63) / 64 * 64);
+    char* memory = own_memory(*cache);
     size_t next = 0;
     for (size_t i = taken++; i < items.size(); i = next) {  // a thread knows its next item, whose keys it can ask for
       next = taken++;
       const Item* following = next < items.size() ? &items[next] : nullptr;
-      QUIRE_CALL(cache->isa, attend_item(*cache, *step, query, items[i], following, memory));
+      QUIRE_CALL(cache->isa, attend_item(*cache, *step, query, items[i], following, Spans{}, memory));
     }
-    free(memory);
   }
 }
 

@@ -1,6 +1,7 @@
 // Attention over pages of 16 tokens, for one instruction set. See attention.cpp for the layout.
 
 #include "products.inl"
+#include "pages.inl"
 
 constexpr int PAGES = TILE / LANES;
 constexpr int ROWS = QUIRE_ISA >= 1 ? 4 : 2, SUMS = QUIRE_ISA >= 2 ? 16 : 8;  // of a block of sums, in registers
@@ -9,17 +10,6 @@ constexpr float LOWEST = -1e30f;
 
 static inline void ask(const void* memory, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)memory + i);
-}
-
-// Numbers of int8 as the bits of floats.
-static inline RegisterInts widened(const int8_t* p) {
-#if QUIRE_ISA >= 2
-  return (RegisterInts)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif QUIRE_ISA == 1
-  return (RegisterInts)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-  return (RegisterInts) __builtin_convertvector(RegisterInts{p[0], p[1], p[2], p[3]}, Register);
-#endif
 }
 
 #if QUIRE_ISA >= 3
@@ -44,8 +34,10 @@ struct Task {
   int64_t rows, k_units, v_stored, first, begin, end;
   int64_t step_bytes;  // of 16 units in the cache
   int32_t *q, *weights, *k_tile, *v_tile, *v_last;
-  float *acc, *scores, *most, *rescale;
+  float *acc, *scores, *most, *rescale;  // of a span; then of all spans before
   Floats* total;
+  float *all_acc, *all_most;
+  Floats* all_total;
   int64_t *limit, *low;
   const int32_t *k_page[PAGES], *v_page[PAGES];
   const int32_t *soon[PAGES], *next_page[PAGES];  // asked for meanwhile: by scores, and by sums
@@ -74,11 +66,14 @@ struct Task {
     most = take<float>(rows);
     rescale = take<float>(rows);
     total = take<Floats>(rows);
+    all_acc = take<float>(rows * v_stored);
+    all_most = take<float>(rows);
+    all_total = take<Floats>(rows);
     limit = take<int64_t>(rows);
     low = take<int64_t>(rows);
     const int64_t start = step.query_starts[item.sequence];
     first = first_of(item);
-    memset(acc, 0, rows * v_stored * sizeof(float));
+    if (query.sinks) memset(all_acc, 0, rows * v_stored * sizeof(float));
     for (int64_t r = 0; r < rows; r++) {
       const int64_t token = item.token_start + r / group, head = item.head_start + r % group;
       const Number* source = (const Number*)query.q + (start + token) * query.q_stride + head * cache.k_dim;
@@ -86,9 +81,9 @@ struct Task {
       FOR_LANES(d, n, cache.k_dim) store(row + d, get(source + d, n));
       limit[r] = first + token + 1;
       low[r] = low_of(limit[r]);
-      most[r] = query.sinks ? query.sinks[head] : LOWEST;
-      total[r] = Floats{};
-      if (query.sinks) total[r][0] = 1.0f;
+      all_most[r] = query.sinks ? query.sinks[head] : LOWEST;
+      all_total[r] = Floats{};
+      if (query.sinks) all_total[r][0] = 1.0f;
     }
     begin = low[0] / TILE * TILE;
     end = limit[rows - 1];
@@ -131,7 +126,12 @@ struct Task {
         widen_pages(p, needed ? p : (oldest - tile) / LANES, needed);
       }
     }
-    if (!cache.v) transpose_values();
+    if (cache.v) return;
+    for (int p = 0; p < PAGES; p++) {
+      int32_t* to = v_tile + p * (LANES / E::PER_UNIT) * v_stored;
+      transpose_page<E>(to, k_page[p], v_stored);
+      v_page[p] = to;
+    }
   }
 
   // Pages p are units at `place` of the tile afterwards, as soon as another one that they stand for is.
@@ -141,80 +141,35 @@ struct Task {
     int32_t* k_to = k_tile + place * k_units * LANES;
     k_scales[p] = v_scales[p] = (const float*)(keys + LANES * cache.k_stored);
     ask((const int8_t*)next_page[p] + LANES * cache.k_stored, 64);
-    if (needed) widen(k_to, keys, k_units, LANES * E::PER_UNIT, LANES);
+    if (needed) widen<E>(k_to, keys, k_units, LANES * E::PER_UNIT, LANES);
+    if (needed && !cache.v) widen_second_part<E>(k_to, keys, k_scales[p], cache.k_first, cache.k_stored);
     k_page[p] = k_to;
-    if (!cache.v) {
-      if (needed) widen_second_part(k_to, keys, k_scales[p]);
-      return;
-    }
+    if (!cache.v) return;
     int32_t* v_to = v_tile + place * UNITS * v_stored;
     v_scales[p] = (const float*)(values + LANES * v_stored);
     ask((const int8_t*)soon[p] + LANES * v_stored, 64);
     for (int64_t u = 0; needed && u < UNITS; u++)
-      widen(v_to + u * v_stored, values + u * E::PER_UNIT * v_stored, v_stored / LANES, LANES, v_stored);
+      widen<E>(v_to + u * v_stored, values + u * E::PER_UNIT * v_stored, v_stored / LANES, LANES, v_stored);
     v_page[p] = v_to;
-  }
-
-  // A key's second part becomes multiples of its first scale, so that scores meet one.
-  void widen_second_part(int32_t* to, const int8_t* keys, const float* scales) {
-    const Floats ratio = load(scales + LANES) / load(scales);
-    for (int64_t d = cache.k_first; d < cache.k_stored; d++) {
-      Floats x;
-      for (int t = 0; t < LANES; t++) x[t] = (float)keys[d * LANES + t];
-      Element numbers[LANES];
-      store(numbers, x * ratio);
-      Element* first = (Element*)(to + d / E::PER_UNIT * LANES) + d % E::PER_UNIT;
-      for (int t = 0; t < LANES; t++) first[t * E::PER_UNIT] = numbers[t];
-    }
-  }
-
-  // `count` times 16 units; the numbers of a unit are `apart`.
-  static void widen(int32_t* to, const int8_t* from, int64_t count, int64_t step, int64_t apart) {
-    typedef uint32_t RegisterWords __attribute__((vector_size(4 * WIDTH)));
-    for (int64_t i = 0; i < count; i++) {
-      for (int64_t u = 0; u < LANES; u += WIDTH) {
-        RegisterInts units = widened(from + i * step + u);
-        if (E::PER_UNIT == 2) {
-          const RegisterInts second = widened(from + i * step + apart + u) & (int32_t)0xffff0000;
-          units = (RegisterInts)((RegisterWords)units >> 16) | second;
-        }
-        *(RegisterIntsAt*)(to + i * LANES + u) = units;
-      }
-    }
-  }
-
-  // The values inside keys [unit][token] as [token unit][dim].
-  void transpose_values() {
-    for (int64_t p = 0; p < PAGES; p++) {
-      int32_t* to = v_tile + p * (LANES / E::PER_UNIT) * v_stored;
-      v_page[p] = to;
-      for (int64_t u = 0; u < v_stored / E::PER_UNIT; u++) {
-        const int32_t* from = k_page[p] + u * LANES;
-        if (E::PER_UNIT == 1) {
-          for (int t = 0; t < LANES; t++) to[t * v_stored + u] = from[t];
-        } else {
-          for (int t = 0; t < LANES / 2; t++) {
-            const uint32_t even = from[2 * t], odd = from[2 * t + 1];
-            to[t * v_stored + 2 * u] = (even & 0xffff) | odd << 16;
-            to[t * v_stored + 2 * u + 1] = even >> 16 | (odd & 0xffff0000);
-          }
-        }
-      }
-    }
   }
 
   // Pages of a tile that any row sees some of, at its beginning.
   int64_t pages_of(int64_t tile) const { return end - tile < TILE ? (end - tile + LANES - 1) / LANES : PAGES; }
 
-  // Scores of rows r .. r + R - 1 over so many pages of the tile, or more.
+  // Scores of rows r .. r + R - 1 over so many pages of the tile, or more. A third slower in a function of its own.
   template <bool AHEAD, int R>
-  void score(int64_t r, int64_t pages) {
+  __attribute__((always_inline)) void score(int64_t r, int64_t pages) {
     const int32_t* a[R];
     constexpr int COLUMNS = columns_of(R, SUMS);
     for (int i = 0; i < R; i++) a[i] = q + (r + i) * k_units * E::WORDS;
     for (int p = 0; p < pages; p += COLUMNS) {
       Register part[R][COLUMNS * PARTS] = {};
-      products<E, AHEAD>(part, a, k_page + p, k_units, LANES, soon + p, step_bytes);
+      const int32_t *b[COLUMNS], *ahead[COLUMNS];
+      for (int c = 0; c < COLUMNS; c++) {
+        b[c] = k_page[p + c];
+        ahead[c] = soon[p + c];
+      }
+      products<E, AHEAD>(part, a, b, k_units, LANES, ahead, step_bytes);
       for (int i = 0; i < R; i++)
         for (int c = 0; c < COLUMNS * PARTS; c++)
           store_register(scores + i * TILE + p * LANES + c * WIDTH, part[i][c]);
@@ -426,9 +381,9 @@ struct Task {
       accumulate_by_tiles<AHEAD>(tile, r, d, tokens);
   }
 
-  void run_by_tiles() {
+  void run_by_tiles(int64_t from, int64_t to) {
     int64_t configured = 0;
-    for (int64_t tile = begin; tile < end; tile += TILE) {
+    for (int64_t tile = from; tile < to; tile += TILE) {
       find_pages(tile);
       if (end - tile < TILE) clean_last_page(end - tile);
       for (int64_t r = 0; r < rows; r += 16) {
@@ -446,15 +401,18 @@ struct Task {
   }
 #endif
 
-  void run() {
-    start();
-#if QUIRE_ISA >= 4
-    if (E::PER_UNIT == 2) {
-      run_by_tiles();
-      return finish();
+  // What rows see of a span alone.
+  void run_span(int64_t span) {
+    const int64_t from = span * SPAN > begin ? span * SPAN : begin, to = (span + 1) * SPAN < end ? (span + 1) * SPAN : end;
+    memset(acc, 0, rows * v_stored * sizeof(float));
+    for (int64_t r = 0; r < rows; r++) {
+      most[r] = LOWEST;
+      total[r] = Floats{};
     }
+#if QUIRE_ISA >= 4
+    if (E::PER_UNIT == 2) return run_by_tiles(from, to);
 #endif
-    for (int64_t tile = begin; tile < end; tile += TILE) {
+    for (int64_t tile = from; tile < to; tile += TILE) {
       find_pages(tile);
       for (int64_t r = 0; r < rows; r += ROWS) {
         const int64_t count = rows - r < ROWS ? rows - r : ROWS;
@@ -465,6 +423,56 @@ struct Task {
         if (ROWS > 2 && count == 4) rows_of_tile<ROWS < 4 ? 1 : 4>(tile, r);
       }
     }
+  }
+
+  // Adds a span to those before. One copy for all callers, as of `weigh`.
+  __attribute__((noinline)) void add_span(bool is_first) {
+    if (is_first && !query.sinks) {  // to nothing
+      std::swap(acc, all_acc);
+      std::swap(most, all_most);
+      return std::swap(total, all_total);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      const float now = most[r] > all_most[r] ? most[r] : all_most[r];
+      const float before = exp(fill(all_most[r] - now))[0], here = exp(fill(most[r] - now))[0];
+      const auto add = [&](float* to, const float* from) {
+        store_register(to, load_register(to) * before + load_register(from) * here);
+      };
+      for (int64_t d = 0; d < v_stored; d += WIDTH) add(all_acc + r * v_stored + d, acc + r * v_stored + d);
+      for (int64_t i = 0; i < LANES; i += WIDTH) add((float*)(all_total + r) + i, (const float*)(total + r) + i);
+      all_most[r] = now;
+    }
+  }
+
+  // A span's results, to where they wait for others' or from there.
+  template <bool KEEP>
+  void move_span(char* kept) {
+    const auto move = [&](auto* numbers, int64_t count) {
+      const int64_t bytes = count * sizeof(*numbers);
+      KEEP ? memcpy(kept, numbers, bytes) : memcpy(numbers, kept, bytes);
+      kept += bytes;
+    };
+    move(total, rows);
+    move(acc, rows * v_stored);
+    move(most, rows);
+  }
+
+  void run(const Spans& spans) {
+    start();
+    const int64_t first_span = begin / SPAN, last = (end - 1) / SPAN;
+    if (spans.only >= 0) {
+      if (spans.only < first_span || spans.only > last) return;
+      run_span(spans.only);
+      return move_span<true>(spans.kept + spans.only * spans.bytes);
+    }
+    for (int64_t span = first_span; span <= last; span++) {
+      if (spans.kept) {
+        move_span<false>(spans.kept + span * spans.bytes);
+      } else {
+        run_span(span);
+      }
+      add_span(span == first_span);
+    }
     finish();
   }
 
@@ -474,21 +482,21 @@ struct Task {
       const int64_t token = step.query_starts[item.sequence] + item.token_start + r / group;
       const int64_t head = item.head_start + r % group;
       Number* out = (Number*)query.out + (token * query.num_heads + head) * cache.v_dim;
-      const Floats inverse = fill(1.0f / sum(total[r]));
+      const Floats inverse = fill(1.0f / sum(all_total[r]));
       int64_t d = 0;
-      for (; d + LANES <= cache.v_dim; d += LANES) store(out + d, load(acc + r * v_stored + d) * inverse);
-      if (d < cache.v_dim) store_some(out + d, load(acc + r * v_stored + d) * inverse, cache.v_dim - d);
+      for (; d + LANES <= cache.v_dim; d += LANES) store(out + d, load(all_acc + r * v_stored + d) * inverse);
+      if (d < cache.v_dim) store_some(out + d, load(all_acc + r * v_stored + d) * inverse, cache.v_dim - d);
     }
   }
 };
 
 static inline void attend_item(const Cache& cache, const Step& step, const Query& query, const Item& item,
-                               const Item* following, char* memory) {
+                               const Item* following, const Spans& spans, char* memory) {
   if (!cache.is_bf16) {
-    Task<FloatUnits, float>{cache, step, query, item, following, memory}.run();
+    Task<FloatUnits, float>{cache, step, query, item, following, memory}.run(spans);
   } else if (cache.is_quantized) {
-    Task<WidenedUnits, Bf16>{cache, step, query, item, following, memory}.run();
+    Task<WidenedUnits, Bf16>{cache, step, query, item, following, memory}.run(spans);
   } else {
-    Task<Bf16Units, Bf16>{cache, step, query, item, following, memory}.run();
+    Task<Bf16Units, Bf16>{cache, step, query, item, following, memory}.run(spans);
   }
 }
