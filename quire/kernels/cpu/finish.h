@@ -1,0 +1,48 @@
+// How sums of products become results (finish.cpp), for linear.cpp, quantized.cpp and experts.cpp.
+#pragma once
+#include <cstdint>
+
+constexpr int64_t BLOCK = 64;      // outputs
+constexpr int64_t CHUNK_ROWS = 96;  // whose sums are kept while a block of outputs is computed
+
+enum Kind : int32_t { FLOATS = 0, BF16 = 1, BYTES = 2, NIBBLES = 3 };
+
+// What a call does besides a product, as calls.py lays it out. Null: not.
+struct Fused {
+  const float* squares;  // [rows][num_squares]: rows are a norm's results that are to be divided by its rms
+  const void* residual;  // [rows][outputs], to which results are added
+  void* total;           // [rows][outputs], as precise as the residual: the sums; and out becomes their norm, not divided
+  float* new_squares;    // [rows][outputs / 64]: of the total
+  const void* gain;      // [outputs] of out's type: that norm's weight, if it has one
+  int64_t num_squares, residual_stride;
+  float eps, offset;     // of the norm before; of the weight of the one that follows
+  int32_t residual_bf16;
+};
+
+// 1 / rms of a row of `size` numbers.
+float inverse_rms(const Fused& a, int64_t row, int64_t size);
+
+struct Finish {
+  void* out;         // [rows], `out_stride` numbers from one to the next
+  const void* bias;  // may be null
+  const float *x_scales, *weight_scales;  // of rows, or null; of outputs, if sums are of BYTES
+  const int32_t* x_sums;                  // of BYTES
+  int64_t outputs, out_stride;
+  Kind kind;  // sums of BYTES are int32, as the bits of floats
+  bool out_bf16, bias_bf16;
+  Fused fused{};
+};
+
+// Rows top .. top + rows - 1 of a block, of whose products there are sums [rows][64]. Apart from where those are computed,
+// so that it costs them no registers, and rounds alike wherever it is called.
+void finish_rows(int32_t isa, const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t block);
+
+// All `rows` of a block: add_up(top, count, sums) computes sums.
+template <class AddUp>
+inline void finish_block(int32_t isa, const Finish& a, int64_t rows, int64_t block, float* sums, AddUp add_up) {
+  for (int64_t top = 0; top < rows; top += CHUNK_ROWS) {
+    const int64_t count = rows - top < CHUNK_ROWS ? rows - top : CHUNK_ROWS;
+    add_up(top, count, sums);
+    finish_rows(isa, a, sums, top, count, block);
+  }
+}

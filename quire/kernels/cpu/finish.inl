@@ -1,0 +1,63 @@
+// Results of products, for one instruction set. See finish.cpp.
+
+#include "vectors.inl"
+
+static inline Floats get(const void* p, bool is_bf16, int64_t at, int64_t n) {
+  return is_bf16 ? get((const Bf16*)p + at, n) : get((const float*)p + at, n);
+}
+static inline void put(void* p, bool is_bf16, int64_t at, Floats x, int64_t n) {
+  if (is_bf16) {
+    put((Bf16*)p + at, x, n);
+  } else {
+    put((float*)p + at, x, n);
+  }
+}
+
+// Results `at` .. of a row, of which n exist, from their sums.
+static inline Floats result(const Finish& a, const float* sums, int64_t row, int64_t at, int64_t n) {
+  Floats x = load(sums);
+  if (a.kind == BYTES) {
+    const Ints whole = load_units((const int32_t*)sums) - 128 * a.x_sums[row];
+    x = as_floats(whole) * (a.x_scales[row] * load(a.weight_scales + at));
+  } else if (a.x_scales) {
+    x = x * a.x_scales[row];
+  }
+  return a.bias ? x + get(a.bias, a.bias_bf16, at, n) : x;
+}
+
+static inline void add_row(const Finish& a, const float* sums, int64_t row, int64_t start, int64_t count) {
+  const Fused& to = a.fused;
+  Floats squares{};
+  FOR_LANES(i, n, count) {
+    const int64_t at = start + i;
+    Floats total = result(a, sums + i, row, at, n) + get(to.residual, to.residual_bf16, row * to.residual_stride + at, n);
+    put(to.total, to.residual_bf16, row * a.outputs + at, total, n);
+    for (int64_t lane = n; lane < LANES; lane++) total[lane] = 0;
+    squares = squares + total * total;
+    if (to.gain) total = total * (get(to.gain, a.out_bf16, at, n) + to.offset);
+    put(a.out, a.out_bf16, row * a.out_stride + at, total, n);
+  }
+  to.new_squares[row * ((a.outputs + BLOCK - 1) / BLOCK) + start / BLOCK] = sum(squares);
+}
+
+static void finish_rows(const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t block) {
+  const int64_t start = block * BLOCK, count = a.outputs - start < BLOCK ? a.outputs - start : BLOCK;
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t row = top + r;
+    const float* x = sums + r * BLOCK;
+    if (a.fused.residual) {
+      add_row(a, x, row, start, count);
+    } else {
+      FOR_LANES(i, n, count) {
+        put(a.out, a.out_bf16, row * a.out_stride + start + i, result(a, x + i, row, start + i, n), n);
+      }
+    }
+  }
+}
+
+static inline void finish_norm(const FinishNorm& a, int64_t row) {
+  const float inverse = inverse_rms(a.norm, row, a.size);
+  FOR_LANES(i, n, a.size) {
+    put(a.out, a.is_bf16, row * a.size + i, get(a.x, a.is_bf16, row * a.size + i, n) * inverse, n);
+  }
+}
