@@ -8,7 +8,13 @@ from torch import Tensor
 
 from quire.kernels import ops
 from quire.kernels.cpu import native
-from quire.kernels.cpu.products import Machine, multiply_added, multiply_normed
+from quire.kernels.cpu.products import (
+    ACTIVATIONS,
+    Machine,
+    multiply_added,
+    multiply_gated,
+    multiply_normed,
+)
 from quire.kernels.quantized import quantize_linear, quantized_linear
 from quire.kernels.reference import RmsNorm, RowScale
 from tests.kernels.test_kernels import noise, row_scale
@@ -112,6 +118,30 @@ def test_rows_of_a_norm_are_divided_by_its_rms(level: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(128, 64), (384, 352)])
+def test_gates_are_multiplied_by_their_ups(outputs: int, inputs: int, level: int, kind: str) -> None:
+    case = Case(kind, outputs, inputs)
+    scale = row_scale(MOST, 7)
+    inverse = torch.rsqrt(scale.squares.double().sum(1, keepdim=True) / inputs + scale.eps)
+    for act in ACTIVATIONS:
+        bias = None if act == "gelu" else case.bias
+
+        def compute(some: slice, threads: int) -> tuple[Tensor, ...]:
+            part, machine = RowScale(scale.squares[some], scale.eps), Machine(level, threads)
+            found = multiply_gated(case.x[some], part, case.packed, bias, act, machine)  # noqa: B023
+            assert found is not None
+            return (found,)
+
+        found = compute(slice(0, MOST), 1)
+        want = case.product() * inverse + (0 if bias is None else bias.double())
+        assert found[0].dtype is case.dtype
+        close(found[0], ops.act_mul.reference(want, act))
+        if act in ("silu", "gelu"):
+            same_among_others(compute, found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_norm_between_two_products_is_the_norm(kind: str) -> None:
     """Its parts, in the two products, make it whole."""
     first, second = Case(kind, 128, 352), Case(kind, 70, 128)
@@ -140,11 +170,14 @@ def test_what_has_no_kernel_takes_several_operations() -> None:
     assert multiply_added(x, packed, None, residual, RmsNorm(noise(70).half(), 1e-6), machine) is None
     assert multiply_normed(x, None, heads, None, torch.float32, machine) is None
     assert multiply_normed(x, apart, packed, None, torch.float32, machine) is None
+    assert multiply_gated(x, None, packed, None, "silu", machine) is None  # 35 are not whole blocks
     want = ops.linear_add_norm(x, packed, None, residual, norm)
     got = ops.linear_add_norm(x, plain, None, residual, norm)
     assert got[2] is None
     torch.testing.assert_close(got[0], want[0])
     torch.testing.assert_close(got[1], ops.finish_norm(*want[1:]))
+    got, want = (ops.normed_act_mul(x, apart, weight, None, "silu") for weight in (plain, packed))
+    torch.testing.assert_close(got, want)
     torch.testing.assert_close(
         ops.normed_linear(x, apart, packed, None), ops.normed_linear.reference(x, apart, plain, None)
     )

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #endif
 
+#include "elementwise.h"
 #include "finish.h"
 
 namespace {
@@ -38,8 +39,8 @@ float inverse_rms(const Fused& a, int64_t row, int64_t size) {
   return 1.0f / sqrtf(total / size + a.eps);
 }
 
-void finish_rows(int32_t isa, const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t block) {
-  QUIRE_CALL(isa, finish_rows(a, sums, top, rows, block));
+void finish_rows(int32_t isa, const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t item) {
+  QUIRE_CALL(isa, finish_rows(a, sums, top, rows, item));
 }
 
 extern "C" void quire_finish_norm(const void* args) {

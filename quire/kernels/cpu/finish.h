@@ -2,8 +2,9 @@
 #pragma once
 #include <cstdint>
 
-constexpr int64_t BLOCK = 64;      // outputs
-constexpr int64_t CHUNK_ROWS = 96;  // whose sums are kept while a block of outputs is computed
+constexpr int64_t BLOCK = 64;       // outputs
+constexpr int64_t CHUNK_ROWS = 96;  // whose sums are kept until they are finished
+constexpr int64_t MOST_SUMS = 2 * CHUNK_ROWS * BLOCK;
 
 enum Kind : int32_t { FLOATS = 0, BF16 = 1, BYTES = 2, NIBBLES = 3 };
 
@@ -17,6 +18,7 @@ struct Fused {
   int64_t num_squares, residual_stride;
   float eps, offset;     // of the norm before; of the weight of the one that follows
   int32_t residual_bf16;
+  int32_t gated, activation;  // the first half of outputs are gates: out [rows][outputs / 2] is act(gate) * up
 };
 
 // 1 / rms of a row of `size` numbers.
@@ -30,19 +32,24 @@ struct Finish {
   int64_t outputs, out_stride;
   Kind kind;  // sums of BYTES are int32, as the bits of floats
   bool out_bf16, bias_bf16;
-  Fused fused{};
+  Fused fused;
+
+  // An item is a block, or one of gates with that of their ups.
+  int64_t parts() const { return fused.gated ? 2 : 1; }
+  int64_t items() const { return (outputs + BLOCK - 1) / BLOCK / parts(); }
 };
 
-// Rows top .. top + rows - 1 of a block, of whose products there are sums [rows][64]. Apart from where those are computed,
-// so that it costs them no registers, and rounds alike wherever it is called.
-void finish_rows(int32_t isa, const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t block);
+// Rows top .. top + rows - 1 of an item, of whose products there are sums [parts][CHUNK_ROWS][64]. Apart from where those
+// are computed, so that it costs them no registers, and rounds alike wherever it is called.
+void finish_rows(int32_t isa, const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t item);
 
-// All `rows` of a block: add_up(top, count, sums) computes sums.
+// All `rows` of an item: add_up(block, top, count, sums) computes sums of one of its blocks.
 template <class AddUp>
-inline void finish_block(int32_t isa, const Finish& a, int64_t rows, int64_t block, float* sums, AddUp add_up) {
+inline void finish_item(int32_t isa, const Finish& a, int64_t rows, int64_t item, float* sums, AddUp add_up) {
   for (int64_t top = 0; top < rows; top += CHUNK_ROWS) {
     const int64_t count = rows - top < CHUNK_ROWS ? rows - top : CHUNK_ROWS;
-    add_up(top, count, sums);
-    finish_rows(isa, a, sums, top, count, block);
+    for (int64_t part = 0; part < a.parts(); part++)
+      add_up(item + part * a.items(), top, count, sums + part * CHUNK_ROWS * BLOCK);
+    finish_rows(isa, a, sums, top, count, item);
   }
 }

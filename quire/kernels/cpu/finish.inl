@@ -1,6 +1,7 @@
 // Results of products, for one instruction set. See finish.cpp.
 
 #include "vectors.inl"
+#include "activations.inl"
 
 static inline Floats get(const void* p, bool is_bf16, int64_t at, int64_t n) {
   return is_bf16 ? get((const Bf16*)p + at, n) : get((const float*)p + at, n);
@@ -40,16 +41,24 @@ static inline void add_row(const Finish& a, const float* sums, int64_t row, int6
   to.new_squares[row * ((a.outputs + BLOCK - 1) / BLOCK) + start / BLOCK] = sum(squares);
 }
 
-static void finish_rows(const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t block) {
-  const int64_t start = block * BLOCK, count = a.outputs - start < BLOCK ? a.outputs - start : BLOCK;
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t row = top + r;
-    const float* x = sums + r * BLOCK;
+static inline void gate_row(const Finish& a, const float* gates, const float* ups, int64_t row, int64_t start) {
+  for (int64_t i = 0; i < BLOCK; i += LANES) {
+    const Floats gate = result(a, gates + i, row, start + i, LANES);
+    const Floats up = result(a, ups + i, row, a.outputs / 2 + start + i, LANES);
+    put(a.out, a.out_bf16, row * a.out_stride + start + i, activate(gate, a.fused.activation) * up, LANES);
+  }
+}
+
+static void finish_rows(const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t item) {
+  const int64_t start = item * BLOCK, count = a.outputs - start < BLOCK ? a.outputs - start : BLOCK;
+  for (int64_t row = top; row < top + rows; row++, sums += BLOCK) {
     if (a.fused.residual) {
-      add_row(a, x, row, start, count);
+      add_row(a, sums, row, start, count);
+    } else if (a.fused.gated) {
+      gate_row(a, sums, sums + CHUNK_ROWS * BLOCK, row, start);
     } else {
       FOR_LANES(i, n, count) {
-        put(a.out, a.out_bf16, row * a.out_stride + start + i, result(a, x + i, row, start + i, n), n);
+        put(a.out, a.out_bf16, row * a.out_stride + start + i, result(a, sums + i, row, start + i, n), n);
       }
     }
   }

@@ -69,8 +69,8 @@ const float* inverses(const Fused& fused, int64_t rows, int64_t size, Scratch& s
 
 }  // namespace
 
-void linear_block(int32_t isa, const Linear& a, int64_t block, float* sums) {
-  finish_block(isa, a.finish, a.rows, block, sums, [&](int64_t top, int64_t rows, float* sums) {
+void linear_item(int32_t isa, const Linear& a, int64_t item, float* sums) {
+  finish_item(isa, a.finish, a.rows, item, sums, [&](int64_t block, int64_t top, int64_t rows, float* sums) {
     QUIRE_CALL(isa, linear_sums(a, block, top, rows, sums));
   });
 }
@@ -104,18 +104,19 @@ extern "C" void quire_linear(const void* args) {
   if (a.fused.squares) a.x_scales = inverses(a.fused, a.rows, a.x_row_bytes / size, scratch);
   if (widened || a.x_row_bytes < a.units * 4) prepare(a);
   const int64_t blocks = (a.outputs + BLOCK - 1) / BLOCK, out_bytes = a.out_bf16 ? 2 : 4;
+  const Finish finish{a.out, a.bias, a.x_scales, a.weight_scales, a.x_sums, a.outputs,
+                      a.groups * a.outputs >> a.fused.gated, kind, a.out_bf16 != 0, a.bias_bf16 != 0, a.fused};
 #pragma omp parallel num_threads(a.threads) if (a.groups * blocks > 1)
   {
-    alignas(64) float sums[CHUNK_ROWS * BLOCK];
+    alignas(64) float sums[MOST_SUMS];
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < a.groups * blocks; i++) {
-      const int64_t group = i / blocks, block = i % blocks;
-      const Finish finish{(char*)a.out + group * a.outputs * out_bytes, a.bias, a.x_scales, a.weight_scales, a.x_sums,
-                          a.outputs, a.groups * a.outputs, kind, a.out_bf16 != 0, a.bias_bf16 != 0, a.fused};
-      const Linear one{(const char*)a.x + group * a.x_group_bytes,
-                       (const char*)a.weight + group * blocks * a.units * BLOCK * 4,
-                       a.rows, a.units, a.x_stride_bytes, finish};
-      linear_block(a.isa, one, block, sums);
+    for (int64_t i = 0; i < a.groups * finish.items(); i++) {
+      const int64_t group = i / finish.items();
+      Linear one{(const char*)a.x + group * a.x_group_bytes,
+                 (const char*)a.weight + group * blocks * a.units * BLOCK * 4,
+                 a.rows, a.units, a.x_stride_bytes, finish};
+      one.finish.out = (char*)a.out + group * a.outputs * out_bytes;
+      linear_item(a.isa, one, i % finish.items(), sums);
     }
   }
 }

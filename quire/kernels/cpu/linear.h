@@ -35,5 +35,5 @@ struct Linear {
 // A row of `count` floats or bf16 as products take it, with zeros up to `padded`.
 void prepare_row(int32_t isa, int32_t kind, void* out, const void* x, int64_t count, int64_t padded);
 
-// 64 outputs of all rows; `sums` has room for [CHUNK_ROWS][BLOCK].
-void linear_block(int32_t isa, const Linear& one, int64_t block, float* sums);
+// All rows of an item of results (finish.h); `sums` has room for MOST_SUMS.
+void linear_item(int32_t isa, const Linear& a, int64_t item, float* sums);

@@ -20,6 +20,7 @@ from quire.kernels.reference import (
     RowScale,
     linear,
     linear_add_norm,
+    normed_act_mul,
     normed_linear,
     pack_linear,
 )
@@ -72,6 +73,8 @@ class Fused(NamedTuple):
     eps: float = 0.0
     offset: float = 0.0
     residual_bf16: bool = False
+    gated: bool = False
+    activation: int = 0
 
     @classmethod
     def scaled(cls, scale: RowScale | None, **more: Any) -> "Fused":
@@ -147,6 +150,18 @@ def multiply_normed(
         return None
     out = torch.empty(len(values), weight.outputs, dtype=dtype)
     multiply(values, weight, bias, out, machine, Fused.scaled(scale))
+    return out
+
+
+def multiply_gated(
+    values: Tensor, scale: RowScale | None, weight: Any, bias: Tensor | None, kind: str, machine: Machine
+) -> Tensor | None:
+    """`normed_act_mul`; None if it takes several operations."""
+    if not _takes_more(values, weight, scale) or weight.outputs % (2 * BLOCK_OUTPUTS):
+        return None
+    out = torch.empty(len(values), weight.outputs // 2, dtype=values.dtype)
+    fused = Fused.scaled(scale, gated=True, activation=ACTIVATIONS[kind])
+    multiply(values, weight, bias, out, machine, fused)
     return out
 
 
@@ -243,6 +258,13 @@ def _register_products(machine: Callable[[], Machine]) -> None:
     ) -> Tensor:
         found = multiply_normed(values, scale, weight, bias, dtype or values.dtype, machine())
         return normed_linear.reference(values, scale, weight, bias, dtype) if found is None else found
+
+    @normed_act_mul.on("cpu", *BOTH)
+    def normed_act_mul_native(
+        values: Tensor, scale: RowScale | None, weight: Any, bias: Tensor | None, kind: str
+    ) -> Tensor:
+        found = multiply_gated(values, scale, weight, bias, kind, machine())
+        return normed_act_mul.reference(values, scale, weight, bias, kind) if found is None else found
 
     @linear_add_norm.on("cpu", *BOTH)
     def linear_add_norm_native(

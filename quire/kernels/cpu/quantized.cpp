@@ -38,8 +38,8 @@ struct Weight {
 
 void quantize_row(int32_t isa, const Rows& a, int64_t row) { QUIRE_CALL(isa, quantize_row(a, row)); }
 
-void nibble_block(int32_t isa, const Product& a, int64_t block, float* sums) {
-  finish_block(isa, a.finish, a.rows, block, sums, [&](int64_t top, int64_t rows, float* sums) {
+void nibble_item(int32_t isa, const Product& a, int64_t item, float* sums) {
+  finish_item(isa, a.finish, a.rows, item, sums, [&](int64_t block, int64_t top, int64_t rows, float* sums) {
     QUIRE_CALL(isa, nibble_sums(a, block, top, rows, sums));
   });
 }
@@ -89,15 +89,14 @@ extern "C" void quire_linear_quantized(const void* args) {
                            (const float*)a.scales, a.rows, a.outputs, a.padded / 4, row_bytes, 1, 0, row_bytes, a.fused};
     return quire_linear(&bytes);
   }
-  const Finish finish{a.out, a.bias, x_scales, nullptr, nullptr, a.outputs, a.outputs, NIBBLES,
+  const Finish finish{a.out, a.bias, x_scales, nullptr, nullptr, a.outputs, a.outputs >> a.fused.gated, NIBBLES,
                       a.out_bf16 != 0, a.is_bf16 != 0, a.fused};
   const Product product{(const int8_t*)whole, x_sums, (const int32_t*)a.weight, (const uint16_t*)a.scales,
                         a.rows, a.padded, finish};
 #pragma omp parallel num_threads(a.threads)
   {
-    alignas(64) float sums[CHUNK_ROWS * BLOCK];
+    alignas(64) float sums[MOST_SUMS];
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t block = 0; block < (a.outputs + BLOCK - 1) / BLOCK; block++)
-      nibble_block(a.isa, product, block, sums);
+    for (int64_t item = 0; item < finish.items(); item++) nibble_item(a.isa, product, item, sums);
   }
 }

@@ -26,5 +26,5 @@ struct Product {
   Finish finish;
 };
 
-// 64 outputs of all rows; `sums` has room for [CHUNK_ROWS][BLOCK].
-void nibble_block(int32_t isa, const Product& a, int64_t block, float* sums);
+// All rows of an item of results (finish.h); `sums` has room for MOST_SUMS.
+void nibble_item(int32_t isa, const Product& a, int64_t item, float* sums);
