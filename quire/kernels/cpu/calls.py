@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quire.kernels.cpu.native import load
 
 # Arguments of kernels in the order of the C++ structures of the same names: i int32, q int64, P address, f float32.
-FUSED = "5P2q2f3i"  # in several
+FUSED = "6P2q2f3i"  # in several
 LAYOUTS = {
     "quire_rms_norm": "3i3P3q2f",
     "quire_add_norm": "3i5P4q2f",

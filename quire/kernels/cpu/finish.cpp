@@ -33,7 +33,7 @@ struct FinishNorm {
 
 }  // namespace
 
-float inverse_rms(const Fused& a, int64_t row, int64_t size) {
+float row_scale(const Fused& a, int64_t row, int64_t size) {
   float total = 0;
   for (int64_t i = 0; i < a.num_squares; i++) total += a.squares[row * a.num_squares + i];
   return 1.0f / sqrtf(total / size + a.eps);

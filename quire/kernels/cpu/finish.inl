@@ -2,6 +2,7 @@
 
 #include "vectors.inl"
 #include "activations.inl"
+#include "heads.inl"
 
 static inline Floats get(const void* p, bool is_bf16, int64_t at, int64_t n) {
   return is_bf16 ? get((const Bf16*)p + at, n) : get((const float*)p + at, n);
@@ -49,11 +50,32 @@ static inline void gate_row(const Finish& a, const float* gates, const float* up
   }
 }
 
+template <class P>
+static inline void head_row(const Finish& a, const float* sums, int64_t row, int64_t head) {
+  const Heads& to = *a.fused.heads;
+  const int64_t size = to.size, at = to.positions[row] * to.half, kv_head = head - to.num_queries;
+  const int64_t num_keys = to.cache->num_kv_heads;
+  float x[MOST_PARTS * BLOCK];
+  for (int64_t i = 0; i < size; i += LANES)
+    store(x + i, result(a, sums + i / BLOCK * CHUNK_ROWS * BLOCK + i % BLOCK, row, head * size + i, LANES));
+  if (kv_head < num_keys) {
+    const float* weight = to.weights ? to.weights + head * size : nullptr;
+    norm_rope_head<P>(x, weight, size, to.eps, to.cos + at, to.sin + at, to.half);
+  }
+  char kept[sizeof(x)], *query = (char*)a.out + (row * a.out_stride + head * size) * (a.out_bf16 ? 2 : 4);
+  char* out = kv_head < 0 ? query : kept;
+  for (int64_t i = 0; i < size; i += LANES) put(out, a.out_bf16, i, load(x + i), LANES);
+  if (kv_head >= 0 && to.slots[row] >= 0)
+    write_head(*to.cache, to.slots[row], kv_head < num_keys, kv_head % num_keys, out);
+}
+
 static void finish_rows(const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t item) {
   const int64_t start = item * BLOCK, count = a.outputs - start < BLOCK ? a.outputs - start : BLOCK;
   for (int64_t row = top; row < top + rows; row++, sums += BLOCK) {
     if (a.fused.residual) {
       add_row(a, sums, row, start, count);
+    } else if (a.fused.heads) {
+      a.fused.heads->interleaved ? head_row<Neighbours>(a, sums, row, item) : head_row<Apart>(a, sums, row, item);
     } else if (a.fused.gated) {
       gate_row(a, sums, sums + CHUNK_ROWS * BLOCK, row, start);
     } else {
@@ -65,7 +87,7 @@ static void finish_rows(const Finish& a, const float* sums, int64_t top, int64_t
 }
 
 static inline void finish_norm(const FinishNorm& a, int64_t row) {
-  const float inverse = inverse_rms(a.norm, row, a.size);
+  const float inverse = row_scale(a.norm, row, a.size);
   FOR_LANES(i, n, a.size) {
     put(a.out, a.is_bf16, row * a.size + i, get(a.x, a.is_bf16, row * a.size + i, n) * inverse, n);
   }

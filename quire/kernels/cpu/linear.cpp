@@ -63,7 +63,7 @@ void prepare(LinearCall& a) {
 
 const float* inverses(const Fused& fused, int64_t rows, int64_t size, Scratch& scratch) {
   float* found = (float*)scratch.of(rows * sizeof(float));
-  for (int64_t row = 0; row < rows; row++) found[row] = inverse_rms(fused, row, size);
+  for (int64_t row = 0; row < rows; row++) found[row] = row_scale(fused, row, size);
   return found;
 }
 
@@ -105,7 +105,7 @@ extern "C" void quire_linear(const void* args) {
   if (widened || a.x_row_bytes < a.units * 4) prepare(a);
   const int64_t blocks = (a.outputs + BLOCK - 1) / BLOCK, out_bytes = a.out_bf16 ? 2 : 4;
   const Finish finish{a.out, a.bias, a.x_scales, a.weight_scales, a.x_sums, a.outputs,
-                      a.groups * a.outputs >> a.fused.gated, kind, a.out_bf16 != 0, a.bias_bf16 != 0, a.fused};
+                      a.groups * results_per_row(a.fused, a.outputs), kind, a.out_bf16 != 0, a.bias_bf16 != 0, a.fused};
 #pragma omp parallel num_threads(a.threads) if (a.groups * blocks > 1)
   {
     alignas(64) float sums[MOST_SUMS];

@@ -36,6 +36,7 @@ ACTIVATIONS = {  # as in elementwise.h
     "sigmoid": 5,
 }
 BLOCK_OUTPUTS, INPUT_STEP, UNIT_BYTES = 64, 32, 4  # as in linear.cpp
+MOST_HEAD_DIM = 4 * BLOCK_OUTPUTS  # as in finish.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Fused(NamedTuple):
     total: int = 0
     new_squares: int = 0
     gain: int = 0
+    heads: int = 0
     num_squares: int = 0
     residual_stride: int = 0
     eps: float = 0.0
@@ -137,6 +139,15 @@ def multiply(
     )
 
 
+def takes_more(x: Tensor, weight: Any, scale: RowScale | None = None) -> bool:
+    """Whether there is a kernel that does more than a product with such a weight."""
+    if scale is not None and not scale.squares.is_contiguous():
+        return False
+    return x.dim() == 2 and (
+        isinstance(weight, PackedQuantized) or isinstance(weight, PackedWeight) and weight.groups == 1
+    )
+
+
 def multiply_normed(
     values: Tensor,
     scale: RowScale | None,
@@ -146,7 +157,7 @@ def multiply_normed(
     machine: Machine,
 ) -> Tensor | None:
     """`normed_linear`; None if it takes several operations."""
-    if not _takes_more(values, weight, scale):
+    if not takes_more(values, weight, scale):
         return None
     out = torch.empty(len(values), weight.outputs, dtype=dtype)
     multiply(values, weight, bias, out, machine, Fused.scaled(scale))
@@ -157,7 +168,7 @@ def multiply_gated(
     values: Tensor, scale: RowScale | None, weight: Any, bias: Tensor | None, kind: str, machine: Machine
 ) -> Tensor | None:
     """`normed_act_mul`; None if it takes several operations."""
-    if not _takes_more(values, weight, scale) or weight.outputs % (2 * BLOCK_OUTPUTS):
+    if not takes_more(values, weight, scale) or weight.outputs % (2 * BLOCK_OUTPUTS):
         return None
     out = torch.empty(len(values), weight.outputs // 2, dtype=values.dtype)
     fused = Fused.scaled(scale, gated=True, activation=ACTIVATIONS[kind])
@@ -172,7 +183,7 @@ def multiply_added(
     gain, eps, offset = norm
     if gain is not None and (gain.dim() != 1 or gain.dtype is not x.dtype):
         return None
-    if not _takes_more(x, weight) or residual.dim() != 2 or residual.dtype not in BOTH:
+    if not takes_more(x, weight) or residual.dim() != 2 or residual.dtype not in BOTH:
         return None
     residual, rows, stride = rows_of(residual)
     total, out = (torch.empty(rows, weight.outputs, dtype=dtype) for dtype in (residual.dtype, x.dtype))
@@ -188,15 +199,6 @@ def multiply_added(
     )
     multiply(x, weight, bias, out, machine, fused)
     return total, out, RowScale(squares, eps)
-
-
-def _takes_more(x: Tensor, weight: Any, scale: RowScale | None = None) -> bool:
-    """Whether there is a kernel that does more than a product with such a weight."""
-    if scale is not None and not scale.squares.is_contiguous():
-        return False
-    return x.dim() == 2 and (
-        isinstance(weight, PackedQuantized) or isinstance(weight, PackedWeight) and weight.groups == 1
-    )
 
 
 def _register_weights(machine: Callable[[], Machine]) -> None:

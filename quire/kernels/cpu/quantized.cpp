@@ -81,7 +81,7 @@ extern "C" void quire_linear_quantized(const void* args) {
 #pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > SERIAL_ROWS)
   for (int64_t row = 0; row < a.rows; row++) {
     quantize_row(a.isa, given, row);
-    if (a.fused.squares) x_scales[row] *= inverse_rms(a.fused, row, a.inputs);
+    if (a.fused.squares) x_scales[row] *= row_scale(a.fused, row, a.inputs);
   }
   a.fused.squares = nullptr;  // they are in the scales
   if (!grouped) {
@@ -89,8 +89,8 @@ extern "C" void quire_linear_quantized(const void* args) {
                            (const float*)a.scales, a.rows, a.outputs, a.padded / 4, row_bytes, 1, 0, row_bytes, a.fused};
     return quire_linear(&bytes);
   }
-  const Finish finish{a.out, a.bias, x_scales, nullptr, nullptr, a.outputs, a.outputs >> a.fused.gated, NIBBLES,
-                      a.out_bf16 != 0, a.is_bf16 != 0, a.fused};
+  const Finish finish{a.out, a.bias, x_scales, nullptr, nullptr, a.outputs,
+                      results_per_row(a.fused, a.outputs), NIBBLES, a.out_bf16 != 0, a.is_bf16 != 0, a.fused};
   const Product product{(const int8_t*)whole, x_sums, (const int32_t*)a.weight, (const uint16_t*)a.scales,
                         a.rows, a.padded, finish};
 #pragma omp parallel num_threads(a.threads)
