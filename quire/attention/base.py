@@ -98,6 +98,22 @@ class Turn:
     eps: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Queries, keys and values that have still to be computed: what `ops.normed_linear` takes."""
+
+    values: Tensor  # [T, dim]
+    scale: ops.RowScale | None
+    weight: Any
+    bias: Tensor | None
+    head_dim: int
+
+    def heads(self) -> Tensor:
+        """[T, H + 2 * Hkv, D]."""
+        y = ops.normed_linear(self.values, self.scale, self.weight, self.bias)
+        return y.unflatten(-1, (-1, self.head_dim))
+
+
 class Backend(Protocol):
     """Attention over the paged cache on one kind of device."""
 
@@ -169,6 +185,20 @@ class Backend(Protocol):
 
         Queries and keys are turned, and keys and values stored, before.
         """
+
+    def attend_product(
+        self,
+        product: Product,
+        cache: LayerCache,
+        turn: Turn,
+        step: Ragged,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """`attend_turned` of the product's heads."""
 
 
 def turn_and_write(backend: Backend, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:

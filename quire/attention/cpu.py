@@ -1,16 +1,25 @@
 """Attention on a CPU, by C++ that reads the cache's pages where they lie (kernels/cpu/attention.cpp)."""
 
 import ctypes
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged, Turn, turn_and_write
+from quire.attention.base import LayerCache, Product, Ragged, Turn, turn_and_write
 from quire.attention.shapes import DIM_STEP, CacheShape
 from quire.kernels.cpu.calls import keep, kernel
 from quire.kernels.cpu.native import isa, load
+from quire.kernels.cpu.products import (
+    BLOCK_OUTPUTS,
+    MOST_HEAD_DIM,
+    Fused,
+    Machine,
+    multiply,
+    pointer,
+    takes_more,
+)
 
 PAGE_TOKENS = 16
 UNIT_BYTES = 4
@@ -22,6 +31,15 @@ class _Cache(ctypes.Structure):
         *[(name, c_int64) for name in ("block_stride", "num_kv_heads", "k_dim", "v_dim")],
         *[(name, c_int64) for name in ("k_stored", "v_stored", "k_first", "pages_per_block")],
         *[(name, c_int32) for name in ("is_bf16", "is_quantized", "isa")],
+    ]
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("cache", "slots", "positions", "weights", "cos", "sin")],
+        *[(name, c_int64) for name in ("num_queries", "size", "half")],
+        ("eps", c_float),
+        ("interleaved", c_int32),
     ]
 
 
@@ -103,6 +121,44 @@ class Cpu:
 
     def attend_turned(self, heads: Tensor, cache: LayerCache, turn: Turn, step: Ragged, **how: Any) -> Tensor:
         return self.attend(turn_and_write(self, cache, heads, turn, step), cache, step, **how)
+
+    def attend_product(
+        self, product: Product, cache: LayerCache, turn: Turn, step: Ragged, **how: Any
+    ) -> Tensor:
+        q = self.finish_heads(product, cache, turn, step)
+        if q is None:
+            return self.attend_turned(product.heads(), cache, turn, step, **how)
+        return self.attend(q, cache, step, **how)
+
+    def finish_heads(self, product: Product, cache: LayerCache, turn: Turn, step: Ragged) -> Tensor | None:
+        """`turn_and_write` as the product finishes; None if it takes several operations."""
+        size, num_kv_heads, values = product.head_dim, cache.shape.num_kv_heads, product.values
+        if (
+            size % BLOCK_OUTPUTS
+            or size > MOST_HEAD_DIM
+            or not takes_more(values, product.weight, product.scale)
+        ):
+            return None
+        num_queries = product.weight.outputs // size - 2 * num_kv_heads
+        heads = _Heads(
+            cache=ctypes.addressof(cache.handle),
+            slots=step.slot_mapping.data_ptr(),
+            positions=step.positions.data_ptr(),
+            weights=pointer(turn.weights),
+            cos=turn.cos.data_ptr(),
+            sin=turn.sin.data_ptr(),
+            num_queries=num_queries,
+            size=size,
+            half=turn.cos.shape[1],
+            eps=turn.eps,
+            interleaved=turn.interleaved,
+        )
+        keep(heads)
+        q = torch.empty((len(values), num_queries, size), dtype=values.dtype)
+        fused = Fused.scaled(product.scale, heads=ctypes.addressof(heads))
+        machine = Machine(self.level, torch.get_num_threads())
+        multiply(values, product.weight, product.bias, q, machine, fused)
+        return q
 
     def attend(
         self,

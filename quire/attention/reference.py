@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged, Turn, turn_and_write
+from quire.attention.base import LayerCache, Product, Ragged, Turn, turn_and_write
 from quire.attention.shapes import SCALE_BYTES, CacheShape
 from quire.kernels.quantized import quantize_rows
 
@@ -83,6 +83,11 @@ class Reference:
 
     def attend_turned(self, heads: Tensor, cache: LayerCache, turn: Turn, step: Ragged, **how: Any) -> Tensor:
         return self.attend(turn_and_write(self, cache, heads, turn, step), cache, step, **how)
+
+    def attend_product(
+        self, product: Product, cache: LayerCache, turn: Turn, step: Ragged, **how: Any
+    ) -> Tensor:
+        return self.attend_turned(product.heads(), cache, turn, step, **how)
 
     def attend(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.attention.base import LayerCache, Ragged, Turn
+from quire.attention.base import LayerCache, Product, Ragged, Turn
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
@@ -50,10 +50,11 @@ class Attention(nn.Module):
         """x [T, dim] -> what its heads found [T, H * D], which `out` takes."""
         s, backend = self.spec, self.build.backend
         num_qk = s.num_heads + s.num_kv_heads
-        heads = self.qkv.of(x).unflatten(-1, (num_qk + s.num_kv_heads, s.head_dim))
+        product = Product(x.values, x.scale, self.qkv.weight, self.qkv.bias, s.head_dim)
         how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
         if self.turn is not None:
-            return backend.attend_turned(heads, cache, self.turn, step, **how).flatten(1)
+            return backend.attend_product(product, cache, self.turn, step, **how).flatten(1)
+        heads = product.heads()
         q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
         backend.write(cache, k, heads.narrow(1, num_qk, s.num_kv_heads), step)
         return backend.attend(q, cache, step, **how).flatten(1)

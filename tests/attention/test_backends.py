@@ -219,7 +219,9 @@ def test_cpu_result_is_the_same_bits_for_any_batch_chunks_and_threads(
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c.shape.num_kv_heads == 1 or c.window], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.shape.num_kv_heads == 1 or c.window], ids=lambda c: c.name
+)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("quantized", [False, True], ids=["", "int8"])
 def test_threads_that_share_out_a_long_sequence_find_the_same_bits(

@@ -10,7 +10,7 @@ from quire import LLM, SamplingParams
 from quire.config import Config
 from quire.engine.engine import Engine
 from quire.errors import ConfigError
-from quire.kernels.cpu.ops import PackedQuantized
+from quire.kernels.cpu.products import PackedQuantized
 from quire.layers.linear import Linear
 from quire.types import TokensPrompt
 from tests.attention.test_backends import needs_cpu

@@ -13,7 +13,7 @@ from torch import Tensor
 from quire.kernels import ops
 from quire.kernels.cpu import native
 from quire.kernels.cpu.calls import kernel
-from quire.kernels.cpu.ops import PackedQuantized, PackedWeight
+from quire.kernels.cpu.products import Machine, PackedQuantized, PackedWeight, multiply
 from quire.kernels.dispatch import Kernel, Op, op
 from quire.kernels.quantized import GROUP, Quantized
 
@@ -393,17 +393,13 @@ def test_every_instruction_set_computes_the_same(level: int, dtype: torch.dtype)
 @pytest.mark.parametrize("level", range(native.isa() + 1))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_product_is_the_same_bits_for_any_number_of_rows(level: int, dtype: torch.dtype) -> None:
-    inputs, outputs, size = 352, 200, dtype.itemsize
+    inputs, outputs = 352, 200
     x, dense = noise(130, inputs, dtype=dtype), noise(outputs, inputs, dtype=dtype, seed=1, scale=0.1)
     weight = ops.pack_linear(dense)
 
     def product(x: Tensor, threads: int) -> Tensor:
         out = torch.empty(len(x), outputs)
-        kind = (level, threads, dtype is torch.bfloat16, False, False)
-        pointers = (out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), 0, 0, 0, 0)
-        kernel("quire_linear")(
-            *kind, *pointers, len(x), outputs, inputs * size // 4, x.stride(0) * size, 1, 0, inputs * size
-        )
+        multiply(x, weight, None, out, Machine(level, threads))
         return out
 
     whole = product(x, 1)

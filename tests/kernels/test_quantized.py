@@ -6,8 +6,7 @@ from torch import Tensor
 
 from quire.kernels import ops
 from quire.kernels.cpu import native
-from quire.kernels.cpu.calls import kernel
-from quire.kernels.cpu.ops import PackedQuantized
+from quire.kernels.cpu.products import Machine, PackedQuantized, multiply
 from quire.kernels.quantized import MOST_INPUTS, Quantized, quantize_linear, quantized_linear
 from tests.kernels.test_kernels import dense, noise
 
@@ -68,10 +67,7 @@ def test_a_row_is_the_same_bits_among_any_number_on_every_instruction_set(level:
 
     def product(x: Tensor, threads: int) -> Tensor:
         out = torch.empty(len(x), outputs)
-        kernel("quire_linear_quantized")(
-            *(level, threads, bits, True, False, out.data_ptr(), x.data_ptr(), packed.data.data_ptr()),
-            *(packed.scales.data_ptr(), 0, len(x), inputs, outputs, packed.padded, x.stride(0) * 2),
-        )
+        multiply(x, packed, None, out, Machine(level, threads))
         return out
 
     whole = product(x, 1)

@@ -47,6 +47,7 @@ SIZES = {
 PLAIN = {**SIZES, "hidden_size": 128, "intermediate_size": 176, "num_attention_heads": 4}  # heads of 32
 GROUPED = {**PLAIN, "num_key_value_heads": 2}
 BASE = {**GROUPED, "head_dim": 16}  # q 64, k and v 32
+WIDE = {"head_dim": 64, "intermediate_size": 192}  # whole blocks of a CPU's products
 GPT = {"vocab_size": VOCAB_SIZE, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": MAX_LENGTH}
 GPT |= {key: SIZES[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
 FALCON = {**SIZES, "hidden_size": 128, "num_attention_heads": 4}
@@ -130,6 +131,7 @@ CASES = (
     Case("Qwen2", GROUPED | SLIDING | {"max_window_layers": 2}),
     Case("Qwen2-old", GROUPED | SLIDING | {"max_window_layers": 2}, legacy=old()),
     Case("Qwen3", BASE | theta(500.0) | {"attention_bias": True, "tie_word_embeddings": True}),
+    Case("Qwen3-wide", BASE | WIDE | {"attention_bias": True}),
     Case(
         "Qwen2Moe",
         GROUPED
@@ -198,6 +200,7 @@ CASES = (
     Case("HunYuanDenseV1-alpha", BASE | theta(500.0, rope_type="dynamic", alpha=10.0, factor=1.0)),
     Case("Ernie4_5", BASE | {"use_bias": True}),
     Case("Helium", GROUPED | BIASED | {"head_dim": 32}),
+    Case("Helium-wide", GROUPED | BIASED | WIDE | {"num_attention_heads": 2, "num_key_value_heads": 1}),
     Case("Arcee", BASE | BIASED),
     Case("DeepseekV3", PLAIN | GROUPS | LATENT),
     Case(

@@ -25,6 +25,7 @@ RECORDED = (
     *("Llama-3.1", "Qwen3", "Gemma2", "Gemma3", "Phi3-long"),
     *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Glm4Moe"),
     *("Helium", "Exaone4-global"),  # pairs that turn, sums without a norm
+    *("Qwen3-wide", "Helium-wide"),  # heads and gates that products finish
 )
 LEFT_ALONE = ("GPT2", "Cohere", "Exaone4")  # positions, layer norms, norms of heads that do not turn
 KINDS = (
@@ -67,8 +68,8 @@ def workload(kinds: tuple, count: int = 14) -> list:
     ("name", "options"),
     [
         *((name, {}) for name in (*RECORDED, *LEFT_ALONE)),
-        *product(("Qwen3", "Qwen2Moe"), ({"quantization": "int8"}, {"quantization": "int4"})),
-        *product(("Qwen3", "Gemma3"), ({"kv_cache_dtype": "int8"},)),
+        *product(("Qwen3", "Qwen3-wide", "Qwen2Moe"), ({"quantization": "int8"}, {"quantization": "int4"})),
+        *product(("Qwen3", "Qwen3-wide", "Gemma3"), ({"kv_cache_dtype": "int8"},)),
     ],
 )
 def test_recorded_steps_answer_as_others(name: str, options: dict[str, str], tmp_path: Path) -> None:

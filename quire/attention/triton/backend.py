@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged, Shared, Turn
+from quire.attention.base import LayerCache, Product, Ragged, Shared, Turn
 from quire.attention.shapes import DIM_STEP, CacheShape
 from quire.kernels.gpu import gpu_of
 
@@ -241,6 +241,11 @@ class Triton:
         if self.invariant or step.max_query > 1 or step.shared or group >= _layout(cache).tiles.most_rows:
             return self._attended(self.place(cache, heads, turn, step), None, cache, step, how)
         return self._attended(heads, turn, cache, step, how)
+
+    def attend_product(
+        self, product: Product, cache: LayerCache, turn: Turn, step: Ragged, **how: Any
+    ) -> Tensor:
+        return self.attend_turned(product.heads(), cache, turn, step, **how)
 
     def attend(
         self,

@@ -25,12 +25,12 @@
 #include <immintrin.h>
 #endif
 
+#include "cache.h"
 #include "quantized.h"
 #include "scratch.h"
 
 namespace {
 
-constexpr int64_t PAGE = 16;  // tokens
 constexpr int64_t TILE = 64;
 constexpr int64_t SPAN = 512;  // positions, from a multiple of it on, that are added up alone
 constexpr float LEAST_SCALE = 1e-30f;
@@ -38,23 +38,6 @@ constexpr int64_t MOST_ROWS = 32;  // of an item: its queries, scores and sums s
 constexpr int64_t LEAST_ROWS = 4;
 
 // Mirrored in quire/attention/cpu.py.
-struct Cache {
-  const void *k, *v;     // v null: values are inside the keys
-  int64_t block_stride;  // units
-  int64_t num_kv_heads, k_dim, v_dim, k_stored, v_stored;
-  int64_t k_first;  // dimensions of a key that its first scale is for
-  int64_t pages_per_block;
-  int32_t is_bf16, is_quantized, isa;
-
-  int64_t item_bytes() const { return is_bf16 ? 2 : 4; }  // of a number outside the cache
-
-  // Units from a page of keys, or of values, to the next.
-  int64_t page_units(bool is_key) const {
-    const int64_t stored = is_key ? k_stored : v_stored, scales = is_key && !v ? 2 : 1;
-    return is_quantized ? PAGE * (stored / 4 + scales) : PAGE * stored * item_bytes() / 4;
-  }
-};
-
 struct Step {
   const int32_t *query_starts, *lengths, *tables;
   const int64_t* slots;
@@ -209,25 +192,21 @@ void put_quantized(const Cache& cache, bool is_key, char* page, int64_t token, c
   put<1>(is_key, (int8_t*)page, token, row, dim, stored);
 }
 
-// A token's x [num_kv_heads][dim], keys or values.
-void write_token(const Cache& cache, int64_t slot, bool is_key, const void* x) {
+}  // namespace
+
+void write_head(const Cache& cache, int64_t slot, bool is_key, int64_t head, const void* x) {
   const int64_t dim = is_key ? cache.k_dim : cache.v_dim, stored = is_key ? cache.k_stored : cache.v_stored;
   const int64_t size = cache.pages_per_block * PAGE, page = slot % size / PAGE, token = slot % PAGE;
   int32_t* block = (int32_t*)(is_key ? cache.k : cache.v) + slot / size * cache.block_stride;
-  for (int64_t h = 0; h < cache.num_kv_heads; h++) {
-    int32_t* to = block + (h * cache.pages_per_block + page) * cache.page_units(is_key);
-    const char* from = (const char*)x + h * dim * cache.item_bytes();
-    if (cache.is_quantized) {
-      put_quantized(cache, is_key, (char*)to, token, from, dim, stored);
-    } else if (cache.is_bf16) {
-      put<2>(is_key, (uint16_t*)to, token, (const uint16_t*)from, dim, stored);
-    } else {
-      put<1>(is_key, (float*)to, token, (const float*)from, dim, stored);
-    }
+  int32_t* to = block + (head * cache.pages_per_block + page) * cache.page_units(is_key);
+  if (cache.is_quantized) {
+    put_quantized(cache, is_key, (char*)to, token, x, dim, stored);
+  } else if (cache.is_bf16) {
+    put<2>(is_key, (uint16_t*)to, token, (const uint16_t*)x, dim, stored);
+  } else {
+    put<1>(is_key, (float*)to, token, (const float*)x, dim, stored);
   }
 }
-
-}  // namespace
 
 struct WriteCall {
   const Cache* cache;
@@ -245,8 +224,11 @@ extern "C" void quire_write(const void* args) {
 #pragma omp parallel for num_threads(step.num_threads) schedule(static) if (step.num_tokens >= 8)
   for (int64_t t = 0; t < step.num_tokens; t++) {
     if (step.slots[t] < 0) continue;
-    write_token(cache, step.slots[t], true, (const char*)a.k + t * a.k_stride * cache.item_bytes());
-    if (a.v && cache.v)
-      write_token(cache, step.slots[t], false, (const char*)a.v + t * a.v_stride * cache.item_bytes());
+    const char *k = (const char*)a.k + t * a.k_stride * cache.item_bytes(),
+               *v = (const char*)a.v + t * a.v_stride * cache.item_bytes();
+    for (int64_t h = 0; h < cache.num_kv_heads; h++) {
+      write_head(cache, step.slots[t], true, h, k + h * cache.k_dim * cache.item_bytes());
+      if (a.v && cache.v) write_head(cache, step.slots[t], false, h, v + h * cache.v_dim * cache.item_bytes());
+    }
   }
 }

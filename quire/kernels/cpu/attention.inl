@@ -448,9 +448,8 @@ struct Task {
   template <bool KEEP>
   void move_span(char* kept) {
     const auto move = [&](auto* numbers, int64_t count) {
-      const int64_t bytes = count * sizeof(*numbers);
-      KEEP ? memcpy(kept, numbers, bytes) : memcpy(numbers, kept, bytes);
-      kept += bytes;
+      KEEP ? memcpy(kept, numbers, count * sizeof(*numbers)) : memcpy(numbers, kept, count * sizeof(*numbers));
+      kept += count * sizeof(*numbers);
     };
     move(total, rows);
     move(acc, rows * v_stored);
@@ -466,11 +465,7 @@ struct Task {
       return move_span<true>(spans.kept + spans.only * spans.bytes);
     }
     for (int64_t span = first_span; span <= last; span++) {
-      if (spans.kept) {
-        move_span<false>(spans.kept + span * spans.bytes);
-      } else {
-        run_span(span);
-      }
+      spans.kept ? move_span<false>(spans.kept + span * spans.bytes) : run_span(span);
       add_span(span == first_span);
     }
     finish();

@@ -26,14 +26,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quire.kernels.cpu.native import load
 
 # Arguments of kernels in the order of the C++ structures of the same names: i int32, q int64, P address, f float32.
+FUSED = "6P2q2f3i"  # in several
 LAYOUTS = {
     "quire_rms_norm": "3i3P3q2f",
     "quire_add_norm": "3i5P4q2f",
     "quire_norm_rope": "3iP5q4Pfi",
     "quire_act": "3i2P3q2i",
     "quire_embed": "3i3P3qf",
-    "quire_linear": "5i7P7q",
-    "quire_linear_quantized": "5i5P5q",
+    "quire_linear": "5i7P7q" + FUSED,
+    "quire_linear_quantized": "5i5P5q" + FUSED,
+    "quire_finish_norm": "3i2P2q" + FUSED,
     "quire_route": "4i4P6qf",
     "quire_experts": "6i12P7q",
     "quire_write": "3PqPq",

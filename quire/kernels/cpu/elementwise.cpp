@@ -11,8 +11,6 @@
 
 namespace {
 
-enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 = 4, SIGMOID = 5 };  // as in ops.py
-
 constexpr int64_t PARALLEL_ELEMENTS = 32768;  // fewer are done before other threads would have begun
 
 // Arguments as calls.py lays them out.

@@ -177,23 +177,23 @@ void multiply(const ExpertsCall& a, const Side& side, const Run& run, int64_t bl
   const void* scales = a.bits ? (const void*)side.weights->scales[run.expert] : nullptr;
   const char* bias = (const char*)side.weights->bias;
   if (bias) bias += run.expert * side.outputs * size;
-  char* out = side.out + at * side.outputs * size;
+  const Kind kind = a.bits == 4 ? NIBBLES : a.bits ? BYTES : bf16 ? BF16 : FLOATS;
+  const Finish finish{side.out + at * side.outputs * size, bias, a.bits ? side.scales + at : nullptr, (const float*)scales,
+                      side.sums + at, side.outputs, side.outputs, kind, bf16, bf16, Fused{}};
   const char* rows = side.rows + at * row_bytes;
   if (a.bits == 4) {
     const int32_t* x_sums = side.sums + at * (side.padded / GROUP);
-    const Product product{out, (const int8_t*)rows, side.scales + at, x_sums, (const int32_t*)weight,
-                          (const uint16_t*)scales, bias, run.count, side.outputs, side.padded, bf16, bf16};
-    return nibble_block(a.isa, product, block);
+    const Product product{(const int8_t*)rows, x_sums, (const int32_t*)weight, (const uint16_t*)scales,
+                          run.count, side.padded, finish};
+    return nibble_item(a.isa, product, block, sums);
   }
-  const Linear one{out, rows, weight, bias, side.scales + at, (const float*)scales, side.sums + at,
-                   run.count, side.outputs, side.padded * (a.bits ? 1 : size) / 4, row_bytes, side.outputs,
-                   a.bits ? BYTES : bf16 ? BF16 : FLOATS, bf16, bf16};
-  linear_block(a.isa, one, block, sums);
+  const Linear one{rows, weight, run.count, side.padded * (a.bits ? 1 : size) / 4, row_bytes, finish};
+  linear_item(a.isa, one, block, sums);
 }
 
 // All outputs of all experts' rows; called by all threads together.
 void multiply_all(const ExpertsCall& a, const Mixture& m, const Side& side) {
-  alignas(64) float sums[MOST_ROWS * BLOCK];
+  alignas(64) float sums[MOST_SUMS];
   const int64_t blocks = (side.outputs + BLOCK - 1) / BLOCK;
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < m.num_runs * blocks; i++) multiply(a, side, m.runs[i / blocks], i % blocks, sums);

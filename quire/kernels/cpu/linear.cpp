@@ -61,10 +61,18 @@ void prepare(LinearCall& a) {
   a.x_group_bytes = a.rows * bytes;
 }
 
+const float* inverses(const Fused& fused, int64_t rows, int64_t size, Scratch& scratch) {
+  float* found = (float*)scratch.of(rows * sizeof(float));
+  for (int64_t row = 0; row < rows; row++) found[row] = row_scale(fused, row, size);
+  return found;
+}
+
 }  // namespace
 
-void linear_block(int32_t isa, const Linear& one, int64_t block, float* sums) {
-  QUIRE_CALL(isa, linear_block(one, block, sums));
+void linear_item(int32_t isa, const Linear& a, int64_t item, float* sums) {
+  finish_item(isa, a.finish, a.rows, item, sums, [&](int64_t block, int64_t top, int64_t rows, float* sums) {
+    QUIRE_CALL(isa, linear_sums(a, block, top, rows, sums));
+  });
 }
 
 void prepare_row(int32_t isa, int32_t kind, void* out, const void* x, int64_t count, int64_t padded) {
@@ -89,31 +97,26 @@ extern "C" void quire_pack_linear(int32_t threads, int32_t is_bf16, const void* 
 
 extern "C" void quire_linear(const void* args) {
   LinearCall a = *(const LinearCall*)args;
-  const bool widened = a.kind == BF16 && prepared_bytes(a.isa, BF16) > 2;
+  const Kind kind = (Kind)a.kind;
+  const int64_t size = kind == BF16 ? 2 : 4;
+  const bool widened = kind == BF16 && prepared_bytes(a.isa, BF16) > 2;
+  static thread_local Scratch scratch;
+  if (a.fused.squares) a.x_scales = inverses(a.fused, a.rows, a.x_row_bytes / size, scratch);
   if (widened || a.x_row_bytes < a.units * 4) prepare(a);
   const int64_t blocks = (a.outputs + BLOCK - 1) / BLOCK, out_bytes = a.out_bf16 ? 2 : 4;
+  const Finish finish{a.out, a.bias, a.x_scales, a.weight_scales, a.x_sums, a.outputs,
+                      a.groups * results_per_row(a.fused, a.outputs), kind, a.out_bf16 != 0, a.bias_bf16 != 0, a.fused};
 #pragma omp parallel num_threads(a.threads) if (a.groups * blocks > 1)
   {
-    alignas(64) float sums[MOST_ROWS * BLOCK];
+    alignas(64) float sums[MOST_SUMS];
 #pragma omp for schedule(guided)
-    for (int64_t i = 0; i < a.groups * blocks; i++) {
-      const int64_t group = i / blocks, block = i % blocks;
-      const Linear one{(char*)a.out + group * a.outputs * out_bytes,
-                       (const char*)a.x + group * a.x_group_bytes,
-                       (const char*)a.weight + group * blocks * a.units * BLOCK * 4,
-                       a.bias,
-                       a.x_scales,
-                       a.weight_scales,
-                       a.x_sums,
-                       a.rows,
-                       a.outputs,
-                       a.units,
-                       a.x_stride_bytes,
-                       a.groups * a.outputs,
-                       a.kind,
-                       a.out_bf16 != 0,
-                       a.bias_bf16 != 0};
-      linear_block(a.isa, one, block, sums);
+    for (int64_t i = 0; i < a.groups * finish.items(); i++) {
+      const int64_t group = i / finish.items();
+      Linear one{(const char*)a.x + group * a.x_group_bytes,
+                 (const char*)a.weight + group * blocks * a.units * BLOCK * 4,
+                 a.rows, a.units, a.x_stride_bytes, finish};
+      one.finish.out = (char*)a.out + group * a.outputs * out_bytes;
+      linear_item(a.isa, one, i % finish.items(), sums);
     }
   }
 }

@@ -2,12 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "finish.h"
 #include "levels.h"
-
-constexpr int64_t BLOCK = 64;      // outputs
-constexpr int64_t MOST_ROWS = 96;  // whose sums are kept while a block of outputs is computed
-
-enum Kind : int32_t { FLOATS = 0, BF16 = 1, BYTES = 2, NIBBLES = 3 };
 
 // Bytes of an input as products take it.
 inline int64_t prepared_bytes(int32_t isa, Kind kind) {
@@ -24,23 +20,20 @@ struct LinearCall {
   const float* weight_scales;
   int64_t rows, outputs, units, x_stride_bytes, groups, x_group_bytes;
   int64_t x_row_bytes;  // of its inputs, which may be fewer than the weight's
+  Fused fused;          // of one group
 };
 
 extern "C" void quire_linear(const void* args);
 
 // The product of one group. Rows of x are prepared, and as long as the weight's.
 struct Linear {
-  void* out;
-  const void *x, *weight, *bias;           // bias may be null
-  const float *x_scales, *weight_scales;   // of bytes
-  const int32_t* x_sums;
-  int64_t rows, outputs, units, x_stride_bytes, out_stride;
-  int32_t kind;
-  bool out_bf16, bias_bf16;
+  const void *x, *weight;
+  int64_t rows, units, x_stride_bytes;
+  Finish finish;
 };
 
 // A row of `count` floats or bf16 as products take it, with zeros up to `padded`.
 void prepare_row(int32_t isa, int32_t kind, void* out, const void* x, int64_t count, int64_t padded);
 
-// 64 outputs of all rows; `sums` has room for [MOST_ROWS][BLOCK].
-void linear_block(int32_t isa, const Linear& one, int64_t block, float* sums);
+// All rows of an item of results (finish.h); `sums` has room for MOST_SUMS.
+void linear_item(int32_t isa, const Linear& a, int64_t item, float* sums);

@@ -38,21 +38,6 @@ struct ByteUnits {
 };
 #endif
 
-// Columns start .. of one row of results: add the bias, round, keep those that exist.
-static inline void finish_row(const Linear& a, const float* sums, int64_t row, int64_t start) {
-  const int64_t count = a.outputs - start < BLOCK ? a.outputs - start : BLOCK;
-  for (int64_t i = 0; i < count; i += LANES) {
-    const int64_t n = count - i < LANES ? count - i : LANES, at = start + i;
-    Floats x = load(sums + i);
-    if (a.kind == BYTES) {
-      const Ints whole = load_units((const int32_t*)sums + i) - 128 * a.x_sums[row];
-      x = as_floats(whole) * (a.x_scales[row] * load(a.weight_scales + at));
-    }
-    char* out = (char*)a.out + row * a.out_stride * (a.out_bf16 ? 2 : 4);
-    put_results(x, at, n, a.bias, a.bias_bf16, out, a.out_bf16);
-  }
-}
-
 // Rows row .. row + R - 1 of units unit .. unit + units - 1, added to sums [R][64]. Not inlined: other loops would take
 // its registers.
 template <class E, bool FIRST, int R>
@@ -77,46 +62,41 @@ __attribute__((noinline)) static void rows_of_block(const Linear& a, const int32
   }
 }
 
-// 64 outputs of all rows. A piece of the weight stays in the first cache while up to 96 rows pass by.
+// A piece of the weight stays in the first cache while all of up to 96 rows pass by.
 template <class E>
-static void block_by_vectors(const Linear& a, int64_t block, float* sums) {
+static void sums_by_vectors(const Linear& a, int64_t block, int64_t top, int64_t rows, float* sums) {
   const int32_t* weight = (const int32_t*)a.weight + block * a.units * BLOCK;
   const int64_t piece = a.rows > LINEAR_ROWS ? PIECE_UNITS : a.units;
-  for (int64_t top = 0; top < a.rows; top += MOST_ROWS) {
-    const int64_t rows = a.rows - top < MOST_ROWS ? a.rows - top : MOST_ROWS;
-    for (int64_t unit = 0; unit < a.units; unit += piece) {
-      const int64_t units = a.units - unit < piece ? a.units - unit : piece;
-      for (int64_t r = 0; r < rows; r += LINEAR_ROWS) {
-        const int64_t count = rows - r < LINEAR_ROWS ? rows - r : LINEAR_ROWS;
-        with_rows<LINEAR_ROWS>(count, [&](auto n) {
-          constexpr int R = decltype(n)::value;
-          if (top == 0 && r == 0) {
-            rows_of_block<E, true, R>(a, weight, sums, 0, unit, units);
-          } else {
-            rows_of_block<E, false, R>(a, weight, sums + r * BLOCK, top + r, unit, units);
-          }
-        });
-      }
+  for (int64_t unit = 0; unit < a.units; unit += piece) {
+    const int64_t units = a.units - unit < piece ? a.units - unit : piece;
+    for (int64_t r = 0; r < rows; r += LINEAR_ROWS) {
+      const int64_t count = rows - r < LINEAR_ROWS ? rows - r : LINEAR_ROWS;
+      with_rows<LINEAR_ROWS>(count, [&](auto n) {
+        constexpr int R = decltype(n)::value;
+        if (top == 0 && r == 0) {
+          rows_of_block<E, true, R>(a, weight, sums, 0, unit, units);
+        } else {
+          rows_of_block<E, false, R>(a, weight, sums + r * BLOCK, top + r, unit, units);
+        }
+      });
     }
-    for (int64_t r = 0; r < rows; r++) finish_row(a, sums + r * BLOCK, top + r, block * BLOCK);
   }
 }
 
 #if QUIRE_ISA >= 4
 template <Kind KIND>
-static void block_by_tiles(const Linear& a, int64_t block, float* sums) {
+static void sums_by_tiles(const Linear& a, int64_t block, int64_t top, int64_t rows, float* sums) {
   const char* weight = (const char*)a.weight + block * a.units * BLOCK * 4;
   int64_t configured = 0;
-  for (int64_t top = 0; top < a.rows; top += 2 * TILE_ROWS) {
-    const int64_t rows = a.rows - top < 2 * TILE_ROWS ? a.rows - top : 2 * TILE_ROWS;
-    const char* x = (const char*)a.x + top * a.x_stride_bytes;
-    if (rows != configured) configure_tiles(configured = rows);
-    if (top == 0) {
-      tile_products<KIND, AHEAD_UNITS * 4>(x, a.x_stride_bytes, rows, weight, a.units, sums);
+  for (int64_t r = 0; r < rows; r += 2 * TILE_ROWS) {
+    const int64_t count = rows - r < 2 * TILE_ROWS ? rows - r : 2 * TILE_ROWS;
+    const char* x = (const char*)a.x + (top + r) * a.x_stride_bytes;
+    if (count != configured) configure_tiles(configured = count);
+    if (top == 0 && r == 0) {
+      tile_products<KIND, AHEAD_UNITS * 4>(x, a.x_stride_bytes, count, weight, a.units, sums);
     } else {
-      tile_products<KIND, 0>(x, a.x_stride_bytes, rows, weight, a.units, sums);
+      tile_products<KIND, 0>(x, a.x_stride_bytes, count, weight, a.units, sums + r * BLOCK);
     }
-    for (int64_t r = 0; r < rows; r++) finish_row(a, sums + r * BLOCK, top + r, block * BLOCK);
   }
   _tile_release();
 }
@@ -135,16 +115,18 @@ static inline void prepare_row(int32_t kind, void* out, const void* x, int64_t c
   }
 }
 
-static inline void linear_block(const Linear& a, int64_t block, float* sums) {
+// 64 outputs of rows top .. top + rows - 1, not finished: sums [rows][64].
+static void linear_sums(const Linear& a, int64_t block, int64_t top, int64_t rows, float* sums) {
+  const Kind kind = a.finish.kind;
 #if QUIRE_ISA >= 4
-  if (a.kind == BF16) return block_by_tiles<BF16>(a, block, sums);
-  if (a.kind == BYTES && a.rows >= LEAST_TILE_ROWS) return block_by_tiles<BYTES>(a, block, sums);
+  if (kind == BF16) return sums_by_tiles<BF16>(a, block, top, rows, sums);
+  if (kind == BYTES && a.rows >= LEAST_TILE_ROWS) return sums_by_tiles<BYTES>(a, block, top, rows, sums);
 #endif
-  if (a.kind == BF16) {
-    block_by_vectors<Bf16Units>(a, block, sums);
-  } else if (a.kind == BYTES) {
-    block_by_vectors<ByteUnits>(a, block, sums);
+  if (kind == BF16) {
+    sums_by_vectors<Bf16Units>(a, block, top, rows, sums);
+  } else if (kind == BYTES) {
+    sums_by_vectors<ByteUnits>(a, block, top, rows, sums);
   } else {
-    block_by_vectors<FloatUnits>(a, block, sums);
+    sums_by_vectors<FloatUnits>(a, block, top, rows, sums);
   }
 }

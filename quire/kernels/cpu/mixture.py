@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quire.kernels.cpu.calls import kernel
 from quire.kernels.cpu.native import isa, load
-from quire.kernels.cpu.ops import ACTIVATIONS, BOTH, PackedQuantized, PackedWeight, pointer, rows_of
+from quire.kernels.cpu.products import ACTIVATIONS, BOTH, PackedQuantized, PackedWeight, pointer, rows_of
 from quire.kernels.experts import Experts, Routes, Rule, Shared, experts, pack_experts, route
 from quire.kernels.reference import RowScale, finish_norm, pack_linear
 

@@ -95,17 +95,6 @@ static inline void with_rows(int64_t count, F f) {
   if constexpr (MOST > 1) with_rows<MOST - 1>(count, f);
 }
 
-// Adds the bias, if any, of results `at` .. of a row, rounds them, and keeps the n < 17 that exist.
-static inline void put_results(Floats x, int64_t at, int64_t n, const void* bias, bool bias_bf16, void* out,
-                               bool out_bf16) {
-  if (bias) x = x + (bias_bf16 ? get((const Bf16*)bias + at, n) : get((const float*)bias + at, n));
-  if (out_bf16) {
-    put((Bf16*)out + at, x, n);
-  } else {
-    put((float*)out + at, x, n);
-  }
-}
-
 static inline Register load_register(const float* p) { return *(const RegisterAt*)p; }
 static inline void store_register(float* p, Register x) { *(RegisterAt*)p = x; }
 

@@ -38,7 +38,11 @@ struct Weight {
 
 void quantize_row(int32_t isa, const Rows& a, int64_t row) { QUIRE_CALL(isa, quantize_row(a, row)); }
 
-void nibble_block(int32_t isa, const Product& a, int64_t block) { QUIRE_CALL(isa, nibble_block(a, block)); }
+void nibble_item(int32_t isa, const Product& a, int64_t item, float* sums) {
+  finish_item(isa, a.finish, a.rows, item, sums, [&](int64_t block, int64_t top, int64_t rows, float* sums) {
+    QUIRE_CALL(isa, nibble_sums(a, block, top, rows, sums));
+  });
+}
 
 // `bits` is 8 or 4.
 extern "C" void quire_quantize_weight(int32_t isa, int32_t threads, int32_t is_bf16, int32_t bits, void* packed,
@@ -61,10 +65,11 @@ struct QuantizedCall {
   void* out;
   const void *x, *weight, *scales, *bias;
   int64_t rows, inputs, outputs, padded, x_stride_bytes;
+  Fused fused;
 };
 
 extern "C" void quire_linear_quantized(const void* args) {
-  const QuantizedCall& a = *(const QuantizedCall*)args;
+  QuantizedCall a = *(const QuantizedCall*)args;
   const bool grouped = a.bits == 4;
   const int64_t sums_per_row = grouped ? a.padded / GROUP : 1;
   const int64_t row_bytes = a.padded * (grouped ? 1 : prepared_bytes(a.isa, BYTES));
@@ -74,15 +79,24 @@ extern "C" void quire_linear_quantized(const void* args) {
   int32_t* x_sums = (int32_t*)(x_scales + a.rows);
   const Rows given{whole, x_scales, x_sums, a.x, a.inputs, a.padded, a.x_stride_bytes, a.is_bf16 != 0, grouped};
 #pragma omp parallel for num_threads(a.threads) schedule(static) if (a.rows > SERIAL_ROWS)
-  for (int64_t row = 0; row < a.rows; row++) quantize_row(a.isa, given, row);
+  for (int64_t row = 0; row < a.rows; row++) {
+    quantize_row(a.isa, given, row);
+    if (a.fused.squares) x_scales[row] *= row_scale(a.fused, row, a.inputs);
+  }
+  a.fused.squares = nullptr;  // they are in the scales
   if (!grouped) {
     const LinearCall bytes{a.isa, a.threads, BYTES, a.out_bf16, a.is_bf16, a.out, whole, a.weight, a.bias, x_scales, x_sums,
-                           (const float*)a.scales, a.rows, a.outputs, a.padded / 4, row_bytes, 1, 0, row_bytes};
+                           (const float*)a.scales, a.rows, a.outputs, a.padded / 4, row_bytes, 1, 0, row_bytes, a.fused};
     return quire_linear(&bytes);
   }
-  const Product product{a.out, (const int8_t*)whole, x_scales, x_sums, (const int32_t*)a.weight,
-                        (const uint16_t*)a.scales, a.bias, a.rows, a.outputs, a.padded, a.out_bf16 != 0, a.is_bf16 != 0};
-#pragma omp parallel for num_threads(a.threads) schedule(guided)
-  for (int64_t block = 0; block < (a.outputs + BLOCK - 1) / BLOCK; block++)
-    nibble_block(a.isa, product, block);
+  const Finish finish{a.out, a.bias, x_scales, nullptr, nullptr, a.outputs,
+                      results_per_row(a.fused, a.outputs), NIBBLES, a.out_bf16 != 0, a.is_bf16 != 0, a.fused};
+  const Product product{(const int8_t*)whole, x_sums, (const int32_t*)a.weight, (const uint16_t*)a.scales,
+                        a.rows, a.padded, finish};
+#pragma omp parallel num_threads(a.threads)
+  {
+    alignas(64) float sums[MOST_SUMS];
+#pragma omp for schedule(guided)
+    for (int64_t item = 0; item < finish.items(); item++) nibble_item(a.isa, product, item, sums);
+  }
 }

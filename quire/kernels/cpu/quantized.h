@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "finish.h"
+
 constexpr int64_t GROUP = 64;  // inputs with a scale of their own, of 4 bits
 
 struct Rows {
@@ -17,15 +19,12 @@ struct Rows {
 void quantize_row(int32_t isa, const Rows& a, int64_t row);
 
 struct Product {
-  void* out;
   const int8_t* x;
-  const float* x_scales;
   const int32_t *x_sums, *weight;
   const uint16_t* scales;
-  const void* bias;  // may be null
-  int64_t rows, outputs, padded;
-  bool out_bf16, bias_bf16;
+  int64_t rows, padded;
+  Finish finish;
 };
 
-// 64 outputs of all rows.
-void nibble_block(int32_t isa, const Product& a, int64_t block);
+// All rows of an item of results (finish.h); `sums` has room for MOST_SUMS.
+void nibble_item(int32_t isa, const Product& a, int64_t item, float* sums);

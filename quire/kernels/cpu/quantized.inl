@@ -284,8 +284,7 @@ static inline void nibble_units(RegisterInts (&whole)[R][P], const int32_t* weig
     for (int p = 0; p < P; p++) whole[r][p] = add_exact(whole[r][p], some[r][p]);
 }
 
-// Columns column .. of rows row .. row + R - 1: sums [R][columns_of(R, NIBBLE_SUMS) * LANES] of products with their
-// scales. Not inlined: other loops would take its registers.
+// Columns column .. of rows row .. row + R - 1: sums [R][64] of products with their scales. Not inlined: other loops would take its registers.
 template <bool FIRST, int R>
 __attribute__((noinline)) static void nibble_rows(const Product& a, int64_t block, int64_t row, int64_t column,
                                                   float* sums) {
@@ -312,27 +311,8 @@ __attribute__((noinline)) static void nibble_rows(const Product& a, int64_t bloc
       }
     }
   }
-  memcpy(sums, total, sizeof(total));
-}
-
-// Outputs `start` .. of a row, of whose products there are `count` sums.
-static inline void finish_nibbles(const Product& a, const float* sums, int64_t row, int64_t start, int64_t count) {
-  for (int64_t c = 0; c < count; c += LANES) {
-    const int64_t left = a.outputs - start - c;
-    const Floats x = load(sums + c) * a.x_scales[row];
-    char* out = (char*)a.out + row * a.outputs * (a.out_bf16 ? 2 : 4);
-    if (left > 0) put_results(x, start + c, left < LANES ? left : LANES, a.bias, a.bias_bf16, out, a.out_bf16);
-  }
-}
-
-template <bool FIRST, int R>
-static inline void some_nibble_rows(const Product& a, int64_t block, int64_t row) {
-  constexpr int64_t COLUMNS = columns_of(R, NIBBLE_SUMS) * LANES;
-  for (int64_t column = 0; column < BLOCK; column += COLUMNS) {
-    alignas(64) float sums[R * COLUMNS];
-    nibble_rows<FIRST, R>(a, block, row, column, sums);
-    for (int r = 0; r < R; r++) finish_nibbles(a, sums + r * COLUMNS, row + r, block * BLOCK + column, COLUMNS);
-  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < PIECES; p++) store_register(sums + r * BLOCK + column + p * WIDTH, total[r][p]);
 }
 
 #if QUIRE_ISA >= 4
@@ -350,49 +330,53 @@ static inline void expand_nibbles(const int32_t* weight, int8_t* bytes) {
     }
 }
 
-// 64 outputs of all rows.
-static void nibble_block_by_tiles(const Product& a, int64_t block) {
+static void nibble_sums_by_tiles(const Product& a, int64_t block, int64_t top, int64_t rows, float* sums) {
   const int64_t groups = a.padded / GROUP;
   const int32_t* weight = a.weight + block * groups * (GROUP / 8) * BLOCK;
   const uint16_t* scales = a.scales + block * groups * BLOCK;
   alignas(64) int8_t bytes[GROUP * BLOCK];
-  alignas(64) float some[2 * TILE_ROWS * BLOCK], sums[2 * TILE_ROWS * BLOCK];
+  alignas(64) float some[2 * TILE_ROWS * BLOCK];
   int64_t configured = 0;
-  for (int64_t top = 0; top < a.rows; top += 2 * TILE_ROWS) {
-    const int64_t rows = a.rows - top < 2 * TILE_ROWS ? a.rows - top : 2 * TILE_ROWS;
-    if (rows != configured) configure_tiles(configured = rows);
-    memset(sums, 0, rows * BLOCK * 4);
+  memset(sums, 0, rows * BLOCK * 4);
+  for (int64_t r = 0; r < rows; r += 2 * TILE_ROWS, sums += 2 * TILE_ROWS * BLOCK) {
+    const int64_t count = rows - r < 2 * TILE_ROWS ? rows - r : 2 * TILE_ROWS;
+    if (count != configured) configure_tiles(configured = count);
     for (int64_t group = 0; group < groups; group++) {
       const int32_t* from = weight + group * (GROUP / 8) * BLOCK;
-      if (top == 0)
+      if (top == 0 && r == 0)
         for (int64_t u = 0; u < GROUP / 8 * BLOCK; u += 16) __builtin_prefetch(from + u + AHEAD_UNITS);
       expand_nibbles(from, bytes);
-      const char* x = (const char*)a.x + top * a.padded + group * GROUP;
-      tile_products<NIBBLES, 0>(x, a.padded, rows, (const char*)bytes, TILE_UNITS, some);
+      const char* x = (const char*)a.x + (top + r) * a.padded + group * GROUP;
+      tile_products<NIBBLES, 0>(x, a.padded, count, (const char*)bytes, TILE_UNITS, some);
       for (int64_t c = 0; c < BLOCK; c += LANES) {
         const Register scale = (Register)load((const Bf16*)scales + group * BLOCK + c);
-        for (int64_t i = c; i < rows * BLOCK; i += BLOCK) {
+        for (int64_t i = c; i < count * BLOCK; i += BLOCK) {
           const Register whole = __builtin_convertvector((RegisterInts)load_register(some + i), Register);
           store_register(sums + i, add_product(load_register(sums + i), whole, scale));
         }
       }
     }
-    for (int64_t r = 0; r < rows; r++) finish_nibbles(a, sums + r * BLOCK, top + r, block * BLOCK, BLOCK);
   }
   _tile_release();
 }
 #endif
 
-// 64 outputs of all rows.
-static void nibble_block(const Product& a, int64_t block) {
+// 64 outputs of rows top .. top + rows - 1, not finished: sums [rows][64].
+static void nibble_sums(const Product& a, int64_t block, int64_t top, int64_t rows, float* sums) {
 #if QUIRE_ISA >= 4
-  if (a.rows >= LEAST_TILE_ROWS) return nibble_block_by_tiles(a, block);
+  if (a.rows >= LEAST_TILE_ROWS) return nibble_sums_by_tiles(a, block, top, rows, sums);
 #endif
-  for (int64_t row = 0; row < a.rows; row += NIBBLE_ROWS) {
-    const int64_t count = a.rows - row < NIBBLE_ROWS ? a.rows - row : NIBBLE_ROWS;
+  for (int64_t r = 0; r < rows; r += NIBBLE_ROWS) {
+    const int64_t count = rows - r < NIBBLE_ROWS ? rows - r : NIBBLE_ROWS;
     with_rows<NIBBLE_ROWS>(count, [&](auto n) {
       constexpr int R = decltype(n)::value;
-      row ? some_nibble_rows<false, R>(a, block, row) : some_nibble_rows<true, R>(a, block, 0);
+      for (int64_t column = 0; column < BLOCK; column += columns_of(R, NIBBLE_SUMS) * LANES) {
+        if (top == 0 && r == 0) {
+          nibble_rows<true, R>(a, block, 0, column, sums);
+        } else {
+          nibble_rows<false, R>(a, block, top + r, column, sums + r * BLOCK);
+        }
+      }
     });
   }
 }
