@@ -200,7 +200,7 @@ CASES = (
     Case("HunYuanDenseV1-alpha", BASE | theta(500.0, rope_type="dynamic", alpha=10.0, factor=1.0)),
     Case("Ernie4_5", BASE | {"use_bias": True}),
     Case("Helium", GROUPED | BIASED | {"head_dim": 32}),
-    Case("Helium-wide", GROUPED | BIASED | WIDE | {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    Case("Helium-wide", PLAIN | BIASED | WIDE | {"num_attention_heads": 2, "num_key_value_heads": 1}),
     Case("Arcee", BASE | BIASED),
     Case("DeepseekV3", PLAIN | GROUPS | LATENT),
     Case(

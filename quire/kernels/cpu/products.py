@@ -4,6 +4,7 @@ Registered beside their references where the library was built. A result that is
 operations by what these would have rounded in between. Whether it is does not depend on the number of rows.
 """
 
+import ctypes
 from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -201,9 +202,7 @@ def multiply_added(
     return total, out, RowScale(squares, eps)
 
 
-def _register_weights(machine: Callable[[], Machine]) -> None:
-    library = load()[0]
-    assert library is not None
+def _register_weights(library: ctypes.CDLL, machine: Callable[[], Machine]) -> None:
     library.quire_pack_linear.argtypes = (c_int32, c_int32, c_void_p, c_void_p, *[c_int64] * 4)
     library.quire_quantize_weight.argtypes = (*[c_int32] * 4, *[c_void_p] * 3, *[c_int64] * 3)
 
@@ -276,6 +275,13 @@ def _register_products(machine: Callable[[], Machine]) -> None:
         return linear_add_norm.reference(x, weight, bias, residual, norm) if found is None else found
 
 
-if load()[0] is not None:
-    for _register in (_register_weights, _register_products):
-        _register(lambda: Machine(isa(), torch.get_num_threads()))
+def _register(library: ctypes.CDLL, level: int) -> None:
+    def machine() -> Machine:
+        return Machine(level, torch.get_num_threads())
+
+    _register_weights(library, machine)
+    _register_products(machine)
+
+
+if (_library := load()[0]) is not None:
+    _register(_library, isa())
