@@ -74,8 +74,10 @@ def _end_with(descriptor: int) -> None:
 
 
 def _launch(channel: Channel) -> CoreParts | None:
-    """Start the engine; None if it cannot, which the frontend has been told."""
+    """Start the engine; None if it cannot, which the frontend has been told, or need not any more."""
     message = channel.receive(None)
+    if isinstance(message, Stop):  # the frontend was interrupted before it had one
+        return None
     if not isinstance(message, Launch):
         raise WireError(f"the first message is a {type(message).__name__}; it must be a Launch")
     try:

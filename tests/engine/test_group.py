@@ -282,6 +282,12 @@ def test_it_stops_when_told(peer: Peer) -> None:
     assert peer.exit_code() == 0
 
 
+def test_it_stops_when_told_so_before_anything_else(peer: Peer) -> None:
+    """A frontend may be interrupted as soon as it has a group."""
+    peer.channel.send(Stop())
+    assert peer.exit_code() == 0
+
+
 def test_it_ends_with_its_frontend_in_the_middle_of_a_step() -> None:
     peer = Peer(hang)
     peer.launch()
