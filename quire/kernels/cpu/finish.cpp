@@ -16,8 +16,6 @@
 
 namespace {
 
-constexpr int64_t PARALLEL_ELEMENTS = 32768;  // as in elementwise.cpp
-
 // Arguments as calls.py lays them out.
 struct FinishNorm {
   int32_t isa, threads, is_bf16;

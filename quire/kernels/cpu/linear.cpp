@@ -3,9 +3,9 @@
 //   packed weight  [groups][outputs / 64][units][64] units of 4 bytes: a float, two bf16 that follow each other in a row,
 //                  or four bytes (quantized.cpp).
 // A group (a head) has a weight, inputs and outputs of its own; usually there is one. Outputs are padded to 64 and
-// inputs to 32 with zeros, bytes to 64. Lanes are outputs, so there are no reductions, and a row's result is a sum in the order of
-// the inputs: the same bits however many rows there are, and on however many threads. Inputs are widened first to what the
-// machine multiplies: bf16 to float, and int8 to int16, where it has no products of them.
+// inputs to 32 with zeros, bytes to 64. Lanes are outputs, so there are no reductions, and a row's result is a sum in the
+// order of the inputs: the same bits however many rows there are, and on however many threads. Inputs are widened first to
+// what the machine multiplies: bf16 to float, and int8 to int16, where it has no products of them.
 
 #include <cstdint>
 #include <cstdlib>

@@ -284,7 +284,8 @@ static inline void nibble_units(RegisterInts (&whole)[R][P], const int32_t* weig
     for (int p = 0; p < P; p++) whole[r][p] = add_exact(whole[r][p], some[r][p]);
 }
 
-// Columns column .. of rows row .. row + R - 1: sums [R][64] of products with their scales. Not inlined: other loops would take its registers.
+// Columns column .. of rows row .. row + R - 1: sums [R][64] of products with their scales. Not inlined:
+// other loops would take its registers.
 template <bool FIRST, int R>
 __attribute__((noinline)) static void nibble_rows(const Product& a, int64_t block, int64_t row, int64_t column,
                                                   float* sums) {
