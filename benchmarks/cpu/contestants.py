@@ -25,6 +25,10 @@ CHILD = Path(__file__).with_name("child.py")
 CONTEXT = 256  # llama.cpp gives each sequence a multiple of this
 END_S = 60
 TRIES = 8
+PLAIN_TYPES = {
+    "bf16": "bfloat16",
+    "float32": "float32",
+}  # the latter is faster on CPUs that cannot multiply bf16
 QUIRE_TYPES = {"bf16": "auto", "int8": "int8", "int4": "int4"}  # values of its option `quantization`
 
 
@@ -57,7 +61,7 @@ class Measure:
 
 
 MEASURES = (
-    *(Measure(name=f"decode {n}", figure="decode", num=n, input_len=128, output_len=33) for n in (1, 8, 32)),
+    *(Measure(name=f"decode {n}", figure="decode", num=n, input_len=128, output_len=17) for n in (1, 8, 32)),
     Measure(name="prefill 512", figure="prompt", input_len=512),
     Measure(name="32 x 128/128", figure="output", num=32, input_len=128, output_len=128),
     Measure(name="start", figure="start"),
@@ -159,6 +163,7 @@ class LlamaCpp:
         num, new = measure.num, measure.output_len - decode  # a prompt's own step makes the first token
         room = num * CONTEXT * -(-(measure.input_len + new) // CONTEXT)
         lengths = ["-npp", str(measure.input_len), "-ntg", str(new), "-npl", str(num), "-c", str(room)]
+        lengths += ["-pps"] * decode  # computes one prompt and copies its keys and values for each sequence
         found = self._json("llama-batched-bench", *lengths, "--output-format", "jsonl")
         return float(found["speed_tg"] if decode else num * new / found["t"])
 
@@ -221,14 +226,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def contestants(args: argparse.Namespace) -> list[Contestant]:
     """All there are; those whose place is not given say so at the start."""
-    dtype = {"dtype": "bfloat16"}
-    found = [
-        Contestant(f"Quire {kind}", python(args, "quire", sys.executable, dtype | {"quantization": value}))
-        for kind, value in QUIRE_TYPES.items()
-    ]
+    found = []
+    for kind, value in QUIRE_TYPES.items():
+        options = {"dtype": "bfloat16", "quantization": value}
+        found.append(Contestant(f"Quire {kind}", python(args, "quire", sys.executable, options)))
     found += [Contestant(f"llama.cpp {kind}", llama_cpp(args, kind)) for kind in GGUF_TYPES]
-    found.append(Contestant("vLLM bf16", python(args, "vllm", args.vllm, dtype)))
-    found.append(Contestant("Transformers bf16", python(args, "transformers", args.transformers, dtype)))
+    for kind, value in PLAIN_TYPES.items():
+        plain = {"dtype": value}
+        found.append(Contestant(f"vLLM {kind}", python(args, "vllm", args.vllm, plain)))
+        found.append(
+            Contestant(f"Transformers {kind}", python(args, "transformers", args.transformers, plain))
+        )
     return found
 
 
