@@ -40,6 +40,7 @@ def test_import_loads_nothing_heavy() -> None:
         ["bench", "throughput"],
         ["bench", "serve"],
         ["bench", "kernels"],
+        ["models"],
         ["inspect"],
         ["replay"],
     ],

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.cpu import samples  # noqa: E402
 from benchmarks.cpu.contestants import (  # noqa: E402
+    PLAIN_TYPES,
     QUIRE_TYPES,
     Unusable,
     add_options,
@@ -82,17 +83,20 @@ def servers(args: argparse.Namespace) -> list[Server]:
         command += ["--parallel", str(args.streams), "-c", str(args.streams * MAX_LENGTH), "-fa", "on"]
         return [*command, "--no-webui", "--cache-ram", "0"]  # nothing comes twice: no copies of old prompts
 
-    def vllm(network: str, threads: int) -> list[str]:
+    def vllm(dtype: str, network: str, threads: int) -> list[str]:
         if args.vllm is None:
             raise Unusable("--vllm is not given")
         module, folder = "vllm.entrypoints.openai.api_server", str(args.folder / network)
-        command = [args.vllm, "-m", module, "--model", folder, "--dtype", "bfloat16"]
+        command = [args.vllm, "-m", module, "--model", folder, "--dtype", dtype]
         return [*command, "--max-model-len", str(MAX_LENGTH), "--kv-cache-memory-bytes", str(CACHE_BYTES)]
 
     return [
         *(Server(f"Quire {kind}", partial(quire, value)) for kind, value in QUIRE_TYPES.items()),
         *(Server(f"llama.cpp {kind}", partial(llama, kind)) for kind in GGUF_TYPES),
-        Server("vLLM bf16", vllm, partial(vllm_environment, args)),
+        *(
+            Server(f"vLLM {kind}", partial(vllm, value), partial(vllm_environment, args))
+            for kind, value in PLAIN_TYPES.items()
+        ),
     ]
 
 

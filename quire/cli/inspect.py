@@ -1,4 +1,4 @@
-"""`quire inspect`: what a network is, how two differ, or which there are. Reads config.json, no weights."""
+"""`quire inspect`: what a network is, or how two differ. Reads config.json, no weights."""
 
 import argparse
 import sys
@@ -9,9 +9,7 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="Folder or Hugging Face id; lists families if not given."
-    )
+    parser.add_argument("model", metavar="MODEL", help="Folder or Hugging Face id.")
     parser.add_argument(
         "other", metavar="OTHER", nargs="?", help="Print only how this one differs from the first."
     )
@@ -20,11 +18,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from quire.models.describe import describe, difference
-    from quire.models.registry import families
 
-    if args.model is None:
-        text = "\n".join(families())
-    elif args.other is None:
+    if args.other is None:
         text = describe(_spec(args.model, args))
     else:
         text = "\n".join(difference(_spec(args.model, args), _spec(args.other, args))) or "no difference"

@@ -75,7 +75,7 @@ def family(architecture: str) -> Family:
         hint = f" The closest are {', '.join(close)}." if close else ""
         raise UnsupportedModel(
             f"no family describes {architecture}.{hint} If the model computes the same as one of the "
-            f"{len(FAMILIES)} that are described (`quire inspect` lists them), write that name into "
+            f"{len(FAMILIES)} that are described (`quire models` lists them), write that name into "
             "architectures in its config.json; otherwise it needs a function in quire/models."
         )
     module, name = FAMILIES[architecture].split(".")

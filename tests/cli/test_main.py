@@ -1,6 +1,7 @@
 """What the command says and exits with."""
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from quire import __version__
 from quire.cli.main import main
 from quire.cli.options import same_dashes, whole
+from quire.models.catalog import rows
 from tests.cli.conftest import COMMAND, Quire
 
 
@@ -59,8 +61,15 @@ def test_a_bad_option_is_a_user_error(quire: Quire, tiny: str) -> None:
     assert done.stderr.startswith("error: gpu_memory_utilization is 7.0")
 
 
-def test_inspect_lists_families(quire: Quire) -> None:
-    assert "Qwen3ForCausalLM" in quire("inspect").stdout.splitlines()
+def test_models_are_listed(quire: Quire) -> None:
+    found = json.loads(quire("models", "--json").stdout)
+    assert found == [dict(row) for row in rows()]
+    (gemma,) = (row for row in found if row["architecture"] == "Gemma2ForCausalLM")
+    assert gemma["road"] == "native"
+    assert gemma["verified"]
+    assert {"attention.window", "attention.softcap"} <= set(gemma["features"])
+    names = [line.split()[0] for line in quire("models").stdout.splitlines()]
+    assert names == [row["architecture"] for row in found]
 
 
 def test_inspect_prints_a_network(quire: Quire, tiny: str) -> None:

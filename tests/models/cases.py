@@ -7,6 +7,7 @@ pairwise, so that a transposed or swapped matrix cannot fit. Windows are shorter
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,14 @@ def hf_config(case: Case) -> Any:
     config = getattr(transformers, case.config_class)(**case.values)
     config._attn_implementation = "eager"
     return config
+
+
+@cache
+def config_of(case: Case) -> dict[str, Any]:
+    """config.json as it is saved, without building the model."""
+    values = hf_config(case).to_dict() | {"architectures": [case.architecture]} | dict(case.legacy)
+    values = json.loads(json.dumps(values))
+    return {key: value for key, value in values.items() if case.legacy.get(key, key) is not None}
 
 
 def build_hf(case: Case, folder: Path | None = None, *, seed: int = 0) -> torch.nn.Module:

@@ -1,6 +1,5 @@
 """Families describe the network whose checkpoint Hugging Face writes, and refuse what they cannot honour."""
 
-import functools
 import json
 import logging
 import subprocess
@@ -17,23 +16,17 @@ from hypothesis import strategies as st
 from quire.checkpoint.files import read_config
 from quire.checkpoint.reader import Checkpoint
 from quire.errors import ModelError, UnsupportedModel
+from quire.models.catalog import VERIFIED
 from quire.models.hf import HARMLESS
 from quire.models.parameters import kv_bytes_per_token, num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec, families, family
-from tests.models.cases import BY_NAME, CASES, Case, build_hf, hf_config
+from tests.models.cases import BY_NAME, CASES, Case, build_hf, config_of
 from tests.models.published import PUBLISHED
+from tests.models.verified import DOCS, as_json, as_page
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-@functools.cache
-def config_of(case: Case) -> dict[str, Any]:
-    """config.json as it is saved, without building the model."""
-    values = hf_config(case).to_dict() | {"architectures": [case.architecture]} | dict(case.legacy)
-    values = json.loads(json.dumps(values))
-    return {key: value for key, value in values.items() if case.legacy.get(key, key) is not None}
 
 
 @by_case
@@ -222,6 +215,12 @@ def test_text_config_is_unwrapped() -> None:
 def test_unknown_architecture_names_the_closest() -> None:
     with pytest.raises(UnsupportedModel, match=r"Llama4ForCausalLM.* closest are LlamaForCausalLM"):
         decoder_spec({"architectures": ["Llama4ForCausalLM"]})
+
+
+def test_what_is_said_to_be_verified_is() -> None:
+    """Else `python -m tests.models.verified` is due."""
+    assert VERIFIED.read_text() == as_json()
+    assert DOCS.read_text() == as_page()
 
 
 def test_every_family_has_a_case() -> None:
