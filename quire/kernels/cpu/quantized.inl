@@ -51,51 +51,89 @@ static inline RegisterInts add_nibbles(RegisterInts sum, RegisterInts b, Registe
 static inline RegisterInts add_exact(RegisterInts sum, RegisterInts some) { return sum + some; }
 #endif
 
-static inline Chars as_chars(Ints x) {
-#if QUIRE_ISA == 1
-  const Halves y = as_halves((Words)(x & 255));
-  return (Chars)_mm_packus_epi16(_mm256_castsi256_si128((__m256i)y), _mm256_extracti128_si256((__m256i)y, 1));
-#else
-  return __builtin_convertvector(x, Chars);
-#endif
-}
-static inline Ints as_ints(Chars x) {
-#if QUIRE_ISA == 1
-  return as<Ints>(IntPair{_mm256_cvtepi8_epi32((__m128i)x), _mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)x, 8))});
-#else
-  return __builtin_convertvector(x, Ints);
-#endif
-}
+// Sixteen numbers, in registers of the machine's own width.
+struct Sixteen {
+  Register part[PARTS];
+};
+struct SixteenInts {
+  RegisterInts part[PARTS];
+};
 
-// To the nearest integer, ties to even. Not by adding a large number, which the compiler might fuse with a product.
-static inline Ints nearest(Floats x) {
-#if QUIRE_ISA >= 2
-  return (Ints)_mm512_cvtps_epi32((__m512)x);
-#elif QUIRE_ISA == 1
-  const auto y = as<FloatPair>(x);
-  return as<Ints>(IntPair{_mm256_cvtps_epi32(y.low), _mm256_cvtps_epi32(y.high)});
-#else
-  Ints y;
-  for (int i = 0; i < LANES; i++) y[i] = (int32_t)__builtin_rintf(x[i]);
-  return y;
-#endif
+static inline Register load_register(const Bf16* p) {
+  typedef uint16_t Some __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+  typedef uint32_t Wide __attribute__((vector_size(4 * WIDTH)));
+  return (Register)(__builtin_convertvector(*(const Some*)p, Wide) << 16);
 }
 
 // Inputs first .. first + 15 of a row that has `count`; zero past its end.
 template <class T>
-static inline Floats inputs_of(const T* row, int64_t first, int64_t count) {
-  if (first + LANES <= count) return load(row + first);
-  return first < count ? load_some(row + first, count - first) : Floats{};
+static inline Sixteen inputs_of(const T* row, int64_t first, int64_t count) {
+  Sixteen x{};
+  T padded[LANES] = {};
+  const T* from = row + first;
+  if (first >= count) return x;
+  if (first + LANES > count) from = (const T*)memcpy(padded, from, (count - first) * sizeof(T));
+  for (int p = 0; p < PARTS; p++) x.part[p] = load_register(from + p * WIDTH);
+  return x;
+}
+
+#if QUIRE_ISA < 2
+static inline Register larger(Register a, Register b) {
+#if QUIRE_ISA == 1
+  return (Register)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+#endif
+static inline int32_t sum(const SixteenInts& x) {
+  RegisterInts all{};
+  for (RegisterInts part : x.part) all += part;
+  return sum(all);
+}
+
+// x * factor to the nearest integer, ties to even. Not by adding a large number, which the compiler might fuse with a
+// product.
+static inline SixteenInts nearest(const Sixteen& x, float factor) {
+  SixteenInts y;
+  for (int p = 0; p < PARTS; p++) {
+    const Register scaled = x.part[p] * factor;
+#if QUIRE_ISA >= 2
+    y.part[p] = (RegisterInts)_mm512_cvtps_epi32((__m512)scaled);
+#elif QUIRE_ISA == 1
+    y.part[p] = (RegisterInts)_mm256_cvtps_epi32((__m256)scaled);
+#else
+    for (int i = 0; i < WIDTH; i++) y.part[p][i] = (int32_t)__builtin_rintf(scaled[i]);
+#endif
+  }
+  return y;
+}
+
+// Of numbers that fit.
+static inline Chars as_chars(const SixteenInts& x) {
+#if QUIRE_ISA >= 2
+  return (Chars)_mm512_cvtepi32_epi8((__m512i)x.part[0]);
+#elif QUIRE_ISA == 1
+  const __m256i both = _mm256_packs_epi32((__m256i)x.part[0], (__m256i)x.part[1]);
+  const __m256i shorts = _mm256_permute4x64_epi64(both, 0xd8);
+  return (Chars)_mm_packs_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1));
+#else
+  Chars y;
+  for (int i = 0; i < LANES; i++) y[i] = (int8_t)x.part[i / WIDTH][i % WIDTH];
+  return y;
+#endif
 }
 
 // The greatest magnitude of a row; not a number if any of them is none, or infinite.
 template <class T>
 static inline float greatest(const T* row, int64_t count) {
-  Floats most{}, nothing{};
+  Register most{}, nothing{};
   for (int64_t k = 0; k < count; k += LANES) {
-    const Floats x = inputs_of(row, k, count);
-    most = larger(most, magnitude(x));
-    nothing += x * 0.0f;
+    const Sixteen x = inputs_of(row, k, count);
+    for (Register part : x.part) {
+      most = larger(most, magnitude(part));
+      nothing += part * 0.0f;
+    }
   }
   return largest(most) + sum(nothing);
 }
@@ -105,9 +143,10 @@ static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
   const float top = greatest(x, a.inputs), inverse = top > 0 ? 127.0f / top : 0;
   const int64_t size = a.grouped ? 1 : prepared_bytes(QUIRE_ISA, BYTES);
   char* out = a.out + row * a.padded * size;
-  Ints total{};
+  SixteenInts total{};
   for (int64_t k = 0; k < a.padded; k += LANES) {
-    const Chars whole = as_chars(nearest(inputs_of(x, k, a.inputs) * inverse));
+    const SixteenInts numbers = nearest(inputs_of(x, k, a.inputs), inverse);
+    const Chars whole = as_chars(numbers);
     if (size == 1) {
       *(CharsAt*)(out + k) = whole;
     } else {  // as ByteUnits of linear.inl take them
@@ -115,10 +154,10 @@ static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
       *(ShortsAt*)(out + 2 * k) =
           __builtin_shufflevector(wide, wide, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
     }
-    total += as_ints(whole);  // of what is not a number, too: 0
+    for (int p = 0; p < PARTS; p++) total.part[p] += numbers.part[p];
     if (a.grouped && (k + LANES) % GROUP == 0) {
       a.sums[row * (a.padded / GROUP) + k / GROUP] = sum(total);
-      total = Ints{};
+      total = SixteenInts{};
     }
   }
   if (!a.grouped) a.sums[row] = sum(total);
@@ -134,19 +173,31 @@ static inline void quantize_row(const Rows& a, int64_t row) {
   }
 }
 
-// 64 outputs of 8 bits. Rows past the last are zeros, and so are inputs.
+// 64 outputs of 8 bits, by 16 of them, so that whole lines are written. Rows past the last are zeros, and so are inputs.
 template <class T>
 static void pack_bytes_of(const Weight& a, int64_t block) {
-  uint8_t* packed = (uint8_t*)a.packed + block * a.padded * BLOCK;
+  int32_t* packed = (int32_t*)a.packed + block * a.padded / 4 * BLOCK;
   float* scales = (float*)a.scales + block * BLOCK;
-  for (int64_t i = 0; i < BLOCK; i++) {
-    const int64_t row = block * BLOCK + i, inputs = row < a.outputs ? a.inputs : 0;
-    const T* weight = (const T*)a.weight + (inputs ? row * a.inputs : 0);
-    const float top = greatest(weight, inputs), inverse = top > 0 ? 127.0f / top : 0;
-    scales[i] = top / 127.0f;
+  for (int64_t first = 0; first < BLOCK; first += LANES) {
+    const T* weights[LANES];
+    int64_t inputs[LANES];
+    float inverse[LANES];
+    for (int64_t i = 0; i < LANES; i++) {
+      const int64_t row = block * BLOCK + first + i;
+      inputs[i] = row < a.outputs ? a.inputs : 0;
+      weights[i] = (const T*)a.weight + (inputs[i] ? row * a.inputs : 0);
+      const float top = greatest(weights[i], inputs[i]);
+      inverse[i] = top > 0 ? 127.0f / top : 0;
+      scales[first + i] = top / 127.0f;
+    }
     for (int64_t k = 0; k < a.padded; k += LANES) {
-      const Chars whole = as_chars(nearest(inputs_of(weight, k, inputs) * inverse) + 128);
-      for (int64_t u = 0; u < LANES; u += 4) memcpy(packed + ((k + u) / 4 * BLOCK + i) * 4, (const char*)&whole + u, 4);
+      int32_t units[LANES][LANES / 4];
+      for (int64_t i = 0; i < LANES; i++) {
+        const Chars whole = as_chars(nearest(inputs_of(weights[i], k, inputs[i]), inverse[i])) ^ (int8_t)-128;
+        memcpy(units[i], &whole, sizeof(whole));  // + 128, as uint8
+      }
+      for (int64_t u = 0; u < LANES / 4; u++)
+        for (int64_t i = 0; i < LANES; i++) packed[(k / 4 + u) * BLOCK + first + i] = units[i][u];
     }
   }
 }
@@ -185,18 +236,18 @@ static inline float rounded(float x) {
 
 // The scale of 64 numbers, rounded to bf16, that leaves the least square error. The greatest number becomes -8 or 7, or
 // something between that and the range's end, or beyond it, which cuts it off to be finer elsewhere.
-static inline float group_scale(const Floats (&x)[GROUP_VECTORS]) {
-  Floats high = x[0], low = -x[0], nothing{};
-  for (int v = 0; v < GROUP_VECTORS; v++) {
-    high = larger(high, x[v]);
-    low = larger(low, -x[v]);
-    nothing += x[v] * 0.0f;
+static inline float group_scale(const Sixteen (&x)[GROUP_VECTORS]) {
+  Register numbers[GROUP / WIDTH];
+  memcpy(numbers, x, sizeof(numbers));
+  Register high = numbers[0], low = -numbers[0], nothing{};
+  for (Register number : numbers) {
+    high = larger(high, number);
+    low = larger(low, -number);
+    nothing += number * 0.0f;
   }
   const float top = largest(high), bottom = largest(low), extreme = top > bottom ? top : -bottom;
   const float places[] = {-8.0f, -8.6f, -9.3f, -7.4f, 7.0f, 7.5f, 8.2f};
   float least = INFINITY, best = sum(nothing);  // not a number if any is none, or infinite
-  Register numbers[GROUP / WIDTH];
-  memcpy(numbers, x, sizeof(numbers));
   for (float place : places) {
     const float scale = rounded(extreme / place), inverse = scale != 0 ? 1.0f / scale : 0;
     Register error[PARTS] = {};
@@ -223,19 +274,15 @@ static void pack_nibbles_of(const Weight& a, int64_t block) {
     const int64_t row = block * BLOCK + i, inputs = row < a.outputs ? a.inputs : 0;
     const T* weight = (const T*)a.weight + (inputs ? row * a.inputs : 0);
     for (int64_t group = 0; group < a.padded / GROUP; group++) {
-      Floats x[GROUP_VECTORS];
+      Sixteen x[GROUP_VECTORS];
       for (int v = 0; v < GROUP_VECTORS; v++) x[v] = inputs_of(weight, group * GROUP + v * LANES, inputs);
       const float scale = group_scale(x), inverse = scale != 0 ? 1.0f / scale : 0;
       uint32_t bits, codes[GROUP / 4];
       memcpy(&bits, &scale, 4);
       scales[group * BLOCK + i] = bits >> 16;
       for (int v = 0; v < GROUP_VECTORS; v++) {
-        Register some_numbers[PARTS];
-        memcpy(some_numbers, x + v, sizeof(some_numbers));
-        for (Register& number : some_numbers) number = nibbles(number, inverse) + 8.0f;
-        Floats whole;
-        memcpy(&whole, some_numbers, sizeof(whole));
-        const Chars some = as_chars(nearest(whole));
+        for (Register& number : x[v].part) number = nibbles(number, inverse) + 8.0f;
+        const Chars some = as_chars(nearest(x[v], 1.0f));
         memcpy(codes + v * 4, &some, sizeof(some));
       }
       for (int64_t u = 0; u < GROUP / 8; u++) {

@@ -74,7 +74,10 @@ static inline Halves as_halves(Words x) { return __builtin_convertvector(x, Halv
 static inline Floats as_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 #endif
 
-static inline Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+template <class V>
+static inline V magnitude(V x) {
+  return (V)((decltype(x < x))x & 0x7fffffff);
+}
 
 static inline Floats load(const Bf16* p) { return (Floats)(as_words(*(const HalvesAt*)p) << 16); }
 
@@ -138,14 +141,13 @@ static inline T joined(const T* x, Join join) {
     return joined<N / 2>((const T*)&both, join);
   }
 }
-static inline float sum(Floats x) {
-  return joined<LANES>((const float*)&x, [](auto a, auto b) { return a + b; });
+template <class V>
+static inline auto sum(V x) {
+  return joined<sizeof(V) / 4>((const decltype(x[0] + x[0])*)&x, [](auto a, auto b) { return a + b; });
 }
-static inline int32_t sum(Ints x) {
-  return joined<LANES>((const int32_t*)&x, [](auto a, auto b) { return a + b; });
-}
-static inline float largest(Floats x) {
-  return joined<LANES>((const float*)&x, [](auto a, auto b) { return a > b ? a : b; });
+template <class V>
+static inline float largest(V x) {
+  return joined<sizeof(V) / 4>((const float*)&x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x to about one unit in the last place (Cephes' polynomial); exp(0) is 1; NaN stays NaN; no denormals.
