@@ -47,12 +47,22 @@ class Names:
     ignored: tuple[
         str, ...
     ] = ()  # patterns of our names that a checkpoint may hold and the network does not use
+    stacked: tuple[
+        tuple[str, str], ...
+    ] = ()  # patterns of tensors that hold several, and one's name: {} counts
 
     def ours(self, theirs: str) -> str:
         """Our name of a checkpoint's tensor; a fused one keeps its module's name."""
         for pattern, to in self.renames:
             theirs = re.sub(pattern, to, theirs)
         return theirs
+
+    def in_stack(self, ours: str, count: int) -> list[str] | None:
+        """Our names of the `count` tensors that one holds along its first dimension; None if it is a single one."""
+        for pattern, one in self.stacked:
+            if re.search(pattern, ours):
+                return [re.sub(pattern, one, ours).format(i) for i in range(count)]
+        return None
 
     def is_ignored(self, ours: str) -> bool:
         return any(re.search(pattern, ours) for pattern in self.ignored)
