@@ -211,7 +211,12 @@ def _read(file: Any, entry: Entry, rows: slice | None) -> torch.Tensor:
     spans = entry.split.segments(entry.part, start, stop) if entry.split else [slice(start, stop)]
     at: tuple[Any, ...] = () if entry.item is None else (entry.item,)
     columns = (slice(None),) if entry.transposed else ()
-    pieces = [stored[(*at, *columns, span)] for span in spans or [slice(0, 0)]]
-    if entry.transposed:
-        pieces = [piece.t() for piece in pieces]
+    pieces = [_rows(stored, (*at, *columns), span) for span in spans or [slice(0, 0)]]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _rows(stored: Any, before: tuple[Any, ...], span: slice) -> torch.Tensor:
+    """One span along the dimension after `before`, as rows; safetensors has no steps."""
+    found: torch.Tensor = stored[(*before, slice(span.start, span.stop))]
+    turned = any(isinstance(one, slice) for one in before)
+    return (found.t() if turned else found)[:: span.step or 1]

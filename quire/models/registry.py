@@ -33,6 +33,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "Glm4ForCausalLM": "glm.glm4",
     "Glm4MoeForCausalLM": "glm.glm4_moe",
     "Glm4MoeLiteForCausalLM": "glm.glm4_moe_lite",
+    "GptOssForCausalLM": "gpt_oss.gpt_oss",
     "GraniteForCausalLM": "granite.granite",
     "GraniteMoeForCausalLM": "granite.granite_moe",
     "GraniteMoeSharedForCausalLM": "granite.granite_moe",

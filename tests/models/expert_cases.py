@@ -60,6 +60,10 @@ EXPERT_CASES = (
     Case("SolarOpen", BASE | ALL_SPARSE | {"attention_bias": True}),
     Case("HYV3", BASE | EXPERTS | SHARED | SOME_DENSE | {"attention_bias": True, "mlp_bias": True}),
     Case("ExaoneMoe", BASE | ROUTING | EXPERTS | SHARED | LOCAL | MIXED),
+    Case(  # so wide that gates are clamped
+        "GptOss",
+        BASE | LOCAL | LOCAL_EXPERTS | {"hidden_size": 192, "rope_parameters": YARN | {"truncate": False}},
+    ),
     Case(  # so large an epsilon that the norm after the experts leaves a trace of how much they add up to
         "FlexOlmo",
         GROUPED | {"num_experts": 6, "num_experts_per_tok": 2, "attention_bias": True, "rms_norm_eps": 0.5},

@@ -149,6 +149,7 @@ UNSUPPORTED = (
     ("MiniMaxM2", {"attn_type_list": [0, 1, 1, 1]}, "attn_type_list"),
     ("Ernie4_5_Moe", {"moe_norm_min": 0.5}, "moe_norm_min"),
     ("Glm4MoeLite", {"mlp_layer_types": ["cheap"] * 4}, "cheap"),
+    ("GptOss", {"swiglu_limit": 6.0}, "swiglu_limit"),
     ("SolarOpen", {"use_qk_norm": True}, "use_qk_norm"),
     ("Qwen3", {"quantization_config": {"quant_method": "fp8"}}, "fp8"),
 )
