@@ -31,9 +31,7 @@ def deepseek_v2(c: HF) -> tuple[Decoder, Names]:
     method = c.get("topk_method", "greedy")
     c.refuse(method not in ("greedy", "group_limited_greedy"), f"topk_method={method!r}")
     c.skip("n_group", "topk_group")
-    groups = {}
-    if method == "group_limited_greedy":
-        groups = {"groups": c.count("n_group"), "top_groups": c.count("topk_group")}
+    is_limited = method == "group_limited_greedy"
     num_shared, hidden = c.stated("n_shared_experts"), c.count("moe_intermediate_size")
     moe = MoE(
         num_experts=c.count("n_routed_experts", "num_experts"),
@@ -41,8 +39,9 @@ def deepseek_v2(c: HF) -> tuple[Decoder, Names]:
         expert=mlp(c, hidden=hidden),
         renorm=False,
         scale=c.number("routed_scaling_factor"),
+        groups=c.count("n_group") if is_limited else 1,
+        top_groups=c.count("topk_group") if is_limited else 1,
         shared=mlp(c, hidden=hidden * num_shared) if num_shared else None,
-        **groups,
     )
     return _with_first_dense(c, latent_attention(c, interleaved=True), moe), Names(renames=RENAMES)
 
