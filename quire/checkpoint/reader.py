@@ -6,7 +6,7 @@ Knows files, spellings and fused tensors; nothing of devices, parallelism or wha
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ MAPPED_BYTES = 64 * 2**20  # read through one mapping of a file: its pages are t
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one of our tensors lies, and its shape; with `split`, rows of `part` in a fused tensor."""
+    """Where one of our tensors lies, and its shape; with `split`, rows of `part` in a fused tensor.
+
+    With `item`, all that is in that item of a stack.
+    """
 
     file: Path
     theirs: str
@@ -38,6 +41,7 @@ class Entry:
     split: Split | None = None
     part: str = ""
     transposed: bool = False
+    item: int | None = None
 
 
 class Checkpoint:
@@ -59,7 +63,15 @@ class Checkpoint:
                     continue
                 ours = names.ours(theirs)
                 if not names.is_ignored(ours):
-                    self._add(ours, Entry(file, theirs, stored.shape), names)
+                    self._add_all(ours, Entry(file, theirs, stored.shape), names)
+
+    def _add_all(self, ours: str, entry: Entry, names: Names) -> None:
+        stack = names.in_stack(ours, sum(entry.shape[:1]))
+        if stack is None:
+            self._add(ours, entry, names)
+            return
+        for i, name in enumerate(stack):
+            self._add(name, replace(entry, shape=entry.shape[1:], item=i), names)
 
     def _add(self, ours: str, entry: Entry, names: Names) -> None:
         module = ours.rsplit(".", 2)[-2] if ours.count(".") > 1 else ""
@@ -68,7 +80,7 @@ class Checkpoint:
             shape = shape[::-1]
         split = names.splits.get(module)
         if split is None:
-            self._put(ours, Entry(entry.file, entry.theirs, shape, transposed=transposed))
+            self._put(ours, replace(entry, shape=shape, transposed=transposed))
             return
         if not shape or shape[0] != sum(split.parts.values()):
             raise CheckpointError(
@@ -77,7 +89,8 @@ class Checkpoint:
             )
         for part, rows in split.parts.items():
             name = ours.replace(f".{module}.", f".{part}.")
-            self._put(name, Entry(entry.file, entry.theirs, (rows, *shape[1:]), split, part, transposed))
+            inside = replace(entry, shape=(rows, *shape[1:]), split=split, part=part, transposed=transposed)
+            self._put(name, inside)
 
     def _put(self, name: str, entry: Entry) -> None:
         if other := self._index.get(name):
@@ -190,11 +203,20 @@ def _shown(names: list[str]) -> str:
 def _read(file: Any, entry: Entry, rows: slice | None) -> torch.Tensor:
     if not entry.shape:
         scalar: torch.Tensor = file.get_tensor(entry.theirs)
-        return scalar
+        return scalar if entry.item is None else scalar[entry.item]
     start, stop, step = (rows or slice(None)).indices(entry.shape[0])
     if step != 1:
         raise ValueError(f"rows {rows} are not contiguous")
     stored = file.get_slice(entry.theirs)
     spans = entry.split.segments(entry.part, start, stop) if entry.split else [slice(start, stop)]
-    pieces = [stored[:, span].t() if entry.transposed else stored[span] for span in spans or [slice(0, 0)]]
+    at: tuple[Any, ...] = () if entry.item is None else (entry.item,)
+    columns = (slice(None),) if entry.transposed else ()
+    pieces = [_rows(stored, (*at, *columns), span) for span in spans or [slice(0, 0)]]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _rows(stored: Any, before: tuple[Any, ...], span: slice) -> torch.Tensor:
+    """One span along the dimension after `before`, as rows; safetensors has no steps."""
+    found: torch.Tensor = stored[(*before, slice(span.start, span.stop))]
+    turned = any(isinstance(one, slice) for one in before)
+    return (found.t() if turned else found)[:: span.step or 1]

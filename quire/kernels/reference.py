@@ -13,6 +13,9 @@ from torch import Tensor
 from quire.kernels.dispatch import op
 from quire.kernels.quantized import Quantized, quantized_linear
 
+SWIGLU_OAI = "swiglu_oai"  # a gate of its own
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # as in activations.inl and triton/elementwise.py
+
 
 @op
 def embed(ids: Tensor, table: Any, scale: float = 1.0) -> Tensor:
@@ -149,9 +152,12 @@ def act(x: Tensor, kind: str) -> Tensor:
 
 @op
 def act_mul(x: Tensor, kind: str) -> Tensor:
-    """act(gate) * up. x [..., 2 * I]: gate, then up -> [..., I]."""
-    gate, up = x.chunk(2, -1)
-    return (_activate(gate.float(), kind) * up.float()).to(x.dtype)
+    """act(gate) * up, or what else a gate lets through. x [..., 2 * I]: gate, then up -> [..., I]."""
+    gate, up = x.float().chunk(2, -1)
+    if kind == SWIGLU_OAI:  # OpenAI's: clamped, and up is more or less than 1
+        gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return (gate * (SWIGLU_ALPHA * gate).sigmoid() * (up + 1)).to(x.dtype)
+    return (_activate(gate, kind) * up).to(x.dtype)
 
 
 @op

@@ -1,5 +1,8 @@
-"""DeepSeek V3 and R1, Kimi K2: latent attention, grouped sigmoid routing, shared experts; and dots.llm1."""
+"""DeepSeek V2, V3 and R1, Kimi K2: latent attention, grouped routing, shared experts; dots.llm1; Youtu."""
 
+from typing import Any
+
+from quire.errors import ModelError
 from quire.models.common import (
     attention,
     biases,
@@ -9,6 +12,7 @@ from quire.models.common import (
     pre_norm,
     rope,
     rope_parameters,
+    tied_by_default,
     window,
     yarn_mscale,
 )
@@ -17,31 +21,42 @@ from quire.models.names import LLAMA, Names
 from quire.models.spec import MLA, Block, Decoder, MoE, Norm
 
 LATENT_EPS = 1e-6  # the norms of latents do not follow rms_norm_eps
+RENAMES = (*LLAMA, (r"\.shared_experts\.", ".shared."))
+
+
+def deepseek_v2(c: HF) -> tuple[Decoder, Names]:
+    """Softmax scores; groups of experts, where there are any, by their best one's."""
+    c.refuse_if_set("mlp_bias", "norm_topk_prob")  # the latter, Hugging Face's network ignores
+    c.refuse((kind := c.get("scoring_func", "softmax")) != "softmax", f"scoring_func={kind!r}")
+    method = c.get("topk_method", "greedy")
+    c.refuse(method not in ("greedy", "group_limited_greedy"), f"topk_method={method!r}")
+    c.skip("n_group", "topk_group")
+    is_limited = method == "group_limited_greedy"
+    num_shared, hidden = c.stated("n_shared_experts"), c.count("moe_intermediate_size")
+    moe = MoE(
+        num_experts=c.count("n_routed_experts", "num_experts"),
+        top_k=c.count("num_experts_per_tok"),
+        expert=mlp(c, hidden=hidden),
+        renorm=False,
+        scale=c.number("routed_scaling_factor"),
+        groups=c.count("n_group") if is_limited else 1,
+        top_groups=c.count("topk_group") if is_limited else 1,
+        shared=mlp(c, hidden=hidden * num_shared) if num_shared else None,
+    )
+    return _with_first_dense(c, latent_attention(c, interleaved=True), moe), Names(renames=RENAMES)
 
 
 def deepseek_v3(c: HF) -> tuple[Decoder, Names]:
-    c.refuse_if_set("attention_bias")
-    c.skip("head_dim", "qk_head_dim", "num_key_value_heads")  # follow from the other sizes
+    spec = _with_first_dense(c, latent_attention(c), grouped_experts(c))
+    return spec, Names(renames=RENAMES, ignored=mtp_layers(c))
+
+
+def youtu(c: HF) -> tuple[Decoder, Names]:
+    """DeepSeek V3 without experts."""
+    c.skip("embedding_initializer_range")
     norm = Norm(eps=c.number("rms_norm_eps"))
-    rope_dim, nope_dim = c.count("qk_rope_head_dim"), c.count("qk_nope_head_dim")
-    mla = MLA(
-        num_heads=c.count("num_attention_heads"),
-        q_rank=c.stated("q_lora_rank"),
-        kv_rank=c.count("kv_lora_rank"),
-        nope_dim=nope_dim,
-        rope_dim=rope_dim,
-        v_dim=c.count("v_head_dim"),
-        rope=rope(c, rope_dim, interleaved=bool(c.get("rope_interleave", True))),
-        norm=Norm(eps=LATENT_EPS),
-        scale=_stretched_scale(c, nope_dim + rope_dim),
-    )
-    moe, dense = grouped_experts(c), mlp(c)
-
-    def block(i: int) -> Block:
-        return pre_norm(mla, dense if is_dense(c, i) else moe, norm)
-
-    renames = (*LLAMA, (r"\.shared_experts\.", ".shared."))
-    return decoder(c, block, norm), Names(renames=renames, ignored=mtp_layers(c))
+    block = pre_norm(latent_attention(c), mlp(c), norm)
+    return decoder(c, block, norm, tied=tied_by_default(c)), Names(renames=LLAMA)
 
 
 def dots1(c: HF) -> tuple[Decoder, Names]:
@@ -53,14 +68,37 @@ def dots1(c: HF) -> tuple[Decoder, Names]:
         mixer = attention(c, qk_norm=norm, window=sliding if local[i] else None, **biases(c))
         return pre_norm(mixer, dense if is_dense(c, i) else moe, norm)
 
-    return decoder(c, block, norm), Names(renames=(*LLAMA, (r"\.shared_experts\.", ".shared.")))
+    return decoder(c, block, norm), Names(renames=RENAMES)
 
 
-def grouped_experts(c: HF) -> MoE:
-    """Routing by sigmoid scores plus a correction, within the best groups of experts (DeepSeek-AI 2024)."""
+def latent_attention(c: HF, **changes: Any) -> MLA:
+    """Latent attention with the usual keys; `changes` are fields of its Rope."""
+    c.refuse_if_set("attention_bias")
+    c.skip("head_dim", "qk_head_dim", "num_key_value_heads")  # follow from the other sizes
+    rope_dim, nope_dim = c.count("qk_rope_head_dim"), c.count("qk_nope_head_dim")
+    if "interleaved" not in changes:
+        changes["interleaved"] = bool(c.get("rope_interleave", True))
+    return MLA(
+        num_heads=c.count("num_attention_heads"),
+        q_rank=c.stated("q_lora_rank"),
+        kv_rank=c.count("kv_lora_rank"),
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        v_dim=c.count("v_head_dim"),
+        rope=rope(c, rope_dim, **changes),
+        norm=Norm(eps=LATENT_EPS),
+        scale=_stretched_scale(c, nope_dim + rope_dim),
+    )
+
+
+def grouped_experts(c: HF, shared: str = "n_shared_experts") -> MoE:
+    """Routing by sigmoid scores plus a correction, within the best groups of experts (DeepSeek-AI 2024).
+
+    `shared` is the key of the number of shared experts.
+    """
     c.refuse((kind := c.get("scoring_func", "sigmoid")) != "sigmoid", f"scoring_func={kind!r}")
     c.refuse((kind := c.get("topk_method", "noaux_tc")) != "noaux_tc", f"topk_method={kind!r}")
-    num_shared, hidden = c.stated("n_shared_experts"), c.count("moe_intermediate_size")
+    num_shared, hidden = c.stated(shared), c.count("moe_intermediate_size")
     return MoE(
         num_experts=c.count("n_routed_experts", "num_experts"),
         top_k=c.count("num_experts_per_tok"),
@@ -80,10 +118,28 @@ def is_dense(c: HF, layer: int) -> bool:
     return layer < int(c.need("first_k_dense_replace"))
 
 
+def dense_layers(c: HF) -> list[bool]:
+    """For each layer, whether it has no experts, for architectures whose config may list that."""
+    num_layers, kinds = c.count("num_hidden_layers"), c.mlp_layer_types
+    first = c.get("first_k_dense_replace", 1)
+    if kinds is None:
+        return [i < first for i in range(num_layers)]
+    unknown = sorted(set(map(str, kinds)) - {"dense", "sparse"})
+    c.refuse(bool(unknown), f"mlp_layer_types entry {', '.join(unknown)} (known: dense, sparse)")
+    if len(kinds) < num_layers:
+        raise ModelError(f"config.json: mlp_layer_types has {len(kinds)} entries for {num_layers} layers")
+    return [kind == "dense" for kind in kinds[:num_layers]]
+
+
 def mtp_layers(c: HF) -> tuple[str, ...]:
     """Checkpoints append layers that predict further tokens; they are no part of the decoder."""
     first, extra = c.count("num_hidden_layers"), c.get("num_nextn_predict_layers", c.get("num_mtp_layers", 1))
     return tuple(rf"^layers\.{first + i}\." for i in range(extra))
+
+
+def _with_first_dense(c: HF, mixer: MLA, moe: MoE) -> Decoder:
+    norm, dense = Norm(eps=c.number("rms_norm_eps")), mlp(c)
+    return decoder(c, lambda i: pre_norm(mixer, dense if is_dense(c, i) else moe, norm), norm)
 
 
 def _stretched_scale(c: HF, head_dim: int) -> float | None:

@@ -113,6 +113,7 @@ def _name_lines(names: Names) -> list[str]:
         + (f", in {split.per_group} groups" if split.per_group > 1 else "")
         for fused, split in names.splits.items()
     ]
+    lines += [f"stored as a stack: {one}" for _, one in names.stacked]
     if names.transposed:
         lines.append(f"stored transposed: {', '.join(names.transposed)}")
     if names.ignored:

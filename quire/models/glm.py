@@ -1,7 +1,14 @@
-"""GLM 4 (dense, norms around each sublayer) and GLM 4.5 (experts)."""
+"""GLM 4 (dense, norms around each sublayer), GLM 4.5 (experts), GLM 4.7 Flash (latent attention); Solar Open."""
 
 from quire.models.common import attention, biases, decoder, head_dim, mlp, pre_norm, rope
-from quire.models.deepseek import grouped_experts, is_dense, mtp_layers
+from quire.models.deepseek import (
+    RENAMES,
+    dense_layers,
+    grouped_experts,
+    is_dense,
+    latent_attention,
+    mtp_layers,
+)
 from quire.models.hf import HF
 from quire.models.names import LLAMA, Names, Split
 from quire.models.spec import Block, Decoder, Norm
@@ -32,5 +39,25 @@ def glm4_moe(c: HF) -> tuple[Decoder, Names]:
     def block(i: int) -> Block:
         return pre_norm(mixer, dense if is_dense(c, i) else moe, norm)
 
-    renames = (*LLAMA, (r"\.shared_experts\.", ".shared."))
-    return decoder(c, block, norm), Names(renames=renames, ignored=mtp_layers(c))
+    return decoder(c, block, norm), Names(renames=RENAMES, ignored=mtp_layers(c))
+
+
+def glm4_moe_lite(c: HF) -> tuple[Decoder, Names]:
+    """GLM 4.5's experts behind DeepSeek V3's attention."""
+    norm, is_without = Norm(eps=c.number("rms_norm_eps")), dense_layers(c)
+    mixer, moe, dense = latent_attention(c, partial=1.0), grouped_experts(c), mlp(c)
+
+    def block(i: int) -> Block:
+        return pre_norm(mixer, dense if is_without[i] else moe, norm)
+
+    return decoder(c, block, norm), Names(renames=RENAMES, ignored=mtp_layers(c))
+
+
+def solar_open(c: HF) -> tuple[Decoder, Names]:
+    """Every layer has experts; whole heads are rotated."""
+    c.refuse_if_set("first_k_dense_replace", "use_qk_norm")
+    c.skip("intermediate_size")  # of layers without experts
+    norm, size = Norm(eps=c.number("rms_norm_eps")), c.count("head_dim")
+    rotary = rope(c, size, partial=1.0, theta=1_000_000.0)
+    mixer = attention(c, head_dim=size, rope=rotary, **biases(c, out=False))
+    return decoder(c, pre_norm(mixer, grouped_experts(c), norm), norm), Names(renames=RENAMES)

@@ -78,9 +78,9 @@ def hunyuan(c: HF) -> tuple[Decoder, Names]:
     return decoder(c, pre_norm(attn, mlp(c), norm), norm), Names(renames=renames)
 
 
-def ernie(c: HF) -> tuple[Decoder, Names]:
-    """Rotary embedding of neighbouring dimensions; one setting for every bias."""
-    norm, bias, size = Norm(eps=c.number("rms_norm_eps")), bool(c.use_bias), c.count("head_dim")
+def ernie(c: HF, size: int | None = None) -> tuple[Decoder, Names]:
+    """Rotary embedding of neighbouring dimensions; one setting for every bias. `size` of a head, if not head_dim."""
+    norm, bias, size = Norm(eps=c.number("rms_norm_eps")), bool(c.use_bias), size or c.count("head_dim")
     rotary = rope(c, size, theta=500_000.0, interleaved=True)
     attn = attention(c, rope=rotary, head_dim=size, bias=bias, out_bias=bias)
     block = pre_norm(attn, mlp(c, bias=bias), norm)

@@ -16,7 +16,7 @@ class Split:
     per_group: int = 1
 
     def segments(self, part: str, start: int, stop: int) -> list[slice]:
-        """Where rows [start, stop) of a part lie in the fused tensor, in order, neighbours joined."""
+        """Where rows [start, stop) of a part lie in the fused tensor, in order, in as few slices as that takes."""
         before = 0
         for name, rows in self.parts.items():
             if name == part:
@@ -25,6 +25,8 @@ class Split:
         step = self.parts[part] // self.per_group
         period = sum(self.parts.values()) // self.per_group
         found: list[slice] = []
+        if step == 1 and period > 1 and start < stop:  # row by row: GPT-OSS's gates and ups
+            return [slice(start * period + before, (stop - 1) * period + before + 1, period)]
         while start < stop:
             group, inside = divmod(start, step)
             taken = min(step - inside, stop - start)
@@ -47,12 +49,22 @@ class Names:
     ignored: tuple[
         str, ...
     ] = ()  # patterns of our names that a checkpoint may hold and the network does not use
+    stacked: tuple[
+        tuple[str, str], ...
+    ] = ()  # patterns of tensors that hold several, and one's name: {} counts
 
     def ours(self, theirs: str) -> str:
         """Our name of a checkpoint's tensor; a fused one keeps its module's name."""
         for pattern, to in self.renames:
             theirs = re.sub(pattern, to, theirs)
         return theirs
+
+    def in_stack(self, ours: str, count: int) -> list[str] | None:
+        """Our names of the `count` tensors that one holds along its first dimension; None if it is a single one."""
+        for pattern, one in self.stacked:
+            if re.search(pattern, ours):
+                return [re.sub(pattern, one, ours).format(i) for i in range(count)]
+        return None
 
     def is_ignored(self, ours: str) -> bool:
         return any(re.search(pattern, ours) for pattern in self.ignored)

@@ -1,4 +1,6 @@
-"""OLMo 1, 2, 3 and OLMoE, and EXAONE 4, whose norms follow the sublayers as OLMo 2's do."""
+"""OLMo 1, 2, 3, OLMoE and FlexOlmo, and EXAONE 4, whose norms follow the sublayers as OLMo 2's do; K-EXAONE."""
+
+from collections.abc import Callable
 
 from quire.models.common import (
     attention,
@@ -12,7 +14,9 @@ from quire.models.common import (
     rope,
     window,
 )
+from quire.models.deepseek import RENAMES, dense_layers, grouped_experts
 from quire.models.hf import HF
+from quire.models.mixtral import CORRECTION
 from quire.models.names import LLAMA, Names
 from quire.models.spec import Attention, Block, Decoder, MoE, Norm
 
@@ -52,6 +56,22 @@ def olmo3(c: HF) -> tuple[Decoder, Names]:
 
 
 def exaone4(c: HF) -> tuple[Decoder, Names]:
+    norm, mixer = Norm(eps=c.number("rms_norm_eps")), _exaone_attention(c)
+    return decoder(c, lambda i: _post_norm(c, mixer(i), norm), norm), Names(renames=POST_NORM)
+
+
+def exaone_moe(c: HF) -> tuple[Decoder, Names]:
+    """EXAONE 4's attention, but norms before the sublayers, and DeepSeek V3's experts."""
+    norm, mixer, is_dense = Norm(eps=c.number("rms_norm_eps")), _exaone_attention(c), dense_layers(c)
+    moe, dense = grouped_experts(c, shared="num_shared_experts"), mlp(c)
+
+    def block(i: int) -> Block:
+        return pre_norm(mixer(i), dense if is_dense[i] else moe, norm)
+
+    return decoder(c, block, norm), Names(renames=(*RENAMES, CORRECTION), ignored=(r"^mtp\.",))
+
+
+def _exaone_attention(c: HF) -> Callable[[int], Attention]:
     """Where some layers are local, the others have no rotary embedding."""
     norm, sliding = Norm(eps=c.number("rms_norm_eps")), window(c)
     pattern = c.get("sliding_window_pattern", 4)
@@ -60,32 +80,43 @@ def exaone4(c: HF) -> tuple[Decoder, Names]:
     local = layer_types(c, lambda i: sliding is not None and (i + 1) % pattern != 0)
     rotary = rope(c, head_dim(c))
 
-    def block(i: int) -> Block:
+    def mixer(i: int) -> Attention:
         here = rotary if local[i] or sliding is None else None
-        mixer = attention(c, rope=here, window=window(c, local[i]), qk_norm=norm)
-        return _post_norm(c, mixer, norm)
+        return attention(c, rope=here, window=window(c, local[i]), qk_norm=norm)
 
-    return decoder(c, block, norm), Names(renames=POST_NORM)
+    return mixer
 
 
 def olmoe(c: HF) -> tuple[Decoder, Names]:
     """Every layer has experts of intermediate_size; q and k are normalised over all heads together."""
     c.refuse_if_set("clip_qkv")
     norm = Norm(eps=c.number("rms_norm_eps"))
-    moe = MoE(
+    attn = attention(c, qk_norm=norm, qk_norm_span="full", num_kv_heads=kv_heads(c), **biases(c))
+    return decoder(c, pre_norm(attn, _experts(c), norm), norm), Names(renames=LLAMA)
+
+
+def flex_olmo(c: HF) -> tuple[Decoder, Names]:
+    """OLMo 2 with OLMoE's experts (Shi et al. 2025)."""
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    rotary = rope(c, head_dim(c), theta=500_000.0)
+    own = {"qk_norm": norm, "qk_norm_span": "full", "num_kv_heads": kv_heads(c), **biases(c)}
+    block = _post_norm(c, attention(c, rope=rotary, **own), norm, _experts(c))
+    return decoder(c, block, norm), Names(renames=POST_NORM)
+
+
+def _experts(c: HF) -> MoE:
+    return MoE(
         num_experts=c.count("num_experts", "num_local_experts"),
         top_k=c.count("num_experts_per_tok"),
         expert=mlp(c),
         renorm=bool(c.norm_topk_prob),
     )
-    attn = attention(c, qk_norm=norm, qk_norm_span="full", num_kv_heads=kv_heads(c), **biases(c))
-    return decoder(c, pre_norm(attn, moe, norm), norm), Names(renames=LLAMA)
 
 
-def _post_norm(c: HF, mixer: Attention, norm: Norm) -> Block:
+def _post_norm(c: HF, mixer: Attention, norm: Norm, moe: MoE | None = None) -> Block:
     return Block(
         mixer=mixer,
-        mlp=mlp(c),
+        mlp=moe or mlp(c),
         attn_norm=None,
         mlp_norm=None,
         attn_post_norm=norm,

@@ -95,6 +95,32 @@ def test_fused_tensors(
     checkpoint.finish()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stacks_of_fused_tensors(tmp_path: Path, transposed: bool) -> None:
+    """Each item is a tensor of its own, cut and turned as one that is stored alone."""
+    items = [matrix(5, 3, 100 * i) for i in range(4)]
+    stack = torch.stack([item.t() if transposed else item for item in items])
+    biases = torch.stack([item[:, 0] for item in items])
+    save(tmp_path, {"l.experts.ud": stack.contiguous(), "l.experts.ud_bias": biases, "l.odd": matrix(1, 6)})
+    names = Names(
+        splits={"ud": Split({"u": 2, "d": 3})},
+        transposed=("ud",) if transposed else (),
+        stacked=(
+            (r"\.experts\.ud$", ".experts.{}.ud.weight"),
+            (r"\.experts\.ud_bias$", ".experts.{}.ud.bias"),
+            (r"\.odd$", ".single"),
+        ),
+    )
+    checkpoint = Checkpoint(tmp_path, names)
+    for i, item in enumerate(items):
+        assert torch.equal(checkpoint.tensor(f"l.experts.{i}.u.weight", shape=(2, 3)), item[:2])
+        rows = checkpoint.tensor(f"l.experts.{i}.d.weight", shape=(3, 3), rows=slice(1, 3))
+        assert torch.equal(rows, item[3:5])
+        assert torch.equal(checkpoint.tensor(f"l.experts.{i}.d.bias", shape=(3,)), item[2:, 0])
+        assert f"l.experts.{i}.u.bias" in checkpoint
+    assert torch.equal(checkpoint.tensor("l.single", shape=(6,)), matrix(1, 6)[0])
+
+
 def test_a_fused_tensor_of_the_wrong_size(tmp_path: Path) -> None:
     save(tmp_path, {"l.qkv.weight": matrix(5, 3)})
     names = Names(splits={"qkv": Split({"q": 2, "k": 2})})

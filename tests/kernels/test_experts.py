@@ -100,6 +100,7 @@ LAYERS = {
     "odd": Layer(dim=33, hidden=21, count=5),
     "no gates, biases": Layer(gated=False, act="relu2", bias=True),
     "gates and biases": Layer(dim=80, hidden=70, act="gelu_pytorch_tanh", bias=True),
+    "gates of their own": Layer(act="swiglu_oai", bias=True),
     "bfloat16": Layer(dtype=torch.bfloat16),
     "float16": Layer(dtype=torch.float16, bias=True),
 }

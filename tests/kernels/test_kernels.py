@@ -92,6 +92,13 @@ def gates(dtype: torch.dtype) -> Inputs:
     )
 
 
+def pairs(dtype: torch.dtype) -> Inputs:
+    """Gates and what they let through; of the last kind, which is no activation, beyond its limits too."""
+    yield from gates(dtype)
+    for shape in ((1, 32), (5, 6144), (33, 70)):
+        yield noise(*shape, dtype=dtype, scale=6.0), "swiglu_oai"
+
+
 @dataclass(frozen=True)
 class Pack:
     """A weight to be packed for the device whose kernel is tested."""
@@ -133,7 +140,7 @@ def normed_products(dtype: torch.dtype) -> Inputs:
 
 def gated_products(dtype: torch.dtype) -> Inputs:
     for i, args in enumerate(normed_products(dtype)):
-        yield *args, ("silu", "gelu_pytorch_tanh", "silu")[i % 3]
+        yield *args, ("silu", "gelu_pytorch_tanh", "swiglu_oai")[i % 3]
 
 
 def added_products(dtype: torch.dtype) -> Inputs:
@@ -233,7 +240,7 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "layer_norm": layer_norms,
     "norm_rope": ropes,
     "act": gates,
-    "act_mul": gates,
+    "act_mul": pairs,
     "linear": products,
     "pack_linear": weights,
     "quantize_linear": quantizable,

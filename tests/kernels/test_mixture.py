@@ -80,6 +80,7 @@ LAYERS = {
     "odd": Layer(dim=33, hidden=21, count=5),
     "no gates, biases": Layer(gated=False, act="relu2", bias=True),
     "gates and biases": Layer(dim=130, hidden=70, act="gelu_pytorch_tanh", bias=True),
+    "gates of their own": Layer(act="swiglu_oai", bias=True),
     "bfloat16": Layer(dtype=BF16),
     "bfloat16, odd": Layer(dim=33, hidden=21, bias=True, dtype=BF16),
     "int8": Layer(bits=8, bias=True),

@@ -33,6 +33,12 @@ class Case:
         return self.model or f"{self.name.split('-')[0]}ForCausalLM"
 
     @property
+    def described(self) -> str:
+        """The architecture in config.json."""
+        names: list[str] = self.legacy.get("architectures", [self.architecture])
+        return names[0]
+
+    @property
     def config_class(self) -> str:
         return self.config or f"{self.name.split('-')[0]}Config"
 
@@ -117,7 +123,10 @@ def old(**more: Any) -> dict[str, Any]:
     return {"rope_parameters": None, "layer_types": None, **more}
 
 
+from tests.models.expert_cases import EXPERT_CASES  # noqa: E402  (its cases are made of what is above)
+
 CASES = (
+    *EXPERT_CASES,
     Case("Llama", BASE | theta(500.0)),
     Case("Llama-3.1", BASE | {"rope_parameters": LLAMA3}),
     Case("Llama-linear", BASE | {"rope_parameters": LINEAR}),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from quire.models.describe import describe, difference
+from quire.models.names import Names
 from quire.models.registry import decoder_spec
 from tests.models.published import PUBLISHED
 
@@ -32,6 +33,11 @@ def test_experts_and_fused_tensors_are_mentioned() -> None:
     assert "stored as qkv_proj = q_proj + k_proj + v_proj" in describe(*SPECS["Phi-3-mini-128k"])
     assert "query_key_value = q_proj + k_proj + v_proj, in 8 groups" in describe(*SPECS["pythia-1b"])
     assert "stored transposed: c_attn" in describe(*SPECS["gpt2"])
+
+
+def test_stacks_are_mentioned() -> None:
+    names = Names(stacked=((r"\.experts\.up$", ".experts.{}.up.weight"),))
+    assert "stored as a stack: .experts.{}.up.weight" in describe(SPECS["Llama-3.1-8B"][0], names)
 
 
 def test_difference_names_fields_and_layers() -> None:

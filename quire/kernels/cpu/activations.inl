@@ -21,3 +21,12 @@ static inline Floats activate(Floats x, int32_t kind) {
     default: return x / (exp(-x) + 1.0f);
   }
 }
+
+// What a gate lets through.
+static inline Floats gated(Floats gate, Floats up, int32_t kind) {
+  if (kind != SWIGLU_OAI) return activate(gate, kind) * up;
+  const Floats limit = fill(7.0f);
+  gate = gate > limit ? limit : gate;
+  up = up > limit ? limit : up < -limit ? -limit : up;
+  return gate / (exp(gate * -1.702f) + 1.0f) * (up + 1.0f);
+}

@@ -2,7 +2,8 @@
 #pragma once
 #include <cstdint>
 
-enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 = 4, SIGMOID = 5 };  // as in products.py
+// As in products.py. The last one is a gate's only.
+enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 = 4, SIGMOID = 5, SWIGLU_OAI = 6 };
 
 constexpr int64_t PARALLEL_ELEMENTS = 32768;  // fewer are done before other threads would have begun
 

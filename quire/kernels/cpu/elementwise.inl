@@ -17,8 +17,8 @@ static inline void rms_norm_row(T* out, const T* x, const T* weight, int64_t siz
 template <class T>
 static inline void act_row(T* out, const T* x, const T* up, int64_t size, int32_t kind) {
   FOR_LANES(i, n, size) {
-    const Floats y = activate(get(x + i, n), kind);
-    put(out + i, up ? y * get(up + i, n) : y, n);
+    const Floats gate = get(x + i, n);
+    put(out + i, up ? gated(gate, get(up + i, n), kind) : activate(gate, kind), n);
   }
 }
 

@@ -46,7 +46,7 @@ static inline void gate_row(const Finish& a, const float* gates, const float* up
   for (int64_t i = 0; i < BLOCK; i += LANES) {
     const Floats gate = result(a, gates + i, row, start + i, LANES);
     const Floats up = result(a, ups + i, row, a.outputs / 2 + start + i, LANES);
-    put(a.out, a.out_bf16, row * a.out_stride + start + i, activate(gate, a.fused.activation) * up, LANES);
+    put(a.out, a.out_bf16, row * a.out_stride + start + i, gated(gate, up, a.fused.activation), LANES);
   }
 }
 

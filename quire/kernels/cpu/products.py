@@ -35,6 +35,7 @@ ACTIVATIONS = {  # as in elementwise.h
     "relu": 3,
     "relu2": 4,
     "sigmoid": 5,
+    "swiglu_oai": 6,
 }
 BLOCK_OUTPUTS, INPUT_STEP, UNIT_BYTES = 64, 32, 4  # as in linear.cpp
 MOST_HEAD_DIM = 4 * BLOCK_OUTPUTS  # as in finish.h

@@ -147,6 +147,18 @@ def activate(x, KIND: tl.constexpr):
     return y
 
 
+@triton.jit
+def gated(gate, up, KIND: tl.constexpr):
+    """act(gate) * up, or what else a gate lets through."""
+    if KIND == "swiglu_oai":
+        gate = tl.where(gate > 7.0, 7.0, gate)
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        y = gate * _sigmoid(1.702 * gate) * (up + 1.0)
+    else:
+        y = activate(gate, KIND) * up
+    return y
+
+
 @triton.jit(do_not_specialize=["num_numbers"])
 def act(x, out, num_numbers, KIND: tl.constexpr, COUNT: tl.constexpr):
     """COUNT numbers of the activation of x, flat."""
@@ -164,4 +176,4 @@ def act_mul(x, out, SIZE: tl.constexpr, KIND: tl.constexpr, COUNT: tl.constexpr)
     keep = columns < SIZE
     gate = tl.load(x + row * (2 * SIZE) + columns, mask=keep, other=0.0).to(tl.float32)
     up = tl.load(x + row * (2 * SIZE) + SIZE + columns, mask=keep, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + columns, activate(gate, KIND) * up, mask=keep)
+    tl.store(out + row * SIZE + columns, gated(gate, up, KIND), mask=keep)

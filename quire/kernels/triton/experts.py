@@ -17,21 +17,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from quire.kernels.triton.elementwise import activate
+from quire.kernels.triton.elementwise import activate, gated
 from quire.kernels.triton.linear import LATE, follow, inputs_at, inverse_rms, weights_at
 
 
 @triton.jit
 def _hidden(y, up, bias, columns, inside, N, ACT: tl.constexpr, GATED: tl.constexpr):
-    """act(y) * up, or act(y), of columns along the first dimension; with an expert's bias [2 N] or [N]."""
+    """What gates y let through, or act(y), of columns along the first dimension; with an expert's bias [2 N] or [N]."""
     if bias is not None:
         y += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
         if GATED:
             up += tl.load(bias + N + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
-    if ACT != "":
-        y = activate(y, ACT)
     if GATED:
-        y = y * up
+        y = gated(y, up, ACT)
+    elif ACT != "":
+        y = activate(y, ACT)
     return y
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quire.kernels.triton.elementwise import activate
+from quire.kernels.triton.elementwise import gated
 
 # When the next kernel may start: with this one, once it has what it waits for, or when its sums are done.
 NEVER, EARLY, AFTER, LATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -78,7 +78,7 @@ def _finish(
         if ACT != "":
             up += tl.load(bias + N + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
     if ACT != "":
-        y = activate(y, ACT) * up
+        y = gated(y, up, ACT)
     at = rows[None, :] * N + columns[:, None]
     if residual is not None:
         y += tl.load(residual + at, mask=keep, other=0.0, cache_modifier=".cg").to(tl.float32)

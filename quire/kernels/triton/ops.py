@@ -16,6 +16,7 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
     "sigmoid": "sigmoid",
+    "swiglu_oai": "swiglu_oai",
 }
 COUNT = 1024  # numbers of an activation that a program computes
 HEAD_NUMBERS = 2048  # of a token that a program rotates

@@ -1,0 +1,45 @@
+"""Names that checkpoints in the wild have, beside those that Hugging Face writes."""
+
+import pytest
+
+from quire.models.registry import decoder_spec
+from tests.models.cases import BY_NAME
+from tests.models.test_families import config_of
+
+GATE, CORRECTION = "layers.1.mlp.gate.weight", "layers.1.mlp.gate.e_score_correction_bias"
+SPELLINGS = (
+    ("HYV3", "mlp.router.gate.weight", GATE),
+    ("HYV3", "mlp.gate.weight", GATE),
+    ("HYV3", "mlp.expert_bias", CORRECTION),
+    ("HYV3", "mlp.e_score_correction_bias", CORRECTION),
+    ("HYV3", "mlp.shared_mlp.up_proj.weight", "layers.1.mlp.shared.up_proj.weight"),
+    ("HYV3", "mlp.shared_experts.up_proj.weight", "layers.1.mlp.shared.up_proj.weight"),
+    ("MiniMaxM2", "block_sparse_moe.gate.weight", GATE),
+    ("MiniMaxM2", "block_sparse_moe.e_score_correction_bias", CORRECTION),
+    ("MiniMaxM2", "block_sparse_moe.experts.3.w2.weight", "layers.1.mlp.experts.3.down_proj.weight"),
+    ("ExaoneMoe", "mlp.e_score_correction_bias", CORRECTION),
+    ("ExaoneMoe", "mlp.gate.e_score_correction_bias", CORRECTION),
+    ("Ernie4_5_Moe", "mlp.moe_statics.e_score_correction_bias", CORRECTION),
+    ("Ernie4_5_Moe", "mlp.gate.moe_statics.e_score_correction_bias", CORRECTION),
+    ("GraniteMoe", "block_sparse_moe.router.layer.weight", GATE),
+    ("HunYuanMoEV1", "mlp.gate.wg.weight", GATE),
+)
+IGNORED = (
+    ("ExaoneMoe", "mtp.layers.0.mlp.up_proj.weight"),
+    ("Ernie4_5_Moe", "model.mtp_block.0.mlp.up_proj.weight"),
+    ("HYV3", "model.layers.4.mlp.up_proj.weight"),
+    ("Glm4MoeLite", "model.layers.4.eh_proj.weight"),
+)
+
+
+@pytest.mark.parametrize(("case", "theirs", "ours"), SPELLINGS)
+def test_spellings(case: str, theirs: str, ours: str) -> None:
+    _, names = decoder_spec(config_of(BY_NAME[case]))
+    name = names.ours(f"model.layers.1.{theirs}")
+    assert (names.in_stack(name, 1) or [name]) == [ours]
+
+
+@pytest.mark.parametrize(("case", "theirs"), IGNORED)
+def test_layers_that_predict_further_tokens_are_left_out(case: str, theirs: str) -> None:
+    _, names = decoder_spec(config_of(BY_NAME[case]))
+    assert names.is_ignored(names.ours(theirs))
