@@ -54,7 +54,7 @@ QUIRE = (sys.executable, "-m", "quire.cli.main")
 INPUTS, OUTPUTS = (32, 256), (32, 128)
 MAX_LENGTH = 512
 CACHE_BYTES = 2 * 2**30
-START_S, END_S = 600, 60
+START_S, END_S, PATIENCE_S = 600, 60, 3600
 COLUMNS = {"output": "output_throughput", "TTFT p50": "median_ttft_ms", "TPOT p50": "median_tpot_ms"}
 UNITS = {"output": "tok/s", "TTFT p50": "ms", "TPOT p50": "ms", "ready": "s"}
 
@@ -73,6 +73,7 @@ def servers(args: argparse.Namespace) -> list[Server]:
         command = [*QUIRE, "serve", str(args.folder / network), "--dtype", "bfloat16"]
         command += ["--quantization", value, "--disable-log-stats", "--disable-access-log"]
         command += ["--num-threads", str(threads), "--max-model-len", str(MAX_LENGTH)]
+        command += ["--max-queue-seconds", str(PATIENCE_S)]  # the others refuse nobody, either
         return [*command, "--kv-cache-memory-bytes", str(CACHE_BYTES)]
 
     def llama(kind: str, network: str, threads: int) -> list[str]:
