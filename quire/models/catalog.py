@@ -27,6 +27,6 @@ def rows() -> list[Row]:
     """By name."""
     found: Mapping[str, list[str]] = json.loads(VERIFIED.read_text())
     return [
-        Row(architecture=name, road="native", verified=name in found, features=found.get(name, ()))
+        Row(architecture=name, road="native", verified=name in found, features=found.get(name, []))
         for name in families()
     ]

@@ -42,7 +42,7 @@ def features() -> dict[str, list[str]]:
         spec, _ = decoder_spec(config_of(case))
         controls = {name for name, _ in mutations(spec)}
         unusual = {name for name in controls if " " in name} | set(_unusual(spec))
-        found[case.architecture].update(name.lower() for name in controls & unusual - PLAIN)
+        found[case.described].update(name.lower() for name in controls & unusual - PLAIN)
     return {name: sorted(words) for name, words in sorted(found.items())}
 
 

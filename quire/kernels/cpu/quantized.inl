@@ -156,11 +156,11 @@ static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
     }
     for (int p = 0; p < PARTS; p++) total.part[p] += numbers.part[p];
     if (a.grouped && (k + LANES) % GROUP == 0) {
-      a.sums[row * (a.padded / GROUP) + k / GROUP] = sum(total);
+      a.sums[row * (a.padded / GROUP) + k / GROUP] = top == top ? sum(total) : 0;
       total = SixteenInts{};
     }
   }
-  if (!a.grouped) a.sums[row] = sum(total);
+  if (!a.grouped) a.sums[row] = top == top ? sum(total) : 0;  // what is no number has no sum
   a.scales[row] = top / 127.0f;
 }
 
