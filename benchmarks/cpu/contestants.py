@@ -25,10 +25,8 @@ CHILD = Path(__file__).with_name("child.py")
 CONTEXT = 256  # llama.cpp gives each sequence a multiple of this
 END_S = 60
 TRIES = 8
-PLAIN_TYPES = {
-    "bf16": "bfloat16",
-    "float32": "float32",
-}  # the latter is faster on CPUs that cannot multiply bf16
+# The latter is faster on CPUs that cannot multiply bf16.
+PLAIN_TYPES = {"bf16": "bfloat16", "float32": "float32"}
 QUIRE_TYPES = {"bf16": "auto", "int8": "int8", "int4": "int4"}  # values of its option `quantization`
 
 

@@ -209,14 +209,13 @@ def _read(file: Any, entry: Entry, rows: slice | None) -> torch.Tensor:
         raise ValueError(f"rows {rows} are not contiguous")
     stored = file.get_slice(entry.theirs)
     spans = entry.split.segments(entry.part, start, stop) if entry.split else [slice(start, stop)]
-    at: tuple[Any, ...] = () if entry.item is None else (entry.item,)
-    columns = (slice(None),) if entry.transposed else ()
-    pieces = [_rows(stored, (*at, *columns), span) for span in spans or [slice(0, 0)]]
+    pieces = [_rows(stored, entry, span) for span in spans or [slice(0, 0)]]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _rows(stored: Any, before: tuple[Any, ...], span: slice) -> torch.Tensor:
-    """One span along the dimension after `before`, as rows; safetensors has no steps."""
-    found: torch.Tensor = stored[(*before, slice(span.start, span.stop))]
-    turned = any(isinstance(one, slice) for one in before)
-    return (found.t() if turned else found)[:: span.step or 1]
+def _rows(stored: Any, entry: Entry, span: slice) -> torch.Tensor:
+    """One span of an entry's rows."""
+    whole = slice(span.start, span.stop)  # safetensors has no steps
+    at = (slice(None), whole) if entry.transposed else (whole,)
+    found: torch.Tensor = stored[at if entry.item is None else (entry.item, *at)]
+    return (found.t() if entry.transposed else found)[:: span.step or 1]

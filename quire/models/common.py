@@ -93,6 +93,12 @@ def mlp(c: HF, **changes: Any) -> MLP:
     return MLP(hidden=hidden, act=act, **changes)
 
 
+def shared_experts(c: HF, key: str = "n_shared_experts", **changes: Any) -> MLP | None:
+    """Experts that see every token, as many as `key` says: one MLP as wide as all of them; None if there are none."""
+    count = c.stated(key)
+    return mlp(c, hidden=c.count("moe_intermediate_size") * count, **changes) if count else None
+
+
 def pre_norm(mixer: Attention | MLA, feed_forward: MLP | MoE, norm: Norm, **changes: Any) -> Block:
     return Block(mixer=mixer, mlp=feed_forward, attn_norm=norm, mlp_norm=norm, **changes)
 

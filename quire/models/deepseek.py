@@ -1,5 +1,6 @@
 """DeepSeek V2, V3 and R1, Kimi K2: latent attention, grouped routing, shared experts; dots.llm1; Youtu."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from quire.errors import ModelError
@@ -12,13 +13,14 @@ from quire.models.common import (
     pre_norm,
     rope,
     rope_parameters,
+    shared_experts,
     tied_by_default,
     window,
     yarn_mscale,
 )
 from quire.models.hf import HF
 from quire.models.names import LLAMA, Names
-from quire.models.spec import MLA, Block, Decoder, MoE, Norm
+from quire.models.spec import MLA, Attention, Block, Decoder, MoE, Norm
 
 LATENT_EPS = 1e-6  # the norms of latents do not follow rms_norm_eps
 RENAMES = (*LLAMA, (r"\.shared_experts\.", ".shared."))
@@ -32,22 +34,22 @@ def deepseek_v2(c: HF) -> tuple[Decoder, Names]:
     c.refuse(method not in ("greedy", "group_limited_greedy"), f"topk_method={method!r}")
     c.skip("n_group", "topk_group")
     is_limited = method == "group_limited_greedy"
-    num_shared, hidden = c.stated("n_shared_experts"), c.count("moe_intermediate_size")
     moe = MoE(
         num_experts=c.count("n_routed_experts", "num_experts"),
         top_k=c.count("num_experts_per_tok"),
-        expert=mlp(c, hidden=hidden),
+        expert=mlp(c, hidden=c.count("moe_intermediate_size")),
         renorm=False,
         scale=c.number("routed_scaling_factor"),
         groups=c.count("n_group") if is_limited else 1,
         top_groups=c.count("topk_group") if is_limited else 1,
-        shared=mlp(c, hidden=hidden * num_shared) if num_shared else None,
+        shared=shared_experts(c),
     )
-    return _with_first_dense(c, latent_attention(c, interleaved=True), moe), Names(renames=RENAMES)
+    mixer = latent_attention(c, interleaved=True)
+    return mostly_experts(c, mixer, moe, first_dense(c)), Names(renames=RENAMES)
 
 
 def deepseek_v3(c: HF) -> tuple[Decoder, Names]:
-    spec = _with_first_dense(c, latent_attention(c), grouped_experts(c))
+    spec = mostly_experts(c, latent_attention(c), grouped_experts(c), first_dense(c))
     return spec, Names(renames=RENAMES, ignored=mtp_layers(c))
 
 
@@ -62,13 +64,27 @@ def youtu(c: HF) -> tuple[Decoder, Names]:
 def dots1(c: HF) -> tuple[Decoder, Names]:
     norm, sliding = Norm(eps=c.number("rms_norm_eps")), window(c)
     local = layer_types(c, lambda i: sliding is not None and i >= c.get("max_window_layers", 62))
-    moe, dense = grouped_experts(c), mlp(c)
+
+    def mixer(i: int) -> Attention:
+        return attention(c, qk_norm=norm, window=sliding if local[i] else None, **biases(c))
+
+    return mostly_experts(c, mixer, grouped_experts(c), first_dense(c)), Names(renames=RENAMES)
+
+
+def mostly_experts(
+    c: HF,
+    mixer: Attention | MLA | Callable[[int], Attention],
+    moe: MoE,
+    is_dense: Sequence[bool],
+    bias: bool = False,
+) -> Decoder:
+    """Layers with experts, or where `is_dense` says so with one MLP; `mixer` may be a function of the layer's index."""
+    norm, dense = Norm(eps=c.number("rms_norm_eps")), mlp(c, bias=bias)
 
     def block(i: int) -> Block:
-        mixer = attention(c, qk_norm=norm, window=sliding if local[i] else None, **biases(c))
-        return pre_norm(mixer, dense if is_dense(c, i) else moe, norm)
+        return pre_norm(mixer(i) if callable(mixer) else mixer, dense if is_dense[i] else moe, norm)
 
-    return decoder(c, block, norm), Names(renames=RENAMES)
+    return decoder(c, block, norm)
 
 
 def latent_attention(c: HF, **changes: Any) -> MLA:
@@ -98,24 +114,24 @@ def grouped_experts(c: HF, shared: str = "n_shared_experts") -> MoE:
     """
     c.refuse((kind := c.get("scoring_func", "sigmoid")) != "sigmoid", f"scoring_func={kind!r}")
     c.refuse((kind := c.get("topk_method", "noaux_tc")) != "noaux_tc", f"topk_method={kind!r}")
-    num_shared, hidden = c.stated(shared), c.count("moe_intermediate_size")
     return MoE(
         num_experts=c.count("n_routed_experts", "num_experts"),
         top_k=c.count("num_experts_per_tok"),
-        expert=mlp(c, hidden=hidden),
+        expert=mlp(c, hidden=c.count("moe_intermediate_size")),
         score="sigmoid",
         renorm=bool(c.need("norm_topk_prob")),
         scale=c.number("routed_scaling_factor"),
         groups=c.count("n_group"),
         top_groups=c.count("topk_group"),
         correction=True,
-        shared=mlp(c, hidden=hidden * num_shared) if num_shared else None,
+        shared=shared_experts(c, shared),
     )
 
 
-def is_dense(c: HF, layer: int) -> bool:
-    """The first layers have one plain feed-forward layer instead of experts."""
-    return layer < int(c.need("first_k_dense_replace"))
+def first_dense(c: HF) -> list[bool]:
+    """For each layer, whether it is one of the first, which have no experts."""
+    first = int(c.need("first_k_dense_replace"))
+    return [i < first for i in range(c.count("num_hidden_layers"))]
 
 
 def dense_layers(c: HF) -> list[bool]:
@@ -135,11 +151,6 @@ def mtp_layers(c: HF) -> tuple[str, ...]:
     """Checkpoints append layers that predict further tokens; they are no part of the decoder."""
     first, extra = c.count("num_hidden_layers"), c.get("num_nextn_predict_layers", c.get("num_mtp_layers", 1))
     return tuple(rf"^layers\.{first + i}\." for i in range(extra))
-
-
-def _with_first_dense(c: HF, mixer: MLA, moe: MoE) -> Decoder:
-    norm, dense = Norm(eps=c.number("rms_norm_eps")), mlp(c)
-    return decoder(c, lambda i: pre_norm(mixer, dense if is_dense(c, i) else moe, norm), norm)
 
 
 def _stretched_scale(c: HF, head_dim: int) -> float | None:

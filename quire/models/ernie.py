@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from quire.models.common import head_dim, mlp
+from quire.models.common import head_dim, mlp, shared_experts
+from quire.models.deepseek import RENAMES
 from quire.models.hf import HF
 from quire.models.llama import ernie
-from quire.models.names import LLAMA, Names
+from quire.models.names import Names
 from quire.models.spec import Block, Decoder, MoE
 
 
@@ -15,17 +16,13 @@ def ernie_moe(c: HF) -> tuple[Decoder, Names]:
     c.refuse(floor > 1e-6, f"moe_norm_min={floor}")
     c.skip("num_nextn_predict_layers")  # layers that predict further tokens
     dense, _ = ernie(c, head_dim(c))
-    hidden, num_shared, bias = (
-        c.count("moe_intermediate_size"),
-        c.stated("moe_num_shared_experts"),
-        bool(c.use_bias),
-    )
+    bias = bool(c.use_bias)
     moe = MoE(
         num_experts=c.count("moe_num_experts", "num_experts"),
         top_k=c.count("moe_k", "num_experts_per_tok"),
-        expert=mlp(c, hidden=hidden),
+        expert=mlp(c, hidden=c.count("moe_intermediate_size")),
         correction=True,
-        shared=mlp(c, hidden=hidden * num_shared, bias=bias) if num_shared else None,
+        shared=shared_experts(c, "moe_num_shared_experts", bias=bias),
     )
     first, last = c.get("moe_layer_start_index", 1), c.get("moe_layer_end_index", -1)
     interval = c.get("moe_layer_interval", 1)
@@ -35,11 +32,7 @@ def ernie_moe(c: HF) -> tuple[Decoder, Names]:
         return replace(block, mlp=moe) if is_sparse else block
 
     blocks = tuple(with_experts(i, block) for i, block in enumerate(dense.blocks))
-    renames = (
-        *LLAMA,
-        (r"\.shared_experts\.", ".shared."),
-        (r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),
-    )
+    renames = (*RENAMES, (r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."))
     stacked = ((r"\.moe_statics\.(e_score_correction_bias)$", r".\1"),)  # of one group of experts
     names = Names(renames=renames, stacked=stacked, ignored=(r"^mtp_",))
     return replace(dense, blocks=blocks, head_bias=bias), names

@@ -4,14 +4,15 @@ from quire.models.common import attention, biases, decoder, head_dim, mlp, pre_n
 from quire.models.deepseek import (
     RENAMES,
     dense_layers,
+    first_dense,
     grouped_experts,
-    is_dense,
     latent_attention,
+    mostly_experts,
     mtp_layers,
 )
 from quire.models.hf import HF
 from quire.models.names import LLAMA, Names, Split
-from quire.models.spec import Block, Decoder, Norm
+from quire.models.spec import Decoder, Norm
 
 
 def glm4(c: HF) -> tuple[Decoder, Names]:
@@ -34,23 +35,14 @@ def glm4_moe(c: HF) -> tuple[Decoder, Names]:
     rotary = rope(c, head_dim(c), partial=0.5)
     qk_norm = norm if c.use_qk_norm else None
     mixer = attention(c, rope=rotary, qk_norm=qk_norm, **biases(c, out=False))
-    moe, dense = grouped_experts(c), mlp(c)
-
-    def block(i: int) -> Block:
-        return pre_norm(mixer, dense if is_dense(c, i) else moe, norm)
-
-    return decoder(c, block, norm), Names(renames=RENAMES, ignored=mtp_layers(c))
+    spec = mostly_experts(c, mixer, grouped_experts(c), first_dense(c))
+    return spec, Names(renames=RENAMES, ignored=mtp_layers(c))
 
 
 def glm4_moe_lite(c: HF) -> tuple[Decoder, Names]:
     """GLM 4.5's experts behind DeepSeek V3's attention."""
-    norm, is_without = Norm(eps=c.number("rms_norm_eps")), dense_layers(c)
-    mixer, moe, dense = latent_attention(c, partial=1.0), grouped_experts(c), mlp(c)
-
-    def block(i: int) -> Block:
-        return pre_norm(mixer, dense if is_without[i] else moe, norm)
-
-    return decoder(c, block, norm), Names(renames=RENAMES, ignored=mtp_layers(c))
+    spec = mostly_experts(c, latent_attention(c, partial=1.0), grouped_experts(c), dense_layers(c))
+    return spec, Names(renames=RENAMES, ignored=mtp_layers(c))
 
 
 def solar_open(c: HF) -> tuple[Decoder, Names]:

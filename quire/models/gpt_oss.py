@@ -1,9 +1,8 @@
 """GPT-OSS: sinks in every softmax, every other layer local, experts with biases and clamped gates."""
 
 from quire.models.common import attention, decoder, layer_types, pre_norm, rope
-from quire.models.granite import STACKED
 from quire.models.hf import HF
-from quire.models.names import LLAMA, Names, Split
+from quire.models.names import LLAMA, STACKED, Names, Split
 from quire.models.spec import MLP, Block, Decoder, MoE, Norm
 
 ALPHA, LIMIT = 1.702, 7.0  # that gates are computed with

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from quire.models.common import attention, biases, decoder, kv_heads, mlp, pre_norm
 from quire.models.hf import HF
-from quire.models.names import LLAMA, Names, Split
+from quire.models.names import LLAMA, STACKED, Names, Split
 from quire.models.spec import Decoder, MoE, Norm
 
 
@@ -42,6 +42,3 @@ def granite_moe(c: HF) -> tuple[Decoder, Names]:
         splits["input_linear"] = Split({"gate_proj": shared, "up_proj": shared})
     blocks = tuple(replace(block, mlp=moe) for block in dense.blocks)
     return replace(dense, blocks=blocks), Names(renames=renames, splits=splits, stacked=STACKED)
-
-
-STACKED = ((r"\.experts\.(gate_up_proj|down_proj)$", r".experts.{}.\1.weight"),)

@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-from quire.models.common import attention, biases, decoder, mlp, pre_norm, rope
-from quire.models.deepseek import RENAMES, dense_layers
+from quire.models.common import attention, biases, mlp, rope, shared_experts
+from quire.models.deepseek import RENAMES, dense_layers, mostly_experts
 from quire.models.hf import HF
 from quire.models.llama import hunyuan
-from quire.models.mixtral import CORRECTION
-from quire.models.names import Names
+from quire.models.names import CORRECTION, Names
 from quire.models.spec import Block, Decoder, MoE, Norm
 
 
@@ -21,10 +20,8 @@ def hunyuan_moe(c: HF) -> tuple[Decoder, Names]:
         differs = any(each != usual for each in (value if isinstance(value, list) else [value]))
         c.refuse(differs, f"{key} other than {usual}")
     dense, names = hunyuan(c)
-    num_experts, top_k = (
-        c.count("num_experts", "num_local_experts"),
-        c.need("moe_topk", "num_experts_per_tok"),
-    )
+    num_experts = c.count("num_experts", "num_local_experts")
+    top_k = c.need("moe_topk", "num_experts_per_tok")
 
     def with_experts(i: int, block: Block) -> Block:
         chosen, one = top_k[i] if isinstance(top_k, list) else top_k, mlp(c)
@@ -37,27 +34,17 @@ def hunyuan_moe(c: HF) -> tuple[Decoder, Names]:
 
 def hy_v3(c: HF) -> tuple[Decoder, Names]:
     c.skip("enable_moe_fp32_combine")  # sums are float32
-    norm, size, is_dense = Norm(eps=c.number("rms_norm_eps")), c.count("head_dim"), dense_layers(c)
+    norm, size, bias = Norm(eps=c.number("rms_norm_eps")), c.count("head_dim"), bool(c.mlp_bias)
     mixer = attention(c, head_dim=size, rope=rope(c, size, theta=11_158_840.0), qk_norm=norm, **biases(c))
-    hidden, num_shared, bias = (
-        c.count("moe_intermediate_size"),
-        c.stated("num_shared_experts"),
-        bool(c.mlp_bias),
-    )
     moe = MoE(
         num_experts=c.count("num_experts", "num_local_experts"),
         top_k=c.count("num_experts_per_tok"),
-        expert=mlp(c, hidden=hidden),
+        expert=mlp(c, hidden=c.count("moe_intermediate_size")),
         score="sigmoid",
         scale=c.number("router_scaling_factor"),
         correction=True,
-        shared=mlp(c, hidden=hidden * num_shared, bias=bias) if num_shared else None,
+        shared=shared_experts(c, "num_shared_experts", bias=bias),
     )
-    dense = mlp(c, bias=bias)
-
-    def block(i: int) -> Block:
-        return pre_norm(mixer, dense if is_dense[i] else moe, norm)
-
     renames = (
         *RENAMES,
         (r"\.router\.gate\.", ".gate."),
@@ -67,4 +54,4 @@ def hy_v3(c: HF) -> tuple[Decoder, Names]:
     )
     last = c.count("num_hidden_layers")
     ignored = (rf"^layers\.{last}\.",)  # predicts further tokens
-    return decoder(c, block, norm), Names(renames=renames, ignored=ignored)
+    return mostly_experts(c, mixer, moe, dense_layers(c), bias), Names(renames=renames, ignored=ignored)

@@ -2,7 +2,7 @@
 
 from quire.models.common import attention, decoder, head_dim, mlp, pre_norm, rope
 from quire.models.hf import HF
-from quire.models.names import LLAMA, Names
+from quire.models.names import CORRECTION, LLAMA, Names
 from quire.models.spec import Decoder, MoE, Norm
 
 RENAMES = (
@@ -42,6 +42,3 @@ def minimax_m2(c: HF) -> tuple[Decoder, Names]:
         correction=True,
     )
     return decoder(c, pre_norm(attn, moe, norm), norm), Names(renames=(*RENAMES, CORRECTION))
-
-
-CORRECTION = (r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias")

@@ -46,12 +46,10 @@ class Names:
     renames: tuple[tuple[str, str], ...] = ()
     splits: Mapping[str, Split] = field(default_factory=dict)  # by the fused module's name
     transposed: tuple[str, ...] = ()  # modules that store (in, out), because GPT-2 computes x @ w
-    ignored: tuple[
-        str, ...
-    ] = ()  # patterns of our names that a checkpoint may hold and the network does not use
-    stacked: tuple[
-        tuple[str, str], ...
-    ] = ()  # patterns of tensors that hold several, and one's name: {} counts
+    # Patterns of our names that a checkpoint may hold and the network does not use.
+    ignored: tuple[str, ...] = ()
+    # Patterns of tensors that hold several, and one's name: {} counts.
+    stacked: tuple[tuple[str, str], ...] = ()
 
     def ours(self, theirs: str) -> str:
         """Our name of a checkpoint's tensor; a fused one keeps its module's name."""
@@ -76,6 +74,8 @@ LLAMA = (
     (r"\.post_attention_layernorm\.", ".mlp_norm."),
     (r"\.self_attn\.", ".mixer."),
 )
+CORRECTION = (r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias")
+STACKED = ((r"\.experts\.(gate_up_proj|down_proj)$", r".experts.{}.\1.weight"),)  # experts of a layer
 SANDWICH = (
     (r"^model\.", ""),
     (r"\.self_attn\.", ".mixer."),

@@ -14,10 +14,9 @@ from quire.models.common import (
     rope,
     window,
 )
-from quire.models.deepseek import RENAMES, dense_layers, grouped_experts
+from quire.models.deepseek import RENAMES, dense_layers, grouped_experts, mostly_experts
 from quire.models.hf import HF
-from quire.models.mixtral import CORRECTION
-from quire.models.names import LLAMA, Names
+from quire.models.names import CORRECTION, LLAMA, Names
 from quire.models.spec import Attention, Block, Decoder, MoE, Norm
 
 POST_NORM = (
@@ -62,13 +61,9 @@ def exaone4(c: HF) -> tuple[Decoder, Names]:
 
 def exaone_moe(c: HF) -> tuple[Decoder, Names]:
     """EXAONE 4's attention, but norms before the sublayers, and DeepSeek V3's experts."""
-    norm, mixer, is_dense = Norm(eps=c.number("rms_norm_eps")), _exaone_attention(c), dense_layers(c)
-    moe, dense = grouped_experts(c, shared="num_shared_experts"), mlp(c)
-
-    def block(i: int) -> Block:
-        return pre_norm(mixer(i), dense if is_dense[i] else moe, norm)
-
-    return decoder(c, block, norm), Names(renames=(*RENAMES, CORRECTION), ignored=(r"^mtp\.",))
+    moe = grouped_experts(c, shared="num_shared_experts")
+    spec = mostly_experts(c, _exaone_attention(c), moe, dense_layers(c))
+    return spec, Names(renames=(*RENAMES, CORRECTION), ignored=(r"^mtp\.",))
 
 
 def _exaone_attention(c: HF) -> Callable[[int], Attention]:

@@ -3,8 +3,7 @@
 import pytest
 
 from quire.models.registry import decoder_spec
-from tests.models.cases import BY_NAME
-from tests.models.test_families import config_of
+from tests.models.cases import BY_NAME, config_of
 
 GATE, CORRECTION = "layers.1.mlp.gate.weight", "layers.1.mlp.gate.e_score_correction_bias"
 SPELLINGS = (

@@ -15,13 +15,7 @@ from quire.models.registry import decoder_spec
 from tests.models.cases import CASES, config_of
 from tests.models.mutations import mutations
 
-PLAIN = {
-    "Attention.rope",
-    "Attention.window off by one",
-    "MoE.top_k",
-    "Norm.eps",
-    "Rope.theta",
-}  # no features
+NO_FEATURES = {"Attention.rope", "Attention.window off by one", "Norm.eps", "Rope.theta"}
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
 
@@ -42,7 +36,7 @@ def features() -> dict[str, list[str]]:
         spec, _ = decoder_spec(config_of(case))
         controls = {name for name, _ in mutations(spec)}
         unusual = {name for name in controls if " " in name} | set(_unusual(spec))
-        found[case.described].update(name.lower() for name in controls & unusual - PLAIN)
+        found[case.described].update(name.lower() for name in controls & unusual - NO_FEATURES)
     return {name: sorted(words) for name, words in sorted(found.items())}
 
 

@@ -154,13 +154,15 @@ static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
       *(ShortsAt*)(out + 2 * k) =
           __builtin_shufflevector(wide, wide, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
     }
-    for (int p = 0; p < PARTS; p++) total.part[p] += numbers.part[p];
+    if (top == top) {  // what is not a number became the least integer, whose sums overflow
+      for (int p = 0; p < PARTS; p++) total.part[p] += numbers.part[p];
+    }
     if (a.grouped && (k + LANES) % GROUP == 0) {
-      a.sums[row * (a.padded / GROUP) + k / GROUP] = top == top ? sum(total) : 0;
+      a.sums[row * (a.padded / GROUP) + k / GROUP] = sum(total);
       total = SixteenInts{};
     }
   }
-  if (!a.grouped) a.sums[row] = top == top ? sum(total) : 0;  // what is no number has no sum
+  if (!a.grouped) a.sums[row] = sum(total);
   a.scales[row] = top / 127.0f;
 }
 
@@ -173,31 +175,19 @@ static inline void quantize_row(const Rows& a, int64_t row) {
   }
 }
 
-// 64 outputs of 8 bits, by 16 of them, so that whole lines are written. Rows past the last are zeros, and so are inputs.
+// 64 outputs of 8 bits. Rows past the last are zeros, and so are inputs.
 template <class T>
 static void pack_bytes_of(const Weight& a, int64_t block) {
-  int32_t* packed = (int32_t*)a.packed + block * a.padded / 4 * BLOCK;
+  uint8_t* packed = (uint8_t*)a.packed + block * a.padded * BLOCK;
   float* scales = (float*)a.scales + block * BLOCK;
-  for (int64_t first = 0; first < BLOCK; first += LANES) {
-    const T* weights[LANES];
-    int64_t inputs[LANES];
-    float inverse[LANES];
-    for (int64_t i = 0; i < LANES; i++) {
-      const int64_t row = block * BLOCK + first + i;
-      inputs[i] = row < a.outputs ? a.inputs : 0;
-      weights[i] = (const T*)a.weight + (inputs[i] ? row * a.inputs : 0);
-      const float top = greatest(weights[i], inputs[i]);
-      inverse[i] = top > 0 ? 127.0f / top : 0;
-      scales[first + i] = top / 127.0f;
-    }
+  for (int64_t i = 0; i < BLOCK; i++) {
+    const int64_t row = block * BLOCK + i, inputs = row < a.outputs ? a.inputs : 0;
+    const T* weight = (const T*)a.weight + (inputs ? row * a.inputs : 0);
+    const float top = greatest(weight, inputs), inverse = top > 0 ? 127.0f / top : 0;
+    scales[i] = top / 127.0f;
     for (int64_t k = 0; k < a.padded; k += LANES) {
-      int32_t units[LANES][LANES / 4];
-      for (int64_t i = 0; i < LANES; i++) {
-        const Chars whole = as_chars(nearest(inputs_of(weights[i], k, inputs[i]), inverse[i])) ^ (int8_t)-128;
-        memcpy(units[i], &whole, sizeof(whole));  // + 128, as uint8
-      }
-      for (int64_t u = 0; u < LANES / 4; u++)
-        for (int64_t i = 0; i < LANES; i++) packed[(k / 4 + u) * BLOCK + first + i] = units[i][u];
+      const Chars whole = as_chars(nearest(inputs_of(weight, k, inputs), inverse)) ^ (int8_t)-128;  // + 128, as uint8
+      for (int64_t u = 0; u < LANES; u += 4) memcpy(packed + ((k + u) / 4 * BLOCK + i) * 4, (const char*)&whole + u, 4);
     }
   }
 }
