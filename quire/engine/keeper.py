@@ -138,6 +138,7 @@ class Keeper:
         if self.status is not Status.READY:
             return False
         self.replacing = True
+        self._turn(Status.RESTARTING)
         self.supervisor.replace()
         return True
 

@@ -171,6 +171,27 @@ def test_a_poison_is_one_clients_alone() -> None:
     asyncio.run(work())
 
 
+def test_what_is_being_replaced_is_not_ready() -> None:
+    """Nor can it be replaced before another is there: whoever waits for that would take the old one for it."""
+
+    async def work() -> None:
+        async with running() as keeper:
+            mine = Listener()
+            keeper.add(submission("mine"), mine)
+            await mine.until(lambda: bool(mine.tokens))
+            assert keeper.replace()
+            assert keeper.status is Status.RESTARTING
+            assert not keeper.replace()
+            keeper.add(submission("later"), mine)
+            await mine.until(lambda: len(mine.ends) == 2)
+            assert keeper.status is Status.READY
+            assert keeper.num_restarts == 1
+            assert mine.ends == {"mine": "length", "later": "length"}
+            assert mine.tokens["mine"] == mine.tokens["later"]
+
+    asyncio.run(work())
+
+
 def test_its_status_is_told() -> None:
     async def work() -> None:
         async with running() as keeper:
