@@ -43,6 +43,16 @@ class Config:
         "auto: safetensors. dummy: random weights, the same for the same seed, for speed tests.",
         choices=("auto", "dummy"),
     )
+    model_impl: str = option(
+        "auto",
+        "Who computes the network. native: Quire's own layers. transformers: the modules of Transformers, over the same"
+        " cache. auto: native where there is a family of that architecture.",
+        choices=("auto", "native", "transformers"),
+    )
+    skip_conformance: bool = option(
+        False,
+        "Do not first compare a small network of the kind with Transformers' results, where its modules are used.",
+    )
     download_dir: str | None = option(None, "Where Hugging Face ids are downloaded to.")
     device: str = option("auto", "auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda"))
     dtype: str = option(

@@ -14,7 +14,7 @@ from quire.engine.beam import beam_search
 from quire.engine.engine import Engine
 from quire.engine.metrics import Counter, Gauge, Histogram
 from quire.errors import InvalidRequest
-from quire.models.spec import Decoder
+from quire.models.spec import Spec
 from quire.text.chat import ChatTemplate
 from quire.text.tokenizer import Tokenizer
 from quire.types import (
@@ -53,7 +53,7 @@ class LLM:
         return self.engine.config
 
     @property
-    def spec(self) -> Decoder:
+    def spec(self) -> Spec:
         """What the network is."""
         return self.engine.spec
 

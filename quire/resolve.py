@@ -9,12 +9,13 @@ from quire.attention.shapes import block_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import num_parameters, parameter_shapes
-from quire.models.spec import MLP, Decoder, MoE
+from quire.models.spec import MLP, Foreign, MoE, Spec
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SEQS = {"cpu": 256, "cuda": 1024}
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 CPU_CACHE_SHARE = 0.5  # of the memory that is left: other programs live here too
+HEAD = "lm_head.weight"
 BITS = {"int8": 8, "int4": 4}  # of weights, by the option's name
 UNQUANTIZED = (
     ".gate.weight",
@@ -22,6 +23,7 @@ UNQUANTIZED = (
     "kv_b_proj.weight",
 )  # small, or multiplied another way
 SPARE_BLOCKS = 32_768  # for the prefix cache; a small model could otherwise fill the machine with it
+WIDE = 4  # copies of a layer's largest output that modules of others hold at once
 EXACT_LOGPROBS = 64  # that a kernel finds in one order; more are sorted by torch
 ONLINE_GAP_MS = {"cpu": 250.0, "cuda": 50.0}
 
@@ -73,7 +75,7 @@ def resolve_dtype(config: Config, checkpoint_dtype: str | None, machine: Machine
 
 
 def resolve(
-    config: Config, spec: Decoder, machine: Machine, *, checkpoint_dtype: str | None, offline: bool
+    config: Config, spec: Spec, machine: Machine, *, checkpoint_dtype: str | None, offline: bool
 ) -> Resolved:
     """Fill in everything that was not said.
 
@@ -148,18 +150,24 @@ def _quantizes_cache(config: Config, machine: Machine) -> bool:
     return config.kv_cache_dtype == "int8"
 
 
-def _weight_bytes(spec: Decoder, item_bytes: int, bits: int | None) -> int:
+def _weight_bytes(spec: Spec, item_bytes: int, bits: int | None) -> int:
     """Of quantized weights, their scales and a head beside a tied embedding included."""
     if bits is None:
-        return num_parameters(spec).total * item_bytes
-    total = 0.0
-    for name, shape in parameter_shapes(spec):
-        is_product = name == "lm_head.weight" or name.startswith("layers.") and len(shape) == 2
-        if is_product and not name.endswith(UNQUANTIZED):
-            total += prod(shape) * _bytes_of(8 if name == "lm_head.weight" else bits)
+        packed_head = isinstance(spec, Foreign) and spec.head not in dict(spec.parameters)
+        return (num_parameters(spec).total + packed_head * spec.dim * spec.vocab_size) * item_bytes
+    total, head, shapes = 0.0, spec.head if isinstance(spec, Foreign) else HEAD, dict(parameter_shapes(spec))
+    for name, shape in shapes.items():
+        if name == head or _is_quantized(spec, name, shape):
+            total += prod(shape) * _bytes_of(8 if name == head else bits)
         else:
             total += prod(shape) * item_bytes
-    return int(total + (spec.dim * spec.vocab_size * _bytes_of(8) if spec.tied else 0))
+    return int(total + (0 if head in shapes else spec.dim * spec.vocab_size * _bytes_of(8)))
+
+
+def _is_quantized(spec: Spec, name: str, shape: tuple[int, ...]) -> bool:
+    if isinstance(spec, Foreign):
+        return name in spec.products
+    return name.startswith("layers.") and len(shape) == 2 and not name.endswith(UNQUANTIZED)
 
 
 def _bytes_of(bits: int) -> float:
@@ -178,7 +186,7 @@ def _determinism(config: Config, machine: Machine) -> str:
     return "asked for; attention and products take one form for any number of rows"
 
 
-def _length(config: Config, spec: Decoder) -> int:
+def _length(config: Config, spec: Spec) -> int:
     if config.max_model_len is None:
         return spec.max_length
     if config.max_model_len > spec.max_length:
@@ -188,9 +196,13 @@ def _length(config: Config, spec: Decoder) -> int:
     return config.max_model_len
 
 
-def _work_bytes(spec: Decoder, batched_tokens: int, num_rows: int) -> int:
+def _work_bytes(spec: Spec, batched_tokens: int, num_rows: int) -> int:
     """Activations of the largest step and its logits, in float32 to be on the safe side."""
-    widest = max(3 * spec.dim, *(_widest(block.mlp, spec.dim) for block in spec.blocks))
+    if isinstance(spec, Foreign):
+        inside = [max(shape[-2:]) for name, shape in spec.parameters if name in spec.products - {spec.head}]
+        widest = WIDE * max([spec.dim, *inside])
+    else:
+        widest = max(3 * spec.dim, *(_widest(block.mlp, spec.dim) for block in spec.blocks))
     return 4 * (batched_tokens * (2 * spec.dim + 2 * widest) + 3 * num_rows * spec.vocab_size)
 
 

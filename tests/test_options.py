@@ -25,6 +25,8 @@ OPTIONS = {
     "override_generation_config",
     "hf_overrides",
     "load_format",
+    "model_impl",
+    "skip_conformance",
     "device",
     "dtype",
     "quantization",

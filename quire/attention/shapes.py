@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from quire.models.spec import MLA, Attention, Decoder
+from quire.models.spec import MLA, Attention, Foreign, Spec
 
 ALIGNMENT_BYTES = 64
 DIM_STEP = 16  # stored head dimensions are multiples of this, so that kernels need no tails
@@ -74,20 +74,22 @@ def cache_shape(mixer: Attention | MLA) -> CacheShape:
     return CacheShape(mixer.num_kv_heads, mixer.head_dim, mixer.head_dim)
 
 
-def cache_shapes(spec: Decoder) -> tuple[CacheShape, ...]:
+def cache_shapes(spec: Spec) -> tuple[CacheShape, ...]:
     """What each layer caches per token."""
+    if isinstance(spec, Foreign):
+        return tuple(CacheShape(call.num_kv_heads, call.k_dim, call.v_dim) for call in spec.attention)
     return tuple(cache_shape(block.mixer) for block in spec.blocks)
 
 
-def _ends(spec: Decoder, block_size: int, itemsize: int, quantized: bool) -> Iterator[int]:
+def _ends(spec: Spec, block_size: int, itemsize: int, quantized: bool) -> Iterator[int]:
     return accumulate((s.num_bytes(block_size, itemsize, quantized) for s in cache_shapes(spec)), initial=0)
 
 
-def layer_offsets(spec: Decoder, block_size: int, itemsize: int, quantized: bool = False) -> tuple[int, ...]:
+def layer_offsets(spec: Spec, block_size: int, itemsize: int, quantized: bool = False) -> tuple[int, ...]:
     """Where each layer's share of a block starts, in bytes."""
     return tuple(_ends(spec, block_size, itemsize, quantized))[:-1]
 
 
-def block_bytes(spec: Decoder, block_size: int, itemsize: int, quantized: bool = False) -> int:
+def block_bytes(spec: Spec, block_size: int, itemsize: int, quantized: bool = False) -> int:
     """Bytes of one block of all layers; `itemsize` is the bytes of a number of the network's."""
     return tuple(_ends(spec, block_size, itemsize, quantized))[-1]

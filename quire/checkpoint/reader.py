@@ -195,6 +195,23 @@ class Checkpoint:
         return None
 
 
+def stored_tensors(folder: Path) -> dict[str, Any]:
+    """Every tensor of a folder by the checkpoint's own names, for a loader of others': `[...]` reads one.
+
+    Raises:
+        CheckpointError: no weights, damaged files, or a tensor found twice.
+    """
+    found: dict[str, Any] = {}
+    for file in weight_files(folder):
+        stored = safe_open(file, "pt")
+        for name in read_header(file):
+            if name in found:
+                raise CheckpointError(f"{folder}: {name} is there twice, the second time in {file.name}")
+            if not EXTRAS.search(name):
+                found[name] = stored.get_slice(name)
+    return found
+
+
 def _shown(names: list[str]) -> str:
     more = len(names) - NUM_SHOWN
     return ", ".join(names[:NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -178,6 +178,7 @@ def _measure(backend: "Backend") -> "Speed":
 
 def _compare(backend: "Backend", work: "Workload", seconds: float, speed: "Speed") -> dict[str, Any]:
     from quire.cli.bound import Needs, bound_s
+    from quire.models.spec import Foreign
     from quire.resolve import ITEM_BYTES
 
     config = backend.config
@@ -195,6 +196,11 @@ def _compare(backend: "Backend", work: "Workload", seconds: float, speed: "Speed
     if config.kv_cache_dtype != "auto":
         _say(
             f"No bound is known for a cache of {config.kv_cache_dtype}: how fast it can be read is not measured"
+        )
+        return found
+    if isinstance(backend.spec, Foreign):
+        _say(
+            "No bound is known for Transformers' modules: what they multiply for a token is their own business"
         )
         return found
     needs = Needs(backend.spec, ITEM_BYTES[config.dtype])

@@ -16,6 +16,7 @@ from quire.config import Config
 from quire.engine.build import dtype_of, machine_of
 from quire.errors import ConfigError
 from quire.models.registry import decoder_spec
+from quire.models.spec import Spec
 from quire.platforms.detect import detect
 from quire.resolve import resolve_dtype
 
@@ -45,7 +46,7 @@ class Transformers:
         dtype = getattr(torch, name)
         self.batch_size, self.device = batch_size, platform.device
         self.config = replace(config, device=platform.name, dtype=name, block_size=None)
-        self.spec, _ = decoder_spec(raw)
+        self.spec: Spec = decoder_spec(raw)[0]
         if config.load_format == "dummy":
             torch.manual_seed(config.seed)
             shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -21,6 +21,6 @@ def main(args: argparse.Namespace) -> int:
     width = max(len(row["architecture"]) for row in found)
     for row in found:
         state = "verified" if row["verified"] else "unverified"
-        words = f"{row['architecture']:{width}}  {row['road']}  {state}  {', '.join(row['features'])}"
+        words = f"{row['architecture']:{width}}  {row['road']:12}  {state}  {', '.join(row['features'])}"
         sys.stdout.write(words.rstrip() + "\n")
     return 0

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 
 from quire.config import Config
 from quire.errors import ConfigError, RequestFailed
-from quire.models.spec import Decoder
+from quire.models.spec import Spec
 from quire.types import SamplingParams, TokensPrompt
 
 
@@ -79,7 +79,7 @@ class Shape:
 class Backend(Protocol):
     """Something that runs workloads."""
 
-    spec: Decoder
+    spec: Spec
     config: Config
 
     def run(self, work: Workload, *, show: bool) -> float:

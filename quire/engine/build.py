@@ -14,28 +14,26 @@ import torch
 
 from quire.attention.base import Backend
 from quire.attention.select import select
-from quire.checkpoint.dummy import DummyCheckpoint
-from quire.checkpoint.reader import Checkpoint
+from quire.attention.shapes import cache_shapes
 from quire.checkpoint.source import resolve as find_model
 from quire.config import Config
 from quire.engine.announce import Announce
 from quire.engine.core import EngineCore
 from quire.engine.inputs import InputProcessor
 from quire.engine.precompile import Job, Precompiler, compiled, fix_keys
+from quire.engine.roads import take_road
 from quire.engine.text import model_config, read_text
 from quire.errors import ConfigError
 from quire.kernels import ops
 from quire.kernels.gpu import gpu_of
+from quire.layers.base import Network
 from quire.layers.decoder import Decoder
 from quire.log import logger
-from quire.models.names import Names
-from quire.models.parameters import parameter_shapes
-from quire.models.registry import decoder_spec
-from quire.models.spec import Decoder as DecoderSpec
+from quire.models.spec import Spec
 from quire.platforms.base import Platform
 from quire.platforms.cpu import return_memory
 from quire.platforms.detect import detect
-from quire.resolve import BITS, Machine, Resolved, resolve, resolve_dtype
+from quire.resolve import Machine, Resolved, resolve, resolve_dtype
 from quire.runner.fixed import MOST_RECORDED, FixedSteps, why_not
 from quire.runner.graphs import Graphs
 from quire.runner.memory import allocate_cache
@@ -55,7 +53,7 @@ class CoreParts:
 
     config: Config  # resolved
     reasons: Mapping[str, str]
-    spec: DecoderSpec
+    spec: Spec
     core: EngineCore
     max_model_len: int
     summary: str  # one line
@@ -102,7 +100,8 @@ def build_core(
         download_dir=config.download_dir,
     ).folder
     raw = model_config(config, folder)
-    spec, names = decoder_spec(raw)
+    road = take_road(raw, config)
+    spec = road.spec
     platform = detect(config.device)
     machine, stored = machine_of(platform), dtype_of(raw)
     backend = _backend(config, platform, resolve_dtype(config, stored, machine)[0])
@@ -110,9 +109,11 @@ def build_core(
     resolved = resolve(config, spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config
     torch.set_num_threads(config.num_threads or 1)
-    model = _network(config, spec, backend, platform.device)
+    _check_deterministic(config, platform.device)
+    model = road.network(config, backend, platform.device)
     ahead = _compile_ahead(resolved, raw, model)
-    _load(model, config, names, folder)
+    road.load(model, config, folder)
+    return_memory()
     core = _core(resolved, spec, model, platform.device, clock, announce)
     if ahead is not None:
         weakref.finalize(core, ahead.close)
@@ -162,27 +163,16 @@ def _backend(config: Config, platform: Platform, dtype: str) -> Backend:
     )
 
 
-def _network(config: Config, spec: DecoderSpec, backend: Backend, device: torch.device) -> Decoder:
-    """Without weights."""
-    dtype = getattr(torch, config.dtype)
-    if config.deterministic and (reason := ops.why_not_invariant(device, dtype)):
+def _check_deterministic(config: Config, device: torch.device) -> None:
+    if config.deterministic and (reason := ops.why_not_invariant(device, getattr(torch, config.dtype))):
         raise ConfigError(f"deterministic cannot be had here: {reason}")
-    return Decoder(
-        spec,
-        backend=backend,
-        dtype=dtype,
-        device=device,
-        max_length=config.max_model_len,
-        invariant=config.deterministic,
-        bits=BITS.get(config.quantization),
-    )
 
 
-def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Decoder) -> Precompiler | None:
+def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Network) -> Precompiler | None:
     """Have the kernels of steps compiled by processes that run beside what follows, unless an engine has before."""
     config, build = resolved.config, model.build
     gpu = gpu_of(build.device)
-    if gpu is None or model.backend.name != "triton":
+    if gpu is None or model.backend.name != "triton" or not isinstance(model, Decoder):
         return None
     from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
 
@@ -204,22 +194,10 @@ def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Decoder) -
     return None if done.exists() else Precompiler(job, done)
 
 
-def _load(model: Decoder, config: Config, names: Names, folder: Path) -> None:
-    build = model.build
-    if config.load_format == "dummy":
-        model.load(DummyCheckpoint(config.seed, build.dtype, build.device))
-        return
-    checkpoint = Checkpoint(folder, names)
-    checkpoint.check(parameter_shapes(model.spec))  # before the first byte of weights is read
-    model.load(checkpoint)
-    checkpoint.finish()
-    return_memory()
-
-
 def _core(
     resolved: Resolved,
-    spec: DecoderSpec,
-    model: Decoder,
+    spec: Spec,
+    model: Network,
     device: torch.device,
     clock: Callable[[], float],
     announce: Announce | None,
@@ -237,13 +215,15 @@ def _core(
         Sampler(spec.vocab_size, state.tokens),
     )
     fixed = mixed = None
-    if model.backend.name == "cpu":
+    if not isinstance(model, Decoder):
+        logger.info("steps are computed operation by operation: others' modules are not recorded")
+    elif model.backend.name == "cpu":
         fixed = FixedSteps(
             *parts, block_size=block_size, graphs=Recordings(), sizes=range(1, MOST_RECORDED + 1)
         )
     elif (reason := why_not(model, device)) is None:
         fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs())
-        mixed = MixedSteps(fixed, min(config.max_num_batched_tokens, worthwhile(spec)))
+        mixed = MixedSteps(fixed, min(config.max_num_batched_tokens, worthwhile(model.spec)))
     elif device.type == "cuda":
         logger.info("decode steps are no CUDA graphs: %s", reason)
     runner = Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed)
@@ -269,7 +249,7 @@ def _core(
     )
 
 
-def _summary(resolved: Resolved, spec: DecoderSpec, backend: Backend, platform: Platform) -> str:
+def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platform) -> str:
     config, memory, gib = resolved.config, resolved.memory, 2**30
     num_tokens = memory.num_blocks * (config.block_size or 1)
     quantized = "" if config.quantization == "auto" else f" with {config.quantization} weights"
@@ -278,7 +258,7 @@ def _summary(resolved: Resolved, spec: DecoderSpec, backend: Backend, platform: 
     if where == "cpu":
         where += f" ({config.num_threads} threads, {platform.num_nodes} memory node{'s' * (platform.num_nodes > 1)})"
     return (
-        f"{len(spec.blocks)} layers in {config.dtype}{quantized} on {where}, attention {backend.name}, weights"
+        f"{len(cache_shapes(spec))} layers in {config.dtype}{quantized} on {where}, attention {backend.name}, weights"
         f" {memory.weight_bytes / gib:.2f} GiB, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB ="
         f" {num_tokens} tokens ({num_tokens // (config.max_model_len or 1)} requests of {config.max_model_len})"
     )

@@ -9,7 +9,7 @@ from quire.checkpoint.files import read_config, read_generation_config
 from quire.checkpoint.source import resolve as find_model
 from quire.config import Config
 from quire.engine.inputs import InputProcessor
-from quire.models.registry import decoder_spec
+from quire.models.registry import NATIVE, decoder_spec, road
 from quire.text.chat import ChatTemplate
 from quire.text.generation import default_sampling, end_tokens
 from quire.text.tokenizer import Tokenizer
@@ -46,7 +46,8 @@ def read_text(config: Config) -> Text:
     """
     folder = find_model(config.model, config.revision, weights=False, download_dir=config.download_dir).folder
     raw = model_config(config, folder)
-    decoder_spec(raw)  # a network that cannot be served is named before its tokenizer is missed
+    if road(raw, config.model_impl) == NATIVE:
+        decoder_spec(raw)  # a network that cannot be served is named before its tokenizer is missed
     tokenizer = _tokenizer(config, folder)
     generation = read_generation_config(folder) if config.generation_config == "auto" else {}
     return Text(

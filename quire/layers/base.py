@@ -1,15 +1,17 @@
 """What layers are built from and loaded from. Layers pull their weights by their own names."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from quire.attention.base import Backend
+from quire.attention.base import Backend, LayerCache, Ragged
 from quire.checkpoint.upload import Upload
 from quire.kernels import ops
 from quire.layers.rope import RopeTables
+from quire.models.spec import Spec
 
 
 class Weights(Protocol):
@@ -19,6 +21,28 @@ class Weights(Protocol):
 
     def tensor(self, name: str, *, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
         """The named tensor, which must have `shape`; with `rows`, only those of its rows."""
+
+
+class Network(Protocol):
+    """What a runner runs: a network over the paged cache."""
+
+    @property
+    def spec(self) -> Spec: ...
+
+    @property
+    def backend(self) -> Backend: ...
+
+    @property
+    def build(self) -> "Build": ...
+
+    def caches(self, pool: Tensor) -> list[LayerCache]:
+        """Each layer's view of `pool` [num_blocks, block_bytes] uint8."""
+
+    def __call__(self, token_ids: Tensor, step: Ragged, caches: Sequence[LayerCache]) -> Tensor:
+        """token_ids [T] int64 -> hidden [T, dim]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, dim] -> [R, vocab_size] float32."""
 
 
 @dataclass(frozen=True, slots=True)

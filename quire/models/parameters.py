@@ -4,14 +4,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, MoE, Norm
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Foreign, MoE, Norm, Spec
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
 
 
-def parameter_shapes(spec: Decoder) -> Named:
+def parameter_shapes(spec: Spec) -> Named:
     """Every parameter of a network by its name, in the order in which a forward pass meets them."""
+    if isinstance(spec, Foreign):
+        yield from spec.parameters
+        return
     yield "embed_tokens.weight", (spec.vocab_size, spec.dim)
     if spec.num_positions:
         yield "embed_positions.weight", (spec.num_positions, spec.dim)
@@ -43,8 +46,11 @@ class Count:
     active: int
 
 
-def num_parameters(spec: Decoder) -> Count:
-    """Counts a tied head once, and as active."""
+def num_parameters(spec: Spec) -> Count:
+    """Counts a tied head once, and as active; all are where nobody knows."""
+    if isinstance(spec, Foreign):
+        total = sum(prod(shape) for _, shape in spec.parameters)
+        return Count(total, total)
     outside = sum(prod(shape) for name, shape in parameter_shapes(spec) if not name.startswith("layers."))
     total = active = outside
     for block in spec.blocks:

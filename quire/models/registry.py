@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from quire.errors import ModelError, UnsupportedModel
 from quire.log import logger
+from quire.models.foreign import generating
 from quire.models.hf import HF
 from quire.models.names import Names
 from quire.models.spec import Decoder
@@ -65,6 +66,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "Starcoder2ForCausalLM": "starcoder.starcoder2",
     "YoutuForCausalLM": "deepseek.youtu",
 }
+NATIVE, TRANSFORMERS = "native", "transformers"
 Family = Callable[[HF], tuple[Decoder, Names]]
 
 
@@ -87,14 +89,49 @@ def family(architecture: str) -> Family:
     if architecture not in FAMILIES:
         close = difflib.get_close_matches(architecture, FAMILIES, n=3, cutoff=0.6)
         hint = f" The closest are {', '.join(close)}." if close else ""
+        if architecture in generating():
+            raise UnsupportedModel(
+                f"no family describes {architecture}, so it is not native.{hint} Transformers has it: leave out"
+                " --model-impl, or set it to transformers"
+            )
         raise UnsupportedModel(
-            f"no family describes {architecture}.{hint} If the model computes the same as one of the "
-            f"{len(FAMILIES)} that are described (`quire models` lists them), write that name into "
-            "architectures in its config.json; otherwise it needs a function in quire/models."
+            f"{architecture} takes neither road: no family describes it (native), and the installed Transformers has no"
+            f" class of this name that generates text (transformers).{hint} If the model computes the same as one of"
+            f" the {len(FAMILIES)} that are described (`quire models` lists them), write that name into architectures"
+            " in its config.json; otherwise it needs a function in quire/models, or a newer Transformers"
         )
     module, name = FAMILIES[architecture].split(".")
     found: Family = getattr(importlib.import_module(f"quire.models.{module}"), name)
     return found
+
+
+def road(config: Mapping[str, object], wanted: str = "auto") -> str:
+    """native or transformers: by what a network's config.json says, and the option model_impl.
+
+    Raises:
+        UnsupportedModel: neither can be taken, or not the wanted one.
+    """
+    architecture = HF(config).architecture
+    if wanted == "auto":
+        wanted = TRANSFORMERS if architecture not in FAMILIES and architecture in generating() else NATIVE
+    if wanted == NATIVE:
+        family(architecture)
+    elif architecture not in generating():
+        raise UnsupportedModel(
+            f"model_impl is transformers, and the installed Transformers has no {architecture} that generates text"
+        )
+    refuse_quantized(HF(config))
+    return wanted
+
+
+def refuse_quantized(c: HF) -> None:
+    """Raise UnsupportedModel if the checkpoint's weights are in a format that nobody reads yet."""
+    if quantization := c.quantization_config:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise UnsupportedModel(
+            f"{c.architecture}: quantization_config with quant_method={method!r} in config.json is not "
+            "supported; use the model's bfloat16 or float16 checkpoint"
+        )
 
 
 def decoder_spec(config: Mapping[str, object]) -> tuple[Decoder, Names]:
@@ -108,12 +145,7 @@ def decoder_spec(config: Mapping[str, object]) -> tuple[Decoder, Names]:
     """
     c = HF(config)
     describe = family(c.architecture)
-    if quantization := c.quantization_config:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedModel(
-            f"{c.architecture}: quantization_config with quant_method={method!r} in config.json is not "
-            "supported; use the model's bfloat16 or float16 checkpoint"
-        )
+    refuse_quantized(c)
     try:
         spec, names = describe(c)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:

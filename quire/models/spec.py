@@ -123,3 +123,36 @@ class Decoder:
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """What one call of attention has: queries and keys of `k_dim`, values of `v_dim`; the rest as in Attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """A network that Transformers' own modules compute, as far as others must know it (layers/hf).
+
+    Parameters have the modules' names. `products` are weights that inputs are multiplied with, the head's included.
+    """
+
+    architecture: str
+    vocab_size: int
+    dim: int
+    max_length: int
+    attention: tuple[Heads, ...]  # calls of a forward pass, in order
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    products: frozenset[str]
+    head: str  # the product that makes logits; none of the parameters where it is the embedding
+
+
+Spec = Decoder | Foreign

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.base import LayerCache, Ragged
-from quire.layers.decoder import Decoder
+from quire.layers.base import Network
 from quire.runner.advance import Inputs, advance, gather
 from quire.runner.batch import Batch
 from quire.runner.ring import Ring
@@ -34,7 +34,7 @@ MOST_RECORDED = 64  # rows; with more, a step takes a hundred times as long as P
 FEW_ROWS, SHORT = 2, 4096  # attention divides so few sequences otherwise if they are short (attention/triton)
 
 
-def why_not(model: Decoder, device: torch.device) -> str | None:
+def why_not(model: Network, device: torch.device) -> str | None:
     """Why decode steps cannot be CUDA graphs, or None if they can."""
     if device.type != "cuda":
         return f"the device is {device}"
@@ -80,7 +80,7 @@ class FixedSteps:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Network,
         caches: Sequence[LayerCache],
         state: SlotState,
         sampler: Sampler,

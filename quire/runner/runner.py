@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.base import LayerCache
-from quire.layers.decoder import Decoder
+from quire.layers.base import Network
 from quire.log import logger
 from quire.runner.advance import ENDED
 from quire.runner.batch import Batch, make_batch
@@ -47,7 +47,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Network,
         caches: Sequence[LayerCache],
         state: SlotState,
         sampler: Sampler,

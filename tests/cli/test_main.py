@@ -64,7 +64,8 @@ def test_a_bad_option_is_a_user_error(quire: Quire, tiny: str) -> None:
 def test_models_are_listed(quire: Quire) -> None:
     found = json.loads(quire("models", "--json").stdout)
     assert found == [dict(row) for row in rows()]
-    (gemma,) = (row for row in found if row["architecture"] == "Gemma2ForCausalLM")
+    gemma, other = (row for row in found if row["architecture"] == "Gemma2ForCausalLM")
+    assert (gemma["road"], other["road"]) == ("native", "transformers")
     assert gemma["road"] == "native"
     assert gemma["verified"]
     assert {"attention.window", "attention.softcap"} <= set(gemma["features"])

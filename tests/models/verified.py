@@ -5,28 +5,56 @@ python -m tests.models.verified
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from quire.models.catalog import VERIFIED, rows
+import transformers
+
+from quire.models.catalog import VERIFIED, refused, rows
+from quire.models.foreign import generating
 from quire.models.registry import decoder_spec
 from tests.models.cases import CASES, config_of
+from tests.models.foreign import outcome
 from tests.models.mutations import mutations
 
+ROADS = ("native", "transformers")
 NO_FEATURES = {"Attention.rope", "Attention.window off by one", "Norm.eps", "Rope.theta"}
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-HEAD = """# Models
+PAGE = """# Models
 
-Architectures by the class that a model's `config.json` names, as `quire models` prints them. All are native: Quire
-computes them with kernels of its own. Each is compared with Hugging Face Transformers on small random weights, with the
-listed features forced on; for each feature there is a control, which leaves it out and must then differ. `python -m
-tests.models.verified` writes this page from the tests.
+Architectures by the class that a model's `config.json` names, as `quire models` prints them. `python -m
+tests.models.verified` writes this page from the tests, with Transformers {version}.
+
+## Native
+
+{natives} architectures whose layers are Quire's own. Each is compared with Hugging Face Transformers on small random
+weights, with the listed features forced on; for each feature there is a control, which leaves it out and must then
+differ.
 
 | architecture | verified with |
 |---|---|
-"""
+{native}
+## Through Transformers
+
+{foreigns} classes of Transformers compute over Quire's cache what they compute by themselves: with its default config,
+shrunk, and random weights, logits of sequences that come in pieces and share batches are equal. `--model-impl auto`
+takes this road where there is no native one. Attention, linear layers and experts are Quire's, other operations
+PyTorch's, and steps are launched operation by operation, so native architectures are faster. The same comparison is
+made for a model's own config before it is served; it takes well under a second, and `--skip-conformance` leaves it out.
+Code that comes with a model is never run.
+
+| architecture | verified with |
+|---|---|
+{foreign}
+## Not through Transformers
+
+{refusals} more of its classes generate text. These are refused:
+
+| class | why |
+|---|---|
+{refused}"""
 
 
 def features() -> dict[str, list[str]]:
@@ -53,16 +81,45 @@ def _unusual(part: Any) -> Iterator[str]:
             yield from _unusual(value)
 
 
-def as_json() -> str:
-    return json.dumps(features(), indent=1) + "\n"
+def as_json(foreign: Mapping[str, Any]) -> str:
+    """`foreign`: what was found of Transformers' classes, which takes a minute."""
+    return json.dumps({"native": features(), **foreign}, indent=1) + "\n"
+
+
+def found_foreign() -> dict[str, Any]:
+    """Served classes with their features, and refused ones with the reason, and of which version they are."""
+    both = {name: outcome(name) for name in sorted(generating())}
+    return {
+        "version": transformers.__version__,
+        "transformers": {name: found for name, found in both.items() if not isinstance(found, str)},
+        "refused": {name: found for name, found in both.items() if isinstance(found, str)},
+    }
+
+
+def written_foreign() -> dict[str, Any]:
+    """The same as it was written."""
+    found = json.loads(VERIFIED.read_text())
+    return {key: found[key] for key in ("version", "transformers", "refused")}
 
 
 def as_page() -> str:
     """From what was written, as it is published."""
-    lines = (f"| {row['architecture']} | {', '.join(row['features'])} |\n" for row in rows())
-    return HEAD + "".join(lines)
+    tables = {road: [row for row in rows() if row["road"] == road] for road in ROADS}
+    native, foreign = (
+        "".join(f"| {row['architecture']} | {', '.join(row['features'])} |\n" for row in tables[road])
+        for road in ROADS
+    )
+    return PAGE.format(
+        version=written_foreign()["version"],
+        native=native,
+        natives=len(tables["native"]),
+        foreign=foreign,
+        foreigns=len(tables["transformers"]),
+        refused="".join(f"| {name} | {reason} |\n" for name, reason in refused().items()),
+        refusals=len(refused()),
+    )
 
 
 if __name__ == "__main__":
-    VERIFIED.write_text(as_json())
+    VERIFIED.write_text(as_json(found_foreign()))
     DOCS.write_text(as_page())

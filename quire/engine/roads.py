@@ -1,0 +1,120 @@
+"""The two roads from a config.json to a network: layers of ours, and Transformers' modules over our cache."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from quire.attention.base import Backend
+from quire.checkpoint.dummy import DummyCheckpoint
+from quire.checkpoint.reader import Checkpoint, stored_tensors
+from quire.config import Config
+from quire.errors import ConfigError
+from quire.layers.base import Network
+from quire.layers.decoder import Decoder
+from quire.log import logger
+from quire.models import registry
+from quire.models.parameters import parameter_shapes
+from quire.models.spec import Spec
+from quire.resolve import BITS
+
+
+class Road(Protocol):
+    """One of them, with the network that was found at its beginning."""
+
+    @property
+    def spec(self) -> Spec: ...
+
+    def network(self, config: Config, backend: Backend, device: torch.device) -> Network:
+        """Without weights; `config` is resolved."""
+
+    def load(self, network: Any, config: Config, folder: Path) -> None:
+        """Fill in the weights. Raises CheckpointError if they are not this network's."""
+
+
+class Native:
+    """A family's spec, computed by layers of ours."""
+
+    def __init__(self, raw: Mapping[str, Any]):
+        self.spec, self.names = registry.decoder_spec(raw)
+
+    def network(self, config: Config, backend: Backend, device: torch.device) -> Decoder:
+        return Decoder(self.spec, **_how(config, backend, device))
+
+    def load(self, network: Decoder, config: Config, folder: Path) -> None:
+        if config.load_format == "dummy":
+            network.load(_dummy(network, config))
+            return
+        checkpoint = Checkpoint(folder, self.names)
+        checkpoint.check(parameter_shapes(network.spec))  # before the first byte of weights is read
+        network.load(checkpoint)
+        checkpoint.finish()
+
+
+class Foreign:
+    """Transformers' modules, if a small network of the kind computes over our cache what it computes there."""
+
+    def __init__(self, raw: Mapping[str, Any], config: Config):
+        from quire.layers.hf import conformance, source  # which load Transformers
+
+        architecture = raw["architectures"][0]
+        if config.skip_conformance:
+            logger.warning(
+                "%s runs through Transformers' modules, and skip_conformance is set: nobody has checked that its"
+                " answers are right over the paged cache",
+                architecture,
+            )
+        else:
+            found = conformance.check(raw)
+            logger.info(
+                "%s runs through Transformers' modules; a small one differs from Transformers by %.1g of the greatest"
+                " logit",
+                architecture,
+                found,
+            )
+        self.hf_config = source.hf_config(raw, config.max_model_len)
+        self.spec = source.describe(architecture, self.hf_config)
+
+    def network(self, config: Config, backend: Backend, device: torch.device) -> Any:
+        from quire.layers.hf.network import Modules
+
+        return Modules(self.spec, self.hf_config, **_how(config, backend, device))
+
+    def load(self, network: Any, config: Config, folder: Path) -> None:
+        if config.load_format == "dummy":
+            network.load_dummy(_dummy(network, config))
+        else:
+            network.load(stored_tensors(folder))
+
+
+def take_road(raw: Mapping[str, Any], config: Config) -> Road:
+    """The one that the config and the option model_impl lead to.
+
+    Raises:
+        UnsupportedModel, ModelError: there is none, or not the wanted one.
+        ConfigError: an option cannot be had on it.
+    """
+    if registry.road(raw, config.model_impl) == registry.NATIVE:
+        return Native(raw)
+    if config.deterministic:
+        raise ConfigError(
+            "deterministic is set, and Transformers' modules add up in an order that depends on the batch; it needs a"
+            " native architecture (`quire models`)"
+        )
+    return Foreign(raw, config)
+
+
+def _how(config: Config, backend: Backend, device: torch.device) -> dict[str, Any]:
+    return {
+        "backend": backend,
+        "dtype": getattr(torch, config.dtype),
+        "device": device,
+        "max_length": config.max_model_len,
+        "invariant": config.deterministic,
+        "bits": BITS.get(config.quantization),
+    }
+
+
+def _dummy(network: Network, config: Config) -> DummyCheckpoint:
+    return DummyCheckpoint(config.seed, network.build.dtype, network.build.device)

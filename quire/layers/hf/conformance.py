@@ -1,0 +1,111 @@
+"""Whether a network computes over our cache what it computes in Transformers: asked of a small one of its kind.
+
+A module may lose what it leaves to a mask, mix sequences that share a batch, or keep something from step to step, and
+none of that is an error anywhere. So the config is shrunk, its weights are drawn, and logits of sequences that come in
+pieces, beside each other, in scattered blocks, are compared with those of Transformers, one sequence at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.attention.base import ragged
+from quire.attention.reference import Reference
+from quire.attention.shapes import block_bytes
+from quire.errors import QuireError, UnsupportedModel
+from quire.layers.hf.network import Modules
+from quire.layers.hf.shrink import shrink
+from quire.layers.hf.source import describe, hf_class, hf_config
+
+LENGTHS = (23, 5, 14)  # more than windows, which are 5
+STEPS = ((7, 5, 0), (9, 0, 6), (5, 0, 7), (1, 0, 1), (1, 0, 0))  # new tokens of each sequence
+BLOCK = 4
+TOLERANCE = 1e-4  # of the greatest logit
+STD, NORM_MEAN = 0.15, 0.5
+MOST_PARAMETERS = 20_000_000
+FIRST_TOKEN = 3  # those below are special
+
+
+def check(raw: Mapping[str, Any]) -> float:
+    """The greatest difference between logits, in units of the greatest logit.
+
+    Raises:
+        UnsupportedModel, ModelError: it is too large, or there is no comparing; the message says what to do.
+    """
+    architecture = raw["architectures"][0]
+    try:
+        found = difference(architecture, raw)
+    except QuireError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{architecture}: the Transformers backend was tried on a small network of this kind and failed:"
+            f" {type(error).__name__}: {error}. Use a native architecture (`quire models`), or --skip-conformance if"
+            " the shrunk config is at fault"
+        ) from error
+    if not found <= TOLERANCE:
+        raise UnsupportedModel(
+            f"{architecture}: over the paged cache, logits of a small network of this kind differ from Transformers' by"
+            f" {found:.2g} of the greatest ({TOLERANCE:g} is allowed), so answers would be wrong. It needs a native"
+            " family; --skip-conformance serves it all the same"
+        )
+    return found
+
+
+def difference(architecture: str, raw: Mapping[str, Any]) -> float:
+    """Of a small network of this kind; nan if any logit is none."""
+    hf_config(raw)  # which says what is wrong with it in the user's own terms
+    config = hf_config(shrink(raw))
+    spec = describe(architecture, config)
+    if (size := sum(torch.Size(shape).numel() for _, shape in spec.parameters)) > MOST_PARAMETERS:
+        raise UnsupportedModel(f"{architecture}: its config was shrunk to no less than {size} parameters")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        oracle = random_network(architecture, config)
+        prompts = [torch.randint(FIRST_TOKEN, spec.vocab_size, (n,)) for n in LENGTHS]
+    network = small_network(architecture, config)
+    network.load(oracle.state_dict())
+    with torch.inference_mode():
+        expected = [oracle(input_ids=p[None], use_cache=False).logits[0].float() for p in prompts]
+    found = in_pieces(network, prompts)
+    largest = max(float(logits.abs().max()) for logits in expected)
+    gaps = [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)]
+    return sum(gaps) / largest if any(gap != gap for gap in gaps) else max(gaps) / largest
+
+
+def small_network(architecture: str, config: Any) -> Modules:
+    """Without weights, over blocks of a few tokens."""
+    return Modules(describe(architecture, config), config, backend=Reference(BLOCK), dtype=torch.float32)
+
+
+def random_network(architecture: str, config: Any) -> Any:
+    """Transformers' own, with random parameters and buffers: ones and zeros would hide what is left out."""
+    config._attn_implementation = "eager"
+    model = hf_class(architecture)(config).eval().float()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                is_norm = name.endswith("weight") and tensor.ndim == 1
+                tensor.normal_(mean=NORM_MEAN if is_norm else 0.0, std=STD)
+    return model
+
+
+def in_pieces(network: Modules, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """Logits [length, vocab_size] of each prompt."""
+    needed = [-(-len(p) // BLOCK) for p in prompts]
+    size = block_bytes(network.spec, BLOCK, network.build.dtype.itemsize)
+    caches = network.caches(torch.zeros(sum(needed), size, dtype=torch.uint8))
+    blocks = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(0)).tolist()
+    tables = [[blocks.pop() for _ in range(count)] for count in needed]
+    done, parts = [0] * len(prompts), [list[Tensor]() for _ in prompts]
+    for counts in STEPS:
+        now = [i for i, count in enumerate(counts) if count]
+        step = ragged([done[i] for i in now], [counts[i] for i in now], [tables[i] for i in now], BLOCK)
+        tokens = torch.cat([prompts[i][done[i] : done[i] + counts[i]] for i in now])
+        rows = network.logits(network(tokens, step, caches)).split([counts[i] for i in now])
+        for i, some in zip(now, rows, strict=True):
+            parts[i].append(some)
+            done[i] += counts[i]
+    return [torch.cat(some) for some in parts]

@@ -1,0 +1,98 @@
+"""A config's network with the same parts, but so small that a CPU computes it at once."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LAYERS, KINDS = 4, 6  # layers, and kinds of them that are kept at most
+# First match decides. Sizes differ from each other, so that matrices that change places do not fit.
+SIZES: Sequence[tuple[str, int]] = (
+    (r"vocab_size(_per_layer_input)?", 96),
+    (r"hidden_size|n_embd|d_model|dim|model_dim|embed_dim|word_embed_proj_dim|n_embed", 64),
+    (r"hidden_size_per_layer_input", 12),
+    (r"num_(hidden_)?layers|n_layers?|(num_)?(de|en)coder_layers", LAYERS),
+    (r"qk_head_dim", 24),
+    (r"((global|swa|attention)_)?head_dim|kv_channels|qk_nope_head_dim", 16),
+    (r"qk_rope_head_dim", 8),
+    (r"(swa_)?v_head_dim", 20),
+    (r"q_lora_rank", 24),
+    (r"kv_lora_rank", 32),
+    (r"(moe|expert|shared|routed)_.*(intermediate|hidden|ffn|layer).*_size|expert_(ffn_hidden_size|dim)", 40),
+    (
+        r".*intermediate_size.*|n_inner|((de|en)coder_)?ffn_(dim|hidden_size)|ffn_hidden_size|d_ff|inner_dim",
+        112,
+    ),
+    (r"(sliding|attention|local)_(window|chunk)(_size)?|sliding_window_size|window_size", 5),
+    (r"index_topk", 6),
+    (r"index_block_size", 4),
+    (r"index_topk_blocks", 2),
+    (r"(num|n)_(local_|routed_|moe_)?experts|moe_num_experts", 8),
+    (r"num_experts_per_tok(en)?|(moe_)?top_?k|moe_k|num_selected_experts", 2),
+    (r"n_group|num_expert_groups?", 4),
+    (r"topk_group|num_kv_shared_layers", 2),
+    (
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len(gth)?|max_sequence_length|seq_length|model_max_length",
+        256,
+    ),
+    (r"original_max_position_embeddings", 16),
+    (r"pad_token_id|bos_token_id|eos_token_id|decoder_start_token_id", 1),
+)
+QUERIES = re.compile(r"(num_|n_|(de|en)coder_)?(attention_|query_)?heads?|n_heads?")
+KEYS = re.compile(r"(num_|n_)?(global_|swa_)?(key_value|kv)_heads?|multi_query_group_num")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+NUM_HEADS = 4
+
+
+def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a small network that keeps every choice of the given one, with two layers of each kind."""
+    depth = next((config[key] for key in DEPTHS if config.get(key)), 0)
+    kept = _kept(config, depth)
+    small = {key: _smaller(key, value, config, kept) for key, value in config.items()}
+    if config.get("kv_lora_rank") and "head_dim" in config:  # that of the rotated part
+        small["head_dim"] = small.get("qk_rope_head_dim")
+    return small | {key: len(kept) for key in DEPTHS if key in config}
+
+
+def _kept(config: Mapping[str, Any], depth: int) -> list[int]:
+    """Which layers stay: one of each kind, then another one of each, so that kinds alternate."""
+    lists = [v for v in config.values() if isinstance(v, list) and len(v) == depth]
+    kinds: dict[str, list[int]] = {}
+    for i in range(depth):
+        kinds.setdefault(repr([one[i] for one in lists]), []).append(i)
+    if not lists or len(kinds) > KINDS:
+        return list(range(min(depth, LAYERS)))
+    kept = [layers[turn] for turn in range(LAYERS) for layers in kinds.values() if turn < len(layers)]
+    return kept[: max(LAYERS, 2 * len(kinds))]
+
+
+def _smaller(key: str, value: Any, config: Mapping[str, Any], kept: list[int]) -> Any:
+    depth = next((config[name] for name in DEPTHS if config.get(name)), 0)
+    if isinstance(value, dict):
+        return _smaller_dict(key, value, config, kept)
+    if isinstance(value, list):
+        if len(value) == depth:
+            value = [value[i] for i in kept]
+        elif key in ("short_factor", "long_factor"):
+            return value[:8]
+        return [_smaller(key, one, config, kept) for one in value]
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        return value
+    if KEYS.fullmatch(key):
+        queries = next((v for k, v in config.items() if QUERIES.fullmatch(k) and isinstance(v, int)), value)
+        return max(1, NUM_HEADS * value // queries)
+    if QUERIES.fullmatch(key):
+        return NUM_HEADS
+    return min(value, next((size for pattern, size in SIZES if re.fullmatch(pattern, key)), value))
+
+
+def _smaller_dict(
+    key: str, value: Mapping[Any, Any], config: Mapping[str, Any], kept: list[int]
+) -> dict[Any, Any]:
+    """Settings by layer's number, by kind of layer, or of a part of the network."""
+    if value and all(str(name).isdigit() for name in value):
+        here = {str(name): one for name, one in value.items()}
+        value = {
+            type(next(iter(value)))(new): here[str(old)] for new, old in enumerate(kept) if str(old) in here
+        }
+    whole = value if any(name in value for name in DEPTHS) else config
+    return {name: _smaller(str(name), one, whole, kept) for name, one in value.items()}

@@ -1,0 +1,145 @@
+"""Networks of Transformers' modules through the whole engine, and the option that chooses the road."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from quire import LLM, SamplingParams
+from quire.errors import ConfigError, UnsupportedModel
+from quire.models.spec import Decoder, Foreign
+from tests.engine.test_oracle import ENGINE, SETTINGS, prompts_of, reference
+from tests.models.cases import BY_NAME, VOCAB_SIZE, Case, build_hf
+
+NUM_OUTPUTS = 6
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
+SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+# With windows and scaled embeddings, sinks and biases in experts, values unlike keys, learned positions and transposed
+# weights, experts in tensors of their own, a window that is left to a mask, tied weights; and one that has no family.
+CASES = (
+    *(
+        BY_NAME[name]
+        for name in ("Gemma3", "GptOss", "DeepseekV3", "GPT2", "Mixtral", "Qwen2Moe", "Llama-tied")
+    ),
+    Case("BioGpt", SIZES | {"intermediate_size": 112, "max_position_embeddings": 64}),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_engine_equals_hugging_face(case: Case, tmp_path: Path) -> None:
+    model = build_hf(case, tmp_path)
+    prompts = prompts_of(case)
+    want = [reference(model, p)[0] for p in prompts]
+    for chunk, backend, block_size, caching in SETTINGS:
+        options = {
+            "max_num_batched_tokens": chunk,
+            "attention_backend": backend,
+            "block_size": block_size,
+            "enable_prefix_caching": caching,
+            "model_impl": "transformers",
+        }
+        with LLM(str(tmp_path), **ENGINE, **options) as llm:
+            alone = llm.generate(prompts[-1], GREEDY, use_tqdm=False)
+            batch = llm.generate(prompts, GREEDY, use_tqdm=False)
+            again = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert alone[0].outputs[0].token_ids == want[-1], options
+        for outputs in (batch, again):
+            assert [o.outputs[0].token_ids for o in outputs] == want, options
+        assert any(o.num_cached_tokens for o in again) == caching
+
+
+def test_preempted_requests_go_on(tmp_path: Path) -> None:
+    model = build_hf(BY_NAME["Llama"], tmp_path)
+    prompts = prompts_of(BY_NAME["Llama"])
+    want = [reference(model, p)[0] for p in prompts]
+    few = {
+        "block_size": 4,
+        "attention_backend": "reference",
+        "kv_cache_memory_bytes": 2**17 + 2**16,
+        "max_model_len": 64,
+    }
+    with LLM(str(tmp_path), **ENGINE, **few, model_impl="transformers") as llm:
+        got = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert llm.engine.core.scheduler.num_preemptions > 0
+    assert [o.outputs[0].token_ids for o in got] == want
+
+
+def test_the_road_is_chosen_by_the_architecture_and_the_option(tmp_path: Path) -> None:
+    build_hf(BY_NAME["Llama"], tmp_path)
+    for wanted, kind in (("auto", Decoder), ("native", Decoder), ("transformers", Foreign)):
+        with LLM(str(tmp_path), **ENGINE, model_impl=wanted) as llm:
+            assert isinstance(llm.spec, kind)
+
+
+def test_a_class_without_a_family_takes_the_other_road(tmp_path: Path) -> None:
+    build_hf(CASES[-1], tmp_path)
+    with LLM(str(tmp_path), **ENGINE) as llm:
+        assert isinstance(llm.spec, Foreign)
+    with pytest.raises(UnsupportedModel, match="BioGptForCausalLM, so it is not native.*transformers"):
+        LLM(str(tmp_path), **ENGINE, model_impl="native")
+
+
+def test_what_others_modules_cannot_do_is_refused(tmp_path: Path) -> None:
+    build_hf(BY_NAME["Llama"], tmp_path)
+    with pytest.raises(ConfigError, match="deterministic is set.*native"):
+        LLM(str(tmp_path), **ENGINE, model_impl="transformers", deterministic=True)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_weights_are_quantized_while_they_load(bits: str, tmp_path: Path) -> None:
+    """Tokens are those of the native road, whose products are the same."""
+    build_hf(BY_NAME["Qwen3-wide"], tmp_path)
+    prompts, got = prompts_of(BY_NAME["Qwen3-wide"]), []
+    for wanted in ("native", "transformers"):
+        with LLM(str(tmp_path), **ENGINE, model_impl=wanted, quantization=bits) as llm:
+            got.append([o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY, use_tqdm=False)])
+    assert got[0] == got[1]
+
+
+def test_dummy_weights_need_no_files(tmp_path: Path) -> None:
+    build_hf(BY_NAME["Mixtral"], tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    texts = []
+    for _ in range(2):
+        with LLM(str(tmp_path), **ENGINE, model_impl="transformers", load_format="dummy") as llm:
+            texts.append(llm.generate([5, 6, 7], GREEDY, use_tqdm=False)[0].outputs[0].token_ids)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == NUM_OUTPUTS
+
+
+def test_one_that_fails_the_comparison_is_refused_unless_told_otherwise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            transformers.BertConfig(**SIZES, intermediate_size=112, max_position_embeddings=64).to_dict()
+            | {"architectures": ["BertLMHeadModel"]}
+        )
+    )
+    options = {**ENGINE, "load_format": "dummy"}
+    with pytest.raises(UnsupportedModel, match=r"differ from Transformers.*--skip-conformance"):
+        LLM(str(tmp_path), **options)
+    with LLM(str(tmp_path), **options, skip_conformance=True) as llm:
+        assert llm.generate([5, 6, 7], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    assert any("nobody has checked" in message for message in caplog.messages)
+
+
+def test_one_on_neither_road_is_refused_without_torch(model_folder: Path, tmp_path: Path) -> None:
+    """Which takes seconds to import."""
+    raw = json.loads((model_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"architectures": ["NoSuchForCausalLM"]}))
+    code = (
+        "import sys; from quire.config import Config; from quire.engine.text import read_text\n"
+        "try: read_text(Config(model=sys.argv[1]))\n"
+        "except Exception as error: print(type(error).__name__, error, *{'torch', 'transformers'} & sys.modules.keys())"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "UnsupportedModel NoSuchForCausalLM takes neither road" in said.stdout
+    assert "(native)" in said.stdout
+    assert "(transformers)" in said.stdout
+    assert said.stdout.rstrip().endswith("Transformers")  # and no module's name

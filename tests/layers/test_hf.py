@@ -1,0 +1,186 @@
+"""Transformers' modules over our cache compute what they do by themselves, and what would not is found out."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from quire.checkpoint.reader import stored_tensors
+from quire.errors import CheckpointError, ModelError, UnsupportedModel
+from quire.layers.hf import attention, conformance
+from quire.layers.hf.attention import Call, Paged
+from quire.layers.hf.conformance import TOLERANCE, check, difference
+from quire.layers.hf.shrink import shrink
+from quire.layers.hf.source import describe, hf_config
+from quire.models.catalog import refused, rows
+from quire.models.foreign import generating
+from quire.models.registry import TRANSFORMERS
+from tests.models.cases import BY_NAME, build_hf, config_of
+from tests.models.foreign import config, outcome
+
+VERIFIED = {row["architecture"]: list(row["features"]) for row in rows() if row["road"] == TRANSFORMERS}
+SOME = (
+    "LlamaForCausalLM",
+    "Gemma2ForCausalLM",
+    "GptOssForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "Qwen2MoeForCausalLM",
+)
+UNLIKE = {("5.17.0", "AriaTextForCausalLM")}
+Change = Callable[[Call], Call]
+CONTROLS: dict[str, tuple[str, Change]] = {  # a class that has the feature, and the feature lost
+    "scale": ("LlamaForCausalLM", lambda call: dataclasses.replace(call, scale=call.scale * 1.1)),
+    "window": ("MistralForCausalLM", lambda call: dataclasses.replace(call, window=None)),
+    "window off by one": (
+        "MistralForCausalLM",
+        lambda call: dataclasses.replace(call, window=call.window and call.window + 1),
+    ),
+    "window left to a mask": ("Qwen2MoeForCausalLM", lambda call: dataclasses.replace(call, window=None)),
+    "softcap": ("Gemma2ForCausalLM", lambda call: dataclasses.replace(call, softcap=None)),
+    "sinks": ("GptOssForCausalLM", lambda call: dataclasses.replace(call, sinks=None)),
+}
+
+
+def installed(architecture: str) -> str:
+    if (transformers.__version__, architecture) in UNLIKE:
+        pytest.skip("of this version, it computes its experts in a way that has no shape without numbers")
+    if architecture not in generating():
+        pytest.skip(f"Transformers {transformers.__version__} has no {architecture}")
+    return architecture
+
+
+@pytest.mark.parametrize("architecture", SOME)
+def test_pieces_in_batches_equal_whole_sequences(architecture: str) -> None:
+    assert check(config(installed(architecture))) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", VERIFIED)
+def test_every_class_that_is_listed(architecture: str) -> None:
+    assert outcome(installed(architecture)) == VERIFIED[architecture]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", VERIFIED)
+def test_every_class_notices_another_scale(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lose(CONTROLS["scale"][1], monkeypatch)
+    assert difference(architecture, config(installed(architecture))) > TOLERANCE
+
+
+@pytest.mark.slow
+def test_nothing_else_runs() -> None:
+    served = {name for name in generating() if not isinstance(outcome(name), str)}
+    if transformers.__version__ != conformance_version():
+        pytest.skip("the list is of another version of Transformers")
+    assert served == set(VERIFIED)
+    assert refused().keys() == generating().keys() - served
+
+
+def conformance_version() -> str:
+    from tests.models.verified import written_foreign
+
+    return str(written_foreign()["version"])
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_lost_feature_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture, change = CONTROLS[name]
+    lose(change, monkeypatch)
+    with pytest.raises(UnsupportedModel, match="differ from Transformers"):
+        check(config(installed(architecture)))
+
+
+def lose(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Paged.attend
+    monkeypatch.setattr(Paged, "attend", lambda self, call: whole(self, change(call)))
+
+
+def test_state_of_its_own_is_noticed() -> None:
+    with pytest.raises(UnsupportedModel, match="differ from Transformers"):
+        check(config("Qwen3NextForCausalLM"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("BertLMHeadModel", {}, "differ from Transformers"),
+        ("DogeForCausalLM", {}, "mask of its own"),
+        ("FalconForCausalLM", {}, "another's attention"),
+        ("GPTNeoXJapaneseForCausalLM", {}, "no layer calls"),
+        (
+            "LlamaForCausalLM",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "dynamic",
+        ),
+        ("LlamaForCausalLM", {"hidden_act": "swoosh"}, "swoosh"),
+    ],
+)
+def test_refusals(architecture: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises((UnsupportedModel, ModelError), match=message):
+        check(config(architecture) | changes)
+
+
+def test_longrope_is_decided_once() -> None:
+    """By the longest sequence that may come, not by the longest in a batch."""
+    raw = config_of(BY_NAME["Phi3-long"])
+    for max_length, name in ((16, "short_factor"), (17, "long_factor")):
+        rope = hf_config(raw, max_length).rope_parameters
+        assert rope["short_factor"] == rope["long_factor"] == raw["rope_parameters"][name]
+
+
+def test_shrinking_keeps_kinds_of_layers_and_shares_of_heads() -> None:
+    raw = {
+        "num_hidden_layers": 10,
+        "layer_types": ["a", "a", "b", "a", "a", "b", "a", "a", "b", "a"],
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "per_layer_config": {"2": {"head_dim": 512}, "9": {"head_dim": 256}},
+        "tie_word_embeddings": True,
+        "sliding_window": None,
+    }
+    assert shrink(raw) == {
+        "num_hidden_layers": 4,
+        "layer_types": ["a", "b", "a", "b"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "per_layer_config": {"1": {"head_dim": 16}},
+        "tie_word_embeddings": True,
+        "sliding_window": None,
+    }
+
+
+def test_description_needs_no_weights() -> None:
+    spec = describe("Gemma2ForCausalLM", hf_config(config("Gemma2ForCausalLM")))
+    assert (spec.vocab_size, spec.dim, len(spec.attention)) == (256_000, 2304, 26)
+    assert [call.window for call in spec.attention[:2]] == [4096, None]
+    assert spec.attention[0].num_kv_heads == 4
+    names = dict(spec.parameters)
+    assert spec.head == "lm_head.weight"
+    assert spec.head not in names  # tied
+    assert "model.layers.0.mlp.gate_proj.weight" in spec.products
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    build_hf(BY_NAME["Llama"], tmp_path)
+    raw = config_of(BY_NAME["Llama"])
+    network = conformance.small_network("LlamaForCausalLM", hf_config(raw))
+    tensors = stored_tensors(tmp_path)
+    network.load(tensors)
+    for changed, message in (
+        ({"surprise": tensors["model.norm.weight"]}, "1 not in the network: surprise"),
+        ({"model.norm.weight": tensors["lm_head.weight"]}, "1 of another shape: model.norm.weight"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            network.load({**tensors, **changed})
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"1 missing: model\.layers\.1\.mlp\.up_proj"):
+        network.load(tensors)
+
+
+def test_calls_outside_a_step_fail() -> None:
+    q = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(LookupError):
+        attention.attention(torch.nn.Identity(), q, q, q, None)

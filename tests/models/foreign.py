@@ -1,0 +1,98 @@
+"""Networks of Transformers' modules that are compared with Transformers: its default configs, shrunk, features forced.
+
+python -m tests.models.foreign [CLASS ...]    prints what they come to, or all that generate text
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from quire.errors import QuireError
+from quire.layers.hf.conformance import check
+from quire.layers.hf.shrink import shrink
+from quire.layers.hf.source import describe, hf_config
+from quire.models.foreign import generating
+
+LOCAL = {"sliding_window": 64}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+SLIDING = LOCAL | ALTERNATING | {"use_sliding_window": True, "max_window_layers": 2}
+GROUPS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 64,
+}
+# By model_type: what the default config does not say, or does not do.
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v2": GROUPS | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 2.5},
+    "deepseek_v3": {"routed_scaling_factor": 2.5, "norm_topk_prob": True},
+    "dots1": GROUPS | SLIDING | {"routed_scaling_factor": 2.5, "n_shared_experts": 2},
+    "gemma2": {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.7},
+    "glm4_moe": {"routed_scaling_factor": 2.5},
+    "granite": {
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+    },
+    "hunyuan_v1_dense": {"head_dim": 64},
+    "hunyuan_v1_moe": {"head_dim": 64},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+    "ministral": {"head_dim": 64},
+    "mixtral": LOCAL,
+    "nemotron": {"head_dim": 64, "num_key_value_heads": 8},
+    "phi3": LOCAL,
+    "phimoe": LOCAL,
+    "qwen2": SLIDING,
+    "qwen2_moe": SLIDING,
+    "qwen3": SLIDING,
+    "qwen3_moe": SLIDING,
+    "smollm3": SLIDING,
+    "starcoder2": LOCAL,
+    "vaultgemma": {"attn_logit_softcapping": 0.5},
+}
+
+
+def config(architecture: str) -> dict[str, Any]:
+    """What config.json would be."""
+    kind = generating()[architecture]
+    values = CONFIG_MAPPING[kind]().to_dict() | dict(CHANGES.get(kind, {}))
+    return values | {"architectures": [architecture], "model_type": kind}
+
+
+def outcome(architecture: str) -> list[str] | str:
+    """What a class was compared with, or why it is refused, in a line."""
+    try:
+        raw = config(architecture)
+        check(raw)
+        return features(raw)
+    except Exception as error:
+        words = " ".join(str(error).split()).removeprefix(f"{architecture}: ")
+        named = words if isinstance(error, QuireError) else f"{type(error).__name__}: {words}"
+        return re.sub(
+            r"by [\d.e+-]+ of the greatest", "by more than rounding", re.split(r"\. | \(1e|, so ", named)[0]
+        )
+
+
+def features(raw: Mapping[str, Any]) -> list[str]:
+    """What its attention has that is not usual, and whether there are experts that our products compute."""
+    spec = describe(raw["architectures"][0], hf_config(shrink(raw)))
+    found = {
+        "attention.window": any(call.window for call in spec.attention),
+        "attention.softcap": any(call.softcap for call in spec.attention),
+        "attention.sinks": any(call.sinks for call in spec.attention),
+        "attention.v_dim": any(call.k_dim != call.v_dim for call in spec.attention),
+        "experts": any(len(shape) == 3 for name, shape in spec.parameters if name in spec.products),
+    }
+    return [name for name, has in found.items() if has]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or sorted(generating()):
+        found = outcome(name)
+        sys.stdout.write(f"{name}: {found if isinstance(found, str) else f'equal, with {found}'}\n")
+        sys.stdout.flush()
