@@ -30,7 +30,13 @@ def main(args: argparse.Namespace) -> int:
 def _spec(model: str, args: argparse.Namespace) -> "Decoder":
     from quire.checkpoint.files import read_config
     from quire.checkpoint.source import resolve
-    from quire.models.registry import decoder_spec
+    from quire.errors import UnsupportedModel
+    from quire.models.registry import TRANSFORMERS, decoder_spec, road
 
     folder = resolve(model, args.revision, weights=False).folder
-    return decoder_spec(read_config(folder))[0]
+    raw = read_config(folder)
+    if road(raw) == TRANSFORMERS:
+        raise UnsupportedModel(
+            f"{raw['architectures'][0]} runs through Transformers' modules, whose layers Quire does not describe"
+        )
+    return decoder_spec(raw)[0]

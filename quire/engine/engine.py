@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable
 
 from quire.config import Config
-from quire.engine.build import build
 from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestState
 from quire.engine.requests import Requests
+from quire.engine.text import read_network
 from quire.errors import EngineDead, QuireError
 from quire.types import Request, RequestOutput
 
@@ -20,6 +20,9 @@ class Engine:
     """
 
     def __init__(self, config: Config, *, offline: bool, clock: Callable[[], float] = time.monotonic):
+        read_network(config)
+        from quire.engine.build import build  # loads torch, which takes longer than to refuse a network
+
         self.inputs, parts = build(config, offline=offline, clock=clock)
         self.config, self.reasons, self.spec = parts.config, parts.reasons, parts.spec
         self.core, self.tokenizer = parts.core, self.inputs.tokenizer

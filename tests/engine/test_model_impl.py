@@ -132,8 +132,8 @@ def test_one_on_neither_road_is_refused_without_torch(model_folder: Path, tmp_pa
     raw = json.loads((model_folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"architectures": ["NoSuchForCausalLM"]}))
     code = (
-        "import sys; from quire.config import Config; from quire.engine.text import read_text\n"
-        "try: read_text(Config(model=sys.argv[1]))\n"
+        "import sys; from quire import LLM\n"
+        "try: LLM(sys.argv[1])\n"
         "except Exception as error: print(type(error).__name__, error, *{'torch', 'transformers'} & sys.modules.keys())"
     )
     said = subprocess.run(

@@ -16,13 +16,15 @@ pytestmark = [
 CASES = ("Llama", "Qwen3", "Gemma2", "Qwen3Moe", "DeepseekV3", "GPT2")
 
 
+@pytest.mark.parametrize("road", ["native", "transformers"])
 @pytest.mark.parametrize("name", CASES)
-def test_engine_equals_hugging_face(name: str, tmp_path: Path) -> None:
+def test_engine_equals_hugging_face(name: str, road: str, tmp_path: Path) -> None:
     model = build_hf(BY_NAME[name], tmp_path)
     prompts = make_prompts(VOCAB_SIZE)
     want = [reference(model, p)[0] for p in prompts]
     greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
-    with LLM(str(tmp_path), dtype="float32", device="cuda", skip_tokenizer_init=True, block_size=16) as llm:
+    options = {"dtype": "float32", "device": "cuda", "skip_tokenizer_init": True, "block_size": 16}
+    with LLM(str(tmp_path), **options, model_impl=road) as llm:
         assert llm.config.async_scheduling
         for _ in range(2):
             outputs = llm.generate(prompts, greedy, use_tqdm=False)
