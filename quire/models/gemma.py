@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text): norms store weight - 1, embeddings are scaled, 2 and 3 norm sublayers twice."""
+"""Gemma 1, 2, 3 (text) and VaultGemma: norms store weight - 1, embeddings are scaled, 2 and 3 norm sublayers twice."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,14 +28,22 @@ def gemma(c: HF) -> tuple[Decoder, Names]:
     return _scaled(c, pre_norm(attn, feed_forward, norm), norm), Names(renames=LLAMA)
 
 
-def gemma2(c: HF) -> tuple[Decoder, Names]:
-    """Every other layer is local; attention scores and final logits are capped (Gemma Team 2024)."""
+def gemma2(c: HF, post: bool = True) -> tuple[Decoder, Names]:
+    """Every other layer is local; attention scores and final logits are capped (Gemma Team 2024).
+
+    `post`: what a sublayer adds is normalised.
+    """
     c.skip("hidden_act", "sliding_window_size")  # repeat hidden_activation and sliding_window
     local = layer_types(c, lambda i: i % 2 == 0)
     cap = c.get("attn_logit_softcapping", 50.0)
-    blocks = {here: _sandwich(c, window=window(c, here), softcap=cap) for here in set(local)}
+    blocks = {here: _sandwich(c, post, window=window(c, here), softcap=cap) for here in set(local)}
     final = c.get("final_logit_softcapping", 30.0)
     return _scaled(c, lambda i: blocks[local[i]], _norm(c), logit_softcap=final), Names(renames=SANDWICH)
+
+
+def vault_gemma(c: HF) -> tuple[Decoder, Names]:
+    """Gemma 2 without norms behind its sublayers."""
+    return gemma2(c, post=False)
 
 
 def gemma3(c: HF) -> tuple[Decoder, Names]:
@@ -67,15 +75,16 @@ def _heads(c: HF) -> dict[str, Any]:
     return {"head_dim": c.count("head_dim"), **biases(c)}
 
 
-def _sandwich(c: HF, **changes: Any) -> Block:
+def _sandwich(c: HF, post: bool = True, **changes: Any) -> Block:
     norm = _norm(c)
+    after = norm if post else None
     return Block(
         mixer=attention(c, scale=c.number("query_pre_attn_scalar") ** -0.5, **_heads(c), **changes),
         mlp=mlp(c, act=c.text("hidden_activation")),
         attn_norm=norm,
-        attn_post_norm=norm,
+        attn_post_norm=after,
         mlp_norm=norm,
-        mlp_post_norm=norm,
+        mlp_post_norm=after,
     )
 
 

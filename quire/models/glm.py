@@ -1,4 +1,4 @@
-"""GLM 4 (dense, norms around each sublayer), GLM 4.5 (experts), GLM 4.7 Flash (latent attention); Solar Open."""
+"""GLM 4 (dense, in two forms), GLM 4.5 (experts), GLM 4.7 Flash (latent attention); Solar Open."""
 
 from quire.models.common import attention, biases, decoder, head_dim, mlp, pre_norm, rope
 from quire.models.deepseek import (
@@ -15,11 +15,20 @@ from quire.models.names import LLAMA, Names, Split
 from quire.models.spec import Decoder, Norm
 
 
+def glm(c: HF) -> tuple[Decoder, Names]:
+    return _dense(c, None)
+
+
 def glm4(c: HF) -> tuple[Decoder, Names]:
+    return _dense(c, Norm(eps=c.number("rms_norm_eps")))
+
+
+def _dense(c: HF, post: Norm | None) -> tuple[Decoder, Names]:
+    """`post`: the norm of what a sublayer adds."""
     norm, size = Norm(eps=c.number("rms_norm_eps")), c.count("head_dim")
     rotary = rope(c, size, partial=0.5, interleaved=True)
     attn = attention(c, rope=rotary, head_dim=size, bias=bool(c.get("attention_bias", True)))
-    block = pre_norm(attn, mlp(c), norm, attn_post_norm=norm, mlp_post_norm=norm)
+    block = pre_norm(attn, mlp(c), norm, attn_post_norm=post, mlp_post_norm=post)
     renames = (
         (r"\.post_self_attn_layernorm\.", ".attn_post_norm."),
         (r"\.post_mlp_layernorm\.", ".mlp_post_norm."),

@@ -1,21 +1,71 @@
-"""Granite 3: Llama with a multiplier at each end of each part; and its mixtures of experts."""
+"""Granite 3 and 4, HyperCLOVA X: Llama with a multiplier at each end of each part; mixtures of experts."""
 
 from dataclasses import replace
+from typing import Any
 
-from quire.models.common import attention, biases, decoder, kv_heads, mlp, pre_norm
+from quire.models.common import (
+    attention,
+    biases,
+    decoder,
+    head_dim,
+    kv_heads,
+    layer_types,
+    mlp,
+    pre_norm,
+    rope,
+    tied_by_default,
+)
 from quire.models.hf import HF
 from quire.models.names import LLAMA, STACKED, Names, Split
-from quire.models.spec import Decoder, MoE, Norm
+from quire.models.spec import Block, Decoder, MoE, Norm
 
 
 def granite(c: HF) -> tuple[Decoder, Names]:
-    norm = Norm(eps=c.number("rms_norm_eps"))
-    attn = attention(c, num_kv_heads=kv_heads(c), scale=c.number("attention_multiplier"), **biases(c))
-    block = pre_norm(
-        attn, mlp(c, bias=bool(c.mlp_bias)), norm, residual_scale=c.number("residual_multiplier")
+    block = _block(c, scale=c.number("attention_multiplier"))
+    return decoder(c, block, _norm(c), **_scales(c)), Names(renames=LLAMA)
+
+
+def granite_swa(c: HF) -> tuple[Decoder, Names]:
+    """All but every fourth layer are local; sinks; a rotary base of each layer's own, of which 0 is none."""
+    local = layer_types(c, lambda i: i % 4 != 0)
+    sliding = c.get("sliding_window", 128) or None
+    rotary, bases = rope(c, head_dim(c)), c.layer_rope_theta
+
+    def block(i: int) -> Block:
+        base = bases[i] if bases else rotary.theta
+        here = replace(rotary, theta=base) if base else None
+        window = sliding if local[i] else None
+        return _block(c, scale=c.number("attention_multiplier"), rope=here, window=window, sinks=True)
+
+    return decoder(c, block, _norm(c), **_scales(c), tied=tied_by_default(c)), Names(renames=LLAMA)
+
+
+def hyperclovax(c: HF) -> tuple[Decoder, Names]:
+    """Logits are multiplied, not divided; what a sublayer adds is normalised if the config does not say otherwise."""
+    post = _norm(c) if c.get("use_post_norm", True) else None
+    block = replace(
+        _block(c, scale=c.attention_multiplier or head_dim(c) ** -0.5),
+        attn_post_norm=post,
+        mlp_post_norm=post,
     )
-    scales = {"embed_scale": c.number("embedding_multiplier"), "logit_scale": 1 / c.number("logits_scaling")}
-    return decoder(c, block, norm, **scales), Names(renames=LLAMA)
+    scales = _scales(c)
+    renames = ((r"\.post_norm1\.", ".attn_post_norm."), (r"\.post_norm2\.", ".mlp_post_norm."))
+    spec = decoder(c, block, _norm(c), **scales | {"logit_scale": 1 / scales["logit_scale"]})
+    return spec, Names(renames=(*LLAMA, *renames))
+
+
+def _norm(c: HF) -> Norm:
+    return Norm(eps=c.number("rms_norm_eps"))
+
+
+def _block(c: HF, **changes: Any) -> Block:
+    attn = attention(c, num_kv_heads=kv_heads(c), **biases(c), **changes)
+    feed_forward = mlp(c, bias=bool(c.mlp_bias))
+    return pre_norm(attn, feed_forward, _norm(c), residual_scale=c.number("residual_multiplier"))
+
+
+def _scales(c: HF) -> dict[str, float]:
+    return {"embed_scale": c.number("embedding_multiplier"), "logit_scale": 1 / c.number("logits_scaling")}
 
 
 def granite_moe(c: HF) -> tuple[Decoder, Names]:

@@ -15,7 +15,16 @@ from quire.models.common import (
 )
 from quire.models.hf import HF
 from quire.models.names import LLAMA, Names
-from quire.models.spec import Block, Decoder, Norm
+from quire.models.spec import Block, Decoder, Norm, Rope
+
+CWM_THETA = 1_000_000.0
+CWM_SCALING = {
+    "rope_type": "llama3",
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def llama(c: HF) -> tuple[Decoder, Names]:
@@ -30,6 +39,43 @@ def mistral(c: HF) -> tuple[Decoder, Names]:
     norm = Norm(eps=c.number("rms_norm_eps"))
     block = pre_norm(attention(c, window=window(c)), mlp(c), norm)
     return decoder(c, block, norm), Names(renames=LLAMA)
+
+
+def ministral(c: HF) -> tuple[Decoder, Names]:
+    """Which layers are local is listed."""
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    local = layer_types(c, lambda i: window(c) is not None)
+
+    def block(i: int) -> Block:
+        return pre_norm(attention(c, window=window(c, local[i])), mlp(c), norm)
+
+    return decoder(c, block, norm), Names(renames=LLAMA)
+
+
+def cwm(c: HF) -> tuple[Decoder, Names]:
+    """All but every fourth layer are local (Code World Model, Copet et al. 2025)."""
+    norm, size = Norm(eps=c.number("rms_norm_eps")), c.count("head_dim")
+    local = layer_types(c, lambda i: i % 4 != 0)
+    sliding = c.get("sliding_window", 8192) or None
+    rotary = rope(c, size, theta=CWM_THETA)
+    if not (c.rope_parameters or c.rope_scaling):
+        rotary = Rope(dim=size, theta=CWM_THETA, scaling=CWM_SCALING)
+    feed_forward = mlp(c, bias=bool(c.mlp_bias))
+
+    def block(i: int) -> Block:
+        here = sliding if local[i] else None
+        return pre_norm(attention(c, head_dim=size, rope=rotary, window=here), feed_forward, norm)
+
+    return decoder(c, block, norm), Names(renames=LLAMA)
+
+
+def jais2(c: HF) -> tuple[Decoder, Names]:
+    """Layer norms, and a feed-forward layer that is not gated."""
+    norm = Norm(kind="layer", eps=c.number("layer_norm_eps"), bias=True)
+    bias = bool(c.get("attention_bias", True))
+    attn = attention(c, num_kv_heads=kv_heads(c), bias=bias, out_bias=bias)
+    feed_forward = mlp(c, gated=False, bias=bool(c.get("mlp_bias", True)))
+    return decoder(c, pre_norm(attn, feed_forward, norm), norm), Names(renames=LLAMA)
 
 
 def arcee(c: HF) -> tuple[Decoder, Names]:

@@ -213,6 +213,16 @@ CASES = (
     Case("StableLm", GROUPED | {"use_qkv_bias": True}),
     Case("StableLm-parallel", GROUPED | {"use_parallel_residual": True, "partial_rotary_factor": 0.5}),
     Case("Glm4", BASE),
+    Case("Glm", BASE),
+    Case("Ministral", BASE | LOCAL | MIXED),
+    Case("Cwm", BASE | LOCAL | {"mlp_bias": True, "rope_parameters": LLAMA3}),
+    Case("Jais2", GROUPED),
+    Case("VaultGemma", BASE | LOCAL | CAPPED | {"attn_logit_softcapping": 0.5}),
+    Case(
+        "GraniteSWA", GROUPED | MULTIPLIERS | BIASED | LOCAL | {"layer_rope_theta": [500.0, 0, 5000.0, 500.0]}
+    ),
+    Case("HyperCLOVAX", BASE | MULTIPLIERS | BIASED),
+    Case("HyperCLOVAX-plain", BASE | MULTIPLIERS | {"use_post_norm": False}),
     Case("Glm4Moe", BASE | GROUPS | {"use_qk_norm": True, "attention_bias": True}),
     Case("Dots1", BASE | GROUPS | LOCAL | MIXED),
     Case("Nemotron", BASE | BIASED),
