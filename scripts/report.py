@@ -11,16 +11,15 @@ import ast
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from quire.models.registry import FAMILIES, decoder_spec  # noqa: E402
 from tests.models.cases import CASES, config_of  # noqa: E402
+from tests.models.verified import unusual_fields  # noqa: E402
 
 MODELS = ROOT / "quire" / "models"
 RULE = 2  # families that a field of the shared spec needs
@@ -44,21 +43,9 @@ def users() -> Mapping[str, set[str]]:
     """Families by the fields of the spec that their cases use."""
     found: dict[str, set[str]] = defaultdict(set)
     for case in CASES:
-        for field in _used(decoder_spec(config_of(case))[0]):
+        for field in unusual_fields(decoder_spec(config_of(case))[0]):
             found[field].add(FAMILIES[case.described])
     return found
-
-
-def _used(part: Any) -> Iterator[str]:
-    if isinstance(part, tuple):
-        for item in part:
-            yield from _used(item)
-    elif is_dataclass(part):
-        for field in fields(part):
-            value = getattr(part, field.name)
-            if field.default is MISSING or value != field.default:
-                yield f"{type(part).__name__}.{field.name}"
-            yield from _used(value)
 
 
 def repeated(texts: Mapping[str, list[str]]) -> Iterator[tuple[str, str, int]]:

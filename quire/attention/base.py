@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quire.attention.shapes import CacheShape
+from quire.attention.shapes import CacheShape, cache_shapes, layer_offsets
 from quire.kernels import ops
+from quire.models.spec import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,13 @@ class Backend(Protocol):
         sinks: Tensor | None = None,
     ) -> Tensor:
         """`attend_turned` of the product's heads."""
+
+
+def layer_caches(backend: Backend, spec: Spec, pool: Tensor, dtype: torch.dtype) -> list[LayerCache]:
+    """Each layer's view of `pool` [num_blocks, block_bytes] uint8; `dtype` as for `Backend.views`."""
+    offsets = layer_offsets(spec, backend.block_size, dtype.itemsize, backend.quantized)
+    shapes = cache_shapes(spec)
+    return [backend.views(pool, at, shape, dtype) for at, shape in zip(offsets, shapes, strict=True)]
 
 
 def turn_and_write(backend: Backend, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:

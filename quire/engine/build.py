@@ -22,7 +22,7 @@ from quire.engine.core import EngineCore
 from quire.engine.inputs import InputProcessor
 from quire.engine.precompile import Job, Precompiler, compiled, fix_keys
 from quire.engine.roads import take_road
-from quire.engine.text import model_config, read_text
+from quire.engine.text import Text, model_config
 from quire.errors import ConfigError
 from quire.kernels import ops
 from quire.kernels.gpu import gpu_of
@@ -61,14 +61,13 @@ class CoreParts:
 
 
 def build(
-    config: Config, *, offline: bool, clock: Callable[[], float] = time.monotonic
+    config: Config, text: Text, *, offline: bool, clock: Callable[[], float] = time.monotonic
 ) -> tuple[InputProcessor, CoreParts]:
     """Both halves of an engine that waits for requests, in one process.
 
     Raises:
         ConfigError, ModelError, CapacityError: naming the option, the file or the bytes that do not fit.
     """
-    text = read_text(config)  # first: what is wrong with it shows before the weights are loaded
     parts = build_core(config, offline=offline, clock=clock)
     logger.info("ready in %.1f s: %s", parts.start_s, parts.summary)
     for option, reason in sorted(parts.reasons.items()):

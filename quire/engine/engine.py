@@ -7,7 +7,7 @@ from quire.config import Config
 from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestState
 from quire.engine.requests import Requests
-from quire.engine.text import read_network
+from quire.engine.text import read_text
 from quire.errors import EngineDead, QuireError
 from quire.types import Request, RequestOutput
 
@@ -20,10 +20,10 @@ class Engine:
     """
 
     def __init__(self, config: Config, *, offline: bool, clock: Callable[[], float] = time.monotonic):
-        read_network(config)
-        from quire.engine.build import build  # loads torch, which takes longer than to refuse a network
+        text = read_text(config)  # first: what is wrong with it shows before torch and the weights are loaded
+        from quire.engine.build import build
 
-        self.inputs, parts = build(config, offline=offline, clock=clock)
+        self.inputs, parts = build(config, text, offline=offline, clock=clock)
         self.config, self.reasons, self.spec = parts.config, parts.reasons, parts.spec
         self.core, self.tokenizer = parts.core, self.inputs.tokenizer
         self.clock = clock

@@ -44,7 +44,10 @@ def read_text(config: Config) -> Text:
     Raises:
         ConfigError, ModelError: naming the option or the file.
     """
-    folder, raw = read_network(config)  # first: what cannot be served is named before its tokenizer is missed
+    folder = find_model(config.model, config.revision, weights=False, download_dir=config.download_dir).folder
+    raw = model_config(config, folder)
+    if road(raw, config.model_impl) == NATIVE:
+        decoder_spec(raw)  # a network that cannot be served is named before its tokenizer is missed
     tokenizer = _tokenizer(config, folder)
     generation = read_generation_config(folder) if config.generation_config == "auto" else {}
     return Text(
@@ -54,19 +57,6 @@ def read_text(config: Config) -> Text:
         defaults=default_sampling({**generation, **(config.override_generation_config or {})}),
         max_logprobs=config.max_logprobs,
     )
-
-
-def read_network(config: Config) -> tuple[Path, dict[str, Any]]:
-    """The model's folder and what its config.json says; `config` may be resolved or not. Needs no torch.
-
-    Raises:
-        ConfigError, ModelError: naming the file, or why the network cannot be served.
-    """
-    folder = find_model(config.model, config.revision, weights=False, download_dir=config.download_dir).folder
-    raw = model_config(config, folder)
-    if road(raw, config.model_impl) == NATIVE:
-        decoder_spec(raw)
-    return folder, raw
 
 
 def build_inputs(config: Config, *, vocab_size: int, max_model_len: int) -> InputProcessor:

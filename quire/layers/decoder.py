@@ -6,8 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from quire.attention.base import Backend, LayerCache, Ragged
-from quire.attention.shapes import cache_shapes, layer_offsets
+from quire.attention.base import Backend, LayerCache, Ragged, layer_caches
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.block import Block
@@ -67,12 +66,7 @@ class Decoder(nn.Module):
 
     def caches(self, pool: Tensor) -> list[LayerCache]:
         """Each layer's view of `pool` [num_blocks, block_bytes] uint8."""
-        dtype, shapes = self.build.dtype, cache_shapes(self.spec)
-        backend = self.backend
-        offsets = layer_offsets(self.spec, backend.block_size, dtype.itemsize, backend.quantized)
-        return [
-            backend.views(pool, offset, shape, dtype) for offset, shape in zip(offsets, shapes, strict=True)
-        ]
+        return layer_caches(self.backend, self.spec, pool, self.build.dtype)
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, step: Ragged, caches: Sequence[LayerCache]) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from quire.checkpoint.source import resolve as find_model
 from quire.config import Config
 from quire.engine.build import build, build_core
-from quire.engine.text import build_inputs
+from quire.engine.text import build_inputs, read_text
 from quire.errors import InvalidRequest, ModelError
 from quire.types import SamplingParams
 
@@ -33,7 +33,7 @@ def test_it_needs_no_torch() -> None:
 
 def test_both_halves_together_are_the_same_as_apart() -> None:
     config = Config(model="demo", max_model_len=128, override_generation_config={"temperature": 0.25})
-    inputs, parts = build(config, offline=True)
+    inputs, parts = build(config, read_text(config), offline=True)
     assert parts.max_model_len == 128 and inputs.vocab_size == parts.spec.vocab_size
     apart = build_inputs(parts.config, vocab_size=parts.spec.vocab_size, max_model_len=parts.max_model_len)
     for which in (inputs, apart):

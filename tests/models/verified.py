@@ -63,22 +63,22 @@ def features() -> dict[str, list[str]]:
     for case in CASES:
         spec, _ = decoder_spec(config_of(case))
         controls = {name for name, _ in mutations(spec)}
-        unusual = {name for name in controls if " " in name} | set(_unusual(spec))
+        unusual = {name for name in controls if " " in name} | set(unusual_fields(spec))
         found[case.described].update(name.lower() for name in controls & unusual - NO_FEATURES)
     return {name: sorted(words) for name, words in sorted(found.items())}
 
 
-def _unusual(part: Any) -> Iterator[str]:
+def unusual_fields(part: Any) -> Iterator[str]:
     """Fields that are not their defaults, of a spec and all its parts."""
     if isinstance(part, tuple):
         for item in part:
-            yield from _unusual(item)
+            yield from unusual_fields(item)
     elif is_dataclass(part):
         for field in fields(part):
             value = getattr(part, field.name)
             if value != field.default:
                 yield f"{type(part).__name__}.{field.name}"
-            yield from _unusual(value)
+            yield from unusual_fields(value)
 
 
 def as_json(foreign: Mapping[str, Any]) -> str:

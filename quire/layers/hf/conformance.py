@@ -58,7 +58,8 @@ def difference(architecture: str, raw: Mapping[str, Any]) -> float:
     """Of a small network of this kind; nan if any logit is none."""
     hf_config(raw)  # which says what is wrong with it in the user's own terms
     config = hf_config(shrink(raw))
-    spec = describe(architecture, config)
+    network = small_network(architecture, config)
+    spec = network.spec
     if (size := sum(torch.Size(shape).numel() for _, shape in spec.parameters)) > MOST_PARAMETERS:
         raise UnsupportedModel(
             f"{architecture}: its config cannot be shrunk to less than {size:,} parameters ({MOST_PARAMETERS:,} are"
@@ -69,7 +70,6 @@ def difference(architecture: str, raw: Mapping[str, Any]) -> float:
         torch.manual_seed(0)
         oracle = random_network(architecture, config)
         prompts = [torch.randint(FIRST_TOKEN, spec.vocab_size, (n,)) for n in LENGTHS]
-    network = small_network(architecture, config)
     network.load(oracle.state_dict())
     with torch.inference_mode():
         expected = [oracle(input_ids=p[None], use_cache=False).logits[0].float() for p in prompts]

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.attention.base import Backend, LayerCache, Ragged
-from quire.attention.shapes import cache_shapes, layer_offsets
+from quire.attention.base import Backend, LayerCache, Ragged, layer_caches
 from quire.checkpoint.dummy import DummyCheckpoint
 from quire.errors import CheckpointError
 from quire.kernels import ops
@@ -172,9 +171,7 @@ class Modules:
 
     def caches(self, pool: Tensor) -> list[LayerCache]:
         """Each attention call's view of `pool` [num_blocks, block_bytes] uint8."""
-        dtype, shapes, backend = self.build.dtype, cache_shapes(self.spec), self.backend
-        offsets = layer_offsets(self.spec, backend.block_size, dtype.itemsize, backend.quantized)
-        return [backend.views(pool, at, shape, dtype) for at, shape in zip(offsets, shapes, strict=True)]
+        return layer_caches(self.backend, self.spec, pool, self.build.dtype)
 
     @torch.inference_mode()
     def __call__(self, token_ids: Tensor, step: Ragged, caches: Sequence[LayerCache]) -> Tensor:

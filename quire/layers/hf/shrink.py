@@ -68,7 +68,7 @@ def _kept(config: Mapping[str, Any], depth: int) -> list[int]:
 def _smaller(key: str, value: Any, config: Mapping[str, Any], kept: list[int]) -> Any:
     depth = next((config[name] for name in DEPTHS if config.get(name)), 0)
     if isinstance(value, dict):
-        return _smaller_dict(key, value, config, kept)
+        return _smaller_dict(value, config, kept)
     if isinstance(value, list):
         if len(value) == depth:
             value = [value[i] for i in kept]
@@ -85,9 +85,7 @@ def _smaller(key: str, value: Any, config: Mapping[str, Any], kept: list[int]) -
     return min(value, next((size for pattern, size in SIZES if re.fullmatch(pattern, key)), value))
 
 
-def _smaller_dict(
-    key: str, value: Mapping[Any, Any], config: Mapping[str, Any], kept: list[int]
-) -> dict[Any, Any]:
+def _smaller_dict(value: Mapping[Any, Any], config: Mapping[str, Any], kept: list[int]) -> dict[Any, Any]:
     """Settings by layer's number, by kind of layer, or of a part of the network."""
     if value and all(str(name).isdigit() for name in value):
         here = {str(name): one for name, one in value.items()}
