@@ -48,6 +48,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "HyperCLOVAXForCausalLM": "granite.hyperclovax",
     "Jais2ForCausalLM": "llama.jais2",
     "KimiK2ForCausalLM": "deepseek.deepseek_v3",
+    "Lfm2ForCausalLM": "lfm.lfm2",
     "LlamaForCausalLM": "llama.llama",
     "MiniMaxM2ForCausalLM": "mixtral.minimax_m2",
     "MinistralForCausalLM": "llama.ministral",
