@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from quire.attention.shapes import block_bytes
+from quire.attention.states import state_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import num_parameters, parameter_shapes
@@ -23,6 +24,9 @@ UNQUANTIZED = (
     "kv_b_proj.weight",
 )  # small, or multiplied another way
 SPARE_BLOCKS = 32_768  # for the prefix cache; a small model could otherwise fill the machine with it
+STATE_SHARE = (
+    0.5  # of the cache's memory, for states of sequences that run; of the rest, for those that are kept
+)
 WIDE = 4  # copies of a layer's largest output that modules of others hold at once
 EXACT_LOGPROBS = 64  # that a kernel finds in one order; more are sorted by torch
 ONLINE_GAP_MS = {"cpu": 250.0, "cuda": 50.0}
@@ -50,6 +54,8 @@ class Memory:
     cache_bytes: int
     block_bytes: int
     num_blocks: int
+    state_bytes: int = 0  # of a sequence's recurrent layers
+    num_states: int = 0  # sequences' states that can be kept for others, beside those that run
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +109,18 @@ def resolve(
     work = _work_bytes(spec, batched, min(max_seqs, batched))
     per_block = block_bytes(spec, block_size, ITEM_BYTES[dtype], _quantizes_cache(config, machine))
     budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, machine, weights, work)
+    per_state = state_bytes(spec, ITEM_BYTES[dtype])
+    max_seqs, num_states = _states(config, per_state, budget, max_seqs)
+    of_states = (max_seqs + 1 + num_states) * per_state if per_state else 0
     wanted = max_seqs * -(-length // block_size) + (SPARE_BLOCKS if config.enable_prefix_caching else 0)
-    num_blocks = min(budget // per_block, wanted)
+    num_blocks = min((budget - of_states) // per_block, wanted) if per_block else wanted
     if num_blocks == wanted and config.kv_cache_memory_bytes is None:
         reasons["kv_cache_memory_bytes"] = (
             f"{max_seqs} sequences of {length} tokens, and finished ones to reuse"
         )
     length, why = _fitting_length(config, length, num_blocks * block_size, per_block // block_size)
     reasons["max_model_len"] = why
+    cache_bytes = num_blocks * per_block + of_states
     depth_two = machine.asynchronous if config.async_scheduling is None else config.async_scheduling
     resolved = dataclasses.replace(
         config,
@@ -120,12 +130,13 @@ def resolve(
         max_num_seqs=max_seqs,
         max_num_batched_tokens=batched,
         max_model_len=length,
-        kv_cache_memory_bytes=num_blocks * per_block,
+        kv_cache_memory_bytes=cache_bytes,
         async_scheduling=depth_two,
         max_token_gap_ms=_gap(config, machine, offline, reasons),
         num_threads=config.num_threads or machine.num_cores,
     )
-    return Resolved(resolved, Memory(weights, work, num_blocks * per_block, per_block, num_blocks), reasons)
+    memory = Memory(weights, work, cache_bytes, per_block, num_blocks, per_state, num_states)
+    return Resolved(resolved, memory, reasons)
 
 
 def _check_quantization(config: Config, dtype: str, machine: Machine) -> None:
@@ -237,6 +248,22 @@ def _cache_budget(config: Config, machine: Machine, weights: int, work: int) -> 
     if machine.device == "cpu":
         return int(left * CPU_CACHE_SHARE), f"{CPU_CACHE_SHARE:.0%} of the memory left beside the weights"
     return left, "the memory left beside the weights"
+
+
+def _states(config: Config, per_state: int, budget: int, max_seqs: int) -> tuple[int, int]:
+    """How many sequences may run, whose states fit into half of the memory, and how many states are kept for others."""
+    if not per_state:
+        return max_seqs, 0
+    most = int(budget * STATE_SHARE) // per_state - 1
+    if most < (config.max_num_seqs or 1):
+        raise CapacityError(
+            f"the states of {config.max_num_seqs or 1} sequences take"
+            f" {((config.max_num_seqs or 1) + 1) * per_state / 2**30:.2f} GiB, and {STATE_SHARE:.0%} of the cache's"
+            f" {budget / 2**30:.2f} GiB is for them; lower max_num_seqs or raise kv_cache_memory_bytes"
+        )
+    max_seqs = min(max_seqs, most)
+    left = budget - (max_seqs + 1) * per_state
+    return max_seqs, min(int(left * STATE_SHARE) // per_state, SPARE_BLOCKS) * config.enable_prefix_caching
 
 
 def _fitting_length(config: Config, length: int, room: int, token_bytes: int) -> tuple[int, str]:

@@ -50,7 +50,7 @@ SCHEDULER = [
         "        if False:\n            seq.state = State.RETURNING",
         "a preempted sequence is seated while its newest token is in flight",
     ),
-    ("last = (len(seq.tokens) - 1) // ", "last = len(seq.tokens) // ", "a whole prompt is matched"),
+    ("return (len(seq.tokens) - 1) // ", "return len(seq.tokens) // ", "a whole prompt is matched"),
     ("        pool.hold(hit)\n", "", "blocks found in the cache are not held"),
     ("        self.pool.release(seq.kv.blocks)\n", "", "blocks leak"),
     ("Holding(keys=seq.kv.keys), 0", "Holding(keys=seq.kv.keys), seq.planned", "planned survives preemption"),
@@ -240,6 +240,48 @@ LIMITS = [
     ("num_blocks * block_size + 1,", "num_blocks * block_size,", "a sequence that fits is refused"),
     ("if len(new.output) >= new.max_tokens:", "if False:", "a sequence with nothing left is accepted"),
 ]
+CHECKPOINTS = [
+    ("range(len(keys), 0, -1)", "range(len(keys), len(keys) - 1, -1)", "only the whole beginning is found"),
+    ("            del self.free[row]\n", "            pass\n", "a row is free and held"),
+    (
+        "row, _ = self.free.popitem(last=False)\n        self._forget(row)",
+        "row, _ = self.free.popitem(last=False)",
+        "an overwritten state is found",
+    ),
+    ("        self.release(row)\n", "", "a published row has a holder for ever"),
+    ("if key not in self.by_key:", "if True:", "a key moves to another row"),
+    (
+        "if (row := self.by_key.get(key)) is not None and row in self.free:",
+        "if (row := self.by_key.get(key)) is not None:",
+        "a row that is held is made free",
+    ),
+]
+STATES = [
+    ("        del hit[self", "        _ = hit[self", "a beginning without a state is taken over"),
+    (
+        "                self.checkpoints.release(row)\n        seq.kv,",
+        "                pass\n        seq.kv,",
+        "rows leak",
+    ),
+    ("kv.keys[seq.planned // size - 1]", "kv.keys[0]", "another state is restored"),
+    ("kv.cuts = {last, len(", "kv.cuts = {len(", "no state is kept where the same prompt looks"),
+    ("if over or self.checkpoints is None", "if self.checkpoints is None", "states are kept within blocks"),
+    ("[num for num in kv.saves if num <= full]", "[*kv.saves]", "a state is found before it is computed"),
+    ("            kv.restore = -1\n", "            pass\n", "a restored row is let go twice"),
+    (
+        "            return num_blocks in owner.kv.saves\n",
+        "            return True\n",
+        "one waits for no state",
+    ),
+    ("        owner.kv.cuts.add(num_blocks)\n", "", "who is waited for keeps no state"),
+    ("                checkpoints.demote(kv.passing)\n", "", "states in passing fill the rows"),
+    ("if w.seq in result.lost and w.epoch == seq.epoch:", "if False:", "a lost state goes unnoticed"),
+    (
+        "                    self.checkpoints.forget(seq.kv.keys)\n",
+        "                    pass\n",
+        "states of a failed sequence are found",
+    ),
+]
 TRACE = [
     ('("prompt", "output")', '("prompt",)', "outputs are replayed as they were read"),
     ("{**asdict(new), **stops,", '{**asdict(new), "output": [], **stops,', "outputs are not recorded"),
@@ -249,7 +291,8 @@ TRACE = [
 MUTANTS = [
     Mutant(f"{name}.py", *mutant)
     for name, mutants in (
-        ("scheduler", SCHEDULER),
+        ("scheduler", SCHEDULER + STATES),
+        ("checkpoints", CHECKPOINTS),
         ("blocks", BLOCKS),
         ("sharing", SHARING),
         ("seats", SEATS),

@@ -41,8 +41,10 @@ from quire.runner.mixed import MixedSteps, worthwhile
 from quire.runner.recordings import Recordings
 from quire.runner.runner import Runner
 from quire.runner.state import SlotState
+from quire.runner.states import StateRows
 from quire.sampling.sampler import Sampler
 from quire.scheduler.blocks import BlockPool
+from quire.scheduler.checkpoints import Checkpoints
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.trace import Recorder
 
@@ -173,6 +175,8 @@ def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Network) -
     gpu = gpu_of(build.device)
     if gpu is None or model.backend.name != "triton" or not isinstance(model, Decoder):
         return None
+    if resolved.memory.state_bytes:
+        return None  # steps are not recorded
     from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
 
     kernels = keep_kernels()
@@ -207,15 +211,20 @@ def _core(
         raise ConfigError("the options are not resolved")
     cache = allocate_cache(memory.num_blocks, memory.block_bytes, device)
     state = SlotState(max_seqs, length, block_size, device)
+    states = None
+    if memory.state_bytes:
+        states = allocate_cache(max_seqs + 1 + memory.num_states, memory.state_bytes, device)
     parts = (
         model,
-        model.caches(cache),
+        model.caches(cache, states),
         state,
         Sampler(spec.vocab_size, state.tokens),
     )
     fixed = mixed = None
     if not isinstance(model, Decoder):
         logger.info("steps are computed operation by operation: others' modules are not recorded")
+    elif states is not None:
+        logger.info("steps are computed operation by operation: recurrent layers are not recorded")
     elif model.backend.name == "cpu":
         fixed = FixedSteps(
             *parts, block_size=block_size, graphs=Recordings(), sizes=range(1, MOST_RECORDED + 1)
@@ -225,7 +234,8 @@ def _core(
         mixed = MixedSteps(fixed, min(config.max_num_batched_tokens, worthwhile(model.spec)))
     elif device.type == "cuda":
         logger.info("decode steps are no CUDA graphs: %s", reason)
-    runner = Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed)
+    rows = None if states is None else StateRows(states)
+    runner = Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed, states=rows)
     secret = os.urandom(16)  # nobody outside can predict which prompts share a block
     pool = BlockPool(memory.num_blocks, block_size, secret=secret, caching=config.enable_prefix_caching)
     scheduler = Scheduler(
@@ -234,6 +244,7 @@ def _core(
         max_seqs=max_seqs,
         max_length=length,
         max_gap_s=config.max_token_gap_ms / 1000 if config.max_token_gap_ms else None,
+        checkpoints=None if states is None else Checkpoints(range(max_seqs + 1, len(states))),
     )
     return EngineCore(
         scheduler if config.trace_file is None else Recorder(scheduler, Path(config.trace_file)),
@@ -260,4 +271,9 @@ def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platfor
         f"{len(cache_shapes(spec))} layers in {config.dtype}{quantized} on {where}, attention {backend.name}, weights"
         f" {memory.weight_bytes / gib:.2f} GiB, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB ="
         f" {num_tokens} tokens ({num_tokens // (config.max_model_len or 1)} requests of {config.max_model_len})"
+        + (
+            f", states of {memory.state_bytes / 2**20:.2f} MiB, {memory.num_states} kept"
+            if memory.state_bytes
+            else ""
+        )
     )

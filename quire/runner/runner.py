@@ -1,8 +1,9 @@
 """Carries out plans on one device: state by slot, the network, the sampler. Knows no requests and no text.
 
 When memory runs out in a forward pass, the step is computed in halves, and so are the steps after it for a while: a
-step only writes the blocks that its plan gave it, so it can be done again. What fails for one row of the sampler fails
-that row's sequence. Only what fails for all, or for a single position, is the engine's own end.
+step only writes the blocks that its plan gave it, so it can be done again. Not so if layers keep states: then its
+sequences begin again. What fails for one row of the sampler fails that row's sequence. Only what fails for all, or for
+a single position, is the engine's own end.
 """
 
 from collections import deque
@@ -21,6 +22,7 @@ from quire.runner.fixed import FixedSteps
 from quire.runner.mixed import MixedSteps
 from quire.runner.pieces import PieceSize
 from quire.runner.state import SlotState
+from quire.runner.states import StateRows
 from quire.sampling.logprobs import prompt_logprobs
 from quire.sampling.sampler import HostSampled, Sampled, Sampler
 from quire.scheduler.plan import Plan, Result, Start, Work
@@ -55,10 +57,14 @@ class Runner:
         block_size: int,
         fixed: FixedSteps | None = None,
         mixed: MixedSteps | None = None,
+        states: StateRows | None = None,
     ):
-        """`fixed`, `mixed`: how steps of newest tokens, and small ones of any, are computed if not as all others."""
+        """`fixed`, `mixed`: how steps of newest tokens, and small ones of any, are computed if not as all others.
+
+        `states`: those of a network that keeps any.
+        """
         self.model, self.caches, self.state, self.sampler = model, caches, state, sampler
-        self.block_size, self.fixed, self.mixed = block_size, fixed, mixed
+        self.block_size, self.fixed, self.mixed, self.states = block_size, fixed, mixed, states
         self.sampling: dict[int, Sampling] = {}  # by sequence, from `register` to `forget`
         self.logprobs: dict[int, deque[TokenLogprobs]] = {}  # by sequence, a token each, oldest first
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by sequence, for prompt tokens 1, 2, ...
@@ -69,7 +75,7 @@ class Runner:
 
     def close(self) -> None:
         """Let go of the device's memory; nothing can be launched afterwards."""
-        del self.model, self.caches, self.state, self.sampler, self.fixed, self.mixed
+        del self.model, self.caches, self.state, self.sampler, self.fixed, self.mixed, self.states
         self.launched, self.drawn = [], []
 
     def register(self, seq: int, sampling: Sampling) -> None:
@@ -99,9 +105,13 @@ class Runner:
         self.state.apply(plan)
         for start in plan.starts:
             self._admit(start)
+        if self.states is not None:
+            self.states.begin(plan.starts)
         self.launched, self.drawn = [], []
         if plan.work and not self._launch_whole(plan.work):
             self._compute(plan.work)
+        if self.states is not None:
+            self.states.keep(plan.work)
 
     @torch.inference_mode()
     def sample(self, plan: Plan, masks: None = None) -> Callable[[], Result]:
@@ -113,7 +123,8 @@ class Runner:
                 drawn += (some := self._draw(batch, hidden))
                 if not some and len(batch.sampling) > 1:
                     raise RuntimeError("no sequence of the step could be sampled; the log says why")
-        return lambda: self._result(plan, drawn)
+        lost = frozenset() if self.states is None else frozenset(self.states.lost)
+        return lambda: self._result(plan, drawn, lost)
 
     def _launch_whole(self, work: tuple[Work, ...]) -> bool:
         """Start the work's step in fixed memory, with its sampling if possible; whether it was started."""
@@ -145,6 +156,9 @@ class Runner:
                 self.pieces.ran_out(num_positions)
             # Outside the handler, which holds on to the tensors of the attempt.
             logger.warning("out of memory at %d positions; going on with %d", num_positions, self.pieces.most)
+            if self.states is not None:  # some layers' have gone on, and others' have not
+                self.states.lost.update(w.slot for w in piece)
+                continue
             todo.extendleft(reversed(tuple(self.pieces.split(piece))))
         self.pieces.went_well()
 
@@ -217,7 +231,7 @@ class Runner:
         last = min(work.start + work.count, self.state.prompt_len[work.slot] - 1)
         return range(max(work.start, done), last)
 
-    def _result(self, plan: Plan, drawn: Sequence[Drawn]) -> Result:
+    def _result(self, plan: Plan, drawn: Sequence[Drawn], lost_slots: frozenset[int]) -> Result:
         tokens: dict[int, tuple[int, ...]] = {}
         errors = {w.seq: self.failed.pop(w.seq) for w in plan.work if w.seq in self.failed}
         for works, fetch in drawn:
@@ -234,7 +248,8 @@ class Runner:
                     errors.setdefault(work.seq, "the network's output was not a number")
                 if scores is not None and (kept := self.logprobs.get(work.seq)) is not None:
                     kept.append(scores)
-        return Result(tuple(tokens.get(w.seq, ()) for w in plan.work), errors)
+        lost = frozenset(w.seq for w in plan.work if w.slot in lost_slots)
+        return Result(tuple(() if w.seq in lost else tokens.get(w.seq, ()) for w in plan.work), errors, lost)
 
 
 def to_host(sampled: Sampled) -> Callable[[], HostSampled]:

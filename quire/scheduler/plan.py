@@ -15,6 +15,7 @@ class Start:
     slot: int
     tokens: tuple[int, ...]  # prompt, then the outputs so far: a preempted sequence comes back with some
     prompt_len: int
+    restore: int = -1  # the row whose state it begins with, of networks that keep states; -1: zeros
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class Work:
     drafts: int  # further positions, which verify tokens that the device drafted
     new_blocks: tuple[int, ...]  # appended to the slot's block table before the step
     samples: bool  # the last position is the sequence's newest: sample its successor
+    save: int = -1  # the row that the slot's state is copied to after the step; -1: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Result:
 
     tokens: tuple[tuple[int, ...], ...]
     errors: dict[int, str] = field(default_factory=dict)  # sequences that failed, and why
+    lost: frozenset[int] = frozenset()  # those whose state was lost: they have to begin again
 
 
 @dataclass(slots=True)

@@ -9,8 +9,9 @@ make the counts upper bounds until they are committed; the device knows the trut
 from array import array
 from itertools import islice
 
-from quire.errors import InvalidRequest
+from quire.errors import ConfigError, InvalidRequest
 from quire.scheduler.blocks import BlockPool
+from quire.scheduler.checkpoints import Checkpoints
 from quire.scheduler.cost import StepCost
 from quire.scheduler.limits import Limits
 from quire.scheduler.lookups import Lookups
@@ -43,8 +44,14 @@ class Scheduler:
         max_length: int | None = None,
         max_gap_s: float | None = None,
         min_prefill_tokens: int = 16,
+        checkpoints: Checkpoints | None = None,
     ):
-        self.pool, self.cost = pool, StepCost()
+        """`checkpoints`: where states are kept, if the network has recurrent layers."""
+        if checkpoints is not None and drafts:
+            raise ConfigError(
+                f"drafts is {drafts}; a recurrent state cannot take back drafted tokens, so it must be 0"
+            )
+        self.pool, self.checkpoints, self.cost = pool, checkpoints, StepCost()
         self.limits = Limits(
             max_batched_tokens=max_batched_tokens,
             max_seqs=max_seqs,
@@ -136,6 +143,8 @@ class Scheduler:
         for id, error in result.errors.items():
             if (seq := seqs.get(id)) is not None:
                 self.pool.forget(seq.kv.blocks)  # what they hold may be why it failed
+                if self.checkpoints is not None:
+                    self.checkpoints.forget(seq.kv.keys)
                 self._finish(seq)
                 emitted.append(Emitted(id, None, "error", error=error))
         for w, tokens in zip(plan.work, result.tokens, strict=True):
@@ -144,7 +153,9 @@ class Scheduler:
             if w.samples:
                 seq.pending -= w.drafts + 1
                 seq.tokens.extend(tokens)
-            if w.epoch != seq.epoch:
+            if w.seq in result.lost and w.epoch == seq.epoch:
+                self._preempt(seq)
+            elif w.epoch != seq.epoch:
                 if seq.state is State.RETURNING and not seq.pending:
                     self._enqueue(seq)
             elif w.samples:
@@ -202,10 +213,19 @@ class Scheduler:
         """Blocks that hold the sequence's beginning, and the key to wait for if others compute more of it."""
         if not seq.new.read_cache:
             return [], None
-        last = (len(seq.tokens) - 1) // self.pool.block_size  # at least one position is left to compute
+        last = self._num_reusable(seq)
         self.pool.extend_keys(seq.kv.keys, seq.new.cache_root, seq.tokens, last)
         hit = self.pool.match(islice(seq.kv.keys, last))
-        return hit, self.sharing.awaited(seq, len(hit), last)
+        key = self.sharing.awaited(seq, len(hit), last)
+        if self.checkpoints is not None:
+            if key is not None and not self._will_keep(self.sharing.owner(key), seq.kv.keys.index(key) + 1):
+                key = None
+            del hit[self.checkpoints.find(seq.kv.keys[: len(hit)]) :]
+        return hit, key
+
+    def _num_reusable(self, seq: Sequence) -> int:
+        """Blocks that might be found: at least one position is left to compute."""
+        return (len(seq.tokens) - 1) // self.pool.block_size
 
     def _num_lacking(self, seq: Sequence, hit: list[int]) -> int:
         """Blocks to be freed before the sequence may have a seat; none when it would be alone."""
@@ -229,12 +249,14 @@ class Scheduler:
         num_full = len(seq.tokens) // size
         pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, num_full)
         self.sharing.claim(seq, num_full)
+        if self.checkpoints is not None:
+            self._place_cuts(seq, self.checkpoints)
         self.seats.enter(seq)
         # At once, so that the next seat goes to another tenant.
         seq.tenant.served += seq.num_to_prefill * seq.tenant.price
         if seq.stats.seated_s is None:
             seq.stats.seated_s, seq.stats.num_cached_tokens = now, min(seq.planned, len(seq.new.prompt))
-            looked_up = islice(kv.keys, (len(seq.tokens) - 1) // size) if seq.new.read_cache else None
+            looked_up = islice(kv.keys, self._num_reusable(seq)) if seq.new.read_cache else None
             self.lookups.count(pool, len(seq.new.prompt), seq.stats.num_cached_tokens, looked_up)
 
     def _make_way(self, seq: Sequence, hit: list[int]) -> bool:
@@ -283,6 +305,9 @@ class Scheduler:
         self.seats.leave(seq)
         self._settle(seq, seq.kv.num_published, seq.kv.num_claimed)
         self.pool.release(seq.kv.blocks)
+        if self.checkpoints is not None:
+            for row in (*seq.kv.saves.values(), *([seq.kv.restore] if seq.kv.restore >= 0 else ())):
+                self.checkpoints.release(row)
         seq.kv, seq.planned = Holding(keys=seq.kv.keys), 0
 
     def _enqueue(self, seq: Sequence) -> None:
@@ -301,6 +326,8 @@ class Scheduler:
         self.pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, full)
         for i in range(first, full):
             self.pool.publish(kv.keys[i], kv.blocks[i])
+        if self.checkpoints is not None:
+            self._publish_states(kv, full, self.checkpoints)
         kv.num_published, kv.next_full = full, (full + 1) * size
         self._settle(seq, first, full)
 
@@ -344,7 +371,8 @@ class Scheduler:
             seq.tenant.served += seq.tenant.price
             room -= drafts
             total += 1 + drafts
-            work.append(Work(seq.id, seq.slot, seq.epoch, start, exact, 1, drafts, new_blocks, True))
+            save = -1 if self.checkpoints is None else self._keep(seq, start + 1)
+            work.append(Work(seq.id, seq.slot, seq.epoch, start, exact, 1, drafts, new_blocks, True, save))
         return total
 
     def _extend(self, seq: Sequence, num_positions: int) -> tuple[int, ...] | None:
@@ -369,15 +397,73 @@ class Scheduler:
                 break
             start, count = seq.planned, min(seq.num_to_prefill, left)
             new_blocks: tuple[int, ...] = ()
+            save = -1
+            if self.checkpoints is not None:
+                count = self._until_cut(seq, count)
+                save = self._keep(seq, start + count)
             if seq.slot < 0:
                 self.seats.take_slot(seq)
-                starts.append(Start(seq.id, seq.slot, tuple(seq.tokens), len(seq.new.prompt)))
+                starts.append(Start(seq.id, seq.slot, tuple(seq.tokens), len(seq.new.prompt), seq.kv.restore))
+                self._let_go_of_restored(seq.kv)
                 new_blocks = tuple(seq.kv.blocks)
             seq.planned += count
             left -= count
             samples = not seq.num_to_prefill
-            work.append(Work(seq.id, seq.slot, seq.epoch, start, True, count, 0, new_blocks, samples))
+            work.append(Work(seq.id, seq.slot, seq.epoch, start, True, count, 0, new_blocks, samples, save))
             if samples:
                 seq.pending = 1
                 self.seats.decode(seq)
         return share - left
+
+    # States
+
+    def _place_cuts(self, seq: Sequence, checkpoints: Checkpoints) -> None:
+        """Hold the state that a sequence begins with, and say after which of its blocks others may want it.
+
+        After the last that the same prompt would look up, and where it leaves what was computed before: the next one
+        that does so finds a state there.
+        """
+        kv, size = seq.kv, self.pool.block_size
+        if seq.planned:
+            kv.restore = checkpoints.hold(kv.keys[seq.planned // size - 1])
+        last = self._num_reusable(seq)
+        kv.cuts = {last, len(self.pool.match(islice(kv.keys, last)))}
+
+    def _will_keep(self, owner: Sequence, num_blocks: int) -> bool:
+        """Have a sequence keep its state after so many blocks, unless they are planned already; whether it does."""
+        if owner.planned >= num_blocks * self.pool.block_size:
+            return num_blocks in owner.kv.saves
+        owner.kv.cuts.add(num_blocks)
+        return True
+
+    def _until_cut(self, seq: Sequence, count: int) -> int:
+        """Positions to compute of `count` that could be: up to the next cut, or else to the end of a block."""
+        size, start = self.pool.block_size, seq.planned
+        for cut in seq.kv.cuts:
+            if start < cut * size < start + count:
+                count = cut * size - start
+        over = (start + count) % size
+        return count - over if count < seq.num_to_prefill and over < count else count
+
+    def _keep(self, seq: Sequence, num_positions: int) -> int:
+        """The row for a sequence's state after so many positions; -1 if it is not at the end of a block."""
+        num_blocks, over = divmod(num_positions, self.pool.block_size)
+        if over or self.checkpoints is None or (row := self.checkpoints.take()) is None:
+            return -1
+        seq.kv.saves[num_blocks] = row
+        return row
+
+    def _let_go_of_restored(self, kv: Holding) -> None:
+        """Plans run in order, so the row may be written by any plan from now on."""
+        if self.checkpoints is not None and kv.restore >= 0:
+            self.checkpoints.release(kv.restore)
+            kv.restore = -1
+
+    def _publish_states(self, kv: Holding, full: int, checkpoints: Checkpoints) -> None:
+        """Make states findable after blocks that are; of those that nobody wanted only the latest is kept."""
+        for num_blocks in [num for num in kv.saves if num <= full]:
+            key = kv.keys[num_blocks - 1]
+            checkpoints.publish(key, kv.saves.pop(num_blocks))
+            if num_blocks not in kv.cuts:
+                checkpoints.demote(kv.passing)
+                kv.passing = key

@@ -61,6 +61,12 @@ class Holding:
     num_claimed: int = 0  # blocks, from the first, that others may wait for
     next_full: int = 0  # computed positions at which there is a block to publish
     keys: list[bytes] = field(default_factory=list)  # of full blocks by content, whatever blocks are held
+    restore: int = -1  # the row of the state it begins with, held until the device has been told
+    cuts: set[int] = field(default_factory=set)  # numbers of blocks after which others want its state
+    saves: dict[int, int] = field(
+        default_factory=dict
+    )  # rows that plans write, by the number of blocks before
+    passing: bytes = b""  # the key of the latest state that is findable and that nobody wanted
 
 
 @dataclass(slots=True, eq=False)

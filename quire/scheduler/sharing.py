@@ -39,6 +39,10 @@ class Sharing:
             found = key
         return found
 
+    def owner(self, key: bytes) -> Sequence:
+        """Who will compute the block of a key that `awaited` returned."""
+        return self._owner[key]
+
     def park(self, seq: Sequence, key: bytes) -> None:
         """Let a sequence wait until the promise ends."""
         self._waiting.setdefault(key, []).append(seq)

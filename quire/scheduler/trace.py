@@ -13,12 +13,13 @@ from typing import Any
 
 from quire.errors import InvalidRequest, QuireError
 from quire.scheduler.blocks import BlockPool
+from quire.scheduler.checkpoints import Checkpoints
 from quire.scheduler.lookups import Lookups
 from quire.scheduler.plan import Emitted, Plan, Result
 from quire.scheduler.scheduler import NewSequence, Scheduler
 from quire.scheduler.sequence import SequenceStats
 
-VERSION = 1
+VERSION = 2
 SECRET = b"replay"  # plans depend on which keys are equal, not on their values
 
 
@@ -40,7 +41,8 @@ class Recorder:
         )  # a line at a time, so a crash keeps all but one
         pool = scheduler.pool
         sizes = {"num_blocks": pool.num_blocks, "block_size": pool.block_size, "caching": pool.caching}
-        self._write({"version": VERSION, "pool": sizes, "limits": asdict(scheduler.limits)})
+        rows = None if scheduler.checkpoints is None else list(scheduler.checkpoints.refs)
+        self._write({"version": VERSION, "pool": sizes, "rows": rows, "limits": asdict(scheduler.limits)})
 
     def close(self) -> None:
         """Finish the file."""
@@ -65,7 +67,9 @@ class Recorder:
 
     def commit(self, plan: Plan, result: Result, now: float) -> list[Emitted]:
         """See `Scheduler.commit`."""
-        self._write(["commit", now, plan.step, result.tokens, list(result.errors.items())])
+        self._write(
+            ["commit", now, plan.step, result.tokens, list(result.errors.items()), sorted(result.lost)]
+        )
         return self._scheduler.commit(plan, result, now)
 
     def cached_tokens(self, id: int) -> int:
@@ -135,7 +139,8 @@ def replay(source: Path | Iterable[str]) -> int:
     _, head = next(lines, (0, None))
     if not isinstance(head, dict) or head.get("version") != VERSION:
         raise TraceError(f"the first line is not the head of a version {VERSION} trace; record it again")
-    scheduler = Scheduler(BlockPool(secret=SECRET, **head["pool"]), **head["limits"])
+    states = None if head["rows"] is None else Checkpoints(head["rows"])
+    scheduler = Scheduler(BlockPool(secret=SECRET, **head["pool"]), **head["limits"], checkpoints=states)
     inflight: deque[Plan] = deque()
     plan = Plan(0, ())
     num_plans = 0
@@ -152,8 +157,9 @@ def replay(source: Path | Iterable[str]) -> int:
             _compare(number, args[0], plan)
             num_plans += 1
         elif call == "commit":
-            now, _, tokens, errors = args
-            scheduler.commit(inflight.popleft(), Result(tuple(map(tuple, tokens)), dict(errors)), now)
+            now, _, tokens, errors, lost = args
+            result = Result(tuple(map(tuple, tokens)), dict(errors), frozenset(lost))
+            scheduler.commit(inflight.popleft(), result, now)
         else:
             raise TraceError(f"line {number}: there is no call {call!r}")
     return num_plans
@@ -194,7 +200,8 @@ def _new_to_json(new: NewSequence) -> dict[str, Any]:
 
 def _plan_to_json(plan: Plan) -> list[Any]:
     work = [
-        (w.seq, w.slot, w.epoch, w.start, w.exact, w.count, w.drafts, w.new_blocks, w.samples)
+        (w.seq, w.slot, w.epoch, w.start, w.exact, w.count, w.drafts, w.new_blocks, w.samples, w.save)
         for w in plan.work
     ]
-    return [plan.step, work, [(s.seq, s.slot, s.tokens, s.prompt_len) for s in plan.starts], plan.ends]
+    starts = [(s.seq, s.slot, s.tokens, s.prompt_len, s.restore) for s in plan.starts]
+    return [plan.step, work, starts, plan.ends]

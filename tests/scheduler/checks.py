@@ -18,6 +18,22 @@ def check_blocks(scheduler: Scheduler) -> None:
     assert pool.caching or all(pool.refs[block] for block in pool.key_of), "findable, though nobody holds it"
 
 
+def check_states(scheduler: Scheduler, device: Device) -> None:
+    kept = scheduler.checkpoints
+    if kept is None:
+        return
+    held = Counter(row for seq in scheduler.seqs.values() for row in (*seq.kv.saves.values(), seq.kv.restore))
+    assert kept.refs == {row: held[row] for row in kept.refs}, "rows balance"
+    assert set(kept.free) == {row for row, refs in kept.refs.items() if not refs}
+    assert {row: key for key, row in kept.by_key.items()} == kept.key_of
+    for seq in scheduler.seqs.values():
+        kv, running = seq.kv, seq.state in RUNNING
+        assert running or (kv.restore < 0 and not kv.saves), "holds a state without a seat"
+        assert kv.restore < 0 or (seq.slot < 0 and seq.planned), "holds what the device has restored"
+        assert all(kv.num_published < num for num in kv.saves), "a state of blocks that are findable is not"
+    device.check_states(kept)
+
+
 def check_sequence(seq: Sequence, size: int) -> None:
     kv, running = seq.kv, seq.state in RUNNING
     assert running or (not kv.blocks and not seq.planned and seq.slot < 0), "holds something without a seat"
@@ -67,3 +83,4 @@ def check(scheduler: Scheduler, device: Device) -> None:
     for seq in scheduler.seqs.values():
         check_sequence(seq, scheduler.pool.block_size)
     device.check_findable(scheduler.pool)
+    check_states(scheduler, device)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from quire.scheduler.blocks import BlockPool
+from quire.scheduler.checkpoints import Checkpoints
 from quire.scheduler.limits import Limits
 from quire.scheduler.plan import Plan, Result, Start, Work
 from quire.scheduler.sequence import NewSequence
 
 EOS, STOP, VOCAB = 7, 8, 11
 SECRET = b"tests"
+LAST_LOSS = 100  # step: who begins again again and again never ends
 
 
 class Prefix:
@@ -70,6 +72,8 @@ class Slot:
     tokens: list[int]
     table: list[int] = field(default_factory=list)
     computed: int = -1  # positions; -1 before the first work
+    state: Prefix | None = None  # of a network that keeps states: what it has seen
+    lost: bool = False  # its state means nothing any more
 
 
 @dataclass
@@ -87,6 +91,8 @@ class Device:
     busy_until: float = 0.0
     slots: dict[int, Slot] = field(default_factory=dict)
     memory: dict[tuple[int, int], tuple[Prefix, int]] = field(default_factory=dict)
+    rows: dict[int, tuple[Prefix, int]] | None = None  # states that were kept; None: the network has none
+    lose_every: int = 0  # steps, of which each such one loses a sequence's state
     num_committed: int = 0  # the latest step whose result was asked for
     num_launched: int = 0
     ended: dict[int, int] = field(default_factory=dict)  # sequences whose last token is sampled: rows since
@@ -108,12 +114,16 @@ class Device:
         assert num_tokens <= self.limits.max_batched_tokens
         assert len({w.seq for w in plan.work}) == len(plan.work)
         self.errors: dict[int, str] = {}
+        losing = self.lose_every and plan.step % self.lose_every == 0 and plan.step < LAST_LOSS
+        if losing and plan.work:
+            self.slots[plan.work[plan.step % len(plan.work)].slot].lost = True
         self.sampled = tuple(tuple(self._run(w)) for w in plan.work)
         if plan.work:
             self.busy_until = max(self.now, self.busy_until) + self.step_s(num_tokens)
 
     def sample(self, plan: Plan, masks: object) -> Callable[[], Result]:
-        result, done = Result(self.sampled, self.errors), self.busy_until
+        lost = frozenset(w.seq for w in plan.work if self.slots[w.slot].lost)
+        result, done = Result(self.sampled, self.errors, lost), self.busy_until
 
         def wait() -> Result:
             assert plan.step > self.num_committed, "results are asked for in order, once"
@@ -130,7 +140,10 @@ class Device:
         assert start.tokens[: start.prompt_len] == new.prompt
         outputs = start.tokens[start.prompt_len :]
         assert outputs[: len(new.output)] == new.output, "outputs that it brought are lost"
-        self.slots[start.slot] = Slot(start.seq, list(start.tokens))
+        self.slots[start.slot] = slot = Slot(start.seq, list(start.tokens))
+        assert self.rows is not None or start.restore < 0
+        if self.rows is not None:
+            slot.state = self.model.root(new.cache_root) if start.restore < 0 else self.rows[start.restore][0]
 
     def _run(self, w: Work) -> list[int]:
         slot, new = self.slots[w.slot], self.sequences[w.seq]
@@ -150,6 +163,10 @@ class Device:
         assert w.samples or not w.drafts
         if w.seq in self.ended:
             self.ended[w.seq] += 1
+        if slot.lost:
+            slot.computed = end
+            slot.tokens += [VOCAB] * w.samples
+            return []
         prefix = self.model.root(new.cache_root)
         for p in range(start):
             stored, _ = self.memory[slot.table[p // self.block_size], p % self.block_size]
@@ -157,8 +174,24 @@ class Device:
             prefix = stored
         for p in range(start, end):
             prefix = self._write(slot, p, prefix.then(slot.tokens[p]))
+        self._advance(w, slot, start, prefix)
         slot.computed = end
         return self._sample(w, slot, prefix) if w.samples else []
+
+    def _advance(self, w: Work, slot: Slot, start: int, prefix: Prefix) -> None:
+        """The state goes on from where it was, and is kept."""
+        assert self.rows is not None or w.save < 0
+        if self.rows is None:
+            return
+        seen, state = prefix, slot.state
+        for _ in range(w.count):
+            assert seen.parent is not None
+            seen = seen.parent
+        assert state is seen, f"the state at {start} is another's"
+        slot.state = prefix
+        if w.save >= 0:
+            assert w.save >= self.limits.max_seqs, "a slot's own row"
+            self.rows[w.save] = prefix, self.num_launched
 
     def _sample(self, w: Work, slot: Slot, prefix: Prefix) -> list[int]:
         new, seed, sampled = self.sequences[w.seq], self.seeds[w.seq], []
@@ -195,3 +228,11 @@ class Device:
             assert all(b.parent is a for (a, _), (b, _) in zip(entries, entries[1:], strict=False))
             last = entries[-1][0]
             assert self.meaning.setdefault(key, last) is last, "a key with two meanings"
+
+    def check_states(self, checkpoints: Checkpoints) -> None:
+        """A findable state was kept by a committed plan, and is that of the blocks up to its key's."""
+        assert self.rows is not None
+        for key, row in checkpoints.by_key.items():
+            prefix, step = self.rows[row]
+            assert step <= self.num_committed, "findable before its commit"
+            assert self.meaning.setdefault(key, prefix) is prefix, "another state than its key's"

@@ -3,6 +3,8 @@
 Whatever is asked for, whatever the limits, whatever the depth of the pipeline.
 """
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -45,6 +47,22 @@ machines = st.builds(
     max_gap_s=st.sampled_from((None, None, 0.005, 0.014, 0.02)),
     min_prefill=st.integers(1, 4),
 )
+stateful = st.builds(
+    lambda machine, num_states, lose_every: replace(
+        machine, drafts=0, num_states=num_states, lose_every=lose_every
+    ),
+    machines,
+    st.sampled_from((0, 1, 2, 3, 5, 9, 40)),
+    st.sampled_from((0, 0, 0, 7, 11)),
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(cases, min_size=2, max_size=8), stateful)
+def test_every_schedule_of_a_network_that_keeps_states_gives_the_sequential_answer(
+    todo: list[Case], machine: Machine
+) -> None:
+    run(todo, machine)
 
 
 @settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -55,6 +73,6 @@ def test_every_schedule_gives_the_sequential_answer(todo: list[Case], machine: M
 
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(cases, min_size=2, max_size=10), machines)
+@given(st.lists(cases, min_size=2, max_size=10), machines | stateful)
 def test_every_schedule_gives_the_sequential_answer_at_length(todo: list[Case], machine: Machine) -> None:
     run(todo, machine)

@@ -9,6 +9,7 @@ import pytest
 
 from quire.errors import InvalidRequest
 from quire.scheduler.blocks import BlockPool
+from quire.scheduler.checkpoints import Checkpoints
 from quire.scheduler.loop import Loop
 from quire.scheduler.plan import Emitted, Plan, Result
 from quire.scheduler.scheduler import NewSequence, Scheduler, SequenceStats
@@ -49,6 +50,8 @@ class Machine:
     max_gap_s: float | None = None
     min_prefill: int = 16
     good_drafts: bool = True
+    num_states: int | None = None  # rows for states beside the slots'; None: the network has none
+    lose_every: int = 0  # steps, of which each such one loses a state
 
 
 class Run:
@@ -57,6 +60,7 @@ class Run:
     def __init__(self, todo: Sequence[Case], machine: Machine, trace: Path | None = None):
         self.machine, self.model = machine, Model(good_drafts=machine.good_drafts)
         self.pool = BlockPool(machine.num_blocks, machine.block_size, secret=SECRET, caching=machine.caching)
+        first, states = machine.max_seqs + 1, machine.num_states
         self.scheduler = Scheduler(
             self.pool,
             max_batched_tokens=machine.max_seqs + machine.spare_tokens,
@@ -64,6 +68,7 @@ class Run:
             drafts=machine.drafts,
             max_gap_s=machine.max_gap_s,
             min_prefill_tokens=machine.min_prefill,
+            checkpoints=None if states is None else Checkpoints(range(first, first + states)),
         )
         self.sequences: dict[int, NewSequence] = {}
         self.seeds: dict[int, int] = {}
@@ -81,6 +86,8 @@ class Run:
         self.device = Device(
             self.model, self.scheduler.limits, machine.block_size, self.sequences, self.seeds, fails
         )
+        if states is not None:
+            self.device.rows, self.device.lose_every = {}, machine.lose_every
         self.recorder = Recorder(self.scheduler, trace) if trace else None
         self.planner = self.recorder or self.scheduler
         self.loop = Loop(self, self.device, depth=machine.depth, now=self.device.clock)
