@@ -136,6 +136,77 @@ def test_preempted_requests_end_as_if_alone(folder: str, alone: Engine) -> None:
         assert sum(o.metrics.num_preemptions for o in outputs.values()) > 0
 
 
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path: Path = tmp_path_factory.mktemp("hybrid")
+    build_hf(BY_NAME["Lfm2"], path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def hybrid_alone(hybrid: str) -> Engine:
+    return make_engine(hybrid, enable_prefix_caching=False)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    requests,
+    st.sampled_from([1, 3, 16, 2048]),
+    st.integers(1, 6),
+    st.sampled_from([56_000, 80_000, 2_000_000]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_tokens_of_a_network_that_keeps_states_do_not_depend_on_company(
+    hybrid: str,
+    hybrid_alone: Engine,
+    work: list,
+    batched: int,
+    seqs: int,
+    memory: int,
+    caching: bool,
+    overlap: bool,
+) -> None:
+    want = [run_alone(hybrid_alone, prompt, p) for prompt, p, _, _ in work]
+    engine = make_engine(
+        hybrid,
+        max_num_batched_tokens=batched,
+        max_num_seqs=min(seqs, batched),
+        kv_cache_memory_bytes=memory,
+        max_model_len=32,
+        enable_prefix_caching=caching,
+        async_scheduling=overlap,
+    )
+    got: dict[str, list[list[int]]] = {}
+    for i, (prompt, p, _, priority) in enumerate(work):
+        engine.add(engine.inputs.request(prompt, p, request_id=str(i), priority=priority))
+        got.update({output.request_id: tokens_of(output) for output in engine.step()})
+    while not engine.idle:
+        got.update({output.request_id: tokens_of(output) for output in engine.step()})
+    assert [got[str(i)] for i in range(len(work))] == want
+    assert engine.core.stats().used_blocks == 0
+
+
+def test_a_conversation_goes_on_from_the_state_of_its_last_turn(hybrid: str) -> None:
+    engine, prompt = make_engine(hybrid), [3 + i % 9 for i in range(10)]
+    engine.add(engine.inputs.request(prompt, LONG, request_id="first"))
+    outputs = [output for _ in range(40) for output in engine.step()]
+    (tokens,) = tokens_of(outputs[-1])
+    engine.add(engine.inputs.request([*prompt, *tokens, 5], LONG, request_id="second"))
+    again = [output for _ in range(40) for output in engine.step()]
+    assert again[-1].num_cached_tokens == (len(prompt) + len(tokens) - 1) // BLOCK_SIZE * BLOCK_SIZE
+
+
+def test_who_leaves_a_common_beginning_keeps_a_state_for_the_next(hybrid: str) -> None:
+    engine, common = make_engine(hybrid), [3 + i % 7 for i in range(16)]
+    cached = []
+    for i in range(3):
+        engine.add(engine.inputs.request([*common, 20 + i, 30, 40, 50, 60], LONG, request_id=str(i)))
+        outputs = [output for _ in range(40) for output in engine.step()]
+        cached.append(outputs[-1].num_cached_tokens)
+    assert cached == [0, 0, 16]
+
+
 @needs_cpu
 def test_deterministic_is_what_a_cpu_does_anyway(folder: str, alone: Engine) -> None:
     prompt = [3, 4, 5]
