@@ -34,6 +34,22 @@ def llama(c: HF) -> tuple[Decoder, Names]:
     return decoder(c, block, norm), Names(renames=LLAMA)
 
 
+def internlm3(c: HF) -> tuple[Decoder, Names]:
+    """Llama, with names of its own for the keys of biases, which are all there or none."""
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    bias, others = bool(c.get("qkv_bias", c.attention_bias)), bool(c.get("bias", c.mlp_bias))
+    c.refuse(bias != others, "attention_bias (qkv_bias) other than mlp_bias (bias)")
+    attn = attention(c, head_dim=c.count("head_dim"), bias=bias, out_bias=bias)
+    return decoder(c, pre_norm(attn, mlp(c, bias=bias), norm), norm), Names(renames=LLAMA)
+
+
+def iquest_coder(c: HF) -> tuple[Decoder, Names]:
+    c.refuse_if_set("clip_qkv", "use_sliding_window")
+    for key in ("head_dim", "num_key_value_heads"):  # Hugging Face's defaults are those of one model
+        c.count(key)
+    return llama(c)
+
+
 def mistral(c: HF) -> tuple[Decoder, Names]:
     """Every layer is local, unless sliding_window is null; an absent one means 4096."""
     norm = Norm(eps=c.number("rms_norm_eps"))

@@ -1,6 +1,14 @@
-"""OPT: learned positions that start at 2."""
+"""OPT and BioGPT: learned positions that start at 2."""
 
-from quire.models.common import activation, decoder, multi_head, plain_head_dim, pre_norm, tied_by_default
+from quire.models.common import (
+    activation,
+    decoder,
+    mlp,
+    multi_head,
+    plain_head_dim,
+    pre_norm,
+    tied_by_default,
+)
 from quire.models.hf import HF
 from quire.models.names import Names
 from quire.models.spec import MLP, Decoder, Norm
@@ -26,6 +34,24 @@ def opt(c: HF) -> tuple[Decoder, Names]:
     return decoder(c, pre_norm(attn, feed_forward, norm), norm, tied=tied_by_default(c), **positions), Names(
         renames=RENAMES
     )
+
+
+def biogpt(c: HF) -> tuple[Decoder, Names]:
+    """Embeddings are scaled (Luo et al. 2022)."""
+    c.skip("layer_norm_eps")  # Hugging Face's network does not use it
+    norm = Norm(kind="layer", eps=1e-5, bias=True)
+    attn = multi_head(c.count("num_attention_heads"), plain_head_dim(c), None, bias=True, out_bias=True)
+    scale = c.count("hidden_size") ** 0.5 if c.get("scale_embedding", True) else 1.0
+    positions = {"num_positions": c.count("max_position_embeddings") + OFFSET, "position_offset": OFFSET}
+    renames = (
+        (r"^biogpt\.", ""),
+        (r"^layer_norm\.", "norm."),
+        (r"^output_projection\.", "lm_head."),
+        *RENAMES,
+    )
+    block = pre_norm(attn, mlp(c, gated=False, bias=True), norm)
+    spec = decoder(c, block, norm, embed_scale=scale, tied=tied_by_default(c), **positions)
+    return spec, Names(renames=renames)
 
 
 RENAMES = (

@@ -119,6 +119,11 @@ SOME_DENSE = {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]}
 ALL_SPARSE = {key: value for key, value in GROUPS.items() if key != "first_k_dense_replace"}
 ROUTING = {key: value for key, value in GROUPS.items() if key not in ("n_routed_experts", "n_shared_experts")}
 SHARED = {"num_shared_experts": 2}
+FEW_EXPERTS = {key: EXPERTS[key] for key in ("num_experts", "num_experts_per_tok")}
+MUP = {"scale_emb": 3.0, "scale_depth": 0.6, "dim_model_base": 32}
+ROPE_BASES = {"layer_rope_theta": [500.0, 0, 5000.0, 500.0]}
+NEO = {key: value for key, value in PLAIN.items() if key not in ("num_hidden_layers", "num_attention_heads")}
+NEO |= {"num_layers": 4, "num_heads": 4, "window_size": 5, "attention_types": [[["global", "local"], 2]]}
 ERNIE = {
     "use_bias": True,
     "moe_intermediate_size": 40,
@@ -218,9 +223,7 @@ CASES = (
     Case("Cwm", BASE | LOCAL | {"mlp_bias": True, "rope_parameters": LLAMA3}),
     Case("Jais2", GROUPED),
     Case("VaultGemma", BASE | LOCAL | CAPPED | {"attn_logit_softcapping": 0.5}),
-    Case(
-        "GraniteSWA", GROUPED | MULTIPLIERS | BIASED | LOCAL | {"layer_rope_theta": [500.0, 0, 5000.0, 500.0]}
-    ),
+    Case("GraniteSWA", GROUPED | MULTIPLIERS | BIASED | LOCAL | ROPE_BASES),
     Case("HyperCLOVAX", BASE | MULTIPLIERS | BIASED),
     Case("HyperCLOVAX-plain", BASE | MULTIPLIERS | {"use_post_norm": False}),
     Case("Glm4Moe", BASE | GROUPS | {"use_qk_norm": True, "attention_bias": True}),
@@ -270,6 +273,54 @@ CASES = (
     Case("SolarOpen", BASE | ALL_SPARSE | {"attention_bias": True}),
     Case("HYV3", BASE | EXPERTS | SHARED | SOME_DENSE | {"attention_bias": True, "mlp_bias": True}),
     Case("ExaoneMoe", BASE | ROUTING | EXPERTS | SHARED | LOCAL | MIXED),
+    Case("GPTBigCode", GPT | {"n_inner": 176}),
+    Case("GPTBigCode-multihead", GPT | {"multi_query": False, "scale_attn_weights": False}),
+    Case("GPTNeo", NEO),
+    Case("CodeGen", GPT | {"rotary_dim": 8, "n_inner": 176}),
+    Case("GPTNeoXJapanese", FALCON | theta(500.0, partial_rotary_factor=0.5)),
+    Case(
+        "GPTNeoXJapanese-old",
+        FALCON | {"tie_word_embeddings": False} | theta(10_000.0, partial_rotary_factor=1.0),
+        legacy=old(rotary_pct=1.0, rotary_emb_base=10_000),
+    ),
+    Case("Persimmon", PLAIN),
+    Case("Persimmon-plain", PLAIN | {"qk_layernorm": False}),
+    Case("BioGpt", PLAIN),
+    Case("MiniCPM3", PLAIN | LATENT | MUP),
+    Case(
+        "MiniCPM3-plain", PLAIN | LATENT | {"scale_depth": None, "dim_model_base": None, "v_head_dim": None}
+    ),
+    Case(
+        "InternLM3",
+        BASE | BIASED,
+        "LlamaForCausalLM",
+        legacy={"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3"},
+    ),
+    Case(
+        "IQuestCoder",
+        BASE | BIASED,
+        "LlamaForCausalLM",
+        legacy={"architectures": ["IQuestCoderForCausalLM"], "model_type": "iquestcoder"},
+    ),
+    Case(
+        "GraniteMoeSWA",
+        GROUPED | MULTIPLIERS | LOCAL_EXPERTS | LOCAL | ROPE_BASES | {"shared_intermediate_size": 56},
+    ),
+    Case("Mellum", BASE | EXPERTS | LOCAL | MIXED | SOME_DENSE | {"rope_parameters": PER_TYPE}),
+    Case(
+        "Flint",
+        BASE | EXPERTS | LOCAL | MIXED | {"shared_expert_intermediate_size": 56, "mlp_only_layers": [1]},
+    ),
+    Case("Cohere2Moe", BASE | FEW_EXPERTS | LOCAL | {"logit_scale": 0.25, "attention_bias": True}),
+    Case(
+        "Cohere2Moe-dense",
+        BASE
+        | FEW_EXPERTS
+        | LOCAL
+        | {"logit_scale": 0.25, "rms_norm_eps": 1e-5, "prefix_dense_intermediate_size": 56}
+        | {"first_k_dense_replace": 2, "sliding_window_pattern": 2, "expert_selection_fn": "sigmoid"}
+        | {"num_shared_experts": 2, "shared_expert_combination_strategy": "sum", "norm_topk_prob": False},
+    ),
     Case(  # so wide that gates are clamped
         "GptOss",
         BASE | LOCAL | LOCAL_EXPERTS | {"hidden_size": 192, "rope_parameters": YARN | {"truncate": False}},

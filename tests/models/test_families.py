@@ -144,6 +144,15 @@ UNSUPPORTED = (
     ("Glm4MoeLite", {"mlp_layer_types": ["cheap"] * 4}, "cheap"),
     ("GptOss", {"swiglu_limit": 6.0}, "swiglu_limit"),
     ("SolarOpen", {"use_qk_norm": True}, "use_qk_norm"),
+    ("GPTBigCode", {"add_cross_attention": True}, "add_cross_attention"),
+    ("GPTNeo", {"attention_types": [[["global", "strided"], 2]]}, "strided"),
+    ("CodeGen", {"n_head": 2}, "n_head"),
+    ("InternLM3", {"mlp_bias": False}, "attention_bias"),
+    ("IQuestCoder", {"clip_qkv": 8.0}, "clip_qkv"),
+    ("MiniCPM3", {"attention_bias": True}, "attention_bias"),
+    ("GraniteMoeSWA", {"mlp_bias": True}, "mlp_bias"),
+    ("Cohere2Moe", {"num_shared_experts": 1}, "shared_expert_combination_strategy"),
+    ("Cohere2Moe", {"expert_selection_fn": "relu"}, "expert_selection_fn"),
     ("Qwen3", {"quantization_config": {"quant_method": "fp8"}}, "fp8"),
 )
 

@@ -22,10 +22,15 @@ SPELLINGS = (
     ("Ernie4_5_Moe", "mlp.gate.moe_statics.e_score_correction_bias", CORRECTION),
     ("GraniteMoe", "block_sparse_moe.router.layer.weight", GATE),
     ("HunYuanMoEV1", "mlp.gate.wg.weight", GATE),
+    ("Flint", "self_attn.softmax_offset", "layers.1.mixer.sinks"),
+    ("Flint", "self_attn.sinks", "layers.1.mixer.sinks"),
+    ("GraniteMoeSWA", "block_sparse_moe.router.layer.weight", GATE),
+    ("GraniteMoeSWA", "block_sparse_moe.router.weight", GATE),
 )
 IGNORED = (
     ("ExaoneMoe", "mtp.layers.0.mlp.up_proj.weight"),
     ("Ernie4_5_Moe", "model.mtp_block.0.mlp.up_proj.weight"),
+    ("Mellum", "mtp.layers.0.mlp.up_proj.weight"),
     ("HYV3", "model.layers.4.mlp.up_proj.weight"),
     ("Glm4MoeLite", "model.layers.4.eh_proj.weight"),
 )
