@@ -11,6 +11,7 @@ from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
+from quire.layers.rope import grown
 from quire.models import spec
 
 
@@ -56,12 +57,14 @@ class Attention(nn.Module):
             return backend.attend_product(product, cache, self.turn, step, **how).flatten(1)
         heads = product.heads()
         q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
-        backend.write(cache, k, heads.narrow(1, num_qk, s.num_kv_heads), step)
-        return backend.attend(q, cache, step, **how).flatten(1)
+        backend.write(cache, k, self._clip(heads.narrow(1, num_qk, s.num_kv_heads)), step)
+        return backend.attend(grown(q, s.growth, step.positions), cache, step, **how).flatten(1)
 
     def _turn(self) -> Turn | None:
         """The norms and the rotation, where they are one operation; norms have no weights yet."""
         s, norm = self.spec, self.spec.qk_norm
+        if s.clip is not None or s.growth is not None:
+            return None
         per_head = norm is not None and norm.kind == "rms" and not norm.bias and s.qk_norm_span != "full"
         if s.rope is None or self.table is None or (norm is not None and (s.norm_after_rope or not per_head)):
             return None
@@ -72,11 +75,15 @@ class Attention(nn.Module):
         s = self.spec
         if not s.norm_after_rope:
             qk = self._norm(qk)
+        qk = self._clip(qk)
         if s.rope is not None and self.table is not None:
             qk = ops.norm_rope(qk, None, 0.0, *self.table, positions, s.rope.interleaved)
         if s.norm_after_rope:
             qk = self._norm(qk)
         return qk.narrow(1, 0, s.num_heads), qk.narrow(1, s.num_heads, s.num_kv_heads)
+
+    def _clip(self, x: Tensor) -> Tensor:
+        return x if self.spec.clip is None else x.clamp(-self.spec.clip, self.spec.clip)
 
     def _norm(self, qk: Tensor) -> Tensor:
         s = self.spec

@@ -12,7 +12,7 @@ from typing import Any
 from quire.errors import ModelError, UnsupportedModel
 from quire.log import logger, warn_once
 from quire.models.hf import HF
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, MoE, Norm, Rope
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Growth, MoE, Norm, Rope
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -267,6 +267,13 @@ def _longrope(c: HF, found: Mapping[str, Any], dim: int) -> Mapping[str, object]
         "original_max_position_embeddings": original,
         "attention_factor": gain,
     }
+
+
+def growth(c: HF) -> Growth | None:
+    """Llama 4's, if the rope parameters have it."""
+    found = rope_parameters(c)
+    rate = found.get("llama_4_scaling_beta")
+    return Growth(rate=rate, length=_needed(found, "original_max_position_embeddings")) if rate else None
 
 
 def max_length(c: HF) -> int:

@@ -4,6 +4,7 @@ from quire.models.common import (
     attention,
     biases,
     decoder,
+    growth,
     head_dim,
     kv_heads,
     layer_types,
@@ -65,6 +66,15 @@ def ministral(c: HF) -> tuple[Decoder, Names]:
     def block(i: int) -> Block:
         return pre_norm(attention(c, window=window(c, local[i])), mlp(c), norm)
 
+    return decoder(c, block, norm), Names(renames=LLAMA)
+
+
+def ministral3(c: HF) -> tuple[Decoder, Names]:
+    """Every layer is local or none; queries grow with their position."""
+    c.need("rope_parameters", "rope_scaling")  # Hugging Face's own default is a YaRN of one model
+    c.stated("head_dim")
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    block = pre_norm(attention(c, window=c.sliding_window, growth=growth(c)), mlp(c), norm)
     return decoder(c, block, norm), Names(renames=LLAMA)
 
 

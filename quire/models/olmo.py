@@ -29,9 +29,8 @@ POST_NORM = (
 
 def olmo(c: HF) -> tuple[Decoder, Names]:
     """Layer norms without parameters."""
-    c.refuse_if_set("clip_qkv")
     norm = Norm(kind="layer", eps=1e-5, weight=False)
-    attn = attention(c, num_kv_heads=kv_heads(c), **biases(c))
+    attn = attention(c, num_kv_heads=kv_heads(c), clip=c.clip_qkv, **biases(c))
     return decoder(c, pre_norm(attn, mlp(c), norm), norm), Names(renames=LLAMA)
 
 
@@ -84,9 +83,15 @@ def _exaone_attention(c: HF) -> Callable[[int], Attention]:
 
 def olmoe(c: HF) -> tuple[Decoder, Names]:
     """Every layer has experts of intermediate_size; q and k are normalised over all heads together."""
-    c.refuse_if_set("clip_qkv")
     norm = Norm(eps=c.number("rms_norm_eps"))
-    attn = attention(c, qk_norm=norm, qk_norm_span="full", num_kv_heads=kv_heads(c), **biases(c))
+    own = {
+        "qk_norm": norm,
+        "qk_norm_span": "full",
+        "clip": c.clip_qkv,
+        "num_kv_heads": kv_heads(c),
+        **biases(c),
+    }
+    attn = attention(c, **own)
     return decoder(c, pre_norm(attn, _experts(c), norm), norm), Names(renames=LLAMA)
 
 

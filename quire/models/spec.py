@@ -30,6 +30,14 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Growth:
+    """Queries at position p are multiplied by 1 + rate * log(1 + p // length), so that long sequences stay sharp."""
+
+    rate: float
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attention:
     """Multi-head, grouped-query or multi-query attention, causal. Parameters: {q,k,v,o}_proj, {q,k}_norm, sinks."""
 
@@ -44,8 +52,10 @@ class Attention:
         "head"  # what one norm sees: head | full (all heads) | heads (a head; a weight per head)
     )
     norm_after_rope: bool = False
+    clip: float | None = None  # queries and keys, normalised but not yet rotated, and values stay within it
     window: int | None = None  # positions a token sees, itself included
     scale: float | None = None  # None: head_dim ** -0.5
+    growth: Growth | None = None  # of queries
     softcap: float | None = None
     sinks: bool = False  # a learned logit per head that takes part in the softmax only
 
@@ -63,6 +73,7 @@ class MLA:
     rope: Rope
     norm: Norm
     scale: float | None = None  # None: (nope_dim + rope_dim) ** -0.5
+    growth: Growth | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +93,7 @@ class MoE:
     num_experts: int
     top_k: int
     expert: MLP
-    score: str = "softmax"  # softmax | sigmoid | softmax_topk (softmax over the chosen logits)
+    score: str = "softmax"  # softmax | sigmoid | softmax_topk (softmax over the chosen logits) | sparse_mixer
     renorm: bool = True
     scale: float = 1.0
     groups: int = 1

@@ -114,7 +114,11 @@ MULTIPLIERS = {
 }
 LOCAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
 BY_THE_BEST = {"topk_method": "group_limited_greedy", "num_experts_per_tok": 3, "norm_topk_prob": False}
-STRETCHED = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}
+MSCALES = {"mscale": 0.7, "mscale_all_dim": 1.3}
+STRETCHED = {"rope_parameters": YARN | MSCALES}
+GROWING = YARN | {"llama_4_scaling_beta": 0.5}
+SAME_SCALE = {"short_mscale": 1.3, "long_mscale": 1.3}
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
 SOME_DENSE = {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]}
 ALL_SPARSE = {key: value for key, value in GROUPS.items() if key != "first_k_dense_replace"}
 ROUTING = {key: value for key, value in GROUPS.items() if key not in ("n_routed_experts", "n_shared_experts")}
@@ -168,6 +172,7 @@ CASES = (
     ),
     Case("Qwen3Moe", BASE | EXPERTS | SLIDING | {"norm_topk_prob": True, "decoder_sparse_step": 2}),
     Case("Olmoe", GROUPED | {"num_experts": 8, "num_experts_per_tok": 2}),
+    Case("Olmoe-clipped", GROUPED | {"num_experts": 8, "num_experts_per_tok": 2, "clip_qkv": 0.7}),
     Case("Mixtral", BASE | LOCAL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     Case("Gemma", BASE | {"hidden_act": "gelu"}),
     Case("Gemma2", BASE | LOCAL | CAPPED | {"attn_logit_softcapping": 0.5}),
@@ -187,6 +192,7 @@ CASES = (
         ),
     ),
     Case("Olmo", GROUPED),
+    Case("Olmo-clipped", GROUPED | {"clip_qkv": 1.5}),
     Case("Olmo2", GROUPED | theta(500.0)),
     Case("Olmo3", GROUPED | LOCAL | {"rope_parameters": PER_TYPE}),
     Case("Exaone4", BASE | LOCAL | {"sliding_window_pattern": 4}),
@@ -240,11 +246,7 @@ CASES = (
     Case("DeepseekV3", PLAIN | GROUPS | LATENT),
     Case(
         "DeepseekV3-yarn",
-        PLAIN
-        | GROUPS
-        | LATENT
-        | {"q_lora_rank": None, "rope_interleave": False}
-        | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+        PLAIN | GROUPS | LATENT | {"q_lora_rank": None, "rope_interleave": False} | STRETCHED,
     ),
     Case("GraniteMoe", GROUPED | MULTIPLIERS | LOCAL_EXPERTS | {"attention_bias": True}),
     Case("GraniteMoeShared", GROUPED | MULTIPLIERS | LOCAL_EXPERTS | {"shared_intermediate_size": 56}),
@@ -265,7 +267,7 @@ CASES = (
     Case("Youtu", PLAIN | LATENT | STRETCHED),
     Case(
         "KimiK2",
-        PLAIN | GROUPS | LATENT | {"n_group": 1, "topk_group": 1},
+        PLAIN | GROUPS | LATENT | ONE_GROUP,
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",
         legacy={"architectures": ["KimiK2ForCausalLM"], "model_type": "kimi_k2"},
@@ -273,6 +275,18 @@ CASES = (
     Case("SolarOpen", BASE | ALL_SPARSE | {"attention_bias": True}),
     Case("HYV3", BASE | EXPERTS | SHARED | SOME_DENSE | {"attention_bias": True, "mlp_bias": True}),
     Case("ExaoneMoe", BASE | ROUTING | EXPERTS | SHARED | LOCAL | MIXED),
+    Case("Phimoe", BASE | LOCAL_EXPERTS | LOCAL | {"attention_bias": True, "lm_head_bias": True}),
+    Case(
+        "PhiMoE",
+        GROUPED
+        | LOCAL_EXPERTS
+        | {"rope_parameters": LONGROPE | {PRETRAINED: MAX_LENGTH} | SAME_SCALE, "hidden_size": 64},
+        "PhimoeForCausalLM",
+        "PhimoeConfig",
+        legacy={"architectures": ["PhiMoEForCausalLM"]},
+    ),
+    Case("Ministral3", BASE | LOCAL | {"rope_parameters": GROWING}),
+    Case("Mistral4", PLAIN | GROUPS | LATENT | ONE_GROUP | {"rope_parameters": GROWING | MSCALES}),
     Case("GPTBigCode", GPT | {"n_inner": 176}),
     Case("GPTBigCode-multihead", GPT | {"multi_query": False, "scale_attn_weights": False}),
     Case("GPTNeo", NEO),

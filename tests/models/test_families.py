@@ -20,7 +20,7 @@ from quire.models.catalog import VERIFIED
 from quire.models.hf import HARMLESS
 from quire.models.parameters import kv_bytes_per_token, num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec, families, family
-from tests.models.cases import BY_NAME, CASES, Case, build_hf, config_of
+from tests.models.cases import BY_NAME, CASES, LONGROPE, YARN, Case, build_hf, config_of
 from tests.models.published import PUBLISHED
 from tests.models.verified import DOCS, as_json, as_page, written_foreign
 
@@ -124,8 +124,11 @@ UNSUPPORTED = (
     ("OPT", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
     ("StableLm", {"qk_layernorm": True}, "qk_layernorm"),
     ("Phi", {"qk_layernorm": True}, "qk_layernorm"),
-    ("Olmo", {"clip_qkv": 8.0}, "clip_qkv"),
-    ("Olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
+    ("Mistral4", {"n_group": 2}, "n_group"),
+    ("Phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
+    ("Phimoe", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+    ("Phimoe", {"rope_parameters": YARN}, "yarn"),
+    ("PhiMoE", {"rope_parameters": LONGROPE}, "short_mscale"),
     ("GPT2", {"add_cross_attention": True}, "add_cross_attention"),
     ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("Gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),

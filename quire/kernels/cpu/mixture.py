@@ -78,6 +78,8 @@ def mix(
 def _register(level: int, threads: Callable[[], int]) -> None:
     @route.on("cpu", torch.float32)
     def route_native(logits: Tensor, rule: Rule, correction: Tensor | None) -> Routes:
+        if rule.score not in SCORES:
+            return route.reference(logits, rule, correction)
         return choose(logits, rule, correction, level, threads())
 
     @pack_experts.on("cpu", *BOTH)
