@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.shapes import CacheShape, cache_shapes, layer_offsets
+from quire.attention.states import State, layer_states
 from quire.kernels import ops
 from quire.models.spec import Spec
 
@@ -44,6 +45,7 @@ class Ragged:
     query_starts: Tensor  # [S + 1] int32
     lengths: Tensor  # [S] int32: positions with KV, this step's included
     block_tables: Tensor  # [S, max_blocks] int32
+    rows: Tensor  # [S] int64: whose state is whose, where mixers keep any (states.py)
     max_query: int  # the longest chunk, on the host
     max_length: int  # the longest sequence, on the host
     mixed: bool = False  # there may be sequences of one position beside longer ones
@@ -57,7 +59,7 @@ def ragged(
     block_size: int,
     device: torch.device | str = "cpu",
 ) -> Ragged:
-    """Lay out chunks: sequence i computes counts[i] positions from starts[i] on, in blocks tables[i]."""
+    """Lay out chunks: sequence i computes counts[i] positions from starts[i] on, in blocks tables[i] and row i."""
     positions, slots, ends, width = [], [], [0], max(map(len, tables), default=1)
     for start, count, table in zip(starts, counts, tables, strict=True):
         for position in range(start, start + count):
@@ -72,6 +74,7 @@ def ragged(
         query_starts=torch.tensor(ends, dtype=torch.int32, device=device),
         lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
         block_tables=torch.tensor(padded, dtype=torch.int32, device=device).reshape(len(tables), width),
+        rows=torch.arange(len(tables), device=device),
         max_query=max(counts, default=0),
         max_length=max(lengths, default=0),
         mixed=1 in counts and max(counts) > 1,
@@ -202,11 +205,22 @@ class Backend(Protocol):
         """`attend_turned` of the product's heads."""
 
 
-def layer_caches(backend: Backend, spec: Spec, pool: Tensor, dtype: torch.dtype) -> list[LayerCache]:
-    """Each layer's view of `pool` [num_blocks, block_bytes] uint8; `dtype` as for `Backend.views`."""
+Cache = LayerCache | State  # a layer's: of attention, or of a mixer that keeps a state
+
+
+def layer_caches(
+    backend: Backend, spec: Spec, pool: Tensor, states: Tensor | None, dtype: torch.dtype
+) -> list[Cache]:
+    """Each layer's view of `pool` [num_blocks, block_bytes] uint8 or of `states` [num_rows, state_bytes] uint8.
+
+    `states`: None where no layer keeps any. `dtype`: as for `Backend.views`.
+    """
     offsets = layer_offsets(spec, backend.block_size, dtype.itemsize, backend.quantized)
-    shapes = cache_shapes(spec)
-    return [backend.views(pool, at, shape, dtype) for at, shape in zip(offsets, shapes, strict=True)]
+    kept = layer_states(spec, states, dtype)
+    return [
+        state or backend.views(pool, at, shape, dtype)
+        for state, at, shape in zip(kept, offsets, cache_shapes(spec), strict=True)
+    ]
 
 
 def turn_and_write(backend: Backend, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from quire.models.spec import MLA, Attention, Foreign, Spec
+from quire.models.spec import MLA, Attention, Foreign, Mixer, Spec
 
 ALIGNMENT_BYTES = 64
 DIM_STEP = 16  # stored head dimensions are multiples of this, so that kernels need no tails
@@ -67,11 +67,16 @@ class CacheShape:
         return self.k_bytes(block_size, itemsize, quantized) + _round_up(v_bytes, ALIGNMENT_BYTES)
 
 
-def cache_shape(mixer: Attention | MLA) -> CacheShape:
+NOTHING = CacheShape(0, 0, 0)
+
+
+def cache_shape(mixer: Mixer) -> CacheShape:
     """What a mixer caches per token."""
     if isinstance(mixer, MLA):
         return CacheShape(1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank, v_in_k=True)
-    return CacheShape(mixer.num_kv_heads, mixer.head_dim, mixer.head_dim)
+    if isinstance(mixer, Attention):
+        return CacheShape(mixer.num_kv_heads, mixer.head_dim, mixer.head_dim)
+    return NOTHING
 
 
 def cache_shapes(spec: Spec) -> tuple[CacheShape, ...]:

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 
 from quire.models.parameters import block_shapes, kv_values_per_token
-from quire.models.spec import MLA, Block, Decoder, MoE
+from quire.models.spec import MLA, Attention, Block, Decoder, MoE
 
 READ_BYTES = 2**30  # larger than the caches of any machine that runs models
 ROUNDS = 8
@@ -84,17 +84,18 @@ class Layer:
             (block.mlp.num_experts, block.mlp.top_k) if isinstance(block.mlp, MoE) else (0, 0)
         )
         mixer = block.mixer
+        pair_dims, window = 0, None
         if isinstance(mixer, MLA):
-            dims, window = mixer.nope_dim + mixer.rope_dim + mixer.v_dim, None
-        else:
-            dims, window = 2 * mixer.head_dim, mixer.window
+            pair_dims = mixer.num_heads * (mixer.nope_dim + mixer.rope_dim + mixer.v_dim)
+        elif isinstance(mixer, Attention):
+            pair_dims, window = mixer.num_heads * 2 * mixer.head_dim, mixer.window
         return cls(
             always=always,
             expert=experts // max(num_experts, 1),
             num_experts=num_experts,
             top_k=top_k,
             cached=kv_values_per_token(block),
-            pair_flops=2 * mixer.num_heads * dims,
+            pair_flops=2 * pair_dims,
             window=window,
         )
 

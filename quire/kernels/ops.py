@@ -18,6 +18,7 @@ from quire.kernels.experts import (
     route,
 )
 from quire.kernels.quantized import quantize_linear
+from quire.kernels.recurrent import causal_conv, recurrence
 from quire.kernels.reference import (
     RmsNorm,
     RowScale,
@@ -68,6 +69,7 @@ __all__ = [
     "add",
     "add_norm",
     "as_table",
+    "causal_conv",
     "embed",
     "experts",
     "experts_add_norm",
@@ -82,6 +84,7 @@ __all__ = [
     "pack_linear",
     "pick",
     "quantize_linear",
+    "recurrence",
     "rms_norm",
     "route",
     "why_not_invariant",

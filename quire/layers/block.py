@@ -1,15 +1,30 @@
 """One layer of a decoder: a mixer, a feed-forward part, and the norms around them."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
-from quire.attention.base import LayerCache, Ragged
+from quire.attention.base import Cache, Ragged
 from quire.layers.attention import Attention
 from quire.layers.base import Build, Weights
+from quire.layers.conv import ShortConv
 from quire.layers.mla import MLA
 from quire.layers.mlp import MLP
 from quire.layers.moe import MoE
 from quire.layers.norm import Norm, Normed, add, normed
 from quire.models import spec
+
+MIXERS: dict[type, Callable[[Any, Build], Any]] = {
+    spec.Attention: Attention,
+    spec.MLA: MLA,
+    spec.ShortConv: ShortConv,
+}
+
+
+def mixer(s: spec.Mixer, build: Build) -> Any:
+    """The layer that computes it: `load`, `heads`, and `out`, the product that follows `heads`."""
+    return MIXERS[type(s)](s, build)
 
 
 class Block(nn.Module):
@@ -21,7 +36,7 @@ class Block(nn.Module):
     def __init__(self, s: spec.Block, build: Build):
         super().__init__()
         self.spec = s
-        self.mixer = MLA(s.mixer, build) if isinstance(s.mixer, spec.MLA) else Attention(s.mixer, build)
+        self.mixer = mixer(s.mixer, build)
         self.mlp = MoE(s.mlp, build) if isinstance(s.mlp, spec.MoE) else MLP(s.mlp, build)
 
         def norm(n: spec.Norm | None) -> Norm | None:
@@ -44,7 +59,7 @@ class Block(nn.Module):
                 norm.load(weights, f"{name}.{part}")
 
     def forward(
-        self, x: Tensor, y: Normed, step: Ragged, cache: LayerCache, following: Norm | None
+        self, x: Tensor, y: Normed, step: Ragged, cache: Cache, following: Norm | None
     ) -> tuple[Tensor, Normed]:
         """x [T, dim] and y, its norm by this block -> the same after it, by the norm that follows.
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from quire.attention.base import Backend, LayerCache, Ragged, layer_caches
+from quire.attention.base import Backend, Cache, Ragged, layer_caches
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.block import Block
@@ -64,12 +64,12 @@ class Decoder(nn.Module):
         if s.tied:
             self.embedding = ops.as_table(self.embedding, self.head.weight)
 
-    def caches(self, pool: Tensor) -> list[LayerCache]:
-        """Each layer's view of `pool` [num_blocks, block_bytes] uint8."""
-        return layer_caches(self.backend, self.spec, pool, self.build.dtype)
+    def caches(self, pool: Tensor, states: Tensor | None = None) -> list[Cache]:
+        """Each layer's view of the memory; see `layer_caches`."""
+        return layer_caches(self.backend, self.spec, pool, states, self.build.dtype)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, step: Ragged, caches: Sequence[LayerCache]) -> Tensor:
+    def forward(self, token_ids: Tensor, step: Ragged, caches: Sequence[Cache]) -> Tensor:
         """token_ids [T] int64 -> hidden [T, dim], the final norm applied."""
         x = ops.embed(token_ids, self.embedding, self.embed_scale)
         if self.positions is not None:

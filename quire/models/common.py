@@ -12,7 +12,7 @@ from typing import Any
 from quire.errors import ModelError, UnsupportedModel
 from quire.log import logger, warn_once
 from quire.models.hf import HF
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Growth, MoE, Norm, Rope
+from quire.models.spec import MLP, Attention, Block, Decoder, Growth, Mixer, MoE, Norm, Rope
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -99,7 +99,7 @@ def shared_experts(c: HF, key: str = "n_shared_experts", **changes: Any) -> MLP 
     return mlp(c, hidden=c.count("moe_intermediate_size") * count, **changes) if count else None
 
 
-def pre_norm(mixer: Attention | MLA, feed_forward: MLP | MoE, norm: Norm, **changes: Any) -> Block:
+def pre_norm(mixer: Mixer, feed_forward: MLP | MoE, norm: Norm, **changes: Any) -> Block:
     return Block(mixer=mixer, mlp=feed_forward, attn_norm=norm, mlp_norm=norm, **changes)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Foreign, MoE, Norm, Spec
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Foreign, Mixer, MoE, Norm, ShortConv, Spec
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
@@ -30,8 +30,7 @@ def parameter_shapes(spec: Spec) -> Named:
 def block_shapes(block: Block, dim: int) -> Named:
     """The parameters of one layer."""
     yield from _within("attn_norm", _norm(block.attn_norm, (dim,)))
-    mixer = _attention(block.mixer, dim) if isinstance(block.mixer, Attention) else _mla(block.mixer, dim)
-    yield from _within("mixer", mixer)
+    yield from _within("mixer", _mixer(block.mixer, dim))
     yield from _within("attn_post_norm", _norm(block.attn_post_norm, (dim,)))
     yield from _within("mlp_norm", _norm(block.mlp_norm, (dim,)))
     yield from _within("mlp", _moe(block.mlp, dim) if isinstance(block.mlp, MoE) else _mlp(block.mlp, dim))
@@ -65,7 +64,7 @@ def kv_values_per_token(block: Block) -> int:
     mixer = block.mixer
     if isinstance(mixer, MLA):
         return mixer.kv_rank + mixer.rope_dim
-    return 2 * mixer.num_kv_heads * mixer.head_dim
+    return 2 * mixer.num_kv_heads * mixer.head_dim if isinstance(mixer, Attention) else 0
 
 
 def kv_bytes_per_token(spec: Decoder, value_bytes: int = 2) -> int:
@@ -97,6 +96,16 @@ def _linear(name: str, rows: int, columns: int, bias: bool = False) -> Named:
         yield f"{name}.bias", (rows,)
 
 
+def _mixer(s: Mixer, dim: int) -> Named:
+    match s:
+        case Attention():
+            return _attention(s, dim)
+        case MLA():
+            return _mla(s, dim)
+        case ShortConv():
+            return _short_conv(s, dim)
+
+
 def _attention(s: Attention, dim: int) -> Named:
     for name, heads in (("q", s.num_heads), ("k", s.num_kv_heads), ("v", s.num_kv_heads)):
         yield from _linear(f"{name}_proj", heads * s.head_dim, dim, s.bias)
@@ -120,6 +129,14 @@ def _mla(s: MLA, dim: int) -> Named:
     yield from _within("kv_a_layernorm", _norm(s.norm, (s.kv_rank,)))
     yield from _linear("kv_b_proj", s.num_heads * (s.nope_dim + s.v_dim), s.kv_rank)
     yield from _linear("o_proj", dim, s.num_heads * s.v_dim)
+
+
+def _short_conv(s: ShortConv, dim: int) -> Named:
+    yield from _linear("in_proj", 3 * dim, dim, s.bias)
+    yield "conv.weight", (dim, 1, s.width)
+    if s.bias:
+        yield "conv.bias", (dim,)
+    yield from _linear("out_proj", dim, dim, s.bias)
 
 
 def _mlp(s: MLP, dim: int) -> Named:

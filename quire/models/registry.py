@@ -58,6 +58,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "InternLM3ForCausalLM": "llama.internlm3",
     "Jais2ForCausalLM": "llama.jais2",
     "KimiK2ForCausalLM": "deepseek.deepseek_v3",
+    "Lfm2ForCausalLM": "lfm.lfm2",
     "LlamaForCausalLM": "llama.llama",
     "MellumForCausalLM": "qwen.mellum",
     "MiniCPM3ForCausalLM": "deepseek.minicpm3",

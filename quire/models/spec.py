@@ -77,6 +77,17 @@ class MLA:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShortConv:
+    """c * conv(b * x), where b, c and x are products of the input (LFM2). Parameters: {in,out}_proj, conv.
+
+    The convolution is causal, over each of the network's dimensions by itself, and sees `width` positions.
+    """
+
+    width: int
+    bias: bool = False  # of all three
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLP:
     """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
 
@@ -104,11 +115,14 @@ class MoE:
     shared_gate: bool = False
 
 
+Mixer = Attention | MLA | ShortConv
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """One layer. Sequential: h = x + post(attn(pre(x))); h + post(mlp(pre(h))). See `parallel` for the other."""
 
-    mixer: Attention | MLA
+    mixer: Mixer
     mlp: MLP | MoE
     attn_norm: Norm | None
     mlp_norm: Norm | None

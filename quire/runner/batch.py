@@ -69,6 +69,7 @@ def make_batch(work: Sequence[Work], state: SlotState, block_size: int) -> Batch
         query_starts=query_starts.int(),
         lengths=ends.int(),
         block_tables=state.tables[of, : -(-max_length // block_size)],
+        rows=of,
         max_query=int(counts.max()),
         max_length=max_length,
         mixed=int(counts.min()) == 1 < int(counts.max()),

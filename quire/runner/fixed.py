@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache, Ragged
+from quire.attention.base import Cache, Ragged
 from quire.layers.base import Network
 from quire.runner.advance import Inputs, advance, gather
 from quire.runner.batch import Batch
@@ -81,7 +81,7 @@ class FixedSteps:
     def __init__(
         self,
         model: Network,
-        caches: Sequence[LayerCache],
+        caches: Sequence[Cache],
         state: SlotState,
         sampler: Sampler,
         *,
@@ -194,6 +194,7 @@ class FixedSteps:
                 query_starts=inputs.query_starts,
                 lengths=inputs.lengths,
                 block_tables=inputs.tables,
+                rows=self.rows.slots[: kind.num_rows],
                 max_query=1,
                 max_length=kind.longest,
                 shared=self.rows.first(kind.num_rows) if kind.shares else None,

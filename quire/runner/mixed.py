@@ -120,6 +120,7 @@ class MixedSteps:
                 query_starts=layout.query_starts,
                 lengths=layout.lengths,
                 block_tables=layout.tables,
+                rows=self.sheet[0, : kind.num_seqs],
                 max_query=kind.num_tokens,
                 max_length=self.fixed.state.max_length,
                 mixed=kind.mixed,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quire.attention.base import LayerCache
+from quire.attention.base import Cache
 from quire.layers.base import Network
 from quire.log import logger
 from quire.runner.advance import ENDED
@@ -48,7 +48,7 @@ class Runner:
     def __init__(
         self,
         model: Network,
-        caches: Sequence[LayerCache],
+        caches: Sequence[Cache],
         state: SlotState,
         sampler: Sampler,
         *,

@@ -137,6 +137,13 @@ ERNIE = {
     "moe_layer_end_index": 2,
 }
 
+HYBRID = {
+    **GROUPED,
+    "layer_types": ["conv", "full_attention", "conv", "conv"],
+    "block_multiple_of": 16,
+    "norm_eps": 1e-5,
+}
+
 
 def theta(base: float, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": base, **more}}
@@ -148,6 +155,8 @@ def old(**more: Any) -> dict[str, Any]:
 
 
 CASES = (
+    Case("Lfm2", HYBRID | theta(500.0)),
+    Case("Lfm2-bias", HYBRID | {"conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False}),
     Case("Llama", BASE | theta(500.0)),
     Case("Llama-3.1", BASE | {"rope_parameters": LLAMA3}),
     Case("Llama-linear", BASE | {"rope_parameters": LINEAR}),

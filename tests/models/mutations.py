@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, MoE, Norm, Rope
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, MoE, Norm, Rope, ShortConv
 
 Change = Callable[[Any], Any]  # a part of a spec -> the part without a feature; itself if it had none
 
@@ -35,7 +35,7 @@ def _times(field: str, factor: float) -> Change:
 
 def _rotate_all(spec: Decoder) -> Decoder:
     """Layers without rotary embedding get the others'."""
-    ropes = [b.mixer.rope for b in spec.blocks if b.mixer.rope]
+    ropes = [b.mixer.rope for b in spec.blocks if isinstance(b.mixer, Attention) and b.mixer.rope]
     if not ropes:
         return spec
     return _everywhere(spec, Attention, lambda a: a if a.rope else replace(a, rope=ropes[0]))
@@ -74,6 +74,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "sinks": _set("sinks", False),
     },
     MLA: {"scale": _set("scale", None), "growth": _set("growth", None)},
+    ShortConv: {"bias": _set("bias", False)},
     MLP: {"act": lambda m: replace(m, act=_unsaturated(m.act)), "bias": _set("bias", False)},
     MoE: {
         "score": lambda m: replace(m, score="sigmoid" if m.score == "softmax" else "softmax"),

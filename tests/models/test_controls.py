@@ -12,6 +12,7 @@ from torch import Tensor
 from quire.attention.base import ragged
 from quire.attention.reference import Reference
 from quire.attention.shapes import block_bytes
+from quire.attention.states import state_bytes
 from quire.checkpoint.files import read_config
 from quire.checkpoint.reader import Checkpoint
 from quire.layers.decoder import Decoder
@@ -47,7 +48,8 @@ def logits(spec: Spec, names: Names, folder: Path, tokens: list[int]) -> Tensor:
     num_blocks = -(-len(tokens) // BLOCK_SIZE)
     pool = torch.zeros(num_blocks, block_bytes(spec, BLOCK_SIZE, torch.float32.itemsize), dtype=torch.uint8)
     layout = ragged([0], [len(tokens)], [list(range(num_blocks))], BLOCK_SIZE)
-    return decoder.logits(decoder(torch.tensor(tokens), layout, decoder.caches(pool)))
+    states = torch.zeros(1, state_bytes(spec, torch.float32.itemsize), dtype=torch.uint8)
+    return decoder.logits(decoder(torch.tensor(tokens), layout, decoder.caches(pool, states)))
 
 
 def far(ours: Tensor, theirs: Tensor) -> float:

@@ -169,9 +169,9 @@ class Modules:
             elif is_experts(module) and build.device.type == "cpu":
                 model.set_submodule(name, Experts(module, build, bits))
 
-    def caches(self, pool: Tensor) -> list[LayerCache]:
-        """Each attention call's view of `pool` [num_blocks, block_bytes] uint8."""
-        return layer_caches(self.backend, self.spec, pool, self.build.dtype)
+    def caches(self, pool: Tensor, states: Tensor | None = None) -> list[Any]:
+        """Each attention call's view of the memory; see `layer_caches`."""
+        return layer_caches(self.backend, self.spec, pool, states, self.build.dtype)
 
     @torch.inference_mode()
     def __call__(self, token_ids: Tensor, step: Ragged, caches: Sequence[LayerCache]) -> Tensor:

@@ -1,0 +1,63 @@
+"""Liquid's hybrids: attention in some layers, short convolutions in the others."""
+
+from quire.errors import ModelError
+from quire.models.common import attention, decoder, pre_norm, rope
+from quire.models.hf import HF
+from quire.models.names import Names
+from quire.models.spec import MLP, Block, Decoder, Norm, ShortConv
+
+THETA = 1_000_000.0
+NAMES = Names(
+    renames=(
+        (r"^model\.", ""),
+        (r"^embedding_norm\.", "norm."),
+        (r"\.operator_norm\.", ".attn_norm."),
+        (r"\.ffn_norm\.", ".mlp_norm."),
+        (r"\.self_attn\.out_proj\.", ".mixer.o_proj."),
+        (r"\.self_attn\.([qk])_layernorm\.", r".mixer.\1_norm."),
+        (r"\.(self_attn|conv)\.(?!weight|bias)", ".mixer."),
+        (r"\.feed_forward\.w1\.", ".mlp.gate_proj."),
+        (r"\.feed_forward\.w3\.", ".mlp.up_proj."),
+        (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
+    )
+)
+
+
+def lfm2(c: HF) -> tuple[Decoder, Names]:
+    norm = Norm(eps=c.get("norm_eps", 1e-5))
+    local = ShortConv(width=c.get("conv_L_cache", 3), bias=bool(c.conv_bias))
+    whole = attention(c, rope=rope(c, _head_dim(c), theta=THETA), head_dim=_head_dim(c), qk_norm=norm)
+    feed_forward = MLP(hidden=_hidden(c))
+
+    def block(layer: int) -> Block:
+        return pre_norm(whole if attends[layer] else local, feed_forward, norm)
+
+    attends = _attends(c)
+    tied = bool(c.get("tie_embedding", c.get("tie_word_embeddings", True)))
+    return decoder(c, block, norm, tied=tied), NAMES
+
+
+def _head_dim(c: HF) -> int:
+    return c.head_dim or c.count("hidden_size") // c.count("num_attention_heads")
+
+
+def _attends(c: HF) -> list[bool]:
+    """For each layer, whether it is attention."""
+    num_layers = c.count("num_hidden_layers")
+    kinds, those = c.layer_types, c.full_attn_idxs
+    if kinds is None:
+        return [those is None or i in those for i in range(num_layers)]
+    c.refuse(not set(kinds) <= {"full_attention", "conv"}, f"layer_types={kinds!r}")
+    if len(kinds) < num_layers:
+        raise ModelError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
+    return [kind == "full_attention" for kind in kinds[:num_layers]]
+
+
+def _hidden(c: HF) -> int:
+    """Published configs give the size of an ungated layer, of which a gated one takes two thirds."""
+    size = c.count("block_ff_dim", "intermediate_size")
+    factor, multiple = c.get("block_ffn_dim_multiplier", 1.0), c.get("block_multiple_of", 256)
+    if not c.get("block_auto_adjust_ff_dim", True):
+        return size
+    size = int(2 * size / 3)
+    return size if factor is None else -(-int(factor * size) // multiple) * multiple
