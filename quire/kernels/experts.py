@@ -24,13 +24,15 @@ from quire.kernels.reference import (
 )
 
 SPARSE_MIXER, JITTER = "sparse_mixer", 0.01
+SIGMOID_TOPK = "sigmoid_topk"
+PLAIN_ONLY = (SPARSE_MIXER, SIGMOID_TOPK)  # scores that no kernel has
 
 
 class Rule(NamedTuple):
     """How experts are chosen and weighed; see spec.MoE."""
 
     top_k: int
-    score: str = "softmax"  # softmax | sigmoid | softmax_topk | sparse_mixer
+    score: str = "softmax"  # softmax | sigmoid | softmax_topk | sigmoid_topk | sparse_mixer
     renorm: bool = True
     scale: float = 1.0
     groups: int = 1
@@ -78,6 +80,8 @@ def route(logits: Tensor, rule: Rule, correction: Tensor | None) -> Routes:
         choice = _best_groups(choice, rule, correction is not None)
     experts = choice.topk(rule.top_k, -1).indices
     weights = scores.gather(-1, experts)
+    if rule.score == SIGMOID_TOPK:
+        weights = act(weights, "sigmoid")
     if rule.score == "softmax_topk":
         weights = weights.softmax(-1)
     elif rule.renorm:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quire.attention.base import LayerCache, Product, Ragged, Turn
 from quire.kernels import ops
@@ -32,12 +33,16 @@ class Attention(nn.Module):
         self.table = build.ropes.table(s.rope) if s.rope else None
         self.scale = s.head_dim**-0.5 if s.scale is None else s.scale
         self.sinks: Tensor | None = None
+        rows = s.num_heads if s.gate_per_head else q
+        self.gate = Linear(build.dim, {"gate_proj": rows}, build) if s.gate else None
         self.turn = self._turn()
 
     def load(self, weights: Weights, name: str) -> None:
         s = self.spec
         self.qkv.load(weights, name)
         self.out.load(weights, name)
+        if self.gate is not None:
+            self.gate.load(weights, name)
         if self.q_norm is not None and self.k_norm is not None:
             self.q_norm.load(weights, f"{name}.q_norm")
             self.k_norm.load(weights, f"{name}.k_norm")
@@ -49,16 +54,24 @@ class Attention(nn.Module):
 
     def heads(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
         """x [T, dim] -> what its heads found [T, H * D], which `out` takes."""
+        y = self._attend(x, step, cache)
+        if self.gate is not None:
+            gate = self.gate.of(x, torch.float32).unflatten(-1, (self.spec.num_heads, -1))
+            y = (y * (gate.sigmoid() if self.spec.gate == "sigmoid" else F.softplus(gate))).to(y.dtype)
+        return y.flatten(1)
+
+    def _attend(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
+        """x [T, dim] -> [T, H, D]."""
         s, backend = self.spec, self.build.backend
         num_qk = s.num_heads + s.num_kv_heads
         product = Product(x.values, x.scale, self.qkv.weight, self.qkv.bias, s.head_dim)
         how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
         if self.turn is not None:
-            return backend.attend_product(product, cache, self.turn, step, **how).flatten(1)
+            return backend.attend_product(product, cache, self.turn, step, **how)
         heads = product.heads()
         q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
         backend.write(cache, k, self._clip(heads.narrow(1, num_qk, s.num_kv_heads)), step)
-        return backend.attend(grown(q, s.growth, step.positions), cache, step, **how).flatten(1)
+        return backend.attend(grown(q, s.growth, step.positions), cache, step, **how)
 
     def _turn(self) -> Turn | None:
         """The norms and the rotation, where they are one operation; norms have no weights yet."""

@@ -16,7 +16,7 @@ from quire.models.common import (
 )
 from quire.models.hf import HF
 from quire.models.names import LLAMA, Names
-from quire.models.spec import Block, Decoder, Norm, Rope
+from quire.models.spec import MLP, Block, Decoder, Norm, Rope
 
 CWM_THETA = 1_000_000.0
 CWM_SCALING = {
@@ -56,6 +56,29 @@ def mistral(c: HF) -> tuple[Decoder, Names]:
     norm = Norm(eps=c.number("rms_norm_eps"))
     block = pre_norm(attention(c, window=window(c)), mlp(c), norm)
     return decoder(c, block, norm), Names(renames=LLAMA)
+
+
+def internlm(c: HF) -> tuple[Decoder, Names]:
+    """One setting for the biases of attention."""
+    bias = bool(c.get("bias", True))
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    attn = attention(c, num_kv_heads=kv_heads(c), bias=bias, out_bias=bias)
+    return decoder(c, pre_norm(attn, mlp(c), norm), norm), Names(renames=LLAMA)
+
+
+def apertus(c: HF) -> tuple[Decoder, Names]:
+    """Norms of queries and keys; a feed-forward layer that is not gated, with a curve that was learned."""
+    c.need("rope_parameters", "rope_scaling")  # Hugging Face's own default is of one model
+    c.refuse((act := c.get("hidden_act", "xielu")) != "xielu", f"hidden_act={act!r}")
+    norm, rotary = Norm(eps=c.number("rms_norm_eps")), rope(c, head_dim(c), theta=12_000_000.0)
+    attn = attention(c, num_kv_heads=kv_heads(c), rope=rotary, qk_norm=norm, **biases(c))
+    feed_forward = MLP(hidden=c.count("intermediate_size"), act="xielu", gated=False)
+    renames = (
+        (r"\.attention_layernorm\.", ".attn_norm."),
+        (r"\.feedforward_layernorm\.", ".mlp_norm."),
+        *LLAMA,
+    )
+    return decoder(c, pre_norm(attn, feed_forward, norm), norm), Names(renames=renames)
 
 
 def ministral(c: HF) -> tuple[Decoder, Names]:

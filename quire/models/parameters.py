@@ -114,6 +114,8 @@ def _attention(s: Attention, dim: int) -> Named:
         yield from _within(f"{name}_norm", _norm(s.qk_norm, spans[s.qk_norm_span]))
     if s.sinks:
         yield "sinks", (s.num_heads,)
+    if s.gate:
+        yield from _linear("gate_proj", s.num_heads * (1 if s.gate_per_head else s.head_dim), dim)
     yield from _linear("o_proj", dim, s.num_heads * s.head_dim, s.out_bias)
 
 
@@ -143,6 +145,13 @@ def _mlp(s: MLP, dim: int) -> Named:
     if s.gated:
         yield from _linear("gate_proj", s.hidden, dim, s.bias)
     yield from _linear("up_proj", s.hidden, dim, s.bias)
+    if s.act == "xielu":
+        yield from (
+            ("act_fn.alpha_p", (1,)),
+            ("act_fn.alpha_n", (1,)),
+            ("act_fn.beta", ()),
+            ("act_fn.eps", ()),
+        )
     yield from _linear("down_proj", dim, s.hidden, s.bias)
 
 

@@ -17,6 +17,13 @@ def qwen2(c: HF) -> tuple[Decoder, Names]:
     return _dense(c, bias=True), Names(renames=LLAMA)
 
 
+def mimo(c: HF) -> tuple[Decoder, Names]:
+    """Qwen 2 with layers that predict further tokens, which are left out."""
+    c.refuse(not c.get("attention_bias", True), "attention_bias=false")
+    c.skip("num_nextn_predict_layers")
+    return _dense(c, bias=True), Names(renames=LLAMA, ignored=(r"^mtp_layers\.",))
+
+
 def qwen3(c: HF) -> tuple[Decoder, Names]:
     qk_norm = Norm(eps=c.number("rms_norm_eps"))
     return _dense(c, head_dim=c.count("head_dim"), qk_norm=qk_norm, **biases(c)), Names(renames=LLAMA)

@@ -13,6 +13,9 @@ from quire.models.names import Names
 from quire.models.spec import Decoder
 
 FAMILIES: Mapping[str, str] = {  # architecture -> module.function
+    "AfmoeForCausalLM": "trinity.afmoe",
+    "ApertusForCausalLM": "llama.apertus",
+    "AquilaForCausalLM": "llama.llama",
     "ArceeForCausalLM": "llama.arcee",
     "BioGptForCausalLM": "opt.biogpt",
     "CodeGenForCausalLM": "gpt.codegen",
@@ -56,11 +59,15 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "HyperCLOVAXForCausalLM": "granite.hyperclovax",
     "IQuestCoderForCausalLM": "llama.iquest_coder",
     "InternLM3ForCausalLM": "llama.internlm3",
+    "InternLMForCausalLM": "llama.internlm",
     "Jais2ForCausalLM": "llama.jais2",
     "KimiK2ForCausalLM": "deepseek.deepseek_v3",
+    "Kolibri1ForCausalLM": "olmo.kolibri1",
+    "LagunaForCausalLM": "trinity.laguna",
     "Lfm2ForCausalLM": "lfm.lfm2",
     "LlamaForCausalLM": "llama.llama",
     "MellumForCausalLM": "qwen.mellum",
+    "MiMoForCausalLM": "qwen.mimo",
     "MiniCPM3ForCausalLM": "deepseek.minicpm3",
     "MiniMaxM2ForCausalLM": "mixtral.minimax_m2",
     "Ministral3ForCausalLM": "llama.ministral3",
@@ -89,6 +96,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "StableLmForCausalLM": "stablelm.stablelm",
     "Starcoder2ForCausalLM": "starcoder.starcoder2",
     "VaultGemmaForCausalLM": "gemma.vault_gemma",
+    "XverseForCausalLM": "llama.llama",
     "YoutuForCausalLM": "deepseek.youtu",
 }
 NATIVE, TRANSFORMERS = "native", "transformers"

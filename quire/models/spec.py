@@ -39,7 +39,10 @@ class Growth:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Multi-head, grouped-query or multi-query attention, causal. Parameters: {q,k,v,o}_proj, {q,k}_norm, sinks."""
+    """Multi-head, grouped-query or multi-query attention, causal.
+
+    Parameters: {q,k,v,o}_proj, gate_proj, {q,k}_norm, sinks.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -58,6 +61,10 @@ class Attention:
     growth: Growth | None = None  # of queries
     softcap: float | None = None
     sinks: bool = False  # a learned logit per head that takes part in the softmax only
+    gate: str | None = (
+        None  # sigmoid | softplus, of a product of the input: what heads found is multiplied by it
+    )
+    gate_per_head: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +96,13 @@ class ShortConv:
 
 @dataclass(frozen=True, kw_only=True)
 class MLP:
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated.
+
+    xielu (Huang and Schlag 2024) has parameters of its own and is not for gates or experts: act_fn.*.
+    """
 
     hidden: int
-    act: str = "silu"  # silu | gelu | gelu_pytorch_tanh | gelu_new | relu | relu2
+    act: str = "silu"  # silu | gelu | gelu_pytorch_tanh | gelu_new | relu | relu2 | xielu
     gated: bool = True
     bias: bool = False
 
@@ -104,7 +114,7 @@ class MoE:
     num_experts: int
     top_k: int
     expert: MLP
-    score: str = "softmax"  # softmax | sigmoid | softmax_topk (softmax over the chosen logits) | sparse_mixer
+    score: str = "softmax"  # softmax | sigmoid | {softmax,sigmoid}_topk (of the chosen logits) | sparse_mixer
     renorm: bool = True
     scale: float = 1.0
     groups: int = 1

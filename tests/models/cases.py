@@ -117,7 +117,16 @@ BY_THE_BEST = {"topk_method": "group_limited_greedy", "num_experts_per_tok": 3, 
 MSCALES = {"mscale": 0.7, "mscale_all_dim": 1.3}
 STRETCHED = {"rope_parameters": YARN | MSCALES}
 GROWING = YARN | {"llama_4_scaling_beta": 0.5}
-SAME_SCALE = {"short_mscale": 1.3, "long_mscale": 1.3}
+SHORT = LONGROPE | {PRETRAINED: MAX_LENGTH, "short_mscale": 1.3, "long_mscale": 1.3}
+TRINITY = {"mup_enabled": True, "route_scale": 1.5, "attention_bias": True}
+LAGUNA = {
+    "rope_parameters": PER_TYPE,
+    "num_attention_heads_per_layer": [4, 2, 6, 4],
+    "moe_routed_scaling_factor": 1.5,
+    "shared_expert_intermediate_size": 56,
+    "gating": "per-element",
+}
+LAGUNA_PLAIN = {"shared_expert_intermediate_size": 56, "attention_bias": True}
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 SOME_DENSE = {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]}
 ALL_SPARSE = {key: value for key, value in GROUPS.items() if key != "first_k_dense_replace"}
@@ -152,6 +161,12 @@ def theta(base: float, **more: Any) -> dict[str, Any]:
 def old(**more: Any) -> dict[str, Any]:
     """config.json as transformers 4 wrote it."""
     return {"rope_parameters": None, "layer_types": None, **more}
+
+
+def alias(name: str, of: str, values: Mapping[str, Any], config: str = "", **legacy: Any) -> Case:
+    """A class that Transformers lacks and that computes what another of its classes does."""
+    changes = {"architectures": [f"{name}ForCausalLM"], **legacy}
+    return Case(name, values, f"{of}ForCausalLM", config or f"{of}Config", changes)
 
 
 CASES = (
@@ -274,26 +289,23 @@ CASES = (
     ),
     Case("Glm4MoeLite", PLAIN | ALL_SPARSE | LATENT | SOME_DENSE),
     Case("Youtu", PLAIN | LATENT | STRETCHED),
-    Case(
-        "KimiK2",
-        PLAIN | GROUPS | LATENT | ONE_GROUP,
-        "DeepseekV3ForCausalLM",
-        "DeepseekV3Config",
-        legacy={"architectures": ["KimiK2ForCausalLM"], "model_type": "kimi_k2"},
-    ),
+    alias("KimiK2", "DeepseekV3", PLAIN | GROUPS | LATENT | ONE_GROUP, model_type="kimi_k2"),
     Case("SolarOpen", BASE | ALL_SPARSE | {"attention_bias": True}),
     Case("HYV3", BASE | EXPERTS | SHARED | SOME_DENSE | {"attention_bias": True, "mlp_bias": True}),
     Case("ExaoneMoe", BASE | ROUTING | EXPERTS | SHARED | LOCAL | MIXED),
     Case("Phimoe", BASE | LOCAL_EXPERTS | LOCAL | {"attention_bias": True, "lm_head_bias": True}),
-    Case(
-        "PhiMoE",
-        GROUPED
-        | LOCAL_EXPERTS
-        | {"rope_parameters": LONGROPE | {PRETRAINED: MAX_LENGTH} | SAME_SCALE, "hidden_size": 64},
-        "PhimoeForCausalLM",
-        "PhimoeConfig",
-        legacy={"architectures": ["PhiMoEForCausalLM"]},
+    alias("PhiMoE", "Phimoe", GROUPED | LOCAL_EXPERTS | {"rope_parameters": SHORT, "hidden_size": 64}),
+    Case("Afmoe", BASE | EXPERTS | SHARED | LOCAL | MIXED | TRINITY),
+    Case("Laguna", BASE | EXPERTS | LOCAL | MIXED | LAGUNA),
+    Case("Laguna-plain", BASE | EXPERTS | LOCAL | LAGUNA_PLAIN),
+    Case("Kolibri1", BASE | EXPERTS | LOCAL | MIXED | {"shared_expert_intermediate_size": 56}),
+    Case("Apertus", GROUPED | {"attention_bias": True, "rope_parameters": LLAMA3}),
+    alias("Aquila", "Llama", BASE | theta(500.0)),
+    alias("Xverse", "Llama", BASE | {"tie_word_embeddings": True}),
+    alias(
+        "InternLM", "Llama", BASE | {"attention_bias": True}, bias=True, attention_bias=None, mlp_bias=None
     ),
+    alias("MiMo", "Qwen2", GROUPED, num_nextn_predict_layers=1, attention_bias=True),
     Case("Ministral3", BASE | LOCAL | {"rope_parameters": GROWING}),
     Case("Mistral4", PLAIN | GROUPS | LATENT | ONE_GROUP | {"rope_parameters": GROWING | MSCALES}),
     Case("GPTBigCode", GPT | {"n_inner": 176}),
@@ -313,18 +325,8 @@ CASES = (
     Case(
         "MiniCPM3-plain", PLAIN | LATENT | {"scale_depth": None, "dim_model_base": None, "v_head_dim": None}
     ),
-    Case(
-        "InternLM3",
-        BASE | BIASED,
-        "LlamaForCausalLM",
-        legacy={"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3"},
-    ),
-    Case(
-        "IQuestCoder",
-        BASE | BIASED,
-        "LlamaForCausalLM",
-        legacy={"architectures": ["IQuestCoderForCausalLM"], "model_type": "iquestcoder"},
-    ),
+    alias("InternLM3", "Llama", BASE | BIASED, config="InternLM3Config"),
+    alias("IQuestCoder", "Llama", BASE | BIASED, config="IQuestCoderConfig"),
     Case(
         "GraniteMoeSWA",
         GROUPED | MULTIPLIERS | LOCAL_EXPERTS | LOCAL | ROPE_BASES | {"shared_intermediate_size": 56},

@@ -68,6 +68,10 @@ DROPS: dict[type, dict[str, Change]] = {
         "window": _set("window", None),
         "window off by one": lambda a: replace(a, window=a.window + 1) if a.window else a,
         "scale": _set("scale", None),
+        "gate": _set("gate", None),
+        "kind of gate": lambda a: (
+            replace(a, gate={"sigmoid": "softplus"}.get(a.gate, "sigmoid")) if a.gate else a
+        ),
         "growth": _set("growth", None),
         "clip": _set("clip", None),
         "softcap": _set("softcap", None),
