@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quire.attention.base import LayerCache, Product, Ragged, Turn
+from quire.errors import ConfigError
 from quire.kernels import ops
+from quire.layers.alibi import Slopes
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
@@ -32,6 +34,7 @@ class Attention(nn.Module):
         self.k_norm = self._qk_norm(s.num_kv_heads)
         self.table = build.ropes.table(s.rope) if s.rope else None
         self.scale = s.head_dim**-0.5 if s.scale is None else s.scale
+        self.slopes = self._slopes()
         self.sinks: Tensor | None = None
         rows = s.num_heads if s.gate_per_head else q
         self.gate = Linear(build.dim, {"gate_proj": rows}, build) if s.gate else None
@@ -70,13 +73,30 @@ class Attention(nn.Module):
             return backend.attend_product(product, cache, self.turn, step, **how)
         heads = product.heads()
         q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
+        if self.slopes is not None:
+            q, k = self.slopes.queries(q), self.slopes.keys(k, step.positions)
         backend.write(cache, k, self._clip(heads.narrow(1, num_qk, s.num_kv_heads)), step)
         return backend.attend(grown(q, s.growth, step.positions), cache, step, **how)
+
+    def _slopes(self) -> Slopes | None:
+        """
+        Raises:
+            ConfigError: the cache is of int8, whose one scale of a key is too coarse for positions.
+        """
+        s, build = self.spec, self.build
+        if s.slopes is None:
+            return None
+        if build.backend.quantized:
+            raise ConfigError(
+                "kv_cache_dtype is int8, and keys of this network hold positions (ALiBi), which 8 bits are too few"
+                " for; leave it auto"
+            )
+        return Slopes(s.slopes, self.scale, build.dtype, build.device)
 
     def _turn(self) -> Turn | None:
         """The norms and the rotation, where they are one operation; norms have no weights yet."""
         s, norm = self.spec, self.spec.qk_norm
-        if s.clip is not None or s.growth is not None:
+        if s.clip is not None or s.growth is not None or s.slopes is not None:
             return None
         per_head = norm is not None and norm.kind == "rms" and not norm.bias and s.qk_norm_span != "full"
         if s.rope is None or self.table is None or (norm is not None and (s.norm_after_rope or not per_head)):

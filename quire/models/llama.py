@@ -1,5 +1,7 @@
 """Llama and the models that are Llama with one thing changed."""
 
+from dataclasses import replace
+
 from quire.models.common import (
     attention,
     biases,
@@ -79,6 +81,27 @@ def apertus(c: HF) -> tuple[Decoder, Names]:
         *LLAMA,
     )
     return decoder(c, pre_norm(attn, feed_forward, norm), norm), Names(renames=renames)
+
+
+def nanochat(c: HF) -> tuple[Decoder, Names]:
+    """Norms without weights, of embeddings too. Queries and keys turn backwards.
+
+    They are normalised after that, which without weights is the same as before.
+    """
+    norm, size = Norm(eps=c.number("rms_norm_eps"), weight=False), head_dim(c)
+    rotary = rope(c, size)
+    c.refuse(rotary.scaling is not None, "rotary embedding with a scaling")
+    backwards = replace(rotary, scaling={"rope_type": "linear", "factor": -1.0})
+    own = {
+        "rope": backwards,
+        "qk_norm": norm,
+        "num_kv_heads": kv_heads(c),
+        **biases(c),
+    }
+    block = pre_norm(attention(c, **own), mlp(c, gated=False), norm)
+    cap = c.get("final_logit_softcapping", 15.0)
+    renames = (*LLAMA, (r"\.fc1\.", ".up_proj."), (r"\.fc2\.", ".down_proj."))
+    return decoder(c, block, norm, embed_norm=norm, logit_softcap=cap), Names(renames=renames)
 
 
 def ministral(c: HF) -> tuple[Decoder, Names]:

@@ -4,7 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Foreign, Mixer, MoE, Norm, ShortConv, Spec
+from quire.models.spec import (
+    ALIBI_DIMS,
+    MLA,
+    MLP,
+    Attention,
+    Block,
+    Decoder,
+    Foreign,
+    Mixer,
+    MoE,
+    Norm,
+    ShortConv,
+    Spec,
+)
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
@@ -18,6 +31,7 @@ def parameter_shapes(spec: Spec) -> Named:
     yield "embed_tokens.weight", (spec.vocab_size, spec.dim)
     if spec.num_positions:
         yield "embed_positions.weight", (spec.num_positions, spec.dim)
+    yield from _within("embed_norm", _norm(spec.embed_norm, (spec.dim,)))
     for i, block in enumerate(spec.blocks):
         yield from _within(f"layers.{i}", block_shapes(block, spec.dim))
     yield from _within("norm", _norm(spec.norm, (spec.dim,)))
@@ -64,7 +78,9 @@ def kv_values_per_token(block: Block) -> int:
     mixer = block.mixer
     if isinstance(mixer, MLA):
         return mixer.kv_rank + mixer.rope_dim
-    return 2 * mixer.num_kv_heads * mixer.head_dim if isinstance(mixer, Attention) else 0
+    if isinstance(mixer, Attention):
+        return mixer.num_kv_heads * (2 * mixer.head_dim + (ALIBI_DIMS if mixer.slopes else 0))
+    return 0
 
 
 def kv_bytes_per_token(spec: Decoder, value_bytes: int = 2) -> int:

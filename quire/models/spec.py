@@ -7,6 +7,8 @@ Parameter names follow from the structure (`layers.3.mixer.q_proj.weight`); `nam
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+ALIBI_DIMS = 6  # that a key has more where scores fall with the distance; see layers/alibi.py
+
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
@@ -61,6 +63,7 @@ class Attention:
     growth: Growth | None = None  # of queries
     softcap: float | None = None
     sinks: bool = False  # a learned logit per head that takes part in the softmax only
+    slopes: tuple[float, ...] | None = None  # what a head's scores fall by per position of distance (ALiBi)
     gate: str | None = (
         None  # sigmoid | softplus, of a product of the input: what heads found is multiplied by it
     )
@@ -144,7 +147,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A decoder-only language model. Parameters: embed_tokens, embed_positions, layers.N.*, norm, lm_head."""
+    """A decoder-only language model. Parameters: embed_{tokens,positions,norm}, layers.N.*, norm, lm_head."""
 
     vocab_size: int
     dim: int
@@ -152,6 +155,7 @@ class Decoder:
     blocks: tuple[Block, ...]
     norm: Norm
     embed_scale: float = 1.0
+    embed_norm: Norm | None = None
     num_positions: int = 0  # rows of learned absolute positions, if any
     position_offset: int = 0  # OPT starts at 2
     tied: bool = False  # the head is the embedding

@@ -59,6 +59,9 @@ GPT = {"vocab_size": VOCAB_SIZE, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_po
 GPT |= {key: SIZES[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
 FALCON = {**SIZES, "hidden_size": 128, "num_attention_heads": 4}
 GROUPS_OF_HEADS = {"new_decoder_architecture": True, "num_kv_heads": 2}
+BLOOM = {key: value for key, value in FALCON.items() if not key.startswith(("num_", "max_"))}
+BLOOM |= {"n_layer": 4, "n_head": 4}
+MPT = {"d_model": 128, "n_heads": 4, "n_layers": 4, "max_seq_len": MAX_LENGTH, "vocab_size": VOCAB_SIZE}
 LOCAL = {"sliding_window": 5}
 SLIDING = LOCAL | {"use_sliding_window": True}
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
@@ -295,6 +298,11 @@ CASES = (
     Case("ExaoneMoe", BASE | ROUTING | EXPERTS | SHARED | LOCAL | MIXED),
     Case("Phimoe", BASE | LOCAL_EXPERTS | LOCAL | {"attention_bias": True, "lm_head_bias": True}),
     alias("PhiMoE", "Phimoe", GROUPED | LOCAL_EXPERTS | {"rope_parameters": SHORT, "hidden_size": 64}),
+    Case("Bloom", BLOOM),
+    Case("Bloom-odd", BLOOM | {"hidden_size": 96, "n_head": 6, "tie_word_embeddings": False}),
+    Case("Mpt", MPT | {"attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.3}}),
+    alias("MPT", "Mpt", MPT),
+    Case("NanoChat", GROUPED | {"attention_bias": True, "final_logit_softcapping": 0.7}),
     Case("Afmoe", BASE | EXPERTS | SHARED | LOCAL | MIXED | TRINITY),
     Case("Laguna", BASE | EXPERTS | LOCAL | MIXED | LAGUNA),
     Case("Laguna-plain", BASE | EXPERTS | LOCAL | LAGUNA_PLAIN),

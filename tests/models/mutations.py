@@ -63,11 +63,12 @@ DROPS: dict[type, dict[str, Change]] = {
         "out_bias": _set("out_bias", False),
         "qk_norm": _set("qk_norm", None),
         "norm_after_rope": lambda a: (
-            _flip("norm_after_rope")(a) if a.qk_norm and a.qk_norm_span != "full" else a
+            _flip("norm_after_rope")(a) if a.qk_norm and a.qk_norm.weight and a.qk_norm_span != "full" else a
         ),
         "window": _set("window", None),
         "window off by one": lambda a: replace(a, window=a.window + 1) if a.window else a,
         "scale": _set("scale", None),
+        "slopes": _set("slopes", None),
         "gate": _set("gate", None),
         "kind of gate": lambda a: (
             replace(a, gate={"sigmoid": "softplus"}.get(a.gate, "sigmoid")) if a.gate else a
@@ -99,6 +100,7 @@ DROPS: dict[type, dict[str, Change]] = {
     },
     Decoder: {
         "embed_scale": _set("embed_scale", 1.0),
+        "embed_norm": _set("embed_norm", None),
         "position_offset": _set("position_offset", 0),
         "head_bias": _set("head_bias", False),
         "logit_scale": _set("logit_scale", 1.0),

@@ -107,6 +107,11 @@ def test_published_facts() -> None:
 
 UNSUPPORTED = (
     ("Falcon-7b", {"alibi": True}, "alibi"),
+    ("Bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+    ("Mpt", {"attn_config": {"alibi": False}}, "alibi"),
+    ("Mpt", {"attn_config": {"qk_ln": True}}, "qk_ln"),
+    ("Mpt", {"no_bias": False}, "no_bias"),
+    ("NanoChat", {"rope_parameters": YARN}, "rotary embedding with a scaling"),
     ("Falcon", {"parallel_attn": False}, "parallel_attn"),
     ("Falcon-7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
     ("Llama", {"hidden_act": "swiglu_oai"}, "swiglu_oai"),
