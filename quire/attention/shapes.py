@@ -76,7 +76,7 @@ def cache_shape(mixer: Mixer) -> CacheShape:
         return CacheShape(1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank, v_in_k=True)
     if isinstance(mixer, Attention):
         more = ALIBI_DIMS if mixer.slopes else 0
-    return CacheShape(mixer.num_kv_heads, mixer.head_dim + more, mixer.head_dim)
+        return CacheShape(mixer.num_kv_heads, mixer.head_dim + more, mixer.head_dim)
     return NOTHING
 
 

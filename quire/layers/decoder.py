@@ -60,6 +60,8 @@ class Decoder(nn.Module):
             self.positions = build.pull(weights, "embed_positions.weight", s.num_positions, s.dim)
         if self.embed_norm is not None:
             self.embed_norm.load(weights, "embed_norm")
+        if s.sinusoids:
+            self.positions = _sinusoids(s, build)
         for i, layer in enumerate(self.layers):
             cast(Block, layer).load(weights, f"layers.{i}")
         self.norm.load(weights, "norm")
@@ -92,3 +94,11 @@ class Decoder(nn.Module):
         if s.logit_scale != 1.0:
             y = y * s.logit_scale
         return y if s.logit_softcap is None else s.logit_softcap * torch.tanh(y / s.logit_softcap)
+
+
+def _sinusoids(s: spec.Decoder, build: Build) -> Tensor:
+    """Positions that no one learned (Vaswani et al. 2017) [positions, dim]."""
+    angles = torch.arange(build.ropes.num_positions + s.position_offset)[:, None] / 10_000 ** (
+        torch.arange(s.dim // 2, dtype=torch.float64) / s.sinusoids
+    )
+    return torch.cat((angles.sin(), angles.cos()), -1).to(build.device, build.dtype)

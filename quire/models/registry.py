@@ -19,6 +19,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "ArceeForCausalLM": "llama.arcee",
     "BioGptForCausalLM": "opt.biogpt",
     "BloomForCausalLM": "bloom.bloom",
+    "CTRLLMHeadModel": "opt.ctrl",
     "CodeGenForCausalLM": "gpt.codegen",
     "Cohere2ForCausalLM": "cohere.cohere2",
     "Cohere2MoeForCausalLM": "cohere.cohere2_moe",
@@ -100,6 +101,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "StableLmForCausalLM": "stablelm.stablelm",
     "Starcoder2ForCausalLM": "starcoder.starcoder2",
     "VaultGemmaForCausalLM": "gemma.vault_gemma",
+    "XGLMForCausalLM": "opt.xglm",
     "XverseForCausalLM": "llama.llama",
     "YoutuForCausalLM": "deepseek.youtu",
 }

@@ -158,6 +158,7 @@ class Decoder:
     embed_norm: Norm | None = None
     num_positions: int = 0  # rows of learned absolute positions, if any
     position_offset: int = 0  # OPT starts at 2
+    sinusoids: int = 0  # computed positions: sines, then cosines of position / 10000 ** (j / sinusoids)
     tied: bool = False  # the head is the embedding
     head_bias: bool = False
     logit_scale: float = 1.0

@@ -61,6 +61,8 @@ FALCON = {**SIZES, "hidden_size": 128, "num_attention_heads": 4}
 GROUPS_OF_HEADS = {"new_decoder_architecture": True, "num_kv_heads": 2}
 BLOOM = {key: value for key, value in FALCON.items() if not key.startswith(("num_", "max_"))}
 BLOOM |= {"n_layer": 4, "n_head": 4}
+XGLM = {key: SIZES[key] for key in ("vocab_size", "max_position_embeddings", "pad_token_id")}
+XGLM |= {"d_model": 128, "ffn_dim": 176, "num_layers": 4, "attention_heads": 4}
 MPT = {"d_model": 128, "n_heads": 4, "n_layers": 4, "max_seq_len": MAX_LENGTH, "vocab_size": VOCAB_SIZE}
 LOCAL = {"sliding_window": 5}
 SLIDING = LOCAL | {"use_sliding_window": True}
@@ -298,6 +300,8 @@ CASES = (
     Case("ExaoneMoe", BASE | ROUTING | EXPERTS | SHARED | LOCAL | MIXED),
     Case("Phimoe", BASE | LOCAL_EXPERTS | LOCAL | {"attention_bias": True, "lm_head_bias": True}),
     alias("PhiMoE", "Phimoe", GROUPED | LOCAL_EXPERTS | {"rope_parameters": SHORT, "hidden_size": 64}),
+    Case("XGLM", XGLM),
+    Case("CTRL", GPT | {"dff": 176}, model="CTRLLMHeadModel"),
     Case("Bloom", BLOOM),
     Case("Bloom-odd", BLOOM | {"hidden_size": 96, "n_head": 6, "tie_word_embeddings": False}),
     Case("Mpt", MPT | {"attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.3}}),

@@ -101,6 +101,7 @@ DROPS: dict[type, dict[str, Change]] = {
     Decoder: {
         "embed_scale": _set("embed_scale", 1.0),
         "embed_norm": _set("embed_norm", None),
+        "sinusoids": _set("sinusoids", 0),
         "position_offset": _set("position_offset", 0),
         "head_bias": _set("head_bias", False),
         "logit_scale": _set("logit_scale", 1.0),
