@@ -53,7 +53,9 @@ def mpt(c: HF) -> tuple[Decoder, Names]:
     for key, usual in (("no_bias", True), ("expansion_ratio", 4), ("embedding_fraction", 1.0)):
         c.refuse((value := c.get(key, usual)) != usual, f"{key}={value}")
     c.refuse_if_set("logit_scale")
-    c.skip("learned_pos_emb", "norm_type", "init_device", "verbose")  # the first does not matter with slopes
+    c.skip(
+        "learned_pos_emb", "norm_type", "init_config", "init_device", "verbose"
+    )  # the first does not matter with slopes
     dim, heads, length = c.count("d_model"), c.count("n_heads"), c.count("max_seq_len")
     norm = Norm(kind="layer", eps=c.get("layer_norm_epsilon", 1e-5))
     attn = multi_head(

@@ -134,6 +134,7 @@ def gpt_neox_japanese(c: HF) -> tuple[Decoder, Names]:
 def persimmon(c: HF) -> tuple[Decoder, Names]:
     """NeoX in sequence, with norms of queries and keys and squared ReLU (Elsen et al. 2023)."""
     norm, size, heads = _norm(c, "layer_norm_eps"), plain_head_dim(c), c.count("num_attention_heads")
+    c.skip("num_key_value_heads")  # there are as many as query heads
     qk_norm = norm if c.get("qk_layernorm", True) else None
     rotary = rope(c, size, partial=0.5)
     attn = multi_head(heads, size, rotary, bias=True, out_bias=True, qk_norm=qk_norm)

@@ -72,6 +72,8 @@ def apertus(c: HF) -> tuple[Decoder, Names]:
     """Norms of queries and keys; a feed-forward layer that is not gated, with a curve that was learned."""
     c.need("rope_parameters", "rope_scaling")  # Hugging Face's own default is of one model
     c.refuse((act := c.get("hidden_act", "xielu")) != "xielu", f"hidden_act={act!r}")
+    c.refuse(not c.get("qk_norm", True), "qk_norm=false")
+    c.refuse_if_set("post_norm", "mlp_bias")
     norm, rotary = Norm(eps=c.number("rms_norm_eps")), rope(c, head_dim(c), theta=12_000_000.0)
     attn = attention(c, num_kv_heads=kv_heads(c), rope=rotary, qk_norm=norm, **biases(c))
     feed_forward = MLP(hidden=c.count("intermediate_size"), act="xielu", gated=False)
