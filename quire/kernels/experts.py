@@ -23,12 +23,16 @@ from quire.kernels.reference import (
     pack_linear,
 )
 
+SPARSE_MIXER, JITTER = "sparse_mixer", 0.01
+SIGMOID_TOPK = "sigmoid_topk"
+PLAIN_ONLY = (SPARSE_MIXER, SIGMOID_TOPK)  # scores that no kernel has
+
 
 class Rule(NamedTuple):
     """How experts are chosen and weighed; see spec.MoE."""
 
     top_k: int
-    score: str = "softmax"  # softmax | sigmoid | softmax_topk
+    score: str = "softmax"  # softmax | sigmoid | softmax_topk | sigmoid_topk | sparse_mixer
     renorm: bool = True
     scale: float = 1.0
     groups: int = 1
@@ -65,7 +69,9 @@ class Shared(NamedTuple):
 def route(logits: Tensor, rule: Rule, correction: Tensor | None) -> Routes:
     """The experts of each token, best first. logits [T, E] and correction [E], float32."""
     scores = logits
-    if rule.score == "softmax":
+    if rule.score == SPARSE_MIXER:
+        scores = _sparse_mixer(logits, rule.top_k)
+    elif rule.score == "softmax":
         scores = scores.softmax(-1)
     elif rule.score == "sigmoid":
         scores = act(scores, "sigmoid")
@@ -74,11 +80,25 @@ def route(logits: Tensor, rule: Rule, correction: Tensor | None) -> Routes:
         choice = _best_groups(choice, rule, correction is not None)
     experts = choice.topk(rule.top_k, -1).indices
     weights = scores.gather(-1, experts)
+    if rule.score == SIGMOID_TOPK:
+        weights = act(weights, "sigmoid")
     if rule.score == "softmax_topk":
         weights = weights.softmax(-1)
     elif rule.renorm:
         weights = weights / weights.sum(-1, keepdim=True)
     return Routes(experts.int(), weights * rule.scale)
+
+
+def _sparse_mixer(logits: Tensor, top_k: int) -> Tensor:
+    """Scores of the best experts one by one, against those near it that are left; 0 of others (Liu et al. 2024)."""
+    scores, left = torch.zeros_like(logits), logits
+    for _ in range(top_k):
+        best, index = left.max(-1, keepdim=True)
+        is_far = (best - logits) / torch.maximum(logits.abs(), best) > 2 * JITTER
+        near = left.masked_fill(is_far, -torch.inf).softmax(-1)
+        scores = scores.scatter(-1, index, near.gather(-1, index))
+        left = left.scatter(-1, index, -torch.inf)
+    return scores
 
 
 def _best_groups(choice: Tensor, rule: Rule, corrected: bool) -> Tensor:

@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quire.attention.base import LayerCache, Product, Ragged, Turn
+from quire.errors import ConfigError
 from quire.kernels import ops
+from quire.layers.alibi import Slopes
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
+from quire.layers.rope import grown
 from quire.models import spec
 
 
@@ -30,13 +34,18 @@ class Attention(nn.Module):
         self.k_norm = self._qk_norm(s.num_kv_heads)
         self.table = build.ropes.table(s.rope) if s.rope else None
         self.scale = s.head_dim**-0.5 if s.scale is None else s.scale
+        self.slopes = self._slopes()
         self.sinks: Tensor | None = None
+        rows = s.num_heads if s.gate_per_head else q
+        self.gate = Linear(build.dim, {"gate_proj": rows}, build) if s.gate else None
         self.turn = self._turn()
 
     def load(self, weights: Weights, name: str) -> None:
         s = self.spec
         self.qkv.load(weights, name)
         self.out.load(weights, name)
+        if self.gate is not None:
+            self.gate.load(weights, name)
         if self.q_norm is not None and self.k_norm is not None:
             self.q_norm.load(weights, f"{name}.q_norm")
             self.k_norm.load(weights, f"{name}.k_norm")
@@ -48,20 +57,47 @@ class Attention(nn.Module):
 
     def heads(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
         """x [T, dim] -> what its heads found [T, H * D], which `out` takes."""
+        y = self._attend(x, step, cache)
+        if self.gate is not None:
+            gate = self.gate.of(x, torch.float32).unflatten(-1, (self.spec.num_heads, -1))
+            y = (y * (gate.sigmoid() if self.spec.gate == "sigmoid" else F.softplus(gate))).to(y.dtype)
+        return y.flatten(1)
+
+    def _attend(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
+        """x [T, dim] -> [T, H, D]."""
         s, backend = self.spec, self.build.backend
         num_qk = s.num_heads + s.num_kv_heads
         product = Product(x.values, x.scale, self.qkv.weight, self.qkv.bias, s.head_dim)
         how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
         if self.turn is not None:
-            return backend.attend_product(product, cache, self.turn, step, **how).flatten(1)
+            return backend.attend_product(product, cache, self.turn, step, **how)
         heads = product.heads()
         q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
-        backend.write(cache, k, heads.narrow(1, num_qk, s.num_kv_heads), step)
-        return backend.attend(q, cache, step, **how).flatten(1)
+        if self.slopes is not None:
+            q, k = self.slopes.queries(q), self.slopes.keys(k, step.positions)
+        backend.write(cache, k, self._clip(heads.narrow(1, num_qk, s.num_kv_heads)), step)
+        return backend.attend(grown(q, s.growth, step.positions), cache, step, **how)
+
+    def _slopes(self) -> Slopes | None:
+        """
+        Raises:
+            ConfigError: the cache is of int8, whose one scale of a key is too coarse for positions.
+        """
+        s, build = self.spec, self.build
+        if s.slopes is None:
+            return None
+        if build.backend.quantized:
+            raise ConfigError(
+                "kv_cache_dtype is int8, and keys of this network hold positions (ALiBi), which 8 bits are too few"
+                " for; leave it auto"
+            )
+        return Slopes(s.slopes, self.scale, build.dtype, build.device)
 
     def _turn(self) -> Turn | None:
         """The norms and the rotation, where they are one operation; norms have no weights yet."""
         s, norm = self.spec, self.spec.qk_norm
+        if s.clip is not None or s.growth is not None or s.slopes is not None:
+            return None
         per_head = norm is not None and norm.kind == "rms" and not norm.bias and s.qk_norm_span != "full"
         if s.rope is None or self.table is None or (norm is not None and (s.norm_after_rope or not per_head)):
             return None
@@ -72,11 +108,15 @@ class Attention(nn.Module):
         s = self.spec
         if not s.norm_after_rope:
             qk = self._norm(qk)
+        qk = self._clip(qk)
         if s.rope is not None and self.table is not None:
             qk = ops.norm_rope(qk, None, 0.0, *self.table, positions, s.rope.interleaved)
         if s.norm_after_rope:
             qk = self._norm(qk)
         return qk.narrow(1, 0, s.num_heads), qk.narrow(1, s.num_heads, s.num_kv_heads)
+
+    def _clip(self, x: Tensor) -> Tensor:
+        return x if self.spec.clip is None else x.clamp(-self.spec.clip, self.spec.clip)
 
     def _norm(self, qk: Tensor) -> Tensor:
         s = self.spec

@@ -43,6 +43,7 @@ class Decoder(nn.Module):
         self.embed_scale = torch.tensor(s.embed_scale, dtype=dtype).item()  # Gemma's is rounded so
         self.layers = nn.ModuleList(Block(block, self.build) for block in s.blocks)
         self.norm = Norm(s.norm, (s.dim,), self.build)
+        self.embed_norm = Norm(s.embed_norm, (s.dim,), self.build) if s.embed_norm else None
         self.head = Linear(s.dim, {"lm_head": s.vocab_size}, self.build, bias=s.head_bias, least_bits=8)
         self.embedding: Any = None  # once loaded, what `ops.embed` takes, [vocab_size, dim]
         self.positions: Tensor | None = None  # [num_positions, dim]
@@ -57,6 +58,10 @@ class Decoder(nn.Module):
         self.embedding = build.pull(weights, "embed_tokens.weight", s.vocab_size, s.dim)
         if s.num_positions:
             self.positions = build.pull(weights, "embed_positions.weight", s.num_positions, s.dim)
+        if self.embed_norm is not None:
+            self.embed_norm.load(weights, "embed_norm")
+        if s.sinusoids:
+            self.positions = _sinusoids(s, build)
         for i, layer in enumerate(self.layers):
             cast(Block, layer).load(weights, f"layers.{i}")
         self.norm.load(weights, "norm")
@@ -74,6 +79,8 @@ class Decoder(nn.Module):
         x = ops.embed(token_ids, self.embedding, self.embed_scale)
         if self.positions is not None:
             x = x + ops.embed(step.positions + self.spec.position_offset, self.positions)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         norms = [*(cast(Block, layer).attn_norm for layer in self.layers), self.norm]
         y = normed(x, norms[0])
         for layer, cache, following in zip(self.layers, caches, norms[1:], strict=True):
@@ -87,3 +94,11 @@ class Decoder(nn.Module):
         if s.logit_scale != 1.0:
             y = y * s.logit_scale
         return y if s.logit_softcap is None else s.logit_softcap * torch.tanh(y / s.logit_softcap)
+
+
+def _sinusoids(s: spec.Decoder, build: Build) -> Tensor:
+    """Positions that no one learned (Vaswani et al. 2017) [positions, dim]."""
+    angles = torch.arange(build.ropes.num_positions + s.position_offset)[:, None] / 10_000 ** (
+        torch.arange(s.dim // 2, dtype=torch.float64) / s.sinusoids
+    )
+    return torch.cat((angles.sin(), angles.cos()), -1).to(build.device, build.dtype)

@@ -14,6 +14,7 @@ from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
+from quire.layers.rope import grown
 from quire.models import spec
 
 
@@ -66,5 +67,6 @@ class MLA(nn.Module):
         )
         backend.write(cache, torch.cat((self.kv_norm(latent), rotated[:, -1]), -1)[:, None], None, step)
         absorbed = ops.linear(q_nope, self.up_k, None)  # [T, H, kv_rank]
-        y = backend.attend(torch.cat((absorbed, rotated[:, :-1]), -1), cache, step, scale=self.scale)
+        queries = grown(torch.cat((absorbed, rotated[:, :-1]), -1), s.growth, step.positions)
+        y = backend.attend(queries, cache, step, scale=self.scale)
         return ops.linear(y, self.up_v, None).flatten(1)

@@ -1,12 +1,35 @@
 """Feed-forward layers."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
 from quire.models import spec
+
+
+class XIELU(nn.Module):
+    """A parabola above zero and an exponential below, each with a slope that was learned (Huang and Schlag 2024)."""
+
+    def __init__(self, build: Build):
+        super().__init__()
+        self.build = build
+        self.above = self.below = self.beta = self.eps = torch.empty(0)
+
+    def load(self, weights: Weights, name: str) -> None:
+        pull, dtype = self.build.pull, torch.float32
+        self.beta = pull(weights, f"{name}.beta", dtype=dtype)
+        self.eps = pull(weights, f"{name}.eps", dtype=dtype)
+        self.above = F.softplus(pull(weights, f"{name}.alpha_p", 1, dtype=dtype))
+        self.below = F.softplus(pull(weights, f"{name}.alpha_n", 1, dtype=dtype)) + self.beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        below = (torch.minimum(y, self.eps).expm1() - y) * self.below
+        return (torch.where(y > 0, self.above * y.square(), below) + self.beta * y).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -18,10 +41,13 @@ class MLP(nn.Module):
         gate = {"gate_proj": s.hidden} if s.gated else {}
         self.up = Linear(build.dim, gate | {"up_proj": s.hidden}, build, bias=s.bias)
         self.down = Linear(s.hidden, {"down_proj": build.dim}, build, bias=s.bias)
+        self.curve = XIELU(build) if s.act == "xielu" else None
 
     def load(self, weights: Weights, name: str) -> None:
         self.up.load(weights, name)
         self.down.load(weights, name)
+        if self.curve is not None:
+            self.curve.load(weights, f"{name}.act_fn")
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, dim] -> [T, dim]."""
@@ -37,4 +63,5 @@ class MLP(nn.Module):
         """y [T, dim] -> [T, hidden], what `down` takes."""
         if self.spec.gated:
             return ops.normed_act_mul(y.values, y.scale, self.up.weight, self.up.bias, self.spec.act)
-        return ops.act(self.up.of(y), self.spec.act)
+        up = self.up.of(y)
+        return ops.act(up, self.spec.act) if self.curve is None else self.curve(up)

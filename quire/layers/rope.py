@@ -1,4 +1,4 @@
-"""Cosines and sines of rotary position embeddings, for every kind of scaling that specs carry."""
+"""Cosines and sines of rotary position embeddings, for every kind of scaling that specs carry; growth of queries."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quire.errors import UnsupportedModel
-from quire.models.spec import Rope
+from quire.models.spec import Growth, Rope
 
 Scaled = tuple[Tensor, float]  # inverse frequencies [dim / 2], and what cosines and sines are multiplied by
 
@@ -74,6 +74,14 @@ def frequencies(rope: Rope, num_positions: int) -> Scaled:
         case other:
             known = "default, linear, llama3, longrope and yarn"
             raise UnsupportedModel(f"rope_type {other!r} is not known; {known} are")
+
+
+def grown(q: Tensor, growth: Growth | None, positions: Tensor) -> Tensor:
+    """Queries [T, H, D] as spec.Growth has them; positions [T]."""
+    if growth is None:
+        return q
+    factors = 1 + growth.rate * (positions // growth.length).float().log1p()
+    return (q * factors[:, None, None]).to(q.dtype)
 
 
 class RopeTables:

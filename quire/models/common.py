@@ -12,7 +12,7 @@ from typing import Any
 from quire.errors import ModelError, UnsupportedModel
 from quire.log import logger, warn_once
 from quire.models.hf import HF
-from quire.models.spec import MLP, Attention, Block, Decoder, Mixer, MoE, Norm, Rope
+from quire.models.spec import MLP, Attention, Block, Decoder, Growth, Mixer, MoE, Norm, Rope
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -43,7 +43,9 @@ def head_dim(c: HF) -> int:
 
 def plain_head_dim(c: HF) -> int:
     """An equal share of hidden_size, for architectures that know no head_dim."""
-    return _share(c.count("hidden_size", "n_embd"), c.count("num_attention_heads", "n_head"))
+    return _share(
+        c.count("hidden_size", "n_embd", "d_model"), c.count("num_attention_heads", "n_head", "n_heads")
+    )
 
 
 def _share(hidden_size: int, num_heads: int) -> int:
@@ -73,6 +75,13 @@ def attention(c: HF, **changes: Any) -> Attention:
             f"{found.num_kv_heads} key-value heads"
         )
     return found
+
+
+def alibi(num_heads: int) -> tuple[float, ...]:
+    """Slopes of Press et al. 2022: powers of two down to 2 ** -8, every other one first if heads are not a power."""
+    whole = 2 ** math.ceil(math.log2(num_heads))
+    slopes: list[float] = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    return tuple(slopes if whole == num_heads else (slopes[1::2] + slopes[::2])[:num_heads])
 
 
 def kv_heads(c: HF) -> int:
@@ -267,6 +276,13 @@ def _longrope(c: HF, found: Mapping[str, Any], dim: int) -> Mapping[str, object]
         "original_max_position_embeddings": original,
         "attention_factor": gain,
     }
+
+
+def growth(c: HF) -> Growth | None:
+    """Llama 4's, if the rope parameters have it."""
+    found = rope_parameters(c)
+    rate = found.get("llama_4_scaling_beta")
+    return Growth(rate=rate, length=_needed(found, "original_max_position_embeddings")) if rate else None
 
 
 def max_length(c: HF) -> int:

@@ -1,6 +1,7 @@
-"""DeepSeek V2, V3 and R1, Kimi K2: latent attention, grouped routing, shared experts; dots.llm1; Youtu."""
+"""DeepSeek V2, V3 and R1, Kimi K2: latent attention, grouped routing, shared experts; dots.llm1; Youtu; MiniCPM 3."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from quire.errors import ModelError
@@ -8,6 +9,7 @@ from quire.models.common import (
     attention,
     biases,
     decoder,
+    growth,
     layer_types,
     mlp,
     pre_norm,
@@ -19,8 +21,8 @@ from quire.models.common import (
     yarn_mscale,
 )
 from quire.models.hf import HF
-from quire.models.names import LLAMA, Names
-from quire.models.spec import MLA, Attention, Block, Decoder, MoE, Norm
+from quire.models.names import LLAMA, STACKED, Names, Split
+from quire.models.spec import MLA, Attention, Block, Decoder, MoE, Norm, Rope
 
 LATENT_EPS = 1e-6  # the norms of latents do not follow rms_norm_eps
 RENAMES = (*LLAMA, (r"\.shared_experts\.", ".shared."))
@@ -61,6 +63,22 @@ def youtu(c: HF) -> tuple[Decoder, Names]:
     return decoder(c, block, norm, tied=tied_by_default(c)), Names(renames=LLAMA)
 
 
+def minicpm3(c: HF) -> tuple[Decoder, Names]:
+    """Youtu with multipliers at the ends and at each sublayer, which depend on width and depth (Hu et al. 2024)."""
+    norm, dim, num_layers = (
+        Norm(eps=c.number("rms_norm_eps")),
+        c.count("hidden_size"),
+        c.count("num_hidden_layers"),
+    )
+    v_dim = c.v_head_dim or dim // c.count("num_attention_heads")
+    mixer = latent_attention(c, v_dim, interleaved=False)
+    depth, base = c.get("scale_depth", 1.4), c.get("dim_model_base", 256)
+    residual = 1.0 if depth is None else depth / num_layers**0.5
+    block = pre_norm(mixer, mlp(c, bias=bool(c.mlp_bias)), norm, residual_scale=residual)
+    scales = {"embed_scale": c.get("scale_emb", 12), "logit_scale": 1.0 if base is None else base / dim}
+    return decoder(c, block, norm, **scales, tied=tied_by_default(c)), Names(renames=LLAMA)
+
+
 def dots1(c: HF) -> tuple[Decoder, Names]:
     norm, sliding = Norm(eps=c.number("rms_norm_eps")), window(c)
     local = layer_types(c, lambda i: sliding is not None and i >= c.get("max_window_layers", 62))
@@ -87,12 +105,35 @@ def mostly_experts(
     return decoder(c, block, norm)
 
 
-def latent_attention(c: HF, **changes: Any) -> MLA:
-    """Latent attention with the usual keys; `changes` are fields of its Rope."""
+def mistral4(c: HF) -> tuple[Decoder, Names]:
+    """Softmax scores, all experts one group; queries grow with their position."""
+    c.need("rope_parameters", "rope_scaling")  # Hugging Face's own default is a YaRN of one model
+    for key in ("n_group", "topk_group"):
+        c.refuse((value := c.get(key, 1)) != 1, f"{key}={value}")
+    moe = MoE(
+        num_experts=c.count("n_routed_experts", "num_local_experts"),
+        top_k=c.count("num_experts_per_tok"),
+        expert=mlp(c, hidden=c.count("moe_intermediate_size")),
+        renorm=bool(c.get("norm_topk_prob", True)),
+        scale=c.number("routed_scaling_factor"),
+        shared=shared_experts(c),
+    )
+    rope_dim = c.count("qk_rope_head_dim")
+    size = rope_dim + c.count("qk_nope_head_dim")
+    rotary = rope(c, size, partial=rope_dim / size, interleaved=bool(c.get("rope_interleave", True)))
+    c.refuse(rotary.dim != rope_dim, f"rotary embedding of {rotary.dim} dimensions of {rope_dim}")
+    mixer = replace(latent_attention(c, rotary=rotary), growth=growth(c))
+    splits = {"gate_up_proj": Split({"gate_proj": moe.expert.hidden, "up_proj": moe.expert.hidden})}
+    spec = mostly_experts(c, mixer, moe, first_dense(c))
+    return spec, Names(renames=RENAMES, splits=splits, stacked=STACKED)
+
+
+def latent_attention(c: HF, v_dim: int | None = None, rotary: Rope | None = None, **changes: Any) -> MLA:
+    """Latent attention with the usual keys, and what they do not tell; `changes` are fields of its Rope."""
     c.refuse_if_set("attention_bias")
     c.skip("head_dim", "qk_head_dim", "num_key_value_heads")  # follow from the other sizes
     rope_dim, nope_dim = c.count("qk_rope_head_dim"), c.count("qk_nope_head_dim")
-    if "interleaved" not in changes:
+    if rotary is None and "interleaved" not in changes:
         changes["interleaved"] = bool(c.get("rope_interleave", True))
     return MLA(
         num_heads=c.count("num_attention_heads"),
@@ -100,8 +141,8 @@ def latent_attention(c: HF, **changes: Any) -> MLA:
         kv_rank=c.count("kv_lora_rank"),
         nope_dim=nope_dim,
         rope_dim=rope_dim,
-        v_dim=c.count("v_head_dim"),
-        rope=rope(c, rope_dim, **changes),
+        v_dim=v_dim or c.count("v_head_dim"),
+        rope=rotary or rope(c, rope_dim, **changes),
         norm=Norm(eps=LATENT_EPS),
         scale=_stretched_scale(c, nope_dim + rope_dim),
     )
@@ -134,10 +175,13 @@ def first_dense(c: HF) -> list[bool]:
     return [i < first for i in range(c.count("num_hidden_layers"))]
 
 
-def dense_layers(c: HF) -> list[bool]:
-    """For each layer, whether it has no experts, for architectures whose config may list that."""
+def dense_layers(c: HF, usual: int = 1) -> list[bool]:
+    """For each layer, whether it has no experts, for architectures whose config may list that.
+
+    `usual`: how many of the first have none where the config says nothing.
+    """
     num_layers, kinds = c.count("num_hidden_layers"), c.mlp_layer_types
-    first = c.get("first_k_dense_replace", 1)
+    first = c.get("first_k_dense_replace", usual)
     if kinds is None:
         return [i < first for i in range(num_layers)]
     unknown = sorted(set(map(str, kinds)) - {"dense", "sparse"})

@@ -69,9 +69,17 @@ def _scales(c: HF) -> dict[str, float]:
 
 
 def granite_moe(c: HF) -> tuple[Decoder, Names]:
-    """Its softmax over the chosen experts is one over all, renormalised. A layer's experts are two tensors."""
     c.refuse_if_set("mlp_bias")
-    dense, _ = granite(c)
+    return _with_experts(c, granite(c)[0])
+
+
+def granite_moe_swa(c: HF) -> tuple[Decoder, Names]:
+    c.refuse_if_set("mlp_bias")
+    return _with_experts(c, replace(granite_swa(c)[0], tied=bool(c.tie_word_embeddings)))
+
+
+def _with_experts(c: HF, dense: Decoder) -> tuple[Decoder, Names]:
+    """Their softmax over the chosen experts is one over all, renormalised. A layer's experts are two tensors."""
     hidden, shared = c.count("intermediate_size"), c.get("shared_intermediate_size", 0)
     moe = MoE(
         num_experts=c.count("num_local_experts"),
@@ -81,7 +89,8 @@ def granite_moe(c: HF) -> tuple[Decoder, Names]:
     )
     renames = (
         *LLAMA,
-        (r"\.block_sparse_moe\.router\.layer\.", ".mlp.gate."),
+        (r"\.block_sparse_moe\.router\.(layer\.)?", ".mlp.gate."),
+        (r"\.block_sparse_moe\.experts\.", ".mlp.experts."),
         (r"\.block_sparse_moe\.input_linear\.weight$", ".mlp.experts.gate_up_proj"),
         (r"\.block_sparse_moe\.output_linear\.weight$", ".mlp.experts.down_proj"),
         (r"\.shared_mlp\.output_linear\.", ".mlp.shared.down_proj."),

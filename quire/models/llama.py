@@ -1,9 +1,12 @@
 """Llama and the models that are Llama with one thing changed."""
 
+from dataclasses import replace
+
 from quire.models.common import (
     attention,
     biases,
     decoder,
+    growth,
     head_dim,
     kv_heads,
     layer_types,
@@ -15,7 +18,7 @@ from quire.models.common import (
 )
 from quire.models.hf import HF
 from quire.models.names import LLAMA, Names
-from quire.models.spec import Block, Decoder, Norm, Rope
+from quire.models.spec import MLP, Block, Decoder, Norm, Rope
 
 CWM_THETA = 1_000_000.0
 CWM_SCALING = {
@@ -34,11 +37,73 @@ def llama(c: HF) -> tuple[Decoder, Names]:
     return decoder(c, block, norm), Names(renames=LLAMA)
 
 
+def internlm3(c: HF) -> tuple[Decoder, Names]:
+    """Llama, with names of its own for the keys of biases, which are all there or none."""
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    bias, others = bool(c.get("qkv_bias", c.attention_bias)), bool(c.get("bias", c.mlp_bias))
+    c.refuse(bias != others, "attention_bias (qkv_bias) other than mlp_bias (bias)")
+    attn = attention(c, head_dim=c.count("head_dim"), bias=bias, out_bias=bias)
+    return decoder(c, pre_norm(attn, mlp(c, bias=bias), norm), norm), Names(renames=LLAMA)
+
+
+def iquest_coder(c: HF) -> tuple[Decoder, Names]:
+    c.refuse_if_set("clip_qkv", "use_sliding_window")
+    for key in ("head_dim", "num_key_value_heads"):  # Hugging Face's defaults are those of one model
+        c.count(key)
+    return llama(c)
+
+
 def mistral(c: HF) -> tuple[Decoder, Names]:
     """Every layer is local, unless sliding_window is null; an absent one means 4096."""
     norm = Norm(eps=c.number("rms_norm_eps"))
     block = pre_norm(attention(c, window=window(c)), mlp(c), norm)
     return decoder(c, block, norm), Names(renames=LLAMA)
+
+
+def internlm(c: HF) -> tuple[Decoder, Names]:
+    """One setting for the biases of attention."""
+    bias = bool(c.get("bias", True))
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    attn = attention(c, num_kv_heads=kv_heads(c), bias=bias, out_bias=bias)
+    return decoder(c, pre_norm(attn, mlp(c), norm), norm), Names(renames=LLAMA)
+
+
+def apertus(c: HF) -> tuple[Decoder, Names]:
+    """Norms of queries and keys; a feed-forward layer that is not gated, with a curve that was learned."""
+    c.need("rope_parameters", "rope_scaling")  # Hugging Face's own default is of one model
+    c.refuse((act := c.get("hidden_act", "xielu")) != "xielu", f"hidden_act={act!r}")
+    c.refuse(not c.get("qk_norm", True), "qk_norm=false")
+    c.refuse_if_set("post_norm", "mlp_bias")
+    norm, rotary = Norm(eps=c.number("rms_norm_eps")), rope(c, head_dim(c), theta=12_000_000.0)
+    attn = attention(c, num_kv_heads=kv_heads(c), rope=rotary, qk_norm=norm, **biases(c))
+    feed_forward = MLP(hidden=c.count("intermediate_size"), act="xielu", gated=False)
+    renames = (
+        (r"\.attention_layernorm\.", ".attn_norm."),
+        (r"\.feedforward_layernorm\.", ".mlp_norm."),
+        *LLAMA,
+    )
+    return decoder(c, pre_norm(attn, feed_forward, norm), norm), Names(renames=renames)
+
+
+def nanochat(c: HF) -> tuple[Decoder, Names]:
+    """Norms without weights, of embeddings too. Queries and keys turn backwards.
+
+    They are normalised after that, which without weights is the same as before.
+    """
+    norm, size = Norm(eps=c.number("rms_norm_eps"), weight=False), head_dim(c)
+    rotary = rope(c, size)
+    c.refuse(rotary.scaling is not None, "rotary embedding with a scaling")
+    backwards = replace(rotary, scaling={"rope_type": "linear", "factor": -1.0})
+    own = {
+        "rope": backwards,
+        "qk_norm": norm,
+        "num_kv_heads": kv_heads(c),
+        **biases(c),
+    }
+    block = pre_norm(attention(c, **own), mlp(c, gated=False), norm)
+    cap = c.get("final_logit_softcapping", 15.0)
+    renames = (*LLAMA, (r"\.fc1\.", ".up_proj."), (r"\.fc2\.", ".down_proj."))
+    return decoder(c, block, norm, embed_norm=norm, logit_softcap=cap), Names(renames=renames)
 
 
 def ministral(c: HF) -> tuple[Decoder, Names]:
@@ -49,6 +114,15 @@ def ministral(c: HF) -> tuple[Decoder, Names]:
     def block(i: int) -> Block:
         return pre_norm(attention(c, window=window(c, local[i])), mlp(c), norm)
 
+    return decoder(c, block, norm), Names(renames=LLAMA)
+
+
+def ministral3(c: HF) -> tuple[Decoder, Names]:
+    """Every layer is local or none; queries grow with their position."""
+    c.need("rope_parameters", "rope_scaling")  # Hugging Face's own default is a YaRN of one model
+    c.stated("head_dim")
+    norm = Norm(eps=c.number("rms_norm_eps"))
+    block = pre_norm(attention(c, window=c.sliding_window, growth=growth(c)), mlp(c), norm)
     return decoder(c, block, norm), Names(renames=LLAMA)
 
 

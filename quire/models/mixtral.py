@@ -1,9 +1,13 @@
-"""Mixtral: Mistral with experts in every layer; and MiniMax M2, which stores its experts likewise."""
+"""Mixtral: Mistral with experts in every layer; MiniMax M2 and Phi 3.5 MoE, which store their experts likewise."""
 
-from quire.models.common import attention, decoder, head_dim, mlp, pre_norm, rope
+from dataclasses import replace
+
+from quire.models.common import attention, decoder, head_dim, mlp, pre_norm, rope, rope_parameters
 from quire.models.hf import HF
 from quire.models.names import CORRECTION, LLAMA, Names
-from quire.models.spec import Decoder, MoE, Norm
+from quire.models.spec import Decoder, MoE, Norm, Rope
+
+JITTER = 0.01  # that experts are weighed with
 
 RENAMES = (
     *LLAMA,
@@ -19,6 +23,31 @@ def mixtral(c: HF) -> tuple[Decoder, Names]:
     moe = MoE(num_experts=c.count("num_local_experts"), top_k=c.count("num_experts_per_tok"), expert=mlp(c))
     attn = attention(c, window=c.sliding_window, rope=rope(c, head_dim(c), theta=1_000_000.0))
     return decoder(c, pre_norm(attn, moe, norm), norm), Names(renames=RENAMES)
+
+
+def phi_moe(c: HF) -> tuple[Decoder, Names]:
+    """Layer norms, biases of attention and the head, and experts that are weighed one by one (Abdin et al. 2024)."""
+    c.skip("input_jitter_noise")
+    for key, known in (("router_jitter_noise", JITTER), ("num_experts_per_tok", 2)):
+        c.refuse((value := c.get(key, known)) != known, f"{key}={value}")
+    norm, bias = Norm(kind="layer", eps=c.number("rms_norm_eps"), bias=True), bool(c.attention_bias)
+    moe = MoE(
+        num_experts=c.count("num_local_experts"), top_k=2, expert=mlp(c), score="sparse_mixer", renorm=False
+    )
+    attn = attention(c, window=c.sliding_window, rope=_phi_rope(c), bias=bias, out_bias=bias)
+    spec = decoder(c, pre_norm(attn, moe, norm), norm, head_bias=bool(c.lm_head_bias))
+    return spec, Names(renames=(*RENAMES, (r"\.mlp\.router\.", ".mlp.gate.")))
+
+
+def _phi_rope(c: HF) -> Rope:
+    """What cosines and sines are multiplied by is stated, once for short and once for long sequences."""
+    rotary, found = rope(c, head_dim(c), theta=1_000_000.0), rope_parameters(c)
+    if rotary.scaling is None:
+        return rotary
+    short, long = found.get("short_mscale"), found.get("long_mscale")
+    c.refuse(rotary.scaling["rope_type"] != "longrope", f"rope_type {rotary.scaling['rope_type']!r}")
+    c.refuse(short is None or short != long, f"short_mscale={short} with long_mscale={long}")
+    return replace(rotary, scaling={**rotary.scaling, "attention_factor": short})
 
 
 def minimax_m2(c: HF) -> tuple[Decoder, Names]:

@@ -1,4 +1,4 @@
-"""OLMo 1, 2, 3, OLMoE and FlexOlmo, and EXAONE 4, whose norms follow the sublayers as OLMo 2's do; K-EXAONE."""
+"""OLMo 1, 2, 3, OLMoE, FlexOlmo; EXAONE 4, whose norms follow sublayers as OLMo 2's do; K-EXAONE and Kolibri."""
 
 from collections.abc import Callable
 
@@ -29,9 +29,8 @@ POST_NORM = (
 
 def olmo(c: HF) -> tuple[Decoder, Names]:
     """Layer norms without parameters."""
-    c.refuse_if_set("clip_qkv")
     norm = Norm(kind="layer", eps=1e-5, weight=False)
-    attn = attention(c, num_kv_heads=kv_heads(c), **biases(c))
+    attn = attention(c, num_kv_heads=kv_heads(c), clip=c.clip_qkv, **biases(c))
     return decoder(c, pre_norm(attn, mlp(c), norm), norm), Names(renames=LLAMA)
 
 
@@ -66,10 +65,37 @@ def exaone_moe(c: HF) -> tuple[Decoder, Names]:
     return spec, Names(renames=(*RENAMES, CORRECTION), ignored=(r"^mtp\.",))
 
 
-def _exaone_attention(c: HF) -> Callable[[int], Attention]:
-    """Where some layers are local, the others have no rotary embedding."""
-    norm, sliding = Norm(eps=c.number("rms_norm_eps")), window(c)
-    pattern = c.get("sliding_window_pattern", 4)
+def kolibri1(c: HF) -> tuple[Decoder, Names]:
+    """EXAONE 4's attention with norms around each sublayer; a correction of logits, not scores, picks the experts."""
+    c.count("head_dim")
+    c.skip("intermediate_size")  # of layers without experts
+    norm, mixer = Norm(eps=c.number("rms_norm_eps")), _exaone_attention(c, size=513, every=5)
+    moe = MoE(
+        num_experts=c.count("num_experts", "num_local_experts"),
+        top_k=c.count("num_experts_per_tok"),
+        expert=mlp(c, hidden=c.count("moe_intermediate_size")),
+        score="sigmoid_topk",
+        renorm=bool(c.norm_topk_prob),
+        correction=True,
+        shared=mlp(c, hidden=c.count("shared_expert_intermediate_size")),
+    )
+
+    def block(i: int) -> Block:
+        return pre_norm(mixer(i), moe, norm, attn_post_norm=norm, mlp_post_norm=norm)
+
+    renames = (
+        (r"\.(post_self_attn_layernorm|post_attn_norm)\.", ".attn_post_norm."),
+        (r"\.(post_mlp_layernorm|post_ffn_norm)\.", ".mlp_post_norm."),
+        (r"\.(moe|mlp)\.router\.expert_bias$", ".mlp.gate.e_score_correction_bias"),
+        *RENAMES,
+    )
+    return decoder(c, block, norm), Names(renames=renames)
+
+
+def _exaone_attention(c: HF, size: int = 4096, every: int = 4) -> Callable[[int], Attention]:
+    """Where some layers are local, the others have no rotary embedding. `size` of windows, if the config has none."""
+    norm, sliding = Norm(eps=c.number("rms_norm_eps")), c.get("sliding_window", size) or None
+    pattern = c.get("sliding_window_pattern", every)
     unclear = not c.layer_types and not isinstance(pattern, int)
     c.refuse(unclear, f"sliding_window_pattern={pattern!r} without layer_types")
     local = layer_types(c, lambda i: sliding is not None and (i + 1) % pattern != 0)
@@ -77,16 +103,22 @@ def _exaone_attention(c: HF) -> Callable[[int], Attention]:
 
     def mixer(i: int) -> Attention:
         here = rotary if local[i] or sliding is None else None
-        return attention(c, rope=here, window=window(c, local[i]), qk_norm=norm)
+        return attention(c, rope=here, window=sliding if local[i] else None, qk_norm=norm)
 
     return mixer
 
 
 def olmoe(c: HF) -> tuple[Decoder, Names]:
     """Every layer has experts of intermediate_size; q and k are normalised over all heads together."""
-    c.refuse_if_set("clip_qkv")
     norm = Norm(eps=c.number("rms_norm_eps"))
-    attn = attention(c, qk_norm=norm, qk_norm_span="full", num_kv_heads=kv_heads(c), **biases(c))
+    own = {
+        "qk_norm": norm,
+        "qk_norm_span": "full",
+        "clip": c.clip_qkv,
+        "num_kv_heads": kv_heads(c),
+        **biases(c),
+    }
+    attn = attention(c, **own)
     return decoder(c, pre_norm(attn, _experts(c), norm), norm), Names(renames=LLAMA)
 
 

@@ -4,7 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Foreign, Mixer, MoE, Norm, ShortConv, Spec
+from quire.models.spec import (
+    ALIBI_DIMS,
+    MLA,
+    MLP,
+    Attention,
+    Block,
+    Decoder,
+    Foreign,
+    Mixer,
+    MoE,
+    Norm,
+    ShortConv,
+    Spec,
+)
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
@@ -18,6 +31,7 @@ def parameter_shapes(spec: Spec) -> Named:
     yield "embed_tokens.weight", (spec.vocab_size, spec.dim)
     if spec.num_positions:
         yield "embed_positions.weight", (spec.num_positions, spec.dim)
+    yield from _within("embed_norm", _norm(spec.embed_norm, (spec.dim,)))
     for i, block in enumerate(spec.blocks):
         yield from _within(f"layers.{i}", block_shapes(block, spec.dim))
     yield from _within("norm", _norm(spec.norm, (spec.dim,)))
@@ -64,7 +78,9 @@ def kv_values_per_token(block: Block) -> int:
     mixer = block.mixer
     if isinstance(mixer, MLA):
         return mixer.kv_rank + mixer.rope_dim
-    return 2 * mixer.num_kv_heads * mixer.head_dim if isinstance(mixer, Attention) else 0
+    if isinstance(mixer, Attention):
+        return mixer.num_kv_heads * (2 * mixer.head_dim + (ALIBI_DIMS if mixer.slopes else 0))
+    return 0
 
 
 def kv_bytes_per_token(spec: Decoder, value_bytes: int = 2) -> int:
@@ -114,6 +130,8 @@ def _attention(s: Attention, dim: int) -> Named:
         yield from _within(f"{name}_norm", _norm(s.qk_norm, spans[s.qk_norm_span]))
     if s.sinks:
         yield "sinks", (s.num_heads,)
+    if s.gate:
+        yield from _linear("gate_proj", s.num_heads * (1 if s.gate_per_head else s.head_dim), dim)
     yield from _linear("o_proj", dim, s.num_heads * s.head_dim, s.out_bias)
 
 
@@ -143,6 +161,13 @@ def _mlp(s: MLP, dim: int) -> Named:
     if s.gated:
         yield from _linear("gate_proj", s.hidden, dim, s.bias)
     yield from _linear("up_proj", s.hidden, dim, s.bias)
+    if s.act == "xielu":
+        yield from (
+            ("act_fn.alpha_p", (1,)),
+            ("act_fn.alpha_n", (1,)),
+            ("act_fn.beta", ()),
+            ("act_fn.eps", ()),
+        )
     yield from _linear("down_proj", dim, s.hidden, s.bias)
 
 

@@ -1,15 +1,27 @@
-"""Qwen 2 and 3, dense and mixture-of-experts. Qwen 2 has biases on q, k and v; Qwen 3 normalises q and k."""
+"""Qwen 2 (biases on q, k and v) and 3 (norms of q and k), dense and mixture-of-experts; Mellum 2 and Flint."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from quire.models.common import attention, biases, decoder, layer_types, mlp, pre_norm, window
+from quire.models.common import attention, biases, decoder, layer_types, mlp, pre_norm, rope, window
+from quire.models.deepseek import dense_layers
 from quire.models.hf import HF
 from quire.models.names import LLAMA, Names
 from quire.models.spec import MLP, Block, Decoder, MoE, Norm
 
+LOCAL_THETA, GLOBAL_THETA = 10_000.0, 500_000.0  # of Mellum's layers, unless the config says otherwise
+
 
 def qwen2(c: HF) -> tuple[Decoder, Names]:
     return _dense(c, bias=True), Names(renames=LLAMA)
+
+
+def mimo(c: HF) -> tuple[Decoder, Names]:
+    """Qwen 2 with layers that predict further tokens, which are left out."""
+    c.refuse(not c.get("attention_bias", True), "attention_bias=false")
+    c.skip("num_nextn_predict_layers")
+    return _dense(c, bias=True), Names(renames=LLAMA, ignored=(r"^mtp_layers\.",))
 
 
 def qwen3(c: HF) -> tuple[Decoder, Names]:
@@ -47,6 +59,46 @@ def qwen3_moe(c: HF) -> tuple[Decoder, Names]:
     return decoder(c, block, norm), Names(renames=LLAMA)
 
 
+def mellum(c: HF) -> tuple[Decoder, Names]:
+    """Qwen 3's experts; local layers are listed and have a rotary embedding of their own."""
+    c.skip("num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types")  # layers that predict further tokens
+    norm, size = Norm(eps=c.number("rms_norm_eps")), c.count("head_dim")
+    moe = _experts(c, renorm=True)
+    local, is_dense = layer_types(c, lambda i: False), dense_layers(c, usual=0)
+
+    def block(i: int) -> Block:
+        rotary = rope(c, size, local=local[i], theta=LOCAL_THETA if local[i] else GLOBAL_THETA)
+        sliding = c.get("sliding_window", 1024) or None if local[i] else None
+        mixer = attention(c, head_dim=size, rope=rotary, window=sliding, qk_norm=norm, **biases(c))
+        return pre_norm(mixer, mlp(c) if is_dense[i] else moe, norm)
+
+    return decoder(c, block, norm), Names(renames=LLAMA, ignored=(r"^mtp\.",))
+
+
+def flint(c: HF) -> tuple[Decoder, Names]:
+    """Sinks in every layer, sigmoid scores; only local layers have a rotary embedding."""
+    norm, size, last = (
+        Norm(eps=c.number("rms_norm_eps")),
+        c.count("head_dim"),
+        c.count("num_hidden_layers") - 1,
+    )
+    local = layer_types(c, lambda i: i >= 2 and i % 4 != 1 and i != last)
+    shared = mlp(c, hidden=c.count("shared_expert_intermediate_size"))
+    moe = replace(_experts(c, shared=shared, renorm=True), score="sigmoid")
+    rotary = rope(c, size)
+    sliding = c.get("sliding_window", 513)
+    dense = c.mlp_only_layers
+    is_dense = (0, 1) if dense is None else dense
+
+    def block(i: int) -> Block:
+        here = {"rope": rotary, "window": sliding} if local[i] else {"rope": None}
+        mixer = attention(c, head_dim=size, qk_norm=norm, sinks=True, **here, **biases(c))
+        return pre_norm(mixer, moe if _is_sparse(c, i, is_dense) else mlp(c), norm)
+
+    renames = (*LLAMA, (r"\.shared_expert\.", ".shared."), (r"\.softmax_offset$", ".sinks"))
+    return decoder(c, block, norm), Names(renames=renames)
+
+
 def _dense(c: HF, **own: Any) -> Decoder:
     """Layers from max_window_layers on are local, if any are."""
     norm, feed_forward = Norm(eps=c.number("rms_norm_eps")), mlp(c)
@@ -59,16 +111,18 @@ def _dense(c: HF, **own: Any) -> Decoder:
     return decoder(c, block, norm)
 
 
-def _experts(c: HF, shared: MLP | None = None, shared_gate: bool = False) -> MoE:
+def _experts(c: HF, shared: MLP | None = None, shared_gate: bool = False, renorm: bool = False) -> MoE:
+    """`renorm`: what an absent norm_topk_prob means."""
     return MoE(
         num_experts=c.count("num_experts", "num_local_experts"),
         top_k=c.count("num_experts_per_tok"),
         expert=mlp(c, hidden=c.count("moe_intermediate_size")),
-        renorm=bool(c.norm_topk_prob),
+        renorm=bool(c.get("norm_topk_prob", renorm)),
         shared=shared,
         shared_gate=shared_gate,
     )
 
 
-def _is_sparse(c: HF, layer: int) -> bool:
-    return layer not in (c.mlp_only_layers or ()) and (layer + 1) % c.get("decoder_sparse_step", 1) == 0
+def _is_sparse(c: HF, layer: int, dense: Sequence[int] | None = None) -> bool:
+    dense = c.mlp_only_layers or () if dense is None else dense
+    return layer not in dense and (layer + 1) % c.get("decoder_sparse_step", 1) == 0

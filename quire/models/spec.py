@@ -7,6 +7,8 @@ Parameter names follow from the structure (`layers.3.mixer.q_proj.weight`); `nam
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+ALIBI_DIMS = 6  # that a key has more where scores fall with the distance; see layers/alibi.py
+
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
@@ -30,8 +32,19 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Growth:
+    """Queries at position p are multiplied by 1 + rate * log(1 + p // length), so that long sequences stay sharp."""
+
+    rate: float
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Multi-head, grouped-query or multi-query attention, causal. Parameters: {q,k,v,o}_proj, {q,k}_norm, sinks."""
+    """Multi-head, grouped-query or multi-query attention, causal.
+
+    Parameters: {q,k,v,o}_proj, gate_proj, {q,k}_norm, sinks.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -44,10 +57,17 @@ class Attention:
         "head"  # what one norm sees: head | full (all heads) | heads (a head; a weight per head)
     )
     norm_after_rope: bool = False
+    clip: float | None = None  # queries and keys, normalised but not yet rotated, and values stay within it
     window: int | None = None  # positions a token sees, itself included
     scale: float | None = None  # None: head_dim ** -0.5
+    growth: Growth | None = None  # of queries
     softcap: float | None = None
     sinks: bool = False  # a learned logit per head that takes part in the softmax only
+    slopes: tuple[float, ...] | None = None  # what a head's scores fall by per position of distance (ALiBi)
+    gate: str | None = (
+        None  # sigmoid | softplus, of a product of the input: what heads found is multiplied by it
+    )
+    gate_per_head: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +83,7 @@ class MLA:
     rope: Rope
     norm: Norm
     scale: float | None = None  # None: (nope_dim + rope_dim) ** -0.5
+    growth: Growth | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +99,13 @@ class ShortConv:
 
 @dataclass(frozen=True, kw_only=True)
 class MLP:
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated.
+
+    xielu (Huang and Schlag 2024) has parameters of its own and is not for gates or experts: act_fn.*.
+    """
 
     hidden: int
-    act: str = "silu"  # silu | gelu | gelu_pytorch_tanh | gelu_new | relu | relu2
+    act: str = "silu"  # silu | gelu | gelu_pytorch_tanh | gelu_new | relu | relu2 | xielu
     gated: bool = True
     bias: bool = False
 
@@ -93,7 +117,7 @@ class MoE:
     num_experts: int
     top_k: int
     expert: MLP
-    score: str = "softmax"  # softmax | sigmoid | softmax_topk (softmax over the chosen logits)
+    score: str = "softmax"  # softmax | sigmoid | {softmax,sigmoid}_topk (of the chosen logits) | sparse_mixer
     renorm: bool = True
     scale: float = 1.0
     groups: int = 1
@@ -123,7 +147,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A decoder-only language model. Parameters: embed_tokens, embed_positions, layers.N.*, norm, lm_head."""
+    """A decoder-only language model. Parameters: embed_{tokens,positions,norm}, layers.N.*, norm, lm_head."""
 
     vocab_size: int
     dim: int
@@ -131,8 +155,10 @@ class Decoder:
     blocks: tuple[Block, ...]
     norm: Norm
     embed_scale: float = 1.0
+    embed_norm: Norm | None = None
     num_positions: int = 0  # rows of learned absolute positions, if any
     position_offset: int = 0  # OPT starts at 2
+    sinusoids: int = 0  # computed positions: sines, then cosines of position / 10000 ** (j / sinusoids)
     tied: bool = False  # the head is the embedding
     head_bias: bool = False
     logit_scale: float = 1.0

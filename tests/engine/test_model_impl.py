@@ -24,7 +24,7 @@ CASES = (
         BY_NAME[name]
         for name in ("Gemma3", "GptOss", "DeepseekV3", "GPT2", "Mixtral", "Qwen2Moe", "Llama-tied")
     ),
-    Case("BioGpt", SIZES | {"intermediate_size": 112, "max_position_embeddings": 64}),
+    Case("DiffLlama", SIZES | {"intermediate_size": 112, "max_position_embeddings": 64}),
 )
 
 
@@ -78,7 +78,7 @@ def test_a_class_without_a_family_takes_the_other_road(tmp_path: Path) -> None:
     build_hf(CASES[-1], tmp_path)
     with LLM(str(tmp_path), **ENGINE) as llm:
         assert isinstance(llm.spec, Foreign)
-    with pytest.raises(UnsupportedModel, match="BioGptForCausalLM, so it is not native.*transformers"):
+    with pytest.raises(UnsupportedModel, match="DiffLlamaForCausalLM, so it is not native.*transformers"):
         LLM(str(tmp_path), **ENGINE, model_impl="native")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
-from tests.models.cases import BY_NAME, CASES, VOCAB_SIZE, Case, build_hf
+from tests.models.cases import BY_NAME, CASES, MAX_LENGTH, VOCAB_SIZE, Case, build_hf
 
 NUM_OUTPUTS = 6
 TOLERANCE = 2e-4
@@ -35,7 +35,8 @@ def make_prompts(vocab_size: int = VOCAB_SIZE, longer_than: int = 0) -> list[lis
 def prompts_of(case: Case) -> list[list[int]]:
     """Longrope rotates by other angles past the original length; Hugging Face decides anew for each sequence."""
     rope = case.values.get("rope_parameters", {})
-    return make_prompts(longer_than=rope["original_max_position_embeddings"] if "long_factor" in rope else 0)
+    original = rope["original_max_position_embeddings"] if "long_factor" in rope else MAX_LENGTH
+    return make_prompts(longer_than=original if original < MAX_LENGTH else 0)
 
 
 @torch.inference_mode()

@@ -43,6 +43,8 @@ RULES = {
     "all": Rule(12),
     "chosen only": Rule(4, "softmax_topk"),
     "sigmoid": Rule(3, "sigmoid", scale=2.5),
+    "sigmoid of the chosen": Rule(3, "sigmoid_topk", scale=2.5),
+    "one by one": Rule(2, "sparse_mixer", renorm=False),
     "groups": Rule(2, "softmax", renorm=False, groups=4, top_groups=1),
     "corrected groups": Rule(4, "sigmoid", scale=2.5, groups=4, top_groups=2),
     "odd groups": Rule(4, "sigmoid", groups=3, top_groups=2),

@@ -59,6 +59,11 @@ GPT = {"vocab_size": VOCAB_SIZE, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_po
 GPT |= {key: SIZES[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
 FALCON = {**SIZES, "hidden_size": 128, "num_attention_heads": 4}
 GROUPS_OF_HEADS = {"new_decoder_architecture": True, "num_kv_heads": 2}
+BLOOM = {key: value for key, value in FALCON.items() if not key.startswith(("num_", "max_"))}
+BLOOM |= {"n_layer": 4, "n_head": 4}
+XGLM = {key: SIZES[key] for key in ("vocab_size", "max_position_embeddings", "pad_token_id")}
+XGLM |= {"d_model": 128, "ffn_dim": 176, "num_layers": 4, "attention_heads": 4}
+MPT = {"d_model": 128, "n_heads": 4, "n_layers": 4, "max_seq_len": MAX_LENGTH, "vocab_size": VOCAB_SIZE}
 LOCAL = {"sliding_window": 5}
 SLIDING = LOCAL | {"use_sliding_window": True}
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
@@ -114,11 +119,29 @@ MULTIPLIERS = {
 }
 LOCAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
 BY_THE_BEST = {"topk_method": "group_limited_greedy", "num_experts_per_tok": 3, "norm_topk_prob": False}
-STRETCHED = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}
+MSCALES = {"mscale": 0.7, "mscale_all_dim": 1.3}
+STRETCHED = {"rope_parameters": YARN | MSCALES}
+GROWING = YARN | {"llama_4_scaling_beta": 0.5}
+SHORT = LONGROPE | {PRETRAINED: MAX_LENGTH, "short_mscale": 1.3, "long_mscale": 1.3}
+TRINITY = {"mup_enabled": True, "route_scale": 1.5, "attention_bias": True}
+LAGUNA = {
+    "rope_parameters": PER_TYPE,
+    "num_attention_heads_per_layer": [4, 2, 6, 4],
+    "moe_routed_scaling_factor": 1.5,
+    "shared_expert_intermediate_size": 56,
+    "gating": "per-element",
+}
+LAGUNA_PLAIN = {"shared_expert_intermediate_size": 56, "attention_bias": True}
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
 SOME_DENSE = {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]}
 ALL_SPARSE = {key: value for key, value in GROUPS.items() if key != "first_k_dense_replace"}
 ROUTING = {key: value for key, value in GROUPS.items() if key not in ("n_routed_experts", "n_shared_experts")}
 SHARED = {"num_shared_experts": 2}
+FEW_EXPERTS = {key: EXPERTS[key] for key in ("num_experts", "num_experts_per_tok")}
+MUP = {"scale_emb": 3.0, "scale_depth": 0.6, "dim_model_base": 32}
+ROPE_BASES = {"layer_rope_theta": [500.0, 0, 5000.0, 500.0]}
+NEO = {key: value for key, value in PLAIN.items() if key not in ("num_hidden_layers", "num_attention_heads")}
+NEO |= {"num_layers": 4, "num_heads": 4, "window_size": 5, "attention_types": [[["global", "local"], 2]]}
 ERNIE = {
     "use_bias": True,
     "moe_intermediate_size": 40,
@@ -143,6 +166,12 @@ def theta(base: float, **more: Any) -> dict[str, Any]:
 def old(**more: Any) -> dict[str, Any]:
     """config.json as transformers 4 wrote it."""
     return {"rope_parameters": None, "layer_types": None, **more}
+
+
+def alias(name: str, of: str, values: Mapping[str, Any], config: str = "", **legacy: Any) -> Case:
+    """A class that Transformers lacks and that computes what another of its classes does."""
+    changes = {"architectures": [f"{name}ForCausalLM"], **legacy}
+    return Case(name, values, f"{of}ForCausalLM", config or f"{of}Config", changes)
 
 
 CASES = (
@@ -172,6 +201,7 @@ CASES = (
     ),
     Case("Qwen3Moe", BASE | EXPERTS | SLIDING | {"norm_topk_prob": True, "decoder_sparse_step": 2}),
     Case("Olmoe", GROUPED | {"num_experts": 8, "num_experts_per_tok": 2}),
+    Case("Olmoe-clipped", GROUPED | {"num_experts": 8, "num_experts_per_tok": 2, "clip_qkv": 0.7}),
     Case("Mixtral", BASE | LOCAL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     Case("Gemma", BASE | {"hidden_act": "gelu"}),
     Case("Gemma2", BASE | LOCAL | CAPPED | {"attn_logit_softcapping": 0.5}),
@@ -191,6 +221,7 @@ CASES = (
         ),
     ),
     Case("Olmo", GROUPED),
+    Case("Olmo-clipped", GROUPED | {"clip_qkv": 1.5}),
     Case("Olmo2", GROUPED | theta(500.0)),
     Case("Olmo3", GROUPED | LOCAL | {"rope_parameters": PER_TYPE}),
     Case("Exaone4", BASE | LOCAL | {"sliding_window_pattern": 4}),
@@ -227,9 +258,7 @@ CASES = (
     Case("Cwm", BASE | LOCAL | {"mlp_bias": True, "rope_parameters": LLAMA3}),
     Case("Jais2", GROUPED),
     Case("VaultGemma", BASE | LOCAL | CAPPED | {"attn_logit_softcapping": 0.5}),
-    Case(
-        "GraniteSWA", GROUPED | MULTIPLIERS | BIASED | LOCAL | {"layer_rope_theta": [500.0, 0, 5000.0, 500.0]}
-    ),
+    Case("GraniteSWA", GROUPED | MULTIPLIERS | BIASED | LOCAL | ROPE_BASES),
     Case("HyperCLOVAX", BASE | MULTIPLIERS | BIASED),
     Case("HyperCLOVAX-plain", BASE | MULTIPLIERS | {"use_post_norm": False}),
     Case("Glm4Moe", BASE | GROUPS | {"use_qk_norm": True, "attention_bias": True}),
@@ -246,11 +275,7 @@ CASES = (
     Case("DeepseekV3", PLAIN | GROUPS | LATENT),
     Case(
         "DeepseekV3-yarn",
-        PLAIN
-        | GROUPS
-        | LATENT
-        | {"q_lora_rank": None, "rope_interleave": False}
-        | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+        PLAIN | GROUPS | LATENT | {"q_lora_rank": None, "rope_interleave": False} | STRETCHED,
     ),
     Case("GraniteMoe", GROUPED | MULTIPLIERS | LOCAL_EXPERTS | {"attention_bias": True}),
     Case("GraniteMoeShared", GROUPED | MULTIPLIERS | LOCAL_EXPERTS | {"shared_intermediate_size": 56}),
@@ -269,16 +294,70 @@ CASES = (
     ),
     Case("Glm4MoeLite", PLAIN | ALL_SPARSE | LATENT | SOME_DENSE),
     Case("Youtu", PLAIN | LATENT | STRETCHED),
-    Case(
-        "KimiK2",
-        PLAIN | GROUPS | LATENT | {"n_group": 1, "topk_group": 1},
-        "DeepseekV3ForCausalLM",
-        "DeepseekV3Config",
-        legacy={"architectures": ["KimiK2ForCausalLM"], "model_type": "kimi_k2"},
-    ),
+    alias("KimiK2", "DeepseekV3", PLAIN | GROUPS | LATENT | ONE_GROUP, model_type="kimi_k2"),
     Case("SolarOpen", BASE | ALL_SPARSE | {"attention_bias": True}),
     Case("HYV3", BASE | EXPERTS | SHARED | SOME_DENSE | {"attention_bias": True, "mlp_bias": True}),
     Case("ExaoneMoe", BASE | ROUTING | EXPERTS | SHARED | LOCAL | MIXED),
+    Case("Phimoe", BASE | LOCAL_EXPERTS | LOCAL | {"attention_bias": True, "lm_head_bias": True}),
+    alias("PhiMoE", "Phimoe", GROUPED | LOCAL_EXPERTS | {"rope_parameters": SHORT, "hidden_size": 64}),
+    Case("XGLM", XGLM),
+    Case("CTRL", GPT | {"dff": 176}, model="CTRLLMHeadModel"),
+    Case("Bloom", BLOOM),
+    Case("Bloom-odd", BLOOM | {"hidden_size": 96, "n_head": 6, "tie_word_embeddings": False}),
+    Case("Mpt", MPT | {"attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.3}}),
+    alias("MPT", "Mpt", MPT),
+    Case("NanoChat", GROUPED | {"attention_bias": True, "final_logit_softcapping": 0.7}),
+    Case("Afmoe", BASE | EXPERTS | SHARED | LOCAL | MIXED | TRINITY),
+    Case("Laguna", BASE | EXPERTS | LOCAL | MIXED | LAGUNA),
+    Case("Laguna-plain", BASE | EXPERTS | LOCAL | LAGUNA_PLAIN),
+    Case("Kolibri1", BASE | EXPERTS | LOCAL | MIXED | {"shared_expert_intermediate_size": 56}),
+    Case("Apertus", GROUPED | {"attention_bias": True, "rope_parameters": LLAMA3}),
+    alias("Aquila", "Llama", BASE | theta(500.0)),
+    alias("Xverse", "Llama", BASE | {"tie_word_embeddings": True}),
+    alias(
+        "InternLM", "Llama", BASE | {"attention_bias": True}, bias=True, attention_bias=None, mlp_bias=None
+    ),
+    alias("MiMo", "Qwen2", GROUPED, num_nextn_predict_layers=1, attention_bias=True),
+    Case("Ministral3", BASE | LOCAL | {"rope_parameters": GROWING}),
+    Case("Mistral4", PLAIN | GROUPS | LATENT | ONE_GROUP | {"rope_parameters": GROWING | MSCALES}),
+    Case("GPTBigCode", GPT | {"n_inner": 176}),
+    Case("GPTBigCode-multihead", GPT | {"multi_query": False, "scale_attn_weights": False}),
+    Case("GPTNeo", NEO),
+    Case("CodeGen", GPT | {"rotary_dim": 8, "n_inner": 176}),
+    Case("GPTNeoXJapanese", FALCON | theta(500.0, partial_rotary_factor=0.5)),
+    Case(
+        "GPTNeoXJapanese-old",
+        FALCON | {"tie_word_embeddings": False} | theta(10_000.0, partial_rotary_factor=1.0),
+        legacy=old(rotary_pct=1.0, rotary_emb_base=10_000),
+    ),
+    Case("Persimmon", PLAIN),
+    Case("Persimmon-plain", PLAIN | {"qk_layernorm": False}),
+    Case("BioGpt", PLAIN),
+    Case("MiniCPM3", PLAIN | LATENT | MUP),
+    Case(
+        "MiniCPM3-plain", PLAIN | LATENT | {"scale_depth": None, "dim_model_base": None, "v_head_dim": None}
+    ),
+    alias("InternLM3", "Llama", BASE | BIASED, config="InternLM3Config"),
+    alias("IQuestCoder", "Llama", BASE | BIASED, config="IQuestCoderConfig"),
+    Case(
+        "GraniteMoeSWA",
+        GROUPED | MULTIPLIERS | LOCAL_EXPERTS | LOCAL | ROPE_BASES | {"shared_intermediate_size": 56},
+    ),
+    Case("Mellum", BASE | EXPERTS | LOCAL | MIXED | SOME_DENSE | {"rope_parameters": PER_TYPE}),
+    Case(
+        "Flint",
+        BASE | EXPERTS | LOCAL | MIXED | {"shared_expert_intermediate_size": 56, "mlp_only_layers": [1]},
+    ),
+    Case("Cohere2Moe", BASE | FEW_EXPERTS | LOCAL | {"logit_scale": 0.25, "attention_bias": True}),
+    Case(
+        "Cohere2Moe-dense",
+        BASE
+        | FEW_EXPERTS
+        | LOCAL
+        | {"logit_scale": 0.25, "rms_norm_eps": 1e-5, "prefix_dense_intermediate_size": 56}
+        | {"first_k_dense_replace": 2, "sliding_window_pattern": 2, "expert_selection_fn": "sigmoid"}
+        | {"num_shared_experts": 2, "shared_expert_combination_strategy": "sum", "norm_topk_prob": False},
+    ),
     Case(  # so wide that gates are clamped
         "GptOss",
         BASE | LOCAL | LOCAL_EXPERTS | {"hidden_size": 192, "rope_parameters": YARN | {"truncate": False}},

@@ -63,18 +63,26 @@ DROPS: dict[type, dict[str, Change]] = {
         "out_bias": _set("out_bias", False),
         "qk_norm": _set("qk_norm", None),
         "norm_after_rope": lambda a: (
-            _flip("norm_after_rope")(a) if a.qk_norm and a.qk_norm_span != "full" else a
+            _flip("norm_after_rope")(a) if a.qk_norm and a.qk_norm.weight and a.qk_norm_span != "full" else a
         ),
         "window": _set("window", None),
         "window off by one": lambda a: replace(a, window=a.window + 1) if a.window else a,
         "scale": _set("scale", None),
+        "slopes": _set("slopes", None),
+        "gate": _set("gate", None),
+        "kind of gate": lambda a: (
+            replace(a, gate={"sigmoid": "softplus"}.get(a.gate, "sigmoid")) if a.gate else a
+        ),
+        "growth": _set("growth", None),
+        "clip": _set("clip", None),
         "softcap": _set("softcap", None),
         "sinks": _set("sinks", False),
     },
-    MLA: {"scale": _set("scale", None)},
+    MLA: {"scale": _set("scale", None), "growth": _set("growth", None)},
     ShortConv: {"bias": _set("bias", False)},
     MLP: {"act": lambda m: replace(m, act=_unsaturated(m.act)), "bias": _set("bias", False)},
     MoE: {
+        "score": lambda m: replace(m, score="sigmoid" if m.score == "softmax" else "softmax"),
         "top_k": lambda m: replace(m, top_k=m.top_k - 1),
         "renorm": _flip("renorm"),
         "scale": _set("scale", 1.0),
@@ -92,6 +100,8 @@ DROPS: dict[type, dict[str, Change]] = {
     },
     Decoder: {
         "embed_scale": _set("embed_scale", 1.0),
+        "embed_norm": _set("embed_norm", None),
+        "sinusoids": _set("sinusoids", 0),
         "position_offset": _set("position_offset", 0),
         "head_bias": _set("head_bias", False),
         "logit_scale": _set("logit_scale", 1.0),

@@ -20,7 +20,7 @@ from quire.models.catalog import VERIFIED
 from quire.models.hf import HARMLESS
 from quire.models.parameters import kv_bytes_per_token, num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec, families, family
-from tests.models.cases import BY_NAME, CASES, Case, build_hf, config_of
+from tests.models.cases import BY_NAME, CASES, LONGROPE, YARN, Case, build_hf, config_of
 from tests.models.published import PUBLISHED
 from tests.models.verified import DOCS, as_json, as_page, written_foreign
 
@@ -107,6 +107,11 @@ def test_published_facts() -> None:
 
 UNSUPPORTED = (
     ("Falcon-7b", {"alibi": True}, "alibi"),
+    ("Bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+    ("Mpt", {"attn_config": {"alibi": False}}, "alibi"),
+    ("Mpt", {"attn_config": {"qk_ln": True}}, "qk_ln"),
+    ("Mpt", {"no_bias": False}, "no_bias"),
+    ("NanoChat", {"rope_parameters": YARN}, "rotary embedding with a scaling"),
     ("Falcon", {"parallel_attn": False}, "parallel_attn"),
     ("Falcon-7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
     ("Llama", {"hidden_act": "swiglu_oai"}, "swiglu_oai"),
@@ -124,8 +129,17 @@ UNSUPPORTED = (
     ("OPT", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
     ("StableLm", {"qk_layernorm": True}, "qk_layernorm"),
     ("Phi", {"qk_layernorm": True}, "qk_layernorm"),
-    ("Olmo", {"clip_qkv": 8.0}, "clip_qkv"),
-    ("Olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
+    ("Mistral4", {"n_group": 2}, "n_group"),
+    ("Afmoe", {"route_norm": False}, "route_norm"),
+    ("Afmoe", {"n_group": 2}, "n_group"),
+    ("Laguna", {"gating": False}, "gating"),
+    ("Laguna", {"moe_router_logit_softcapping": 30.0}, "moe_router_logit_softcapping"),
+    ("Apertus", {"hidden_act": "silu"}, "hidden_act"),
+    ("MiMo", {"attention_bias": False}, "attention_bias"),
+    ("Phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
+    ("Phimoe", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+    ("Phimoe", {"rope_parameters": YARN}, "yarn"),
+    ("PhiMoE", {"rope_parameters": LONGROPE}, "short_mscale"),
     ("GPT2", {"add_cross_attention": True}, "add_cross_attention"),
     ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("Gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
@@ -144,6 +158,15 @@ UNSUPPORTED = (
     ("Glm4MoeLite", {"mlp_layer_types": ["cheap"] * 4}, "cheap"),
     ("GptOss", {"swiglu_limit": 6.0}, "swiglu_limit"),
     ("SolarOpen", {"use_qk_norm": True}, "use_qk_norm"),
+    ("GPTBigCode", {"add_cross_attention": True}, "add_cross_attention"),
+    ("GPTNeo", {"attention_types": [[["global", "strided"], 2]]}, "strided"),
+    ("CodeGen", {"n_head": 2}, "n_head"),
+    ("InternLM3", {"mlp_bias": False}, "attention_bias"),
+    ("IQuestCoder", {"clip_qkv": 8.0}, "clip_qkv"),
+    ("MiniCPM3", {"attention_bias": True}, "attention_bias"),
+    ("GraniteMoeSWA", {"mlp_bias": True}, "mlp_bias"),
+    ("Cohere2Moe", {"num_shared_experts": 1}, "shared_expert_combination_strategy"),
+    ("Cohere2Moe", {"expert_selection_fn": "relu"}, "expert_selection_fn"),
     ("Qwen3", {"quantization_config": {"quant_method": "fp8"}}, "fp8"),
 )
 

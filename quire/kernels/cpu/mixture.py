@@ -11,7 +11,7 @@ from torch import Tensor
 from quire.kernels.cpu.calls import kernel
 from quire.kernels.cpu.native import isa, load
 from quire.kernels.cpu.products import ACTIVATIONS, BOTH, PackedQuantized, PackedWeight, pointer, rows_of
-from quire.kernels.experts import Experts, Routes, Rule, Shared, experts, pack_experts, route
+from quire.kernels.experts import PLAIN_ONLY, Experts, Routes, Rule, Shared, experts, pack_experts, route
 from quire.kernels.reference import RowScale, finish_norm, pack_linear
 
 SCORES = {"softmax": 0, "sigmoid": 1, "softmax_topk": 2}  # as in experts.cpp
@@ -78,6 +78,8 @@ def mix(
 def _register(level: int, threads: Callable[[], int]) -> None:
     @route.on("cpu", torch.float32)
     def route_native(logits: Tensor, rule: Rule, correction: Tensor | None) -> Routes:
+        if rule.score in PLAIN_ONLY:
+            return route.reference(logits, rule, correction)
         return choose(logits, rule, correction, level, threads())
 
     @pack_experts.on("cpu", *BOTH)

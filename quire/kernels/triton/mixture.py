@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.experts import (
+    PLAIN_ONLY,
     Experts,
     Routes,
     Rule,
@@ -48,7 +49,7 @@ class Arranged(NamedTuple):
 @route.on("cuda", torch.float32)
 def route_triton(logits: Tensor, rule: Rule, correction: Tensor | None) -> Routes:
     num_tokens, count = logits.shape
-    if count > MOST_EXPERTS or rule.top_k > MOST_CHOICES or not num_tokens:
+    if rule.score in PLAIN_ONLY or count > MOST_EXPERTS or rule.top_k > MOST_CHOICES or not num_tokens:
         return route.reference(logits, rule, correction)
     logits = logits.contiguous()
     chosen = torch.empty(num_tokens, rule.top_k, dtype=torch.int32, device=logits.device)
