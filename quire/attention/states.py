@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.shapes import ALIGNMENT_BYTES
-from quire.models.spec import Foreign, Mixer, ShortConv, Spec
+from quire.models.spec import DeltaNet, Foreign, Mixer, ShortConv, Spec
 
 State = tuple[Tensor, ...]  # a layer's parts, each [num_rows, *shape]; empty for attention
 EXACT_BYTES = 4
@@ -43,6 +43,10 @@ def state_parts(mixer: Mixer, dim: int) -> tuple[Part, ...]:
     match mixer:
         case ShortConv():
             return (Part((dim, mixer.width - 1)),)
+        case DeltaNet():
+            channels = 2 * mixer.num_k_heads * mixer.k_dim + mixer.num_v_heads * mixer.v_dim
+            matrices = mixer.num_v_heads, mixer.k_dim, mixer.v_dim
+            return Part((channels, mixer.width - 1)), Part(matrices, exact=True)
     return ()
 
 

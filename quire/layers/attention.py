@@ -26,6 +26,7 @@ class Attention(nn.Module):
         q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
         self.qkv = Linear(build.dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, build, bias=s.bias)
         self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias)
+        self.gate = Linear(build.dim, {"g_proj": q}, build, bias=s.bias) if s.gate else None
         self.q_norm = self._qk_norm(s.num_heads)
         self.k_norm = self._qk_norm(s.num_kv_heads)
         self.table = build.ropes.table(s.rope) if s.rope else None
@@ -37,6 +38,8 @@ class Attention(nn.Module):
         s = self.spec
         self.qkv.load(weights, name)
         self.out.load(weights, name)
+        if self.gate is not None:
+            self.gate.load(weights, name)
         if self.q_norm is not None and self.k_norm is not None:
             self.q_norm.load(weights, f"{name}.q_norm")
             self.k_norm.load(weights, f"{name}.k_norm")
@@ -48,16 +51,20 @@ class Attention(nn.Module):
 
     def heads(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
         """x [T, dim] -> what its heads found [T, H * D], which `out` takes."""
+        found = self._attend(x, step, cache).flatten(1)
+        return found if self.gate is None else found * ops.act(self.gate.of(x), "sigmoid")
+
+    def _attend(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
         s, backend = self.spec, self.build.backend
         num_qk = s.num_heads + s.num_kv_heads
         product = Product(x.values, x.scale, self.qkv.weight, self.qkv.bias, s.head_dim)
         how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
         if self.turn is not None:
-            return backend.attend_product(product, cache, self.turn, step, **how).flatten(1)
+            return backend.attend_product(product, cache, self.turn, step, **how)
         heads = product.heads()
         q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
         backend.write(cache, k, heads.narrow(1, num_qk, s.num_kv_heads), step)
-        return backend.attend(q, cache, step, **how).flatten(1)
+        return backend.attend(q, cache, step, **how)
 
     def _turn(self) -> Turn | None:
         """The norms and the rotation, where they are one operation; norms have no weights yet."""

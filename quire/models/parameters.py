@@ -4,7 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Foreign, Mixer, MoE, Norm, ShortConv, Spec
+from quire.models.spec import (
+    MLA,
+    MLP,
+    Attention,
+    Block,
+    Decoder,
+    DeltaNet,
+    Foreign,
+    Mixer,
+    MoE,
+    Norm,
+    ShortConv,
+    Spec,
+)
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
@@ -104,6 +117,8 @@ def _mixer(s: Mixer, dim: int) -> Named:
             return _mla(s, dim)
         case ShortConv():
             return _short_conv(s, dim)
+        case DeltaNet():
+            return _delta_net(s, dim)
 
 
 def _attention(s: Attention, dim: int) -> Named:
@@ -114,6 +129,8 @@ def _attention(s: Attention, dim: int) -> Named:
         yield from _within(f"{name}_norm", _norm(s.qk_norm, spans[s.qk_norm_span]))
     if s.sinks:
         yield "sinks", (s.num_heads,)
+    if s.gate:
+        yield from _linear("g_proj", s.num_heads * s.head_dim, dim, s.bias)
     yield from _linear("o_proj", dim, s.num_heads * s.head_dim, s.out_bias)
 
 
@@ -137,6 +154,19 @@ def _short_conv(s: ShortConv, dim: int) -> Named:
     if s.bias:
         yield "conv.bias", (dim,)
     yield from _linear("out_proj", dim, dim, s.bias)
+
+
+def _delta_net(s: DeltaNet, dim: int) -> Named:
+    keys, values = s.num_k_heads * s.k_dim, s.num_v_heads * s.v_dim
+    for part, size in (("q", keys), ("k", keys), ("v", values)):
+        yield from _linear(f"{part}_proj", size, dim)
+        yield f"{part}_conv1d.weight", (size, 1, s.width)
+    for part, size in (("g", values), ("b", s.num_v_heads), ("a", s.num_v_heads)):
+        yield from _linear(f"{part}_proj", size, dim)
+    yield "A_log", (s.num_v_heads,)
+    yield "dt_bias", (s.num_v_heads,)
+    yield from _within("o_norm", _norm(s.norm, (s.v_dim,)))
+    yield from _linear("o_proj", dim, values)
 
 
 def _mlp(s: MLP, dim: int) -> Named:

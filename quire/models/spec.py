@@ -31,7 +31,10 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Multi-head, grouped-query or multi-query attention, causal. Parameters: {q,k,v,o}_proj, {q,k}_norm, sinks."""
+    """Multi-head, grouped-query or multi-query attention, causal.
+
+    Parameters: {q,k,v,g,o}_proj, {q,k}_norm, sinks.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -48,6 +51,7 @@ class Attention:
     scale: float | None = None  # None: head_dim ** -0.5
     softcap: float | None = None
     sinks: bool = False  # a learned logit per head that takes part in the softmax only
+    gate: bool = False  # what heads found is multiplied with sigmoid(g); g has a bias if q has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,23 @@ class ShortConv:
 
     width: int
     bias: bool = False  # of all three
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """Gated delta rule (Yang et al. 2024): a matrix per head that forgets, and that keys correct.
+
+    Parameters: {q,k,v,g,b,a,o}_proj, {q,k,v}_conv1d, A_log, dt_bias, o_norm. q, k and v pass a causal convolution
+    that sees `width` positions, each dimension by itself; g is a gate on what the norm makes of a head's result.
+    """
+
+    num_k_heads: int
+    num_v_heads: int  # groups of these share a key head
+    k_dim: int
+    v_dim: int
+    width: int
+    norm: Norm
+    beta_scale: float = 1.0  # of sigmoid(b), how much of the difference a key corrects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +125,7 @@ class MoE:
     shared_gate: bool = False
 
 
-Mixer = Attention | MLA | ShortConv
+Mixer = Attention | MLA | ShortConv | DeltaNet
 
 
 @dataclass(frozen=True, kw_only=True)

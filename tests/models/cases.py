@@ -135,6 +135,18 @@ HYBRID = {
     "norm_eps": 1e-5,
 }
 
+DELTA = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": 0.2,  # else gated norms blow up the rounding of small results
+}
+SHARED_EXPERT = EXPERTS | {"shared_expert_intermediate_size": 56}
+
 
 def theta(base: float, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": base, **more}}
@@ -146,6 +158,21 @@ def old(**more: Any) -> dict[str, Any]:
 
 
 CASES = (
+    Case(
+        "Qwen3Next",
+        BASE
+        | DELTA
+        | SHARED_EXPERT
+        | theta(500.0, partial_rotary_factor=0.5)
+        | {"attention_bias": True, "mlp_only_layers": [2], "norm_topk_prob": False},
+    ),
+    Case(
+        "Qwen3Next-old",
+        BASE | DELTA | SHARED_EXPERT | {"layer_types": None, "full_attention_interval": 2},
+        legacy=old(full_attention_interval=2, rope_theta=10_000.0, partial_rotary_factor=0.25),
+    ),
+    Case("Qwen3_5", BASE | DELTA | theta(500.0, partial_rotary_factor=0.5), config="Qwen3_5TextConfig"),
+    Case("Qwen3_5Moe", BASE | DELTA | SHARED_EXPERT, config="Qwen3_5MoeTextConfig"),
     Case("Lfm2", HYBRID | theta(500.0)),
     Case("Lfm2-bias", HYBRID | {"conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False}),
     Case("Llama", BASE | theta(500.0)),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, MoE, Norm, Rope, ShortConv
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, DeltaNet, MoE, Norm, Rope, ShortConv
 
 Change = Callable[[Any], Any]  # a part of a spec -> the part without a feature; itself if it had none
 
@@ -70,8 +70,12 @@ DROPS: dict[type, dict[str, Change]] = {
         "scale": _set("scale", None),
         "softcap": _set("softcap", None),
         "sinks": _set("sinks", False),
+        "gate": _set("gate", False),
     },
     MLA: {"scale": _set("scale", None)},
+    DeltaNet: {
+        "beta_scale": _set("beta_scale", 1.0),
+    },
     ShortConv: {"bias": _set("bias", False)},
     MLP: {"act": lambda m: replace(m, act=_unsaturated(m.act)), "bias": _set("bias", False)},
     MoE: {
