@@ -1,4 +1,4 @@
-"""Mixers whose heads keep a matrix that forgets and that keys correct: gated DeltaNet."""
+"""Mixers whose heads keep a matrix that forgets and that keys correct: gated DeltaNet, Kimi delta attention."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -89,9 +89,53 @@ class DeltaNet(nn.Module):
         return gated(self.norm(y), gate)
 
 
-def speed(build: Build, weights: Weights, name: str, size: int) -> Tensor:
+class KimiDelta(nn.Module):
+    """As DeltaNet, but a rate for each dimension of a key; rates and gate in two products each."""
+
+    def __init__(self, s: spec.KimiDelta, build: Build):
+        super().__init__()
+        self.spec, self.build = s, build
+        self.size = s.num_heads * s.head_dim
+        parts = dict.fromkeys("qkv", self.size)
+        self.into = Linear(
+            build.dim, {f"{p}_proj": self.size for p in parts} | {"g_a_proj": s.head_dim}, build
+        )
+        self.gate = Linear(s.head_dim, {"g_b_proj": self.size}, build)
+        self.rates = Linear(
+            build.dim, {"b_proj": s.num_heads, "f_a_proj": s.head_dim}, build, least_bits=EXACT
+        )
+        self.each_rate = Linear(s.head_dim, {"f_b_proj": self.size}, build, least_bits=EXACT)
+        self.directions = Directions(parts, s.head_dim, s.width, build)
+        self.norm = Norm(s.norm, (s.head_dim,), build)
+        self.out = Linear(self.size, {"o_proj": build.dim}, build)
+        self.speed: Any = None  # once loaded, [H, 1] float32, negative
+        self.dt_bias: Any = None  # [H * D] float32
+
+    def load(self, weights: Weights, name: str) -> None:
+        for part in (self.into, self.gate, self.rates, self.each_rate, self.directions, self.out):
+            part.load(weights, name)
+        self.norm.load(weights, f"{name}.o_norm")
+        self.speed = speed(self.build, weights, name, 1, 1, self.spec.num_heads, 1)[0, 0]
+        self.dt_bias = self.build.pull(weights, f"{name}.dt_bias", self.size, dtype=torch.float32)
+
+    def heads(self, x: Normed, step: Ragged, cache: State) -> Tensor:
+        """x [T, dim] -> what its heads found [T, H * D], which `out` takes."""
+        s = self.spec
+        qkv, gate = self.into.of(x).split((3 * self.size, s.head_dim), -1)
+        q, k, v = self.directions(qkv, step, cache[0])
+        beta, rate = self.rates.of(x).split((s.num_heads, s.head_dim), -1)
+        rates = F.softplus(self.each_rate(rate, torch.float32) + self.dt_bias)
+        decay = torch.exp(self.speed * rates.unflatten(-1, (s.num_heads, -1)))
+        y = ops.recurrence(
+            *(v.unflatten(-1, (-1, s.head_dim)), q, k, decay, beta.float().sigmoid()),
+            *(cache[1], step.rows, step.query_starts),
+        )
+        return self.norm(y).flatten(1) * ops.act(self.gate(gate), "sigmoid")
+
+
+def speed(build: Build, weights: Weights, name: str, *shape: int) -> Tensor:
     """How fast heads forget, as a factor on what the input says of it: -exp(A_log), float32."""
-    return -torch.exp(build.pull(weights, f"{name}.A_log", size, dtype=torch.float32))
+    return -torch.exp(build.pull(weights, f"{name}.A_log", *shape, dtype=torch.float32))
 
 
 def gated(y: Tensor, gate: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from quire.models.spec import (
     Decoder,
     DeltaNet,
     Foreign,
+    KimiDelta,
+    Lightning,
     Mixer,
     MoE,
     Norm,
@@ -119,6 +121,10 @@ def _mixer(s: Mixer, dim: int) -> Named:
             return _short_conv(s, dim)
         case DeltaNet():
             return _delta_net(s, dim)
+        case KimiDelta():
+            return _kimi_delta(s, dim)
+        case Lightning():
+            return _lightning(s, dim)
 
 
 def _attention(s: Attention, dim: int) -> Named:
@@ -167,6 +173,29 @@ def _delta_net(s: DeltaNet, dim: int) -> Named:
     yield "dt_bias", (s.num_v_heads,)
     yield from _within("o_norm", _norm(s.norm, (s.v_dim,)))
     yield from _linear("o_proj", dim, values)
+
+
+def _kimi_delta(s: KimiDelta, dim: int) -> Named:
+    size = s.num_heads * s.head_dim
+    for part in "qkv":
+        yield from _linear(f"{part}_proj", size, dim)
+        yield f"{part}_conv1d.weight", (size, 1, s.width)
+    yield from _linear("b_proj", s.num_heads, dim)
+    for part in "fg":
+        yield from _linear(f"{part}_a_proj", s.head_dim, dim)
+        yield from _linear(f"{part}_b_proj", size, s.head_dim)
+    yield "A_log", (1, 1, s.num_heads, 1)
+    yield "dt_bias", (size,)
+    yield from _within("o_norm", _norm(s.norm, (s.head_dim,)))
+    yield from _linear("o_proj", dim, size)
+
+
+def _lightning(s: Lightning, dim: int) -> Named:
+    size = s.num_heads * s.head_dim
+    for part in "qkvg":
+        yield from _linear(f"{part}_proj", size, dim)
+    yield from _within("o_norm", _norm(s.norm, (size,)))
+    yield from _linear("o_proj", dim, size)
 
 
 def _mlp(s: MLP, dim: int) -> Named:

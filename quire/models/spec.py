@@ -64,7 +64,7 @@ class MLA:
     nope_dim: int
     rope_dim: int
     v_dim: int
-    rope: Rope
+    rope: Rope | None
     norm: Norm
     scale: float | None = None  # None: (nope_dim + rope_dim) ** -0.5
 
@@ -98,6 +98,34 @@ class DeltaNet:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KimiDelta:
+    """Kimi delta attention (2025): a DeltaNet, each dimension of whose keys forgets at a rate of its own.
+
+    Parameters: {q,k,v,b,f_a,f_b,g_a,g_b,o}_proj, {q,k,v}_conv1d, A_log, dt_bias, o_norm. The rates f and the gate g,
+    of which the sigmoid counts, are products of two matrices each, with `head_dim` numbers between them.
+    """
+
+    num_heads: int
+    head_dim: int
+    width: int
+    norm: Norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lightning:
+    """Linear attention that forgets at a fixed rate (MiniMax-Text-01). Parameters: {q,k,v,g,o}_proj, o_norm.
+
+    q, k and v are activated by silu. Head h of n forgets by exp(-rate * 2 ** (-8 * (h + 1) / n)) at each position. The
+    norm is of all heads together; the sigmoid of g is a gate on its result.
+    """
+
+    num_heads: int
+    head_dim: int
+    rate: float
+    norm: Norm
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLP:
     """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
 
@@ -125,7 +153,7 @@ class MoE:
     shared_gate: bool = False
 
 
-Mixer = Attention | MLA | ShortConv | DeltaNet
+Mixer = Attention | MLA | ShortConv | DeltaNet | KimiDelta | Lightning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +168,8 @@ class Block:
     mlp_post_norm: Norm | None = None
     parallel: bool = False  # x + attn(n(x)) + mlp(n(x)); without mlp_norm the two share one norm
     residual_scale: float = 1.0
+    # MiniMax: h = a * pre(x) + post(attn(pre(x))); b * pre(h) + post(mlp(pre(h))).
+    normed_residual: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
