@@ -211,7 +211,7 @@ TEXT_01 = {
 }
 
 
-def theta(base: float, **more: Any) -> dict[str, Any]:
+def theta(base: float | None, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": base, **more}}
 
 
@@ -247,6 +247,29 @@ CASES = (
     Case("MiniMax", BASE | LOCAL_EXPERTS | LIGHTNING | {"head_dim": 24}),
     Case("MiniMax-text-01", BASE | LOCAL_EXPERTS | LIGHTNING | LOCAL, legacy=TEXT_01),
     Case("MiniMax-m1", GROUPED | LOCAL_EXPERTS | LIGHTNING, legacy=TEXT_01 | {"architectures": [M1]}),
+    Case(  # Hugging Face stores the convolution in three parts of one size
+        "OlmoHybrid",
+        GROUPED | DELTA | theta(500.0) | {"attention_bias": True, "linear_key_head_dim": 40},
+    ),
+    Case(
+        "OlmoHybrid-nope",
+        GROUPED | DELTA | theta(None) | {"linear_key_head_dim": 40, "linear_allow_neg_eigval": False},
+    ),
+    Case(
+        "Lfm2Moe",
+        GROUPED
+        | EXPERTS
+        | theta(500.0)
+        | {"layer_types": HYBRID["layer_types"], "num_dense_layers": 1}
+        | {"routed_scaling_factor": 2.5, "conv_bias": True},
+    ),
+    Case(
+        "Lfm2Moe-plain",
+        GROUPED
+        | EXPERTS
+        | {"layer_types": HYBRID["layer_types"], "num_dense_layers": 2}
+        | {"use_expert_bias": False, "norm_topk_prob": False, "tie_word_embeddings": False},
+    ),
     Case("Qwen3_5", BASE | DELTA | theta(500.0, partial_rotary_factor=0.5), config="Qwen3_5TextConfig"),
     Case("Qwen3_5Moe", BASE | DELTA | SHARED_EXPERT, config="Qwen3_5MoeTextConfig"),
     Case("Lfm2", HYBRID | theta(500.0)),
