@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.shapes import ALIGNMENT_BYTES
-from quire.models.spec import Foreign, Mixer, ShortConv, Spec
+from quire.models.spec import DeltaNet, Foreign, KimiDelta, Lightning, Mixer, ShortConv, Spec
 
 State = tuple[Tensor, ...]  # a layer's parts, each [num_rows, *shape]; empty for attention
 EXACT_BYTES = 4
@@ -43,7 +43,20 @@ def state_parts(mixer: Mixer, dim: int) -> tuple[Part, ...]:
     match mixer:
         case ShortConv():
             return (Part((dim, mixer.width - 1)),)
+        case DeltaNet():
+            channels = 2 * mixer.num_k_heads * mixer.k_dim + mixer.num_v_heads * mixer.v_dim
+            matrices = mixer.num_v_heads, mixer.k_dim, mixer.v_dim
+            return Part((channels, mixer.width - 1)), Part(matrices, exact=True)
+        case KimiDelta():
+            channels, matrices = 3 * mixer.num_heads * mixer.head_dim, _squares(mixer)
+            return Part((channels, mixer.width - 1)), Part(matrices, exact=True)
+        case Lightning():
+            return (Part(_squares(mixer), exact=True),)
     return ()
+
+
+def _squares(mixer: KimiDelta | Lightning) -> tuple[int, int, int]:
+    return mixer.num_heads, mixer.head_dim, mixer.head_dim
 
 
 def state_bytes(spec: Spec, itemsize: int) -> int:

@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.slopes = self._slopes()
         self.sinks: Tensor | None = None
         rows = s.num_heads if s.gate_per_head else q
-        self.gate = Linear(build.dim, {"gate_proj": rows}, build) if s.gate else None
+        self.gate = Linear(build.dim, {"gate_proj": rows}, build, bias=s.gate_bias) if s.gate else None
         self.turn = self._turn()
 
     def load(self, weights: Weights, name: str) -> None:

@@ -9,6 +9,8 @@ from quire.attention.base import Cache, Ragged
 from quire.layers.attention import Attention
 from quire.layers.base import Build, Weights
 from quire.layers.conv import ShortConv
+from quire.layers.delta import DeltaNet, KimiDelta
+from quire.layers.lightning import Lightning
 from quire.layers.mla import MLA
 from quire.layers.mlp import MLP
 from quire.layers.moe import MoE
@@ -19,6 +21,9 @@ MIXERS: dict[type, Callable[[Any, Build], Any]] = {
     spec.Attention: Attention,
     spec.MLA: MLA,
     spec.ShortConv: ShortConv,
+    spec.DeltaNet: DeltaNet,
+    spec.KimiDelta: KimiDelta,
+    spec.Lightning: Lightning,
 }
 
 
@@ -68,6 +73,11 @@ class Block(nn.Module):
         mixed = self.mixer.heads(y, step, cache)
         if self.spec.parallel:
             return self._parallel(x, y, self.mixer.out(mixed), following)
+        if self.spec.normed_residual is not None:
+            first, second = self.spec.normed_residual
+            _, y = add(self.mixer.out(mixed), y.tensor() * first, self.attn_post_norm, self.mlp_norm)
+            x = y.tensor()
+            return add(self.mlp(x), x * second, self.mlp_post_norm, following)
         if self.spec.residual_scale != 1.0:
             x, y = self._scaled(x, self.mixer.out(mixed), self.attn_post_norm, self.mlp_norm)
             return self._scaled(x, self.mlp(y.tensor()), self.mlp_post_norm, following)

@@ -35,7 +35,7 @@ class MLA(nn.Module):
             self.q_norm = self.q_up = None
         self.kv_norm = Norm(s.norm, (s.kv_rank,), build)
         self.out = Linear(s.num_heads * s.v_dim, {"o_proj": build.dim}, build)
-        self.rope = build.ropes.table(s.rope)
+        self.table = build.ropes.table(s.rope) if s.rope else None
         self.scale = (s.nope_dim + s.rope_dim) ** -0.5 if s.scale is None else s.scale
         self.up_k: Any = None  # [H, kv_rank, nope_dim], or packed
         self.up_v: Any = None  # [H, v_dim, kv_rank], or packed
@@ -62,9 +62,9 @@ class MLA(nn.Module):
             q = self.q_up(self.q_norm(q))
         q_nope, q_rope = q.unflatten(-1, (s.num_heads, -1)).split((s.nope_dim, s.rope_dim), -1)
         latent, k_rope = latent.split((s.kv_rank, s.rope_dim), -1)
-        rotated = ops.norm_rope(
-            torch.cat((q_rope, k_rope[:, None]), 1), None, 0.0, *self.rope, step.positions, s.rope.interleaved
-        )
+        rotated = torch.cat((q_rope, k_rope[:, None]), 1)
+        if s.rope is not None and self.table is not None:
+            rotated = ops.norm_rope(rotated, None, 0.0, *self.table, step.positions, s.rope.interleaved)
         backend.write(cache, torch.cat((self.kv_norm(latent), rotated[:, -1]), -1)[:, None], None, step)
         absorbed = ops.linear(q_nope, self.up_k, None)  # [T, H, kv_rank]
         queries = grown(torch.cat((absorbed, rotated[:, :-1]), -1), s.growth, step.positions)

@@ -27,7 +27,6 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 MAX_LAYERS = 4096
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def activation(c: HF, name: str) -> str:
@@ -141,24 +140,36 @@ def tied_by_default(c: HF) -> bool:
     return bool(c.get("tie_word_embeddings", True))
 
 
-def layer_types(c: HF, usual: Callable[[int], bool]) -> list[bool]:
-    """For each layer, whether its attention is local. `usual` answers for configs that do not list it."""
+def layer_types(c: HF, usual: Callable[[int], bool], other: str = "sliding_attention") -> list[bool]:
+    """For each layer, whether it is of the `other` kind than full attention, by default attention that is local.
+
+    `usual` answers for configs that do not list it.
+    """
     num_layers = c.count("num_hidden_layers")
     kinds = c.layer_types
     if kinds is None:
         return [usual(i) for i in range(num_layers)]
-    unknown = sorted(set(map(str, kinds)) - set(LAYER_TYPES))
-    c.refuse(bool(unknown), f"layer_types entry {', '.join(unknown)} (known: {', '.join(LAYER_TYPES)})")
+    unknown = sorted(set(map(str, kinds)) - {"full_attention", other})
+    c.refuse(bool(unknown), f"layer_types entry {', '.join(unknown)} (known: full_attention, {other})")
     if len(kinds) < num_layers:
         raise ModelError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
-    return [kind == "sliding_attention" for kind in kinds[:num_layers]]
+    return [kind == other for kind in kinds[:num_layers]]
 
 
-def rope(c: HF, dim: int, *, local: bool = False, partial: float | None = None, **changes: Any) -> Rope:
+def rope(
+    c: HF,
+    dim: int,
+    *,
+    local: bool = False,
+    partial: float | None = None,
+    sections: bool = False,
+    **changes: Any,
+) -> Rope:
     """Rotary embedding of `dim`-dimensional heads, from the new `rope_parameters` or the old separate keys.
 
     Args:
         local: the layer is local, where the config has parameters per layer type.
+        sections: the config may have sections of dimensions for time, height and width, which are one in text.
         partial: the default of `partial_rotary_factor`; None if the architecture rotates whole heads.
         changes: fields of Rope; `theta` is the default for configs that do not say.
     """
@@ -166,7 +177,7 @@ def rope(c: HF, dim: int, *, local: bool = False, partial: float | None = None, 
     found = rope_parameters(c, local)
     factor = found.get("partial_rotary_factor") or c.partial_rotary_factor or partial or 1.0
     c.refuse(partial is None and factor != 1.0, f"partial_rotary_factor={factor}")
-    c.refuse("mrope_section" in found, "rotary embedding by sections (mrope_section)")
+    c.refuse("mrope_section" in found and not sections, "rotary embedding by sections (mrope_section)")
     rotated = int(dim * factor)
     c.refuse(rotated % 2 == 1, f"rotary embedding of an odd number of dimensions ({rotated})")
     theta = found.get("rope_theta") or c.rope_theta or default_theta

@@ -75,6 +75,8 @@ def _ranges(numbers: list[int]) -> str:
 def _shape_words(block: Block) -> Iterator[str]:
     if block.parallel:
         yield "parallel"
+    if block.normed_residual is not None:
+        yield f"normed_residual={_compact(block.normed_residual)}"
     if block.residual_scale != 1:
         yield f"residual_scale={block.residual_scale:g}"
 

@@ -1,11 +1,21 @@
-"""Mixtral: Mistral with experts in every layer; MiniMax M2 and Phi 3.5 MoE, which store their experts likewise."""
+"""Mixtral: Mistral with experts in every layer; the MiniMaxes and Phi 3.5 MoE, which store their experts likewise."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from quire.models.common import attention, decoder, head_dim, mlp, pre_norm, rope, rope_parameters
+from quire.models.common import (
+    attention,
+    decoder,
+    head_dim,
+    layer_types,
+    mlp,
+    pre_norm,
+    rope,
+    rope_parameters,
+)
 from quire.models.hf import HF
-from quire.models.names import CORRECTION, LLAMA, Names
-from quire.models.spec import Decoder, MoE, Norm, Rope
+from quire.models.names import CORRECTION, LLAMA, Names, Split
+from quire.models.spec import Block, Decoder, Lightning, MoE, Norm, Rope
 
 JITTER = 0.01  # that experts are weighed with
 
@@ -18,11 +28,67 @@ RENAMES = (
 )
 
 
+LIGHTNING_EPS = 1e-6  # the norms of lightning attention do not follow rms_norm_eps
+DECAYS = r"\.mixer\.(slope_rate|(query|key|diagonal)_decay)$"  # saved along with weights, and known without
+
+
 def mixtral(c: HF) -> tuple[Decoder, Names]:
     norm = Norm(eps=c.number("rms_norm_eps"))
-    moe = MoE(num_experts=c.count("num_local_experts"), top_k=c.count("num_experts_per_tok"), expert=mlp(c))
     attn = attention(c, window=c.sliding_window, rope=rope(c, head_dim(c), theta=1_000_000.0))
-    return decoder(c, pre_norm(attn, moe, norm), norm), Names(renames=RENAMES)
+    return decoder(c, pre_norm(attn, _experts(c), norm), norm), Names(renames=RENAMES)
+
+
+def minimax(c: HF) -> tuple[Decoder, Names]:
+    """Text-01 in Hugging Face's form."""
+    usual = layer_types(c, lambda i: i % 2 == 1, "linear_attention")
+    return _minimax(c, usual, "{}_alpha_factor", "{}_beta_factor", ("full_attn", "linear_attn", "mlp"), 1.0)
+
+
+def minimax_text_01(c: HF) -> tuple[Decoder, Names]:
+    """Text-01 and M1 as they were published."""
+    c.refuse(not c.postnorm, "postnorm=false")
+    c.refuse_if_set("shared_intermediate_size")
+    parts = "full_attention", "linear_attention", "mlp"
+    heads, partial = c.count("num_attention_heads"), (c.rotary_dim or head_dim(c)) / head_dim(c)
+    c.refuse(heads & (heads - 1) != 0, f"num_attention_heads={heads}, which is no power of two,")
+    is_linear = [kind == 0 for kind in c.need("attn_type_list")]
+    return _minimax(c, is_linear, "layernorm_{}_alpha", "layernorm_{}_beta", parts, partial)
+
+
+def _minimax(
+    c: HF, is_linear: Sequence[bool], alpha: str, beta: str, parts: tuple[str, str, str], partial: float
+) -> tuple[Decoder, Names]:
+    """Residuals are the norms' results, times `alpha`. Heads forget more slowly from layer to layer."""
+    c.skip("block_size")  # positions that others compute at a time
+    for part in parts:
+        c.refuse((factor := c.get(beta.format(part), 1)) != 1, f"{beta.format(part)}={factor!r}")
+    full, linear, after = (float(c.get(alpha.format(part), 1)) for part in parts)
+    norm, num_layers, size = Norm(eps=c.number("rms_norm_eps")), c.count("num_hidden_layers"), head_dim(c)
+    rotary = rope(c, size, partial=partial, theta=1_000_000.0)
+    attn, moe = attention(c, rope=rotary, window=c.sliding_window), _experts(c)
+    heads = attn.num_heads
+    c.refuse((act := c.text("hidden_act")) != "silu", f"hidden_act={act!r}")
+
+    def block(i: int) -> Block:
+        if not is_linear[i]:
+            return pre_norm(attn, moe, norm, normed_residual=(full, after))
+        rate = 1 - i / (num_layers - 1 + 1e-5) + 1e-5
+        mixer = Lightning(num_heads=heads, head_dim=size, rate=rate, norm=Norm(eps=LIGHTNING_EPS))
+        return pre_norm(mixer, moe, norm, normed_residual=(linear, after))
+
+    renames = (
+        *RENAMES,
+        (r"\.mixer\.output_gate\.", ".mixer.g_proj."),
+        (r"\.mixer\.out_proj\.", ".mixer.o_proj."),
+        (r"\.mixer\.norm\.", ".mixer.o_norm."),
+    )
+    rows = heads * size
+    splits = {"qkv_proj": Split({"q_proj": rows, "k_proj": rows, "v_proj": rows}, heads)}
+    return decoder(c, block, norm), Names(renames=renames, splits=splits, ignored=(DECAYS,))
+
+
+def _experts(c: HF) -> MoE:
+    return MoE(num_experts=c.count("num_local_experts"), top_k=c.count("num_experts_per_tok"), expert=mlp(c))
 
 
 def phi_moe(c: HF) -> tuple[Decoder, Names]:

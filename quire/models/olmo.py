@@ -1,4 +1,4 @@
-"""OLMo 1, 2, 3, OLMoE, FlexOlmo; EXAONE 4, whose norms follow sublayers as OLMo 2's do; K-EXAONE and Kolibri."""
+"""OLMo 1, 2, 3, Hybrid, OLMoE, FlexOlmo; EXAONE 4, whose norms follow sublayers as OLMo 2's do; K-EXAONE, Kolibri."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,9 @@ from quire.models.common import (
 from quire.models.deepseek import RENAMES, dense_layers, grouped_experts, mostly_experts
 from quire.models.hf import HF
 from quire.models.names import CORRECTION, LLAMA, Names
-from quire.models.spec import Attention, Block, Decoder, MoE, Norm
+from quire.models.spec import Attention, Block, Decoder, DeltaNet, MoE, Norm
+
+DELTA_EPS = 1e-5  # the norms of DeltaNets do not follow rms_norm_eps
 
 POST_NORM = (
     (r"^model\.", ""),
@@ -51,6 +53,44 @@ def olmo3(c: HF) -> tuple[Decoder, Names]:
         return _post_norm(c, attention(c, rope=rotary, window=window(c, local[i]), **own), norm)
 
     return decoder(c, block, norm), Names(renames=POST_NORM)
+
+
+def olmo_hybrid(c: HF) -> tuple[Decoder, Names]:
+    """OLMo 3's attention, perhaps without positions, in some layers; DeltaNets behind norms in the others."""
+    c.refuse((act := c.text("hidden_act")) != "silu", f"hidden_act={act!r}")
+    c.skip(*(f"linear_{key}" for key in ("a_log_min", "a_log_max", "dt_min", "dt_max", "dt_init_floor")))
+    norm, heads = Norm(eps=c.number("rms_norm_eps")), c.count("num_attention_heads")
+    key_heads = c.linear_num_key_heads or heads
+    k_dim = c.linear_key_head_dim or int(0.75 * c.count("hidden_size") / key_heads)
+    delta = DeltaNet(
+        num_k_heads=key_heads,
+        num_v_heads=c.linear_num_value_heads or heads,
+        k_dim=k_dim,
+        v_dim=c.linear_value_head_dim or 2 * k_dim,
+        width=c.get("linear_conv_kernel_dim", 4),
+        norm=Norm(eps=DELTA_EPS),
+        beta_scale=2.0 if c.get("linear_allow_neg_eigval", True) else 1.0,
+    )
+    found = c.rope_parameters or {"rope_theta": c.get("rope_theta", 1.0)}
+    rotary = None if found.get("rope_theta", 1.0) is None else rope(c, head_dim(c))
+    own = {"qk_norm": norm, "qk_norm_span": "full", "num_kv_heads": kv_heads(c), **biases(c)}
+    whole = _post_norm(c, attention(c, rope=rotary, **own), norm)
+    last = c.count("num_hidden_layers") - 1
+    is_delta = layer_types(c, lambda i: i % 4 != 3 and (i < last or last > 2), "linear_attention")
+
+    def block(i: int) -> Block:
+        return pre_norm(delta, mlp(c), norm) if is_delta[i] else whole
+
+    layers = "|".join(str(i) for i, does in enumerate(is_delta) if does)
+    renames = (
+        (r"\.attention_layer_norm\.", ".input_layernorm."),
+        (r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),
+        (r"\.linear_attn\.", ".mixer."),
+        (rf"(\.({layers}))\.input_layernorm\.", r"\1.attn_norm."),
+        (rf"(\.({layers}))\.post_attention_layernorm\.", r"\1.mlp_norm."),
+        *POST_NORM,
+    )
+    return decoder(c, block, norm), Names(renames=renames)
 
 
 def exaone4(c: HF) -> tuple[Decoder, Names]:

@@ -11,7 +11,10 @@ from quire.models.spec import (
     Attention,
     Block,
     Decoder,
+    DeltaNet,
     Foreign,
+    KimiDelta,
+    Lightning,
     Mixer,
     MoE,
     Norm,
@@ -120,6 +123,12 @@ def _mixer(s: Mixer, dim: int) -> Named:
             return _mla(s, dim)
         case ShortConv():
             return _short_conv(s, dim)
+        case DeltaNet():
+            return _delta_net(s, dim)
+        case KimiDelta():
+            return _kimi_delta(s, dim)
+        case Lightning():
+            return _lightning(s, dim)
 
 
 def _attention(s: Attention, dim: int) -> Named:
@@ -131,7 +140,9 @@ def _attention(s: Attention, dim: int) -> Named:
     if s.sinks:
         yield "sinks", (s.num_heads,)
     if s.gate:
-        yield from _linear("gate_proj", s.num_heads * (1 if s.gate_per_head else s.head_dim), dim)
+        yield from _linear(
+            "gate_proj", s.num_heads * (1 if s.gate_per_head else s.head_dim), dim, s.gate_bias
+        )
     yield from _linear("o_proj", dim, s.num_heads * s.head_dim, s.out_bias)
 
 
@@ -155,6 +166,42 @@ def _short_conv(s: ShortConv, dim: int) -> Named:
     if s.bias:
         yield "conv.bias", (dim,)
     yield from _linear("out_proj", dim, dim, s.bias)
+
+
+def _delta_net(s: DeltaNet, dim: int) -> Named:
+    keys, values = s.num_k_heads * s.k_dim, s.num_v_heads * s.v_dim
+    for part, size in (("q", keys), ("k", keys), ("v", values)):
+        yield from _linear(f"{part}_proj", size, dim)
+        yield f"{part}_conv1d.weight", (size, 1, s.width)
+    for part, size in (("g", values), ("b", s.num_v_heads), ("a", s.num_v_heads)):
+        yield from _linear(f"{part}_proj", size, dim)
+    yield "A_log", (s.num_v_heads,)
+    yield "dt_bias", (s.num_v_heads,)
+    yield from _within("o_norm", _norm(s.norm, (s.v_dim,)))
+    yield from _linear("o_proj", dim, values)
+
+
+def _kimi_delta(s: KimiDelta, dim: int) -> Named:
+    size = s.num_heads * s.head_dim
+    for part in "qkv":
+        yield from _linear(f"{part}_proj", size, dim)
+        yield f"{part}_conv1d.weight", (size, 1, s.width)
+    yield from _linear("b_proj", s.num_heads, dim)
+    for part in "fg":
+        yield from _linear(f"{part}_a_proj", s.head_dim, dim)
+        yield from _linear(f"{part}_b_proj", size, s.head_dim)
+    yield "A_log", (1, 1, s.num_heads, 1)
+    yield "dt_bias", (size,)
+    yield from _within("o_norm", _norm(s.norm, (s.head_dim,)))
+    yield from _linear("o_proj", dim, size)
+
+
+def _lightning(s: Lightning, dim: int) -> Named:
+    size = s.num_heads * s.head_dim
+    for part in "qkvg":
+        yield from _linear(f"{part}_proj", size, dim)
+    yield from _within("o_norm", _norm(s.norm, (size,)))
+    yield from _linear("o_proj", dim, size)
 
 
 def _mlp(s: MLP, dim: int) -> Named:

@@ -64,10 +64,10 @@ class Attention:
     softcap: float | None = None
     sinks: bool = False  # a learned logit per head that takes part in the softmax only
     slopes: tuple[float, ...] | None = None  # what a head's scores fall by per position of distance (ALiBi)
-    gate: str | None = (
-        None  # sigmoid | softplus, of a product of the input: what heads found is multiplied by it
-    )
+    # sigmoid | softplus, of a product of the input: what heads found is multiplied by it
+    gate: str | None = None
     gate_per_head: bool = False
+    gate_bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class MLA:
     nope_dim: int
     rope_dim: int
     v_dim: int
-    rope: Rope
+    rope: Rope | None
     norm: Norm
     scale: float | None = None  # None: (nope_dim + rope_dim) ** -0.5
     growth: Growth | None = None
@@ -95,6 +95,51 @@ class ShortConv:
 
     width: int
     bias: bool = False  # of all three
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """Gated delta rule (Yang et al. 2024): a matrix per head that forgets, and that keys correct.
+
+    Parameters: {q,k,v,g,b,a,o}_proj, {q,k,v}_conv1d, A_log, dt_bias, o_norm. q, k and v pass a causal convolution
+    that sees `width` positions, each dimension by itself; g is a gate on what the norm makes of a head's result.
+    """
+
+    num_k_heads: int
+    num_v_heads: int  # groups of these share a key head
+    k_dim: int
+    v_dim: int
+    width: int
+    norm: Norm
+    beta_scale: float = 1.0  # of sigmoid(b), how much of the difference a key corrects
+
+
+@dataclass(frozen=True, kw_only=True)
+class KimiDelta:
+    """Kimi delta attention (2025): a DeltaNet, each dimension of whose keys forgets at a rate of its own.
+
+    Parameters: {q,k,v,b,f_a,f_b,g_a,g_b,o}_proj, {q,k,v}_conv1d, A_log, dt_bias, o_norm. The rates f and the gate g,
+    of which the sigmoid counts, are products of two matrices each, with `head_dim` numbers between them.
+    """
+
+    num_heads: int
+    head_dim: int
+    width: int
+    norm: Norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lightning:
+    """Linear attention that forgets at a fixed rate (MiniMax-Text-01). Parameters: {q,k,v,g,o}_proj, o_norm.
+
+    q, k and v are activated by silu. Head h of n forgets by exp(-rate * 2 ** (-8 * (h + 1) / n)) at each position. The
+    norm is of all heads together; the sigmoid of g is a gate on its result.
+    """
+
+    num_heads: int
+    head_dim: int
+    rate: float
+    norm: Norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +173,7 @@ class MoE:
     shared_gate: bool = False
 
 
-Mixer = Attention | MLA | ShortConv
+Mixer = Attention | MLA | ShortConv | DeltaNet | KimiDelta | Lightning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +188,8 @@ class Block:
     mlp_post_norm: Norm | None = None
     parallel: bool = False  # x + attn(n(x)) + mlp(n(x)); without mlp_norm the two share one norm
     residual_scale: float = 1.0
+    # MiniMax: h = a * pre(x) + post(attn(pre(x))); b * pre(h) + post(mlp(pre(h))).
+    normed_residual: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from quire.kernels.cpu.calls import kernel
 from quire.kernels.cpu.products import Machine, PackedQuantized, PackedWeight, multiply
 from quire.kernels.dispatch import Kernel, Op, op
 from quire.kernels.quantized import GROUP, Quantized
+from tests.kernels.recurrences import CONVOLUTIONS, make_convolution, steps
 
 if importlib.util.find_spec("triton") is not None:
     importlib.import_module("tests.interpreter")
@@ -235,6 +236,20 @@ def added_mixtures(dtype: torch.dtype) -> Inputs:
         yield *args, noise(*args[0].shape, seed=4), norm
 
 
+def recurrences(dtype: torch.dtype) -> Inputs:
+    """Small ones; see test_recurrent.py."""
+    for step in steps(dtype):
+        yield step.arguments()
+
+
+def convolutions(dtype: torch.dtype) -> Inputs:
+    """Small ones; see test_recurrent.py."""
+    for lengths, channels, width in CONVOLUTIONS:
+        for bias, silu in ((False, True), (True, False)):
+            step = make_convolution(lengths, channels, width, dtype, bias=bias)
+            yield *step, silu
+
+
 INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "rms_norm": norms,
     "layer_norm": layer_norms,
@@ -256,6 +271,8 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "route": choices,
     "experts": mixtures,
     "experts_add_norm": added_mixtures,
+    "recurrence": recurrences,
+    "causal_conv": convolutions,
 }
 COMPOSED = (
     "normed_linear",

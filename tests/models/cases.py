@@ -5,6 +5,7 @@ pairwise, so that a transposed or swapped matrix cannot fit. Windows are shorter
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +17,7 @@ import transformers
 
 VOCAB_SIZE, MAX_LENGTH, FIRST_TOKEN = 104, 64, 3  # tokens below the first one are special
 STD, NORM_MEAN = 0.3, 0.5
+COMPUTED = re.compile(r"\.(slope_rate|(query|key|diagonal)_decay)$")  # buffers that follow from the config
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,9 +160,86 @@ HYBRID = {
     "norm_eps": 1e-5,
 }
 
+DELTA = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": 0.2,  # else gated norms blow up the rounding of small results
+}
+SHARED_EXPERT = EXPERTS | {"shared_expert_intermediate_size": 56}
 
-def theta(base: float, **more: Any) -> dict[str, Any]:
+KIMI = {
+    "linear_num_heads": 3,
+    "linear_head_dim": 20,
+    "linear_conv_kernel_dim": 4,
+    "moe_renormalize": False,
+    "num_experts": 8,
+    "num_experts_per_token": 2,
+    "num_expert_group": 4,
+    "topk_group": 2,
+    "num_shared_experts": 2,
+    "moe_intermediate_size": 40,
+    "routed_scaling_factor": 2.5,
+    "model_max_length": MAX_LENGTH,
+    "rms_norm_eps": 0.2,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+}
+KIMI_PUBLISHED = {
+    "layer_types": None,
+    "mlp_layer_types": None,
+    "linear_attn_config": {
+        "num_heads": 3,
+        "head_dim": 20,
+        "short_conv_kernel_size": 4,
+        "full_attn_layers": [2],
+        "kda_layers": [1, 3, 4],
+    },
+    "linear_num_heads": None,
+    "linear_head_dim": None,
+    "linear_conv_kernel_dim": None,
+    "first_k_dense_replace": 1,
+    "mla_use_nope": True,
+    "moe_router_activation_func": "sigmoid",
+}
+LIGHTNING = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "full_attn_alpha_factor": 1.7,
+    "linear_attn_alpha_factor": 2.3,
+    "mlp_alpha_factor": 3.1,
+    "rms_norm_eps": 0.05,
+}
+M1 = "MiniMaxM1ForCausalLM"
+TEXT_01 = {
+    "layer_types": None,
+    "attn_type_list": [0, 1, 0, 0],
+    "postnorm": True,
+    "shared_intermediate_size": 0,
+    **{
+        f"{part}_{factor}_factor": None
+        for part in ("full_attn", "linear_attn", "mlp")
+        for factor in ("alpha", "beta")
+    },
+    "layernorm_full_attention_alpha": 1.7,
+    "layernorm_linear_attention_alpha": 2.3,
+    "layernorm_mlp_alpha": 3.1,
+    "layernorm_full_attention_beta": 1.0,
+    "layernorm_linear_attention_beta": 1.0,
+    "layernorm_mlp_beta": 1.0,
+    "architectures": ["MiniMaxText01ForCausalLM"],
+    "model_type": "minimax_text_01",
+}
+
+
+def theta(base: float | None, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": base, **more}}
+
+
+def without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != key}
 
 
 def old(**more: Any) -> dict[str, Any]:
@@ -175,6 +254,53 @@ def alias(name: str, of: str, values: Mapping[str, Any], config: str = "", **leg
 
 
 CASES = (
+    Case(
+        "Qwen3Next",
+        BASE
+        | DELTA
+        | SHARED_EXPERT
+        | theta(500.0, partial_rotary_factor=0.5)
+        | {"attention_bias": True, "mlp_only_layers": [2], "norm_topk_prob": False},
+    ),
+    Case(
+        "Qwen3Next-old",
+        BASE | DELTA | SHARED_EXPERT | {"layer_types": None, "full_attention_interval": 2},
+        legacy=old(full_attention_interval=2, rope_theta=10_000.0, partial_rotary_factor=0.25),
+    ),
+    Case("KimiLinear", without(PLAIN, "max_position_embeddings") | without(LATENT, "q_lora_rank") | KIMI),
+    Case(
+        "KimiLinear-published",
+        without(PLAIN, "max_position_embeddings") | LATENT | KIMI | {"moe_renormalize": True},
+        legacy=KIMI_PUBLISHED,
+    ),
+    Case("MiniMax", BASE | LOCAL_EXPERTS | LIGHTNING | {"head_dim": 24}),
+    Case("MiniMax-text-01", BASE | LOCAL_EXPERTS | LIGHTNING | LOCAL, legacy=TEXT_01),
+    Case("MiniMax-m1", GROUPED | LOCAL_EXPERTS | LIGHTNING, legacy=TEXT_01 | {"architectures": [M1]}),
+    Case(  # Hugging Face stores the convolution in three parts of one size
+        "OlmoHybrid",
+        GROUPED | DELTA | theta(500.0) | {"attention_bias": True, "linear_key_head_dim": 40},
+    ),
+    Case(
+        "OlmoHybrid-nope",
+        GROUPED | DELTA | theta(None) | {"linear_key_head_dim": 40, "linear_allow_neg_eigval": False},
+    ),
+    Case(
+        "Lfm2Moe",
+        GROUPED
+        | EXPERTS
+        | theta(500.0)
+        | {"layer_types": HYBRID["layer_types"], "num_dense_layers": 1}
+        | {"routed_scaling_factor": 2.5, "conv_bias": True},
+    ),
+    Case(
+        "Lfm2Moe-plain",
+        GROUPED
+        | EXPERTS
+        | {"layer_types": HYBRID["layer_types"], "num_dense_layers": 2}
+        | {"use_expert_bias": False, "norm_topk_prob": False, "tie_word_embeddings": False},
+    ),
+    Case("Qwen3_5", BASE | DELTA | theta(500.0, partial_rotary_factor=0.5), config="Qwen3_5TextConfig"),
+    Case("Qwen3_5Moe", BASE | DELTA | SHARED_EXPERT, config="Qwen3_5MoeTextConfig"),
     Case("Lfm2", HYBRID | theta(500.0)),
     Case("Lfm2-bias", HYBRID | {"conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False}),
     Case("Llama", BASE | theta(500.0)),
@@ -390,7 +516,7 @@ def build_hf(case: Case, folder: Path | None = None, *, seed: int = 0) -> torch.
     model = getattr(transformers, case.architecture)(hf_config(case)).eval().float()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():  # persistent buffers too
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and not COMPUTED.search(name):
                 is_norm = name.endswith("weight") and tensor.ndim == 1  # else biases drown the input
                 tensor.normal_(mean=NORM_MEAN if is_norm else 0.0, std=STD)
     if folder is not None:

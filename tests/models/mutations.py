@@ -4,7 +4,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, MoE, Norm, Rope, ShortConv
+from quire.models.spec import (
+    MLA,
+    MLP,
+    Attention,
+    Block,
+    Decoder,
+    DeltaNet,
+    Lightning,
+    MoE,
+    Norm,
+    Rope,
+    ShortConv,
+)
 
 Change = Callable[[Any], Any]  # a part of a spec -> the part without a feature; itself if it had none
 
@@ -77,8 +89,15 @@ DROPS: dict[type, dict[str, Change]] = {
         "clip": _set("clip", None),
         "softcap": _set("softcap", None),
         "sinks": _set("sinks", False),
+        "gate_bias": _set("gate_bias", False),
     },
-    MLA: {"scale": _set("scale", None), "growth": _set("growth", None)},
+    MLA: {
+        "scale": _set("scale", None),
+        "growth": _set("growth", None),
+        "rope": lambda m: replace(m, rope=None if m.rope else Rope(dim=m.rope_dim)),
+    },
+    DeltaNet: {"beta_scale": _set("beta_scale", 1.0)},
+    Lightning: {"rate": _times("rate", 2.0)},
     ShortConv: {"bias": _set("bias", False)},
     MLP: {"act": lambda m: replace(m, act=_unsaturated(m.act)), "bias": _set("bias", False)},
     MoE: {
@@ -97,6 +116,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "mlp_post_norm": _set("mlp_post_norm", None),
         "parallel": lambda b: _flip("parallel")(b) if b.mlp_norm and b.attn_norm else b,
         "residual_scale": _set("residual_scale", 1.0),
+        "normed_residual": _set("normed_residual", None),
     },
     Decoder: {
         "embed_scale": _set("embed_scale", 1.0),

@@ -20,7 +20,7 @@ from quire.models.catalog import VERIFIED
 from quire.models.hf import HARMLESS
 from quire.models.parameters import kv_bytes_per_token, num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec, families, family
-from tests.models.cases import BY_NAME, CASES, LONGROPE, YARN, Case, build_hf, config_of
+from tests.models.cases import BY_NAME, CASES, COMPUTED, LONGROPE, YARN, Case, build_hf, config_of
 from tests.models.published import PUBLISHED
 from tests.models.verified import DOCS, as_json, as_page, written_foreign
 
@@ -46,7 +46,11 @@ def test_checkpoint_has_exactly_the_parameters(case: Case, tmp_path: Path) -> No
 
 def persistent(model: Any) -> list[Any]:
     names = model.state_dict().keys()
-    return [t for n, t in [*model.named_parameters(), *model.named_buffers()] if n in names]
+    return [
+        t
+        for n, t in [*model.named_parameters(), *model.named_buffers()]
+        if n in names and not COMPUTED.search(n)
+    ]
 
 
 @by_case

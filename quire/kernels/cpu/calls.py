@@ -38,6 +38,7 @@ LAYOUTS = {
     "quire_finish_norm": "3i2P2q" + FUSED,
     "quire_route": "4i4P6qf",
     "quire_experts": "6i12P7q",
+    "quire_recurrence": "4i9P11q",
     "quire_write": "3PqPq",
     "quire_attend": "3P2qP2fqP",
     "quire_gather": "10P6q",
