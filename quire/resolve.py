@@ -9,7 +9,7 @@ from quire.attention.shapes import block_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import num_parameters, parameter_shapes
-from quire.models.spec import MLP, Foreign, MoE, Spec
+from quire.models.spec import MLP, Foreign, Mamba2, Mixer, MoE, Spec
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SEQS = {"cpu": 256, "cuda": 1024}
@@ -202,17 +202,22 @@ def _work_bytes(spec: Spec, batched_tokens: int, num_rows: int) -> int:
         inside = [max(shape[-2:]) for name, shape in spec.parameters if name in spec.products - {spec.head}]
         widest = WIDE * max([spec.dim, *inside])
     else:
-        widest = max(3 * spec.dim, *(_widest(block.mlp, spec.dim) for block in spec.blocks))
+        widest = max(
+            3 * spec.dim, *(_widest(part, spec.dim) for b in spec.blocks for part in (b.mixer, b.mlp))
+        )
     return 4 * (batched_tokens * (2 * spec.dim + 2 * widest) + 3 * num_rows * spec.vocab_size)
 
 
-def _widest(mlp: MLP | MoE, dim: int) -> int:
-    match mlp:
+def _widest(part: Mixer | MLP | MoE | None, dim: int) -> int:
+    match part:
         case MLP(hidden=hidden):
             return 2 * hidden
         case MoE(expert=expert, shared=shared, top_k=top_k):
             inside = 2 * (expert.hidden * top_k + (shared.hidden if shared else 0))
             return max(inside, (expert.hidden + dim) * top_k)
+        case Mamba2(inner=inner, convolved=convolved):
+            return 2 * (inner + convolved)
+    return 0
 
 
 def _cache_budget(config: Config, machine: Machine, weights: int, work: int) -> tuple[int, str]:

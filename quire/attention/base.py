@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quire.attention.shapes import CacheShape, cache_shapes, layer_offsets
+from quire.attention.shapes import NOTHING, CacheShape, cache_shapes, layer_offsets
 from quire.attention.states import State, layer_states
 from quire.kernels import ops
 from quire.models.spec import Spec
@@ -218,7 +218,7 @@ def layer_caches(
     offsets = layer_offsets(spec, backend.block_size, dtype.itemsize, backend.quantized)
     kept = layer_states(spec, states, dtype)
     return [
-        state or backend.views(pool, at, shape, dtype)
+        state if shape == NOTHING else backend.views(pool, at, shape, dtype)
         for state, at, shape in zip(kept, offsets, cache_shapes(spec), strict=True)
     ]
 

@@ -70,7 +70,7 @@ class CacheShape:
 NOTHING = CacheShape(0, 0, 0)
 
 
-def cache_shape(mixer: Mixer) -> CacheShape:
+def cache_shape(mixer: Mixer | None) -> CacheShape:
     """What a mixer caches per token."""
     if isinstance(mixer, MLA):
         return CacheShape(1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank, v_in_k=True)

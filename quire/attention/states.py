@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.shapes import ALIGNMENT_BYTES
-from quire.models.spec import Foreign, Mixer, ShortConv, Spec
+from quire.models.spec import Foreign, Mamba2, Mixer, ShortConv, Spec
 
 State = tuple[Tensor, ...]  # a layer's parts, each [num_rows, *shape]; empty for attention
 EXACT_BYTES = 4
@@ -38,11 +38,14 @@ class Part:
         return mine.view(dtype).unflatten(1, self.shape)
 
 
-def state_parts(mixer: Mixer, dim: int) -> tuple[Part, ...]:
-    """What a mixer of a network of `dim` dimensions keeps; nothing if it is attention."""
+def state_parts(mixer: Mixer | None, dim: int) -> tuple[Part, ...]:
+    """What a mixer of a network of `dim` dimensions keeps; nothing if it is attention, or if there is none."""
     match mixer:
         case ShortConv():
             return (Part((dim, mixer.width - 1)),)
+        case Mamba2():
+            seen = Part((mixer.convolved, mixer.width - 1))
+            return seen, Part((mixer.num_heads, mixer.state_dim, mixer.head_dim), exact=True)
     return ()
 
 

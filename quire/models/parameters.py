@@ -4,7 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Foreign, Mixer, MoE, Norm, ShortConv, Spec
+from quire.models.spec import (
+    MLA,
+    MLP,
+    Attention,
+    Block,
+    Decoder,
+    Foreign,
+    Mamba2,
+    Mixer,
+    MoE,
+    Norm,
+    ShortConv,
+    Spec,
+)
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
@@ -30,10 +43,14 @@ def parameter_shapes(spec: Spec) -> Named:
 def block_shapes(block: Block, dim: int) -> Named:
     """The parameters of one layer."""
     yield from _within("attn_norm", _norm(block.attn_norm, (dim,)))
-    yield from _within("mixer", _mixer(block.mixer, dim))
+    if block.mixer:
+        yield from _within("mixer", _mixer(block.mixer, dim))
     yield from _within("attn_post_norm", _norm(block.attn_post_norm, (dim,)))
     yield from _within("mlp_norm", _norm(block.mlp_norm, (dim,)))
-    yield from _within("mlp", _moe(block.mlp, dim) if isinstance(block.mlp, MoE) else _mlp(block.mlp, dim))
+    if block.mlp:
+        yield from _within(
+            "mlp", _moe(block.mlp, dim) if isinstance(block.mlp, MoE) else _mlp(block.mlp, dim)
+        )
     yield from _within("mlp_post_norm", _norm(block.mlp_post_norm, (dim,)))
 
 
@@ -72,7 +89,7 @@ def kv_bytes_per_token(spec: Decoder, value_bytes: int = 2) -> int:
     return sum(kv_values_per_token(block) for block in spec.blocks) * value_bytes
 
 
-def _idle(mlp: MLP | MoE, dim: int) -> int:
+def _idle(mlp: MLP | MoE | None, dim: int) -> int:
     if not isinstance(mlp, MoE):
         return 0
     return (mlp.num_experts - mlp.top_k) * sum(prod(shape) for _, shape in _mlp(mlp.expert, dim))
@@ -104,6 +121,8 @@ def _mixer(s: Mixer, dim: int) -> Named:
             return _mla(s, dim)
         case ShortConv():
             return _short_conv(s, dim)
+        case Mamba2():
+            return _mamba2(s, dim)
 
 
 def _attention(s: Attention, dim: int) -> Named:
@@ -137,6 +156,17 @@ def _short_conv(s: ShortConv, dim: int) -> Named:
     if s.bias:
         yield "conv.bias", (dim,)
     yield from _linear("out_proj", dim, dim, s.bias)
+
+
+def _mamba2(s: Mamba2, dim: int) -> Named:
+    yield from _linear("in_proj", s.inner + s.convolved + s.num_heads, dim, s.bias)
+    yield "conv1d.weight", (s.convolved, 1, s.width)
+    if s.conv_bias:
+        yield "conv1d.bias", (s.convolved,)
+    for name in ("A_log", "D", "dt_bias"):
+        yield name, (s.num_heads,)
+    yield from _within("norm", _norm(s.norm, (s.inner,)))
+    yield from _linear("out_proj", dim, s.inner, s.bias)
 
 
 def _mlp(s: MLP, dim: int) -> Named:

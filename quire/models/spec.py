@@ -4,6 +4,7 @@ A spec knows no device, parallelism, quantization, cache or loading. A field ent
 Parameter names follow from the structure (`layers.3.mixer.q_proj.weight`); `names.py` maps checkpoints onto them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -77,6 +78,33 @@ class ShortConv:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mamba2:
+    """State spaces with one decay per head (Dao and Gu 2024).
+
+    Parameters: {in,out}_proj, conv1d, A_log, D, dt_bias, norm, which sees a group's heads at a time, gated.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_dim: int
+    groups: int  # of heads that share what writes to their states and what reads them
+    width: int  # of the convolution
+    norm: Norm
+    bias: bool = False
+    conv_bias: bool = True
+    time_step: tuple[float, float] = (0.0, math.inf)  # its limits
+
+    @property
+    def inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def convolved(self) -> int:
+        """Channels of the convolution: values, and what writes and reads."""
+        return self.inner + 2 * self.groups * self.state_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLP:
     """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
 
@@ -104,15 +132,18 @@ class MoE:
     shared_gate: bool = False
 
 
-Mixer = Attention | MLA | ShortConv
+Mixer = Attention | MLA | ShortConv | Mamba2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One layer. Sequential: h = x + post(attn(pre(x))); h + post(mlp(pre(h))). See `parallel` for the other."""
+    """One layer. Sequential: h = x + post(attn(pre(x))); h + post(mlp(pre(h))). See `parallel` for the other.
 
-    mixer: Mixer
-    mlp: MLP | MoE
+    Without `mixer` or without `mlp` it is x + post(that part(pre(x))), with the norms called attn_*.
+    """
+
+    mixer: Mixer | None
+    mlp: MLP | MoE | None
     attn_norm: Norm | None
     mlp_norm: Norm | None
     attn_post_norm: Norm | None = None

@@ -134,6 +134,34 @@ HYBRID = {
     "block_multiple_of": 16,
     "norm_eps": 1e-5,
 }
+STATES = {
+    "mamba_n_heads": 6,
+    "mamba_d_head": 64,
+    "mamba_n_groups": 3,
+    "mamba_d_state": 24,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_proj_bias": True,
+    "mamba_chunk_size": 16,
+    "time_step_limit": [0.4, 1.5],
+    "hidden_size": 192,
+}
+HALF_STATES = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "shared_intermediate_size": 56,
+}
+SPARE = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 40,
+    "ssm_state_size": 24,
+    "n_groups": 3,
+    "use_bias": True,
+    "mlp_bias": True,
+    "moe_shared_expert_intermediate_size": 56,
+    "time_step_min": 0.4,
+    "chunk_size": 16,
+}
 
 
 def theta(base: float, **more: Any) -> dict[str, Any]:
@@ -146,6 +174,26 @@ def old(**more: Any) -> dict[str, Any]:
 
 
 CASES = (
+    Case(
+        "Mamba2",
+        SIZES
+        | {"hidden_size": 120, "num_heads": 6, "head_dim": 40, "state_size": 24, "n_groups": 3}
+        | {"use_bias": True, "chunk_size": 16, "time_step_limit": [0.4, 1.5]},
+    ),
+    Case("Bamba", GROUPED | BIASED | STATES | {"attn_layer_indices": [1]}),
+    Case(
+        "GraniteMoeHybrid",
+        GROUPED | MULTIPLIERS | LOCAL_EXPERTS | STATES | HALF_STATES | {"attention_bias": True},
+    ),
+    Case(
+        "GraniteMoeHybrid-dense",
+        GROUPED
+        | MULTIPLIERS
+        | STATES
+        | HALF_STATES
+        | {"num_local_experts": 0, "position_embedding_type": "rope"},
+    ),
+    Case("NemotronH", BASE | ALL_SPARSE | SPARE),
     Case("Lfm2", HYBRID | theta(500.0)),
     Case("Lfm2-bias", HYBRID | {"conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False}),
     Case("Llama", BASE | theta(500.0)),

@@ -1,10 +1,11 @@
 """Specs that lack one feature each: an oracle test that passes for one of them does not test the feature."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, MoE, Norm, Rope, ShortConv
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Mamba2, MoE, Norm, Rope, ShortConv
 
 Change = Callable[[Any], Any]  # a part of a spec -> the part without a feature; itself if it had none
 
@@ -72,6 +73,11 @@ DROPS: dict[type, dict[str, Change]] = {
         "sinks": _set("sinks", False),
     },
     MLA: {"scale": _set("scale", None)},
+    Mamba2: {
+        "bias": _set("bias", False),
+        "conv_bias": _set("conv_bias", False),
+        "time_step": _set("time_step", (0.0, math.inf)),
+    },
     ShortConv: {"bias": _set("bias", False)},
     MLP: {"act": lambda m: replace(m, act=_unsaturated(m.act)), "bias": _set("bias", False)},
     MoE: {

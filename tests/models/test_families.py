@@ -144,6 +144,12 @@ UNSUPPORTED = (
     ("Glm4MoeLite", {"mlp_layer_types": ["cheap"] * 4}, "cheap"),
     ("GptOss", {"swiglu_limit": 6.0}, "swiglu_limit"),
     ("SolarOpen", {"use_qk_norm": True}, "use_qk_norm"),
+    ("Mamba2", {"hidden_act": "gelu"}, "hidden_act"),
+    ("GraniteMoeHybrid", {"position_embedding_type": "learned"}, "position_embedding_type"),
+    ("GraniteMoeHybrid", {"layer_types": ["conv"] * 4}, "conv"),
+    ("NemotronH", {"moe_latent_size": 40}, "moe_latent_size"),
+    ("NemotronH", {"sliding_window": 8}, "sliding_window"),
+    ("NemotronH", {"layers_block_type": ["M", "x"]}, "layer type x"),
     ("Qwen3", {"quantization_config": {"quant_method": "fp8"}}, "fp8"),
 )
 
