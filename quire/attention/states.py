@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.shapes import ALIGNMENT_BYTES
-from quire.models.spec import Foreign, Mamba2, Mixer, ShortConv, Spec
+from quire.models.spec import Foreign, Mamba, Mamba2, Mixer, ShortConv, Spec
 
 State = tuple[Tensor, ...]  # a layer's parts, each [num_rows, *shape]; empty for attention
 EXACT_BYTES = 4
@@ -43,6 +43,9 @@ def state_parts(mixer: Mixer | None, dim: int) -> tuple[Part, ...]:
     match mixer:
         case ShortConv():
             return (Part((dim, mixer.width - 1)),)
+        case Mamba():
+            seen = Part((mixer.channels, mixer.width - 1))
+            return seen, Part((mixer.state_dim, mixer.channels), exact=True)
         case Mamba2():
             seen = Part((mixer.convolved, mixer.width - 1))
             return seen, Part((mixer.num_heads, mixer.state_dim, mixer.head_dim), exact=True)

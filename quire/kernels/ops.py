@@ -18,7 +18,7 @@ from quire.kernels.experts import (
     route,
 )
 from quire.kernels.quantized import quantize_linear
-from quire.kernels.recurrent import causal_conv, recurrence
+from quire.kernels.recurrent import causal_conv, recurrence, selective_scan
 from quire.kernels.reference import (
     RmsNorm,
     RowScale,
@@ -87,5 +87,6 @@ __all__ = [
     "recurrence",
     "rms_norm",
     "route",
+    "selective_scan",
     "why_not_invariant",
 ]

@@ -9,7 +9,7 @@ from quire.attention.base import Cache, Ragged
 from quire.layers.attention import Attention
 from quire.layers.base import Build, Weights
 from quire.layers.conv import ShortConv
-from quire.layers.mamba import Mamba2
+from quire.layers.mamba import Mamba, Mamba2
 from quire.layers.mla import MLA
 from quire.layers.mlp import MLP
 from quire.layers.moe import MoE
@@ -20,6 +20,7 @@ MIXERS: dict[type, Callable[[Any, Build], Any]] = {
     spec.Attention: Attention,
     spec.MLA: MLA,
     spec.ShortConv: ShortConv,
+    spec.Mamba: Mamba,
     spec.Mamba2: Mamba2,
 }
 

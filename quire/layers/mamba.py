@@ -1,4 +1,7 @@
-"""State-space mixers: Mamba-2 (Dao and Gu 2024)."""
+"""State-space mixers: Mamba (Gu and Dao 2023), Mamba-2 (Dao and Gu 2024).
+
+From the convolution's result to the output's product everything is float32.
+"""
 
 from typing import Any
 
@@ -11,16 +14,56 @@ from quire.attention.states import State
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.conv import Conv
-from quire.layers.linear import Linear
-from quire.layers.norm import Normed
+from quire.layers.linear import EXACT, Linear
+from quire.layers.norm import Norm, Normed
 from quire.models import spec
 
 
-class Mamba2(nn.Module):
-    """Gate, values, keys (B), queries (C) and time steps in one product; convolve; recurrence; gate; norm; output.
+class Mamba(nn.Module):
+    """Values and gate in one product; convolve; time steps, B and C in another; scan; gate; output."""
 
-    From the convolution's result to the norm's everything is float32.
-    """
+    def __init__(self, s: spec.Mamba, build: Build):
+        super().__init__()
+        self.spec, self.build = s, build
+        self.into = Linear(build.dim, {"in_proj": 2 * s.channels}, build, bias=s.bias)
+        self.conv = Conv(s.channels, s.width, build, bias=s.conv_bias, silu=True)
+        self.sizes = {"dt": s.step_rank, "b": s.state_dim, "c": s.state_dim}
+        chosen = sum(self.sizes.values())
+        self.choose = Linear(s.channels, {"x_proj": chosen}, build, least_bits=EXACT)
+        self.steps = Linear(s.step_rank, {"dt_proj": s.channels}, build, bias=True, least_bits=EXACT)
+        self.out = Linear(s.channels, {"out_proj": build.dim}, build, bias=s.bias)
+        self.norms = [Norm(s.norm, (size,), build) for size in self.sizes.values()] if s.norm else None
+        self.rate: Tensor | None = None  # [state_dim, channels], A: negative
+        self.skip: Tensor | None = None  # [channels], D
+
+    def load(self, weights: Weights, name: str) -> None:
+        s, build = self.spec, self.build
+        for product in (self.into, self.choose, self.steps, self.out):
+            product.load(weights, name)
+        self.conv.load(weights, f"{name}.conv1d")
+        for part, norm in zip(self.sizes, self.norms or (), strict=False):
+            norm.load(weights, f"{name}.{part}_layernorm")
+        logs = build.pull(weights, f"{name}.A_log", s.channels, s.state_dim, dtype=torch.float32)
+        self.rate = -logs.exp().T.contiguous()
+        self.skip = build.pull(weights, f"{name}.D", s.channels, dtype=torch.float32)
+
+    def heads(self, x: Normed, step: Ragged, cache: State) -> Tensor:
+        """x [T, dim] -> what `out` takes [T, channels]."""
+        seen, state = cache
+        mixed, gate = self.into.of(x).chunk(2, -1)
+        values = self.conv(mixed, step, seen)
+        chosen = self.choose(values).split(list(self.sizes.values()), -1)
+        if self.norms:
+            chosen = [norm(part) for norm, part in zip(self.norms, chosen, strict=True)]
+        dt, b, c = chosen
+        dt = F.softplus(self.steps(dt, torch.float32))
+        inputs = values.float(), dt, self.rate, b.float(), c.float(), self.skip
+        y = ops.selective_scan(*inputs, state, step.rows, step.query_starts)
+        return (y * F.silu(gate.float())).to(gate.dtype)
+
+
+class Mamba2(nn.Module):
+    """Gate, values, keys (B), queries (C) and time steps in one product; convolve; recurrence; gate; norm; output."""
 
     def __init__(self, s: spec.Mamba2, build: Build):
         super().__init__()

@@ -11,6 +11,7 @@ from quire.models.spec import (
     Block,
     Decoder,
     Foreign,
+    Mamba,
     Mamba2,
     Mixer,
     MoE,
@@ -113,6 +114,12 @@ def _linear(name: str, rows: int, columns: int, bias: bool = False) -> Named:
         yield f"{name}.bias", (rows,)
 
 
+def _conv(name: str, channels: int, width: int, bias: bool) -> Named:
+    yield f"{name}.weight", (channels, 1, width)
+    if bias:
+        yield f"{name}.bias", (channels,)
+
+
 def _mixer(s: Mixer, dim: int) -> Named:
     match s:
         case Attention():
@@ -121,6 +128,8 @@ def _mixer(s: Mixer, dim: int) -> Named:
             return _mla(s, dim)
         case ShortConv():
             return _short_conv(s, dim)
+        case Mamba():
+            return _mamba(s, dim)
         case Mamba2():
             return _mamba2(s, dim)
 
@@ -152,17 +161,25 @@ def _mla(s: MLA, dim: int) -> Named:
 
 def _short_conv(s: ShortConv, dim: int) -> Named:
     yield from _linear("in_proj", 3 * dim, dim, s.bias)
-    yield "conv.weight", (dim, 1, s.width)
-    if s.bias:
-        yield "conv.bias", (dim,)
+    yield from _conv("conv", dim, s.width, s.bias)
     yield from _linear("out_proj", dim, dim, s.bias)
+
+
+def _mamba(s: Mamba, dim: int) -> Named:
+    yield from _linear("in_proj", 2 * s.channels, dim, s.bias)
+    yield from _conv("conv1d", s.channels, s.width, s.conv_bias)
+    yield from _linear("x_proj", s.step_rank + 2 * s.state_dim, s.channels)
+    for name, size in (("dt", s.step_rank), ("b", s.state_dim), ("c", s.state_dim)):
+        yield from _within(f"{name}_layernorm", _norm(s.norm, (size,)))
+    yield from _linear("dt_proj", s.channels, s.step_rank, bias=True)
+    yield "A_log", (s.channels, s.state_dim)
+    yield "D", (s.channels,)
+    yield from _linear("out_proj", dim, s.channels, s.bias)
 
 
 def _mamba2(s: Mamba2, dim: int) -> Named:
     yield from _linear("in_proj", s.inner + s.convolved + s.num_heads, dim, s.bias)
-    yield "conv1d.weight", (s.convolved, 1, s.width)
-    if s.conv_bias:
-        yield "conv1d.bias", (s.convolved,)
+    yield from _conv("conv1d", s.convolved, s.width, s.conv_bias)
     for name in ("A_log", "D", "dt_bias"):
         yield name, (s.num_heads,)
     yield from _within("norm", _norm(s.norm, (s.inner,)))

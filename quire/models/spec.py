@@ -78,6 +78,24 @@ class ShortConv:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mamba:
+    """State spaces with a decay for each channel's each dimension (Gu and Dao 2023).
+
+    Parameters: {in,x,dt,out}_proj, conv1d, A_log, D, {dt,b,c}_layernorm.
+    """
+
+    channels: int
+    state_dim: int  # of a channel
+    step_rank: int  # of the projection that makes time steps
+    width: int  # of the convolution
+    norm: Norm | None = (
+        None  # of what x_proj makes: time steps, what writes to the states and what reads them
+    )
+    bias: bool = False
+    conv_bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mamba2:
     """State spaces with one decay per head (Dao and Gu 2024).
 
@@ -132,7 +150,7 @@ class MoE:
     shared_gate: bool = False
 
 
-Mixer = Attention | MLA | ShortConv | Mamba2
+Mixer = Attention | MLA | ShortConv | Mamba | Mamba2
 
 
 @dataclass(frozen=True, kw_only=True)

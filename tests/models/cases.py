@@ -150,6 +150,15 @@ HALF_STATES = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "shared_intermediate_size": 56,
 }
+SCAN = {
+    **SIZES,
+    "hidden_size": 120,
+    "state_size": 12,
+    "conv_kernel": 3,
+    "use_bias": True,
+    "time_step_rank": 20,
+    "expand": 3,
+}
 SPARE = {
     "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
     "mamba_num_heads": 6,
@@ -179,6 +188,16 @@ CASES = (
         SIZES
         | {"hidden_size": 120, "num_heads": 6, "head_dim": 40, "state_size": 24, "n_groups": 3}
         | {"use_bias": True, "chunk_size": 16, "time_step_limit": [0.4, 1.5]},
+    ),
+    Case("Mamba", SCAN),
+    Case(
+        "FalconMamba", SCAN | {"tie_word_embeddings": False, "use_conv_bias": False, "time_step_rank": "auto"}
+    ),
+    Case(
+        "Jamba",
+        GROUPED
+        | {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 6, "mamba_d_state": 12}
+        | {"mamba_proj_bias": True, "mamba_dt_rank": 20},
     ),
     Case("Bamba", GROUPED | BIASED | STATES | {"attn_layer_indices": [1]}),
     Case(

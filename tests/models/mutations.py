@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Mamba2, MoE, Norm, Rope, ShortConv
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Mamba, Mamba2, MoE, Norm, Rope, ShortConv
 
 Change = Callable[[Any], Any]  # a part of a spec -> the part without a feature; itself if it had none
 
@@ -73,6 +73,11 @@ DROPS: dict[type, dict[str, Change]] = {
         "sinks": _set("sinks", False),
     },
     MLA: {"scale": _set("scale", None)},
+    Mamba: {
+        "bias": _set("bias", False),
+        "conv_bias": _set("conv_bias", False),
+        "norm": _set("norm", None),
+    },
     Mamba2: {
         "bias": _set("bias", False),
         "conv_bias": _set("conv_bias", False),
