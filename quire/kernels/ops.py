@@ -7,6 +7,7 @@ import torch
 from quire.kernels.cpu import mixture as _cpu_mixture  # noqa: F401  (importing it registers its kernels)
 from quire.kernels.cpu import ops as _cpu  # noqa: F401
 from quire.kernels.cpu import products as _cpu_products  # noqa: F401
+from quire.kernels.cpu import scan as _cpu_scan  # noqa: F401
 from quire.kernels.experts import (
     Experts,
     Routes,

@@ -16,6 +16,7 @@ from quire.kernels.cpu.calls import kernel
 from quire.kernels.cpu.products import Machine, PackedQuantized, PackedWeight, multiply
 from quire.kernels.dispatch import Kernel, Op, op
 from quire.kernels.quantized import GROUP, Quantized
+from tests.kernels.sequences import convolutions, noise, scans
 
 if importlib.util.find_spec("triton") is not None:
     importlib.import_module("tests.interpreter")
@@ -37,10 +38,6 @@ TOLERANCE = {
 }  # an erf near -1 loses digits
 MOST_INTERPRETED = 40  # rows; the interpreter takes milliseconds for each
 Inputs = Iterator[tuple[object, ...]]
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 2.0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 def norms(dtype: torch.dtype) -> Inputs:
@@ -250,6 +247,8 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "add": plain_sums,
     "add_norm": sums,
     "finish_norm": unscaled,
+    "causal_conv": convolutions,
+    "selective_scan": scans,
     "embed": lookups,
     "pick": picks,
     "as_table": tables,
