@@ -9,7 +9,7 @@ from quire.attention.shapes import block_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import num_parameters, parameter_shapes
-from quire.models.spec import MLP, Foreign, Mamba, Mamba2, Mixer, MoE, Spec
+from quire.models.spec import MLP, RGLRU, Foreign, Mamba, Mamba2, Mixer, MoE, Spec
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SEQS = {"cpu": 256, "cuda": 1024}
@@ -24,6 +24,7 @@ UNQUANTIZED = (
     "x_proj.weight",
     "dt_proj.weight",
     "A_log",
+    "gate_bias",
 )  # small, or multiplied another way
 SPARE_BLOCKS = 32_768  # for the prefix cache; a small model could otherwise fill the machine with it
 WIDE = 4  # copies of a layer's largest output that modules of others hold at once
@@ -218,7 +219,7 @@ def _widest(part: Mixer | MLP | MoE | None, dim: int) -> int:
         case MoE(expert=expert, shared=shared, top_k=top_k):
             inside = 2 * (expert.hidden * top_k + (shared.hidden if shared else 0))
             return max(inside, (expert.hidden + dim) * top_k)
-        case Mamba(channels=channels):
+        case Mamba(channels=channels) | RGLRU(channels=channels):
             return 4 * channels
         case Mamba2(inner=inner, convolved=convolved):
             return 2 * (inner + convolved)

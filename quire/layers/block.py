@@ -9,6 +9,7 @@ from quire.attention.base import Cache, Ragged
 from quire.layers.attention import Attention
 from quire.layers.base import Build, Weights
 from quire.layers.conv import ShortConv
+from quire.layers.griffin import RGLRU
 from quire.layers.mamba import Mamba, Mamba2
 from quire.layers.mla import MLA
 from quire.layers.mlp import MLP
@@ -22,6 +23,7 @@ MIXERS: dict[type, Callable[[Any, Build], Any]] = {
     spec.ShortConv: ShortConv,
     spec.Mamba: Mamba,
     spec.Mamba2: Mamba2,
+    spec.RGLRU: RGLRU,
 }
 
 

@@ -7,6 +7,7 @@ from math import prod
 from quire.models.spec import (
     MLA,
     MLP,
+    RGLRU,
     Attention,
     Block,
     Decoder,
@@ -132,6 +133,8 @@ def _mixer(s: Mixer, dim: int) -> Named:
             return _mamba(s, dim)
         case Mamba2():
             return _mamba2(s, dim)
+        case RGLRU():
+            return _rglru(s, dim)
 
 
 def _attention(s: Attention, dim: int) -> Named:
@@ -184,6 +187,18 @@ def _mamba2(s: Mamba2, dim: int) -> Named:
         yield name, (s.num_heads,)
     yield from _within("norm", _norm(s.norm, (s.inner,)))
     yield from _linear("out_proj", dim, s.inner, s.bias)
+
+
+def _rglru(s: RGLRU, dim: int) -> Named:
+    for name in ("linear_x", "linear_y"):
+        yield from _linear(name, s.channels, dim, bias=True)
+    yield from _conv("conv_1d", s.channels, s.width, bias=True)
+    size = s.channels // s.num_heads
+    for gate in ("input", "recurrent"):
+        yield f"rg_lru.{gate}_gate_weight", (s.num_heads, size, size)
+        yield f"rg_lru.{gate}_gate_bias", (s.num_heads, size)
+    yield "rg_lru.recurrent_param", (s.channels,)
+    yield from _linear("linear_out", dim, s.channels, bias=True)
 
 
 def _mlp(s: MLP, dim: int) -> Named:

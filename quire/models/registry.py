@@ -73,6 +73,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "Qwen2MoeForCausalLM": "qwen.qwen2_moe",
     "Qwen3ForCausalLM": "qwen.qwen3",
     "Qwen3MoeForCausalLM": "qwen.qwen3_moe",
+    "RecurrentGemmaForCausalLM": "griffin.recurrent_gemma",
     "SeedOssForCausalLM": "llama.seed_oss",
     "SmolLM3ForCausalLM": "llama.smollm3",
     "SolarOpenForCausalLM": "glm.solar_open",

@@ -123,6 +123,20 @@ class Mamba2:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RGLRU:
+    """act(linear_y(x)) * a gated linear recurrence of conv(linear_x(x)), channel by channel (Griffin, De et al. 2024).
+
+    Parameters: linear_{x,y,out}, conv_1d, all with biases; rg_lru.recurrent_param, and of either gate, which sees the
+    channels of one head, rg_lru.{input,recurrent}_gate_{weight,bias}.
+    """
+
+    channels: int
+    num_heads: int
+    width: int  # of the convolution
+    act: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLP:
     """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
 
@@ -150,7 +164,7 @@ class MoE:
     shared_gate: bool = False
 
 
-Mixer = Attention | MLA | ShortConv | Mamba | Mamba2
+Mixer = Attention | MLA | ShortConv | Mamba | Mamba2 | RGLRU
 
 
 @dataclass(frozen=True, kw_only=True)

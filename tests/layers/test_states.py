@@ -14,7 +14,7 @@ from quire.layers.block import mixer
 from quire.layers.norm import Normed
 from quire.layers.rope import RopeTables
 from quire.models.parameters import block_shapes
-from quire.models.spec import Block, Mamba, Mamba2, Mixer, Norm, ShortConv
+from quire.models.spec import RGLRU, Block, Mamba, Mamba2, Mixer, Norm, ShortConv
 
 DIM, LENGTHS, BLOCK_SIZE = 40, (23, 1, 9), 4
 STEPS = ((5, 1, 0), (0, 0, 1), (1, 0, 3), (17, 0, 5))  # rows of each sequence in each step
@@ -22,6 +22,7 @@ MIXERS = (
     ShortConv(width=3, bias=True),
     Mamba(channels=56, state_dim=12, step_rank=7, width=4),
     Mamba(channels=56, state_dim=12, step_rank=7, width=3, norm=Norm(), bias=True, conv_bias=False),
+    RGLRU(channels=56, num_heads=7, width=4, act="gelu_pytorch_tanh"),
     Mamba2(num_heads=6, head_dim=8, state_dim=12, groups=3, width=4, norm=Norm(), bias=True),
 )
 

@@ -199,6 +199,11 @@ CASES = (
         | {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 6, "mamba_d_state": 12}
         | {"mamba_proj_bias": True, "mamba_dt_rank": 20},
     ),
+    Case(
+        "RecurrentGemma",
+        {**GROUPED, "intermediate_size": 352, "lru_width": 96, "conv1d_width": 3}
+        | {"attention_window_size": 5, "logits_soft_cap": 0.7, "attention_bias": True},
+    ),
     Case("Bamba", GROUPED | BIASED | STATES | {"attn_layer_indices": [1]}),
     Case(
         "GraniteMoeHybrid",

@@ -5,7 +5,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Mamba, Mamba2, MoE, Norm, Rope, ShortConv
+from quire.models.spec import (
+    MLA,
+    MLP,
+    RGLRU,
+    Attention,
+    Block,
+    Decoder,
+    Mamba,
+    Mamba2,
+    MoE,
+    Norm,
+    Rope,
+    ShortConv,
+)
 
 Change = Callable[[Any], Any]  # a part of a spec -> the part without a feature; itself if it had none
 
@@ -83,6 +96,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "conv_bias": _set("conv_bias", False),
         "time_step": _set("time_step", (0.0, math.inf)),
     },
+    RGLRU: {"act": lambda m: replace(m, act=_unsaturated(m.act))},
     ShortConv: {"bias": _set("bias", False)},
     MLP: {"act": lambda m: replace(m, act=_unsaturated(m.act)), "bias": _set("bias", False)},
     MoE: {
