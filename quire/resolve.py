@@ -9,7 +9,7 @@ from quire.attention.shapes import block_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import num_parameters, parameter_shapes
-from quire.models.spec import MLP, RGLRU, Foreign, Mamba, Mamba2, Mixer, MoE, Spec
+from quire.models.spec import MLP, RGLRU, Both, Foreign, Mamba, Mamba2, Mixer, MoE, Spec
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SEQS = {"cpu": 256, "cuda": 1024}
@@ -221,6 +221,8 @@ def _widest(part: Mixer | MLP | MoE | None, dim: int) -> int:
             return max(inside, (expert.hidden + dim) * top_k)
         case Mamba(channels=channels) | RGLRU(channels=channels):
             return 4 * channels
+        case Both(states=states):
+            return _widest(states, dim)
         case Mamba2(inner=inner, convolved=convolved):
             return 2 * (inner + convolved)
     return 0

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from quire.models.spec import MLA, Attention, Foreign, Mixer, Spec
+from quire.models.spec import MLA, Foreign, Mixer, Spec, attention_of
 
 ALIGNMENT_BYTES = 64
 DIM_STEP = 16  # stored head dimensions are multiples of this, so that kernels need no tails
@@ -72,11 +72,10 @@ NOTHING = CacheShape(0, 0, 0)
 
 def cache_shape(mixer: Mixer | None) -> CacheShape:
     """What a mixer caches per token."""
+    mixer = attention_of(mixer)
     if isinstance(mixer, MLA):
         return CacheShape(1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank, v_in_k=True)
-    if isinstance(mixer, Attention):
-        return CacheShape(mixer.num_kv_heads, mixer.head_dim, mixer.head_dim)
-    return NOTHING
+    return CacheShape(mixer.num_kv_heads, mixer.head_dim, mixer.head_dim) if mixer else NOTHING
 
 
 def cache_shapes(spec: Spec) -> tuple[CacheShape, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.shapes import ALIGNMENT_BYTES
-from quire.models.spec import RGLRU, Foreign, Mamba, Mamba2, Mixer, ShortConv, Spec
+from quire.models.spec import RGLRU, Both, Foreign, Mamba, Mamba2, Mixer, ShortConv, Spec
 
 State = tuple[Tensor, ...]  # a layer's parts, each [num_rows, *shape]; empty for attention
 EXACT_BYTES = 4
@@ -49,6 +49,8 @@ def state_parts(mixer: Mixer | None, dim: int) -> tuple[Part, ...]:
         case Mamba2():
             seen = Part((mixer.convolved, mixer.width - 1))
             return seen, Part((mixer.num_heads, mixer.state_dim, mixer.head_dim), exact=True)
+        case Both():
+            return state_parts(mixer.states, dim)
         case RGLRU():
             return Part((mixer.channels, mixer.width - 1)), Part((mixer.channels, 1, 1), exact=True)
     return ()

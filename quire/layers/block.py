@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from quire.attention.base import Cache, Ragged
 from quire.layers.attention import Attention
 from quire.layers.base import Build, Weights
+from quire.layers.both import Both
 from quire.layers.conv import ShortConv
 from quire.layers.griffin import RGLRU
 from quire.layers.mamba import Mamba, Mamba2
@@ -24,6 +25,7 @@ MIXERS: dict[type, Callable[[Any, Build], Any]] = {
     spec.Mamba: Mamba,
     spec.Mamba2: Mamba2,
     spec.RGLRU: RGLRU,
+    spec.Both: Both,
 }
 
 

@@ -75,6 +75,12 @@ class Mamba2(nn.Module):
         self.skip: Any = None  # [num_heads, 1], D
         self.step_bias: Any = None  # [num_heads]
         self.gain: Tensor | None = None  # [groups, inner / groups], the norm's weight
+        self.scales: Tensor | None = None  # of what `into` makes
+        if s.scales:
+            written = s.groups * s.state_dim
+            sizes = torch.tensor([s.inner, s.inner, written, written, s.num_heads])
+            scales = torch.tensor(s.scales, dtype=build.dtype).repeat_interleave(sizes)
+            self.scales = scales.to(build.device)
 
     def load(self, weights: Weights, name: str) -> None:
         s = self.spec
@@ -88,14 +94,16 @@ class Mamba2(nn.Module):
         self.rate = -exact("A_log", s.num_heads).exp()[:, None]
         self.skip = exact("D", s.num_heads)[:, None]
         self.step_bias = exact("dt_bias", s.num_heads)
-        if s.norm.weight:
+        if s.norm and s.norm.weight:
             self.gain = exact("norm.weight", s.inner).unflatten(0, (s.groups, -1))
 
     def heads(self, x: Normed, step: Ragged, cache: State) -> Tensor:
         """x [T, dim] -> what `out` takes [T, inner]."""
         s, (seen, state) = self.spec, cache
         written = s.groups * s.state_dim
-        gate, mixed, dt = self.into.of(x).split([s.inner, s.convolved, s.num_heads], -1)
+        made = self.into.of(x)
+        made = made if self.scales is None else made * self.scales
+        gate, mixed, dt = made.split([s.inner, s.convolved, s.num_heads], -1)
         convolved = self.conv(mixed, step, seen).float()
         values, keys, queries = convolved.split([s.inner, written, written], -1)
         values = values.unflatten(-1, (s.num_heads, s.head_dim))
@@ -103,6 +111,13 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt.float() + self.step_bias).clamp(*s.time_step)[..., None]
         decay = (dt * self.rate).exp()
         y = ops.recurrence(values * dt, queries, keys, decay, None, state, step.rows, step.query_starts)
-        y = (y + self.skip * values).flatten(-2) * F.silu(gate.float())
-        y = ops.rms_norm(y.unflatten(-1, (s.groups, -1)), self.gain, s.norm.eps, s.norm.offset)
-        return y.flatten(-2).to(gate.dtype)
+        y, gate_by = (y + self.skip * values).flatten(-2), F.silu(gate.float())
+        y = self._norm(y) * gate_by if s.norm_first else self._norm(y * gate_by)
+        return y.to(gate.dtype)
+
+    def _norm(self, y: Tensor) -> Tensor:
+        """y [T, inner], of each group by itself."""
+        norm, groups = self.spec.norm, self.spec.groups
+        if norm is None:
+            return y
+        return ops.rms_norm(y.unflatten(-1, (groups, -1)), self.gain, norm.eps, norm.offset).flatten(-2)

@@ -136,14 +136,16 @@ def bamba(c: HF) -> tuple[Decoder, Names]:
     return decoder(c, block, norm), Names(renames=HYBRID)
 
 
-def scanning(c: HF, norm: Norm) -> Mamba2:
-    """The mixer of layers that are not attention, with the usual keys of networks that have both."""
-    c.skip("mamba_chunk_size")
+def scanning(c: HF, norm: Norm, inner: int | None = None) -> Mamba2:
+    """The mixer of layers that are not attention, with the usual keys of networks that have both.
+
+    `inner`: how many dimensions all heads have, if not mamba_expand times the network's.
+    """
+    c.skip("mamba_chunk_size", "mamba_expand")
     refuse_activation(c, "hidden_act")
     heads, size = c.count("mamba_n_heads"), c.mamba_d_head
     if not isinstance(size, int):
-        size = c.count("mamba_expand") * c.count("hidden_size") // heads
-    c.skip("mamba_expand")
+        size = (inner or c.count("mamba_expand") * c.count("hidden_size")) // heads
     return Mamba2(
         num_heads=heads,
         head_dim=size,

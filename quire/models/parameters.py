@@ -10,6 +10,7 @@ from quire.models.spec import (
     RGLRU,
     Attention,
     Block,
+    Both,
     Decoder,
     Foreign,
     Mamba,
@@ -19,6 +20,7 @@ from quire.models.spec import (
     Norm,
     ShortConv,
     Spec,
+    attention_of,
 )
 
 Shape = tuple[int, ...]
@@ -80,10 +82,10 @@ def num_parameters(spec: Spec) -> Count:
 
 def kv_values_per_token(block: Block) -> int:
     """Numbers that one layer caches for one token."""
-    mixer = block.mixer
+    mixer = attention_of(block.mixer)
     if isinstance(mixer, MLA):
         return mixer.kv_rank + mixer.rope_dim
-    return 2 * mixer.num_kv_heads * mixer.head_dim if isinstance(mixer, Attention) else 0
+    return 2 * mixer.num_kv_heads * mixer.head_dim if mixer else 0
 
 
 def kv_bytes_per_token(spec: Decoder, value_bytes: int = 2) -> int:
@@ -135,6 +137,8 @@ def _mixer(s: Mixer, dim: int) -> Named:
             return _mamba2(s, dim)
         case RGLRU():
             return _rglru(s, dim)
+        case Both():
+            return _both(s, dim)
 
 
 def _attention(s: Attention, dim: int) -> Named:
@@ -187,6 +191,11 @@ def _mamba2(s: Mamba2, dim: int) -> Named:
         yield name, (s.num_heads,)
     yield from _within("norm", _norm(s.norm, (s.inner,)))
     yield from _linear("out_proj", dim, s.inner, s.bias)
+
+
+def _both(s: Both, dim: int) -> Named:
+    yield from _within("attention", _attention(s.attention, dim))
+    yield from _within("states", _mamba2(s.states, dim))
 
 
 def _rglru(s: RGLRU, dim: int) -> Named:

@@ -26,6 +26,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "Exaone4ForCausalLM": "olmo.exaone4",
     "ExaoneMoeForCausalLM": "olmo.exaone_moe",
     "FalconForCausalLM": "falcon.falcon",
+    "FalconH1ForCausalLM": "falcon_h1.falcon_h1",
     "FalconMambaForCausalLM": "mamba.falcon_mamba",
     "FlexOlmoForCausalLM": "olmo.flex_olmo",
     "GPT2LMHeadModel": "gpt.gpt2",

@@ -107,10 +107,14 @@ class Mamba2:
     state_dim: int
     groups: int  # of heads that share what writes to their states and what reads them
     width: int  # of the convolution
-    norm: Norm
+    norm: Norm | None
+    norm_first: bool = False  # the gate multiplies what the norm makes
     bias: bool = False
     conv_bias: bool = True
     time_step: tuple[float, float] = (0.0, math.inf)  # its limits
+    scales: tuple[float, ...] | None = (
+        None  # of what in_proj makes: gate, values, what writes, what reads, time steps
+    )
 
     @property
     def inner(self) -> int:
@@ -137,6 +141,16 @@ class RGLRU:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Both:
+    """Attention and state spaces of the same input, each times its scale, added (Falcon-H1)."""
+
+    attention: Attention
+    states: Mamba2
+    attention_scale: float = 1.0
+    states_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLP:
     """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
 
@@ -144,6 +158,8 @@ class MLP:
     act: str = "silu"  # silu | gelu | gelu_pytorch_tanh | gelu_new | relu | relu2
     gated: bool = True
     bias: bool = False
+    gate_scale: float = 1.0  # of what act sees of a gate
+    out_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +180,14 @@ class MoE:
     shared_gate: bool = False
 
 
-Mixer = Attention | MLA | ShortConv | Mamba | Mamba2 | RGLRU
+Mixer = Attention | MLA | ShortConv | Mamba | Mamba2 | RGLRU | Both
+
+
+def attention_of(mixer: Mixer | None) -> Attention | MLA | None:
+    """The mixer, or the part of it, that reads the cache of keys and values; None if none does."""
+    if isinstance(mixer, Both):
+        return mixer.attention
+    return mixer if isinstance(mixer, Attention | MLA) else None
 
 
 @dataclass(frozen=True, kw_only=True)

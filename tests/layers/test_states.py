@@ -1,30 +1,40 @@
 """Layers that keep a state: a sequence in chunks, among others, gives what it gives alone and at once."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from quire.attention.base import ragged
+from quire.attention.base import Cache, layer_caches, ragged
 from quire.attention.reference import Reference
-from quire.attention.states import Part, State, state_parts
+from quire.attention.shapes import block_bytes
+from quire.attention.states import state_bytes
 from quire.layers.base import Build
 from quire.layers.block import mixer
 from quire.layers.norm import Normed
 from quire.layers.rope import RopeTables
 from quire.models.parameters import block_shapes
-from quire.models.spec import RGLRU, Block, Mamba, Mamba2, Mixer, Norm, ShortConv
+from quire.models.spec import RGLRU, Attention, Block, Both, Decoder, Mamba, Mamba2, Mixer, Norm, ShortConv
 
-DIM, LENGTHS, BLOCK_SIZE = 40, (23, 1, 9), 4
+DIM, LENGTHS, BLOCK_SIZE, TABLE_BLOCKS = 40, (23, 1, 9), 4, 6
 STEPS = ((5, 1, 0), (0, 0, 1), (1, 0, 3), (17, 0, 5))  # rows of each sequence in each step
+TABLES = [[s * TABLE_BLOCKS + i for i in range(TABLE_BLOCKS)] for s in range(len(LENGTHS))]
+STATES = Mamba2(num_heads=6, head_dim=8, state_dim=12, groups=3, width=4, norm=Norm(), bias=True)
 MIXERS = (
     ShortConv(width=3, bias=True),
     Mamba(channels=56, state_dim=12, step_rank=7, width=4),
     Mamba(channels=56, state_dim=12, step_rank=7, width=3, norm=Norm(), bias=True, conv_bias=False),
     RGLRU(channels=56, num_heads=7, width=4, act="gelu_pytorch_tanh"),
-    Mamba2(num_heads=6, head_dim=8, state_dim=12, groups=3, width=4, norm=Norm(), bias=True),
+    STATES,
+    Both(
+        attention=Attention(num_heads=3, num_kv_heads=1, head_dim=16, rope=None),
+        states=replace(STATES, norm_first=True, scales=(0.5, 0.6, 0.7, 0.8, 0.9)),
+        attention_scale=0.3,
+    ),
 )
+by_mixer = pytest.mark.parametrize("s", MIXERS, ids=lambda s: type(s).__name__)
 
 
 class Weights:
@@ -43,65 +53,66 @@ class Weights:
         return self.found[name]
 
 
-def rows(parts: tuple[Part, ...], count: int) -> State:
-    return tuple(torch.zeros(count, *part.shape) for part in parts)
+class Layer:
+    """A mixer, its weights, and memory for every sequence."""
+
+    def __init__(self, s: Mixer, dtype: torch.dtype = torch.float32):
+        backend, device = Reference(BLOCK_SIZE), torch.device("cpu")
+        build = Build(DIM, dtype, device, backend, RopeTables(64, device))
+        self.mixer = mixer(s, build)
+        with build.upload:
+            self.mixer.load(Weights(s), "mixer")
+        block = Block(mixer=s, mlp=None, attn_norm=None, mlp_norm=None)
+        network = Decoder(vocab_size=1, dim=DIM, max_length=64, blocks=(block,), norm=Norm())
+        self.sizes = block_bytes(network, BLOCK_SIZE, dtype.itemsize), state_bytes(network, dtype.itemsize)
+        self.views = lambda pool, states: layer_caches(backend, network, pool, states, dtype)[0]
+
+    def cache(self) -> Cache:
+        """Empty."""
+        per_block, per_row = self.sizes
+        pool = torch.zeros(len(TABLES) * TABLE_BLOCKS, per_block, dtype=torch.uint8)
+        found: Cache = self.views(pool, torch.zeros(len(TABLES), per_row, dtype=torch.uint8))
+        return found
+
+    def __call__(self, x: Tensor, starts: list[int], counts: list[int], cache: Cache) -> Tensor:
+        step = ragged(starts, counts, TABLES[: len(starts)], BLOCK_SIZE)
+        y: Tensor = self.mixer.out(self.mixer.heads(Normed(x), step, cache))
+        return y
 
 
-def loaded(s: Mixer, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    build = Build(DIM, dtype, torch.device("cpu"), Reference(BLOCK_SIZE), RopeTables(64, torch.device("cpu")))
-    layer: torch.nn.Module = mixer(s, build)
-    with build.upload:
-        layer.load(Weights(s), "mixer")
-    return layer
+def inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, DIM, generator=generator) for n in LENGTHS]
 
 
-def chunks(inputs: list[Tensor]) -> Iterator[tuple[list[int], list[int], Tensor]]:
+def chunks(whole: list[Tensor]) -> Iterator[tuple[list[int], list[int], Tensor]]:
     """(where each sequence goes on, by how many rows, those rows of all)."""
-    done = [0] * len(inputs)
+    done = [0] * len(whole)
     for counts in STEPS:
         ends = [a + n for a, n in zip(done, counts, strict=True)]
-        yield (
-            done.copy(),
-            list(counts),
-            torch.cat([x[a:b] for x, a, b in zip(inputs, done, ends, strict=True)]),
-        )
+        yield done, list(counts), torch.cat([x[a:b] for x, a, b in zip(whole, done, ends, strict=True)])
         done = ends
     assert done == list(LENGTHS)
 
 
-@pytest.mark.parametrize("s", MIXERS, ids=lambda s: type(s).__name__)
+@by_mixer
 @torch.inference_mode()
 def test_chunks_among_others_give_what_a_sequence_gives_alone(s: Mixer) -> None:
-    layer, parts = loaded(s), state_parts(s, DIM)
-    generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(n, DIM, generator=generator) for n in LENGTHS]
-    alone = []
-    for x in inputs:
-        step = ragged([0], [len(x)], [[0]], len(x))
-        alone.append(layer.out(layer.heads(Normed(x), step, rows(parts, 1))))
-    states, found = rows(parts, len(inputs)), [[] for _ in inputs]
-    for starts, counts, x in chunks(inputs):
-        step = ragged(starts, counts, [list(range(8))] * len(inputs), BLOCK_SIZE)
-        y = layer.out(layer.heads(Normed(x), step, states))
-        for mine, part in zip(found, y.split(counts), strict=True):
+    layer, cache = Layer(s), Layer(s).cache()
+    found: list[list[Tensor]] = [[] for _ in LENGTHS]
+    for starts, counts, x in chunks(inputs()):
+        for mine, part in zip(found, layer(x, starts, counts, cache).split(counts), strict=True):
             mine.append(part)
-    for got, want in zip(found, alone, strict=True):
-        torch.testing.assert_close(torch.cat(got), want, rtol=1e-5, atol=1e-5)
+    for x, got in zip(inputs(), found, strict=True):
+        alone = layer(x, [0], [len(x)], layer.cache())
+        torch.testing.assert_close(torch.cat(got), alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("s", MIXERS, ids=lambda s: type(s).__name__)
+@by_mixer
 @torch.inference_mode()
 def test_half_precision_stays_near(s: Mixer) -> None:
-    parts, x = state_parts(s, DIM), torch.randn(LENGTHS[0], DIM, generator=torch.Generator().manual_seed(1))
-    step = ragged([0], [len(x)], [[0]], len(x))
-    want, got = (
-        layer.out(layer.heads(Normed(x.to(dtype)), step, rows_of(parts, dtype)))
-        for dtype in (torch.float32, torch.bfloat16)
-        for layer in [loaded(s, dtype)]
-    )
-    assert got.dtype is torch.bfloat16
+    x, half = inputs()[0], torch.bfloat16
+    exact, rough = Layer(s), Layer(s, half)
+    want, got = exact(x, [0], [len(x)], exact.cache()), rough(x.to(half), [0], [len(x)], rough.cache())
+    assert got.dtype is half
     assert (got.float() - want).norm() / want.norm() < 0.05
-
-
-def rows_of(parts: tuple[Part, ...], dtype: torch.dtype) -> State:
-    return tuple(torch.zeros(1, *p.shape, dtype=torch.float32 if p.exact else dtype) for p in parts)

@@ -150,6 +150,17 @@ HALF_STATES = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "shared_intermediate_size": 56,
 }
+FACTORS = {
+    "lm_head_multiplier": 0.5,
+    "embedding_multiplier": 3.0,
+    "mlp_multipliers": [0.6, 0.7],
+    "key_multiplier": 0.4,
+    "attention_out_multiplier": 1.3,
+    "attention_in_multiplier": 0.8,
+    "ssm_multipliers": [0.5, 0.6, 1.4, 1.5, 1.6],
+    "ssm_in_multiplier": 0.9,
+    "ssm_out_multiplier": 0.7,
+}
 SCAN = {
     **SIZES,
     "hidden_size": 120,
@@ -188,6 +199,32 @@ CASES = (
         SIZES
         | {"hidden_size": 120, "num_heads": 6, "head_dim": 40, "state_size": 24, "n_groups": 3}
         | {"use_bias": True, "chunk_size": 16, "time_step_limit": [0.4, 1.5]},
+    ),
+    Case(
+        "FalconH1",
+        GROUPED
+        | theta(500.0)
+        | STATES
+        | FACTORS
+        | {"mamba_d_ssm": 240, "mamba_d_head": 40, "mamba_proj_bias": False},
+    ),
+    Case(
+        "FalconH1-norm",
+        GROUPED
+        | BIASED
+        | STATES
+        | {"mamba_d_ssm": 240, "mamba_d_head": 40, "mamba_rms_norm": True, "projectors_bias": True},
+    ),
+    Case(
+        "FalconH1-gate",
+        GROUPED
+        | STATES
+        | {
+            "mamba_d_ssm": 384,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            "projectors_bias": True,
+        },
     ),
     Case("Mamba", SCAN),
     Case(

@@ -11,6 +11,7 @@ from quire.models.spec import (
     RGLRU,
     Attention,
     Block,
+    Both,
     Decoder,
     Mamba,
     Mamba2,
@@ -45,6 +46,14 @@ def _flip(field: str) -> Change:
 
 def _times(field: str, factor: float) -> Change:
     return lambda part: replace(part, **{field: getattr(part, field) * factor})
+
+
+def _without_scale(i: int) -> Change:
+    def change(part: Mamba2) -> Mamba2:
+        scales = part.scales
+        return replace(part, scales=(*scales[:i], 1.0, *scales[i + 1 :])) if scales else part
+
+    return change
 
 
 def _rotate_all(spec: Decoder) -> Decoder:
@@ -95,10 +104,22 @@ DROPS: dict[type, dict[str, Change]] = {
         "bias": _set("bias", False),
         "conv_bias": _set("conv_bias", False),
         "time_step": _set("time_step", (0.0, math.inf)),
+        "norm": _set("norm", None),
+        "norm_first": lambda m: _flip("norm_first")(m) if m.norm else m,
+        **{f"scales[{i}]": _without_scale(i) for i in range(5)},
     },
     RGLRU: {"act": lambda m: replace(m, act=_unsaturated(m.act))},
+    Both: {
+        "attention_scale": _set("attention_scale", 1.0),
+        "states_scale": _set("states_scale", 1.0),
+    },
     ShortConv: {"bias": _set("bias", False)},
-    MLP: {"act": lambda m: replace(m, act=_unsaturated(m.act)), "bias": _set("bias", False)},
+    MLP: {
+        "act": lambda m: replace(m, act=_unsaturated(m.act)),
+        "bias": _set("bias", False),
+        "gate_scale": _set("gate_scale", 1.0),
+        "out_scale": _set("out_scale", 1.0),
+    },
     MoE: {
         "top_k": lambda m: replace(m, top_k=m.top_k - 1),
         "renorm": _flip("renorm"),
