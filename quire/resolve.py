@@ -10,7 +10,7 @@ from quire.attention.states import state_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import num_parameters, parameter_shapes
-from quire.models.spec import MLP, Foreign, MoE, Spec
+from quire.models.spec import MLP, RGLRU, Both, Foreign, Mamba, Mamba2, Mixer, MoE, Spec
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SEQS = {"cpu": 256, "cuda": 1024}
@@ -22,6 +22,10 @@ UNQUANTIZED = (
     ".gate.weight",
     "shared_expert_gate.weight",
     "kv_b_proj.weight",
+    "x_proj.weight",
+    "dt_proj.weight",
+    "A_log",
+    "gate_bias",
 )  # small, or multiplied another way
 SPARE_BLOCKS = 32_768  # for the prefix cache; a small model could otherwise fill the machine with it
 STATE_SHARE = (
@@ -213,17 +217,26 @@ def _work_bytes(spec: Spec, batched_tokens: int, num_rows: int) -> int:
         inside = [max(shape[-2:]) for name, shape in spec.parameters if name in spec.products - {spec.head}]
         widest = WIDE * max([spec.dim, *inside])
     else:
-        widest = max(3 * spec.dim, *(_widest(block.mlp, spec.dim) for block in spec.blocks))
+        widest = max(
+            3 * spec.dim, *(_widest(part, spec.dim) for b in spec.blocks for part in (b.mixer, b.mlp))
+        )
     return 4 * (batched_tokens * (2 * spec.dim + 2 * widest) + 3 * num_rows * spec.vocab_size)
 
 
-def _widest(mlp: MLP | MoE, dim: int) -> int:
-    match mlp:
+def _widest(part: Mixer | MLP | MoE | None, dim: int) -> int:
+    match part:
         case MLP(hidden=hidden):
             return 2 * hidden
         case MoE(expert=expert, shared=shared, top_k=top_k):
             inside = 2 * (expert.hidden * top_k + (shared.hidden if shared else 0))
             return max(inside, (expert.hidden + dim) * top_k)
+        case Mamba(channels=channels) | RGLRU(channels=channels):
+            return 4 * channels
+        case Both(states=states):
+            return _widest(states, dim)
+        case Mamba2(inner=inner, convolved=convolved):
+            return 2 * (inner + convolved)
+    return 0
 
 
 def _cache_budget(config: Config, machine: Machine, weights: int, work: int) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quire.attention.shapes import CacheShape, cache_shapes, layer_offsets
+from quire.attention.shapes import NOTHING, CacheShape, cache_shapes, layer_offsets
 from quire.attention.states import State, layer_states
 from quire.kernels import ops
 from quire.models.spec import Spec
@@ -205,7 +205,9 @@ class Backend(Protocol):
         """`attend_turned` of the product's heads."""
 
 
-Cache = LayerCache | State  # a layer's: of attention, or of a mixer that keeps a state
+Cache = (
+    LayerCache | State | tuple[LayerCache, State]
+)  # a layer's: of attention, of a mixer that keeps a state, of both
 
 
 def layer_caches(
@@ -217,10 +219,14 @@ def layer_caches(
     """
     offsets = layer_offsets(spec, backend.block_size, dtype.itemsize, backend.quantized)
     kept = layer_states(spec, states, dtype)
-    return [
-        state or backend.views(pool, at, shape, dtype)
-        for state, at, shape in zip(kept, offsets, cache_shapes(spec), strict=True)
-    ]
+    found: list[Cache] = []
+    for state, at, shape in zip(kept, offsets, cache_shapes(spec), strict=True):
+        if shape == NOTHING:
+            found.append(state)
+        else:
+            views = backend.views(pool, at, shape, dtype)
+            found.append((views, state) if state else views)
+    return found
 
 
 def turn_and_write(backend: Backend, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from quire.models.spec import ALIBI_DIMS, MLA, Attention, Foreign, Mixer, Spec
+from quire.models.spec import ALIBI_DIMS, MLA, Foreign, Mixer, Spec, attention_of
 
 ALIGNMENT_BYTES = 64
 DIM_STEP = 16  # stored head dimensions are multiples of this, so that kernels need no tails
@@ -70,14 +70,15 @@ class CacheShape:
 NOTHING = CacheShape(0, 0, 0)
 
 
-def cache_shape(mixer: Mixer) -> CacheShape:
+def cache_shape(mixer: Mixer | None) -> CacheShape:
     """What a mixer caches per token."""
+    mixer = attention_of(mixer)
     if isinstance(mixer, MLA):
         return CacheShape(1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank, v_in_k=True)
-    if isinstance(mixer, Attention):
-        more = ALIBI_DIMS if mixer.slopes else 0
-        return CacheShape(mixer.num_kv_heads, mixer.head_dim + more, mixer.head_dim)
-    return NOTHING
+    if mixer is None:
+        return NOTHING
+    more = ALIBI_DIMS if mixer.slopes else 0
+    return CacheShape(mixer.num_kv_heads, mixer.head_dim + more, mixer.head_dim)
 
 
 def cache_shapes(spec: Spec) -> tuple[CacheShape, ...]:

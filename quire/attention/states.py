@@ -13,7 +13,19 @@ import torch
 from torch import Tensor
 
 from quire.attention.shapes import ALIGNMENT_BYTES
-from quire.models.spec import DeltaNet, Foreign, KimiDelta, Lightning, Mixer, ShortConv, Spec
+from quire.models.spec import (
+    RGLRU,
+    Both,
+    DeltaNet,
+    Foreign,
+    KimiDelta,
+    Lightning,
+    Mamba,
+    Mamba2,
+    Mixer,
+    ShortConv,
+    Spec,
+)
 
 State = tuple[Tensor, ...]  # a layer's parts, each [num_rows, *shape]; empty for attention
 EXACT_BYTES = 4
@@ -38,8 +50,8 @@ class Part:
         return mine.view(dtype).unflatten(1, self.shape)
 
 
-def state_parts(mixer: Mixer, dim: int) -> tuple[Part, ...]:
-    """What a mixer of a network of `dim` dimensions keeps; nothing if it is attention."""
+def state_parts(mixer: Mixer | None, dim: int) -> tuple[Part, ...]:
+    """What a mixer of a network of `dim` dimensions keeps; nothing if it is attention, or if there is none."""
     match mixer:
         case ShortConv():
             return (Part((dim, mixer.width - 1)),)
@@ -52,6 +64,16 @@ def state_parts(mixer: Mixer, dim: int) -> tuple[Part, ...]:
             return Part((channels, mixer.width - 1)), Part(matrices, exact=True)
         case Lightning():
             return (Part(_squares(mixer), exact=True),)
+        case Mamba():
+            seen = Part((mixer.channels, mixer.width - 1))
+            return seen, Part((mixer.state_dim, mixer.channels), exact=True)
+        case Mamba2():
+            seen = Part((mixer.convolved, mixer.width - 1))
+            return seen, Part((mixer.num_heads, mixer.state_dim, mixer.head_dim), exact=True)
+        case Both():
+            return state_parts(mixer.states, dim)
+        case RGLRU():
+            return Part((mixer.channels, mixer.width - 1)), Part((mixer.channels, 1, 1), exact=True)
     return ()
 
 

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 
 from quire.models.parameters import block_shapes, kv_values_per_token
-from quire.models.spec import MLA, Attention, Block, Decoder, MoE
+from quire.models.spec import MLA, Block, Decoder, MoE, attention_of
 
 READ_BYTES = 2**30  # larger than the caches of any machine that runs models
 ROUNDS = 8
@@ -83,11 +83,11 @@ class Layer:
         num_experts, top_k = (
             (block.mlp.num_experts, block.mlp.top_k) if isinstance(block.mlp, MoE) else (0, 0)
         )
-        mixer = block.mixer
+        mixer = attention_of(block.mixer)
         pair_dims, window = 0, None
         if isinstance(mixer, MLA):
             pair_dims = mixer.num_heads * (mixer.nope_dim + mixer.rope_dim + mixer.v_dim)
-        elif isinstance(mixer, Attention):
+        elif mixer is not None:
             pair_dims, window = mixer.num_heads * 2 * mixer.head_dim, mixer.window
         return cls(
             always=always,

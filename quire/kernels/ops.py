@@ -8,6 +8,7 @@ from quire.kernels.cpu import mixture as _cpu_mixture  # noqa: F401  (importing 
 from quire.kernels.cpu import ops as _cpu  # noqa: F401
 from quire.kernels.cpu import products as _cpu_products  # noqa: F401
 from quire.kernels.cpu import recurrence as _cpu_recurrence  # noqa: F401
+from quire.kernels.cpu import scan as _cpu_scan  # noqa: F401
 from quire.kernels.experts import (
     Experts,
     Routes,
@@ -19,7 +20,7 @@ from quire.kernels.experts import (
     route,
 )
 from quire.kernels.quantized import quantize_linear
-from quire.kernels.recurrent import causal_conv, recurrence
+from quire.kernels.recurrent import causal_conv, recurrence, selective_scan
 from quire.kernels.reference import (
     RmsNorm,
     RowScale,
@@ -88,5 +89,6 @@ __all__ = [
     "recurrence",
     "rms_norm",
     "route",
+    "selective_scan",
     "why_not_invariant",
 ]

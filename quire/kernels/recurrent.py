@@ -77,3 +77,36 @@ def recurrence(
             y[t] = (s * queries[t, :, :, None]).sum(1)
         state[row] = s
     return y
+
+
+@op
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    query_starts: Tensor,
+) -> Tensor:
+    """A vector h for each channel of x [T, C], as Mamba has it -> [T, C]; everything is float32.
+
+        h = exp(dt * rate) * h + dt * x * b;  y = sum(c * h) + skip * x
+
+    Args:
+        dt: [T, C].
+        rate: [N, C], negative.
+        b, c: [T, N], the same for all channels.
+        skip: [C].
+        state: [num_rows, N, C], h before a sequence's first row here.
+    """
+    y, ends = torch.zeros_like(x), query_starts.tolist()
+    for row, begin, end in zip(rows.tolist(), ends, ends[1:], strict=False):
+        h = state[row].clone()
+        for t in range(begin, end):
+            h = torch.exp(dt[t] * rate) * h + dt[t] * x[t] * b[t, :, None]
+            y[t] = (c[t, :, None] * h).sum(0) + skip * x[t]
+        state[row] = h
+    return y

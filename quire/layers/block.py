@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from quire.attention.base import Cache, Ragged
 from quire.layers.attention import Attention
 from quire.layers.base import Build, Weights
+from quire.layers.both import Both
 from quire.layers.conv import ShortConv
 from quire.layers.delta import DeltaNet, KimiDelta
+from quire.layers.griffin import RGLRU
 from quire.layers.lightning import Lightning
+from quire.layers.mamba import Mamba, Mamba2
 from quire.layers.mla import MLA
 from quire.layers.mlp import MLP
 from quire.layers.moe import MoE
@@ -24,25 +27,36 @@ MIXERS: dict[type, Callable[[Any, Build], Any]] = {
     spec.DeltaNet: DeltaNet,
     spec.KimiDelta: KimiDelta,
     spec.Lightning: Lightning,
+    spec.Mamba: Mamba,
+    spec.Mamba2: Mamba2,
+    spec.RGLRU: RGLRU,
+    spec.Both: Both,
 }
 
 
-def mixer(s: spec.Mixer, build: Build) -> Any:
+def mixer(s: spec.Mixer | None, build: Build) -> Any:
     """The layer that computes it: `load`, `heads`, and `out`, the product that follows `heads`."""
-    return MIXERS[type(s)](s, build)
+    return None if s is None else MIXERS[type(s)](s, build)
+
+
+def feed_forward(s: spec.MLP | spec.MoE | None, build: Build) -> MLP | MoE | None:
+    """The layer that computes it."""
+    if s is None:
+        return None
+    return MoE(s, build) if isinstance(s, spec.MoE) else MLP(s, build)
 
 
 class Block(nn.Module):
     """Sequential: h = x + post(mixer(pre(x))); h + post(mlp(pre(h))).
 
-    Parallel: x + mixer(n(x)) + mlp(n(x)).
+    Parallel: x + mixer(n(x)) + mlp(n(x)). Of one part: x + post(part(pre(x))).
     """
 
     def __init__(self, s: spec.Block, build: Build):
         super().__init__()
         self.spec = s
         self.mixer = mixer(s.mixer, build)
-        self.mlp = MoE(s.mlp, build) if isinstance(s.mlp, spec.MoE) else MLP(s.mlp, build)
+        self.mlp: Any = feed_forward(s.mlp, build)
 
         def norm(n: spec.Norm | None) -> Norm | None:
             return Norm(n, (build.dim,), build) if n else None
@@ -51,17 +65,17 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp_post_norm = norm(s.mlp_norm), norm(s.mlp_post_norm)
 
     def load(self, weights: Weights, name: str) -> None:
-        self.mixer.load(weights, f"{name}.mixer")
-        self.mlp.load(weights, f"{name}.mlp")
-        norms = {
+        parts = {
+            "mixer": self.mixer,
+            "mlp": self.mlp,
             "attn_norm": self.attn_norm,
             "attn_post_norm": self.attn_post_norm,
             "mlp_norm": self.mlp_norm,
             "mlp_post_norm": self.mlp_post_norm,
         }
-        for part, norm in norms.items():
-            if norm is not None:
-                norm.load(weights, f"{name}.{part}")
+        for part, layer in parts.items():
+            if layer is not None:
+                layer.load(weights, f"{name}.{part}")
 
     def forward(
         self, x: Tensor, y: Normed, step: Ragged, cache: Cache, following: Norm | None
@@ -70,6 +84,8 @@ class Block(nn.Module):
 
         x becomes more precise than y where kernels hold it so.
         """
+        if self.mixer is None:
+            return self._fed(x, y, self.attn_post_norm, following)
         mixed = self.mixer.heads(y, step, cache)
         if self.spec.parallel:
             return self._parallel(x, y, self.mixer.out(mixed), following)
@@ -78,11 +94,17 @@ class Block(nn.Module):
             _, y = add(self.mixer.out(mixed), y.tensor() * first, self.attn_post_norm, self.mlp_norm)
             x = y.tensor()
             return add(self.mlp(x), x * second, self.mlp_post_norm, following)
+        norm = following if self.mlp is None else self.mlp_norm
         if self.spec.residual_scale != 1.0:
-            x, y = self._scaled(x, self.mixer.out(mixed), self.attn_post_norm, self.mlp_norm)
-            return self._scaled(x, self.mlp(y.tensor()), self.mlp_post_norm, following)
-        x, y = self.mixer.out.added(mixed, x, self.attn_post_norm, self.mlp_norm)
-        return self.mlp.added(y, x, self.mlp_post_norm, following)
+            x, y = self._scaled(x, self.mixer.out(mixed), self.attn_post_norm, norm)
+        else:
+            x, y = self.mixer.out.added(mixed, x, self.attn_post_norm, norm)
+        return (x, y) if self.mlp is None else self._fed(x, y, self.mlp_post_norm, following)
+
+    def _fed(self, x: Tensor, y: Normed, post: Norm | None, following: Norm | None) -> tuple[Tensor, Normed]:
+        if self.spec.residual_scale != 1.0:
+            return self._scaled(x, self.mlp(y.tensor()), post, following)
+        return self.mlp.added(y, x, post, following)
 
     def _scaled(self, x: Tensor, y: Tensor, post: Norm | None, norm: Norm | None) -> tuple[Tensor, Normed]:
         return add((y if post is None else post(y)) * self.spec.residual_scale, x, None, norm)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
-from quire.layers.norm import Norm, Normed
+from quire.layers.norm import Norm, Normed, add
 from quire.models import spec
 
 
@@ -51,16 +51,22 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, dim] -> [T, dim]."""
-        return self.down(self.hidden(Normed(x)))
+        y = self.down(self.hidden(Normed(x)))
+        return y if self.spec.out_scale == 1.0 else y * self.spec.out_scale
 
     def added(
         self, y: Normed, residual: Tensor, post: Norm | None, following: Norm | None
     ) -> tuple[Tensor, Normed]:
         """(residual + post(this of y), its norm)."""
+        if self.spec.out_scale != 1.0:
+            return add(self.down(self.hidden(y)) * self.spec.out_scale, residual, post, following)
         return self.down.added(self.hidden(y), residual, post, following)
 
     def hidden(self, y: Normed) -> Tensor:
         """y [T, dim] -> [T, hidden], what `down` takes."""
+        if self.spec.gate_scale != 1.0:
+            gate, up = self.up.of(y).chunk(2, -1)
+            return ops.act_mul(torch.cat((gate * self.spec.gate_scale, up), -1), self.spec.act)
         if self.spec.gated:
             return ops.normed_act_mul(y.values, y.scale, self.up.weight, self.up.bias, self.spec.act)
         up = self.up.of(y)

@@ -1,8 +1,9 @@
-"""Granite 3 and 4, HyperCLOVA X: Llama with a multiplier at each end of each part; mixtures of experts."""
+"""Granite 3 and 4, HyperCLOVA X: Llama with a multiplier at each end of each part; experts; state spaces."""
 
 from dataclasses import replace
 from typing import Any
 
+from quire.errors import ModelError
 from quire.models.common import (
     attention,
     biases,
@@ -16,8 +17,14 @@ from quire.models.common import (
     tied_by_default,
 )
 from quire.models.hf import HF
+from quire.models.mamba import is_attention, scanning
 from quire.models.names import LLAMA, STACKED, Names, Split
-from quire.models.spec import Block, Decoder, MoE, Norm
+from quire.models.spec import Attention, Block, Decoder, MoE, Norm
+
+PLAIN_MLP = (
+    (r"\.shared_mlp\.output_linear\.", ".mlp.down_proj."),
+    (r"\.shared_mlp\.", ".mlp."),
+)
 
 
 def granite(c: HF) -> tuple[Decoder, Names]:
@@ -56,6 +63,11 @@ def hyperclovax(c: HF) -> tuple[Decoder, Names]:
 
 def _norm(c: HF) -> Norm:
     return Norm(eps=c.number("rms_norm_eps"))
+
+
+def _attention(c: HF, **changes: Any) -> Attention:
+    changes = {"scale": c.number("attention_multiplier"), **changes}
+    return attention(c, num_kv_heads=kv_heads(c), **biases(c), **changes)
 
 
 def _block(c: HF, **changes: Any) -> Block:
@@ -101,3 +113,35 @@ def _with_experts(c: HF, dense: Decoder) -> tuple[Decoder, Names]:
         splits["input_linear"] = Split({"gate_proj": shared, "up_proj": shared})
     blocks = tuple(replace(block, mlp=moe) for block in dense.blocks)
     return replace(dense, blocks=blocks), Names(renames=renames, splits=splits, stacked=STACKED)
+
+
+def granite_moe_hybrid(c: HF) -> tuple[Decoder, Names]:
+    """State spaces, or attention that knows no positions unless the config says so; with experts or without."""
+    kind = c.get("normalization_function", "rmsnorm")
+    c.refuse(kind != "rmsnorm", f"normalization_function={kind!r}")
+    width = c.count("shared_intermediate_size")
+    if c.num_local_experts == 0:
+        c.skip("num_experts_per_tok", "intermediate_size")
+        one = pre_norm(
+            _attention(c), mlp(c, hidden=width), _norm(c), residual_scale=c.number("residual_multiplier")
+        )
+        spec = decoder(c, one, _norm(c), **_scales(c))
+        splits = {"input_linear": Split({"gate_proj": width, "up_proj": width})}
+        names = Names(renames=(*LLAMA, *PLAIN_MLP), splits=splits)
+    else:
+        spec, names = granite_moe(c)
+    kinds = c.layer_types or c.layers_block_type or ["mamba"] * len(spec.blocks)
+    whole, scan = _attention(c, **_positions(c)), scanning(c, _norm(c))
+    attends = is_attention(c, kinds)
+    if len(attends) != len(spec.blocks):
+        raise ModelError(f"config.json: layer_types has {len(kinds)} entries for {len(spec.blocks)} layers")
+    blocks = zip(spec.blocks, attends, strict=True)
+    spec = replace(spec, blocks=tuple(replace(b, mixer=whole if at else scan) for b, at in blocks))
+    return spec, replace(names, renames=(*names.renames, (r"\.mamba\.", ".mixer.")))
+
+
+def _positions(c: HF) -> dict[str, None]:
+    """What makes attention blind for positions, unless the config asks for rotary embedding."""
+    kind = c.position_embedding_type
+    c.refuse(kind not in (None, "nope", "rope"), f"position_embedding_type={kind!r}")
+    return {} if kind == "rope" else {"rope": None}

@@ -8,18 +8,23 @@ from quire.models.spec import (
     ALIBI_DIMS,
     MLA,
     MLP,
+    RGLRU,
     Attention,
     Block,
+    Both,
     Decoder,
     DeltaNet,
     Foreign,
     KimiDelta,
     Lightning,
+    Mamba,
+    Mamba2,
     Mixer,
     MoE,
     Norm,
     ShortConv,
     Spec,
+    attention_of,
 )
 
 Shape = tuple[int, ...]
@@ -47,10 +52,14 @@ def parameter_shapes(spec: Spec) -> Named:
 def block_shapes(block: Block, dim: int) -> Named:
     """The parameters of one layer."""
     yield from _within("attn_norm", _norm(block.attn_norm, (dim,)))
-    yield from _within("mixer", _mixer(block.mixer, dim))
+    if block.mixer:
+        yield from _within("mixer", _mixer(block.mixer, dim))
     yield from _within("attn_post_norm", _norm(block.attn_post_norm, (dim,)))
     yield from _within("mlp_norm", _norm(block.mlp_norm, (dim,)))
-    yield from _within("mlp", _moe(block.mlp, dim) if isinstance(block.mlp, MoE) else _mlp(block.mlp, dim))
+    if block.mlp:
+        yield from _within(
+            "mlp", _moe(block.mlp, dim) if isinstance(block.mlp, MoE) else _mlp(block.mlp, dim)
+        )
     yield from _within("mlp_post_norm", _norm(block.mlp_post_norm, (dim,)))
 
 
@@ -78,12 +87,12 @@ def num_parameters(spec: Spec) -> Count:
 
 def kv_values_per_token(block: Block) -> int:
     """Numbers that one layer caches for one token."""
-    mixer = block.mixer
+    mixer = attention_of(block.mixer)
     if isinstance(mixer, MLA):
         return mixer.kv_rank + mixer.rope_dim
-    if isinstance(mixer, Attention):
-        return mixer.num_kv_heads * (2 * mixer.head_dim + (ALIBI_DIMS if mixer.slopes else 0))
-    return 0
+    if mixer is None:
+        return 0
+    return mixer.num_kv_heads * (2 * mixer.head_dim + (ALIBI_DIMS if mixer.slopes else 0))
 
 
 def kv_bytes_per_token(spec: Decoder, value_bytes: int = 2) -> int:
@@ -91,7 +100,7 @@ def kv_bytes_per_token(spec: Decoder, value_bytes: int = 2) -> int:
     return sum(kv_values_per_token(block) for block in spec.blocks) * value_bytes
 
 
-def _idle(mlp: MLP | MoE, dim: int) -> int:
+def _idle(mlp: MLP | MoE | None, dim: int) -> int:
     if not isinstance(mlp, MoE):
         return 0
     return (mlp.num_experts - mlp.top_k) * sum(prod(shape) for _, shape in _mlp(mlp.expert, dim))
@@ -115,6 +124,12 @@ def _linear(name: str, rows: int, columns: int, bias: bool = False) -> Named:
         yield f"{name}.bias", (rows,)
 
 
+def _conv(name: str, channels: int, width: int, bias: bool) -> Named:
+    yield f"{name}.weight", (channels, 1, width)
+    if bias:
+        yield f"{name}.bias", (channels,)
+
+
 def _mixer(s: Mixer, dim: int) -> Named:
     match s:
         case Attention():
@@ -129,6 +144,14 @@ def _mixer(s: Mixer, dim: int) -> Named:
             return _kimi_delta(s, dim)
         case Lightning():
             return _lightning(s, dim)
+        case Mamba():
+            return _mamba(s, dim)
+        case Mamba2():
+            return _mamba2(s, dim)
+        case RGLRU():
+            return _rglru(s, dim)
+        case Both():
+            return _both(s, dim)
 
 
 def _attention(s: Attention, dim: int) -> Named:
@@ -162,9 +185,7 @@ def _mla(s: MLA, dim: int) -> Named:
 
 def _short_conv(s: ShortConv, dim: int) -> Named:
     yield from _linear("in_proj", 3 * dim, dim, s.bias)
-    yield "conv.weight", (dim, 1, s.width)
-    if s.bias:
-        yield "conv.bias", (dim,)
+    yield from _conv("conv", dim, s.width, s.bias)
     yield from _linear("out_proj", dim, dim, s.bias)
 
 
@@ -202,6 +223,44 @@ def _lightning(s: Lightning, dim: int) -> Named:
         yield from _linear(f"{part}_proj", size, dim)
     yield from _within("o_norm", _norm(s.norm, (size,)))
     yield from _linear("o_proj", dim, size)
+
+
+def _mamba(s: Mamba, dim: int) -> Named:
+    yield from _linear("in_proj", 2 * s.channels, dim, s.bias)
+    yield from _conv("conv1d", s.channels, s.width, s.conv_bias)
+    yield from _linear("x_proj", s.step_rank + 2 * s.state_dim, s.channels)
+    for name, size in (("dt", s.step_rank), ("b", s.state_dim), ("c", s.state_dim)):
+        yield from _within(f"{name}_layernorm", _norm(s.norm, (size,)))
+    yield from _linear("dt_proj", s.channels, s.step_rank, bias=True)
+    yield "A_log", (s.channels, s.state_dim)
+    yield "D", (s.channels,)
+    yield from _linear("out_proj", dim, s.channels, s.bias)
+
+
+def _mamba2(s: Mamba2, dim: int) -> Named:
+    yield from _linear("in_proj", s.inner + s.convolved + s.num_heads, dim, s.bias)
+    yield from _conv("conv1d", s.convolved, s.width, s.conv_bias)
+    for name in ("A_log", "D", "dt_bias"):
+        yield name, (s.num_heads,)
+    yield from _within("norm", _norm(s.norm, (s.inner,)))
+    yield from _linear("out_proj", dim, s.inner, s.bias)
+
+
+def _both(s: Both, dim: int) -> Named:
+    yield from _within("attention", _attention(s.attention, dim))
+    yield from _within("states", _mamba2(s.states, dim))
+
+
+def _rglru(s: RGLRU, dim: int) -> Named:
+    for name in ("linear_x", "linear_y"):
+        yield from _linear(name, s.channels, dim, bias=True)
+    yield from _conv("conv_1d", s.channels, s.width, bias=True)
+    size = s.channels // s.num_heads
+    for gate in ("input", "recurrent"):
+        yield f"rg_lru.{gate}_gate_weight", (s.num_heads, size, size)
+        yield f"rg_lru.{gate}_gate_bias", (s.num_heads, size)
+    yield "rg_lru.recurrent_param", (s.channels,)
+    yield from _linear("linear_out", dim, s.channels, bias=True)
 
 
 def _mlp(s: MLP, dim: int) -> Named:

@@ -4,6 +4,7 @@ A spec knows no device, parallelism, quantization, cache or loading. A field ent
 Parameter names follow from the structure (`layers.3.mixer.q_proj.weight`); `names.py` maps checkpoints onto them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -143,6 +144,79 @@ class Lightning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mamba:
+    """State spaces with a decay for each channel's each dimension (Gu and Dao 2023).
+
+    Parameters: {in,x,dt,out}_proj, conv1d, A_log, D, {dt,b,c}_layernorm.
+    """
+
+    channels: int
+    state_dim: int  # of a channel
+    step_rank: int  # of the projection that makes time steps
+    width: int  # of the convolution
+    norm: Norm | None = (
+        None  # of what x_proj makes: time steps, what writes to the states and what reads them
+    )
+    bias: bool = False
+    conv_bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2:
+    """State spaces with one decay per head (Dao and Gu 2024).
+
+    Parameters: {in,out}_proj, conv1d, A_log, D, dt_bias, norm, which sees a group's heads at a time, gated.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_dim: int
+    groups: int  # of heads that share what writes to their states and what reads them
+    width: int  # of the convolution
+    norm: Norm | None
+    norm_first: bool = False  # the gate multiplies what the norm makes
+    bias: bool = False
+    conv_bias: bool = True
+    time_step: tuple[float, float] = (0.0, math.inf)  # its limits
+    scales: tuple[float, ...] | None = (
+        None  # of what in_proj makes: gate, values, what writes, what reads, time steps
+    )
+
+    @property
+    def inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def convolved(self) -> int:
+        """Channels of the convolution: values, and what writes and reads."""
+        return self.inner + 2 * self.groups * self.state_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class RGLRU:
+    """act(linear_y(x)) * a gated linear recurrence of conv(linear_x(x)), channel by channel (Griffin, De et al. 2024).
+
+    Parameters: linear_{x,y,out}, conv_1d, all with biases; rg_lru.recurrent_param, and of either gate, which sees the
+    channels of one head, rg_lru.{input,recurrent}_gate_{weight,bias}.
+    """
+
+    channels: int
+    num_heads: int
+    width: int  # of the convolution
+    act: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Both:
+    """Attention and state spaces of the same input, each times its scale, added (Falcon-H1)."""
+
+    attention: Attention
+    states: Mamba2
+    attention_scale: float = 1.0
+    states_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLP:
     """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated.
 
@@ -153,6 +227,8 @@ class MLP:
     act: str = "silu"  # silu | gelu | gelu_pytorch_tanh | gelu_new | relu | relu2 | xielu
     gated: bool = True
     bias: bool = False
+    gate_scale: float = 1.0  # of what act sees of a gate
+    out_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,15 +249,25 @@ class MoE:
     shared_gate: bool = False
 
 
-Mixer = Attention | MLA | ShortConv | DeltaNet | KimiDelta | Lightning
+Mixer = Attention | MLA | ShortConv | DeltaNet | KimiDelta | Lightning | Mamba | Mamba2 | RGLRU | Both
+
+
+def attention_of(mixer: Mixer | None) -> Attention | MLA | None:
+    """The mixer, or the part of it, that reads the cache of keys and values; None if none does."""
+    if isinstance(mixer, Both):
+        return mixer.attention
+    return mixer if isinstance(mixer, Attention | MLA) else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One layer. Sequential: h = x + post(attn(pre(x))); h + post(mlp(pre(h))). See `parallel` for the other."""
+    """One layer. Sequential: h = x + post(attn(pre(x))); h + post(mlp(pre(h))). See `parallel` for the other.
 
-    mixer: Mixer
-    mlp: MLP | MoE
+    Without `mixer` or without `mlp` it is x + post(that part(pre(x))), with the norms called attn_*.
+    """
+
+    mixer: Mixer | None
+    mlp: MLP | MoE | None
     attn_norm: Norm | None
     mlp_norm: Norm | None
     attn_post_norm: Norm | None = None

@@ -16,7 +16,8 @@ from quire.kernels.cpu.calls import kernel
 from quire.kernels.cpu.products import Machine, PackedQuantized, PackedWeight, multiply
 from quire.kernels.dispatch import Kernel, Op, op
 from quire.kernels.quantized import GROUP, Quantized
-from tests.kernels.recurrences import CONVOLUTIONS, make_convolution, steps
+from tests.kernels.recurrences import steps
+from tests.kernels.sequences import convolutions, noise, scans
 
 if importlib.util.find_spec("triton") is not None:
     importlib.import_module("tests.interpreter")
@@ -38,10 +39,6 @@ TOLERANCE = {
 }  # an erf near -1 loses digits
 MOST_INTERPRETED = 40  # rows; the interpreter takes milliseconds for each
 Inputs = Iterator[tuple[object, ...]]
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 2.0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 def norms(dtype: torch.dtype) -> Inputs:
@@ -242,14 +239,6 @@ def recurrences(dtype: torch.dtype) -> Inputs:
         yield step.arguments()
 
 
-def convolutions(dtype: torch.dtype) -> Inputs:
-    """Small ones; see test_recurrent.py."""
-    for lengths, channels, width in CONVOLUTIONS:
-        for bias, silu in ((False, True), (True, False)):
-            step = make_convolution(lengths, channels, width, dtype, bias=bias)
-            yield *step, silu
-
-
 INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "rms_norm": norms,
     "layer_norm": layer_norms,
@@ -265,6 +254,8 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "add": plain_sums,
     "add_norm": sums,
     "finish_norm": unscaled,
+    "causal_conv": convolutions,
+    "selective_scan": scans,
     "embed": lookups,
     "pick": picks,
     "as_table": tables,
@@ -272,7 +263,6 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "experts": mixtures,
     "experts_add_norm": added_mixtures,
     "recurrence": recurrences,
-    "causal_conv": convolutions,
 }
 COMPOSED = (
     "normed_linear",

@@ -159,6 +159,54 @@ HYBRID = {
     "block_multiple_of": 16,
     "norm_eps": 1e-5,
 }
+STATES = {
+    "mamba_n_heads": 6,
+    "mamba_d_head": 64,
+    "mamba_n_groups": 3,
+    "mamba_d_state": 24,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_proj_bias": True,
+    "mamba_chunk_size": 16,
+    "time_step_limit": [0.4, 1.5],
+    "hidden_size": 192,
+}
+HALF_STATES = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "shared_intermediate_size": 56,
+}
+FACTORS = {
+    "lm_head_multiplier": 0.5,
+    "embedding_multiplier": 3.0,
+    "mlp_multipliers": [0.6, 0.7],
+    "key_multiplier": 0.4,
+    "attention_out_multiplier": 1.3,
+    "attention_in_multiplier": 0.8,
+    "ssm_multipliers": [0.5, 0.6, 1.4, 1.5, 1.6],
+    "ssm_in_multiplier": 0.9,
+    "ssm_out_multiplier": 0.7,
+}
+SCAN = {
+    **SIZES,
+    "hidden_size": 120,
+    "state_size": 12,
+    "conv_kernel": 3,
+    "use_bias": True,
+    "time_step_rank": 20,
+    "expand": 3,
+}
+SPARE = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 40,
+    "ssm_state_size": 24,
+    "n_groups": 3,
+    "use_bias": True,
+    "mlp_bias": True,
+    "moe_shared_expert_intermediate_size": 56,
+    "time_step_min": 0.4,
+    "chunk_size": 16,
+}
 
 DELTA = {
     "num_hidden_layers": 3,
@@ -301,6 +349,67 @@ CASES = (
     ),
     Case("Qwen3_5", BASE | DELTA | theta(500.0, partial_rotary_factor=0.5), config="Qwen3_5TextConfig"),
     Case("Qwen3_5Moe", BASE | DELTA | SHARED_EXPERT, config="Qwen3_5MoeTextConfig"),
+    Case(
+        "Mamba2",
+        SIZES
+        | {"hidden_size": 120, "num_heads": 6, "head_dim": 40, "state_size": 24, "n_groups": 3}
+        | {"use_bias": True, "chunk_size": 16, "time_step_limit": [0.4, 1.5]},
+    ),
+    Case(
+        "FalconH1",
+        GROUPED
+        | theta(500.0)
+        | STATES
+        | FACTORS
+        | {"mamba_d_ssm": 240, "mamba_d_head": 40, "mamba_proj_bias": False},
+    ),
+    Case(
+        "FalconH1-norm",
+        GROUPED
+        | BIASED
+        | STATES
+        | {"mamba_d_ssm": 240, "mamba_d_head": 40, "mamba_rms_norm": True, "projectors_bias": True},
+    ),
+    Case(
+        "FalconH1-gate",
+        GROUPED
+        | STATES
+        | {
+            "mamba_d_ssm": 384,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            "projectors_bias": True,
+        },
+    ),
+    Case("Mamba", SCAN),
+    Case(
+        "FalconMamba", SCAN | {"tie_word_embeddings": False, "use_conv_bias": False, "time_step_rank": "auto"}
+    ),
+    Case(
+        "Jamba",
+        GROUPED
+        | {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 6, "mamba_d_state": 12}
+        | {"mamba_proj_bias": True, "mamba_dt_rank": 20},
+    ),
+    Case(
+        "RecurrentGemma",
+        {**GROUPED, "intermediate_size": 352, "lru_width": 96, "conv1d_width": 3}
+        | {"attention_window_size": 5, "logits_soft_cap": 0.7, "attention_bias": True},
+    ),
+    Case("Bamba", GROUPED | BIASED | STATES | {"attn_layer_indices": [1]}),
+    Case(
+        "GraniteMoeHybrid",
+        GROUPED | MULTIPLIERS | LOCAL_EXPERTS | STATES | HALF_STATES | {"attention_bias": True},
+    ),
+    Case(
+        "GraniteMoeHybrid-dense",
+        GROUPED
+        | MULTIPLIERS
+        | STATES
+        | HALF_STATES
+        | {"num_local_experts": 0, "position_embedding_type": "rope"},
+    ),
+    Case("NemotronH", BASE | ALL_SPARSE | SPARE),
     Case("Lfm2", HYBRID | theta(500.0)),
     Case("Lfm2-bias", HYBRID | {"conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False}),
     Case("Llama", BASE | theta(500.0)),

@@ -1,5 +1,6 @@
 """Specs that lack one feature each: an oracle test that passes for one of them does not test the feature."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 from quire.models.spec import (
     MLA,
     MLP,
+    RGLRU,
     Attention,
     Block,
+    Both,
     Decoder,
     DeltaNet,
     Lightning,
+    Mamba,
+    Mamba2,
     MoE,
     Norm,
     Rope,
@@ -43,6 +48,14 @@ def _flip(field: str) -> Change:
 
 def _times(field: str, factor: float) -> Change:
     return lambda part: replace(part, **{field: getattr(part, field) * factor})
+
+
+def _without_scale(i: int) -> Change:
+    def change(part: Mamba2) -> Mamba2:
+        scales = part.scales
+        return replace(part, scales=(*scales[:i], 1.0, *scales[i + 1 :])) if scales else part
+
+    return change
 
 
 def _rotate_all(spec: Decoder) -> Decoder:
@@ -98,8 +111,31 @@ DROPS: dict[type, dict[str, Change]] = {
     },
     DeltaNet: {"beta_scale": _set("beta_scale", 1.0)},
     Lightning: {"rate": _times("rate", 2.0)},
+    Mamba: {
+        "bias": _set("bias", False),
+        "conv_bias": _set("conv_bias", False),
+        "norm": _set("norm", None),
+    },
+    Mamba2: {
+        "bias": _set("bias", False),
+        "conv_bias": _set("conv_bias", False),
+        "time_step": _set("time_step", (0.0, math.inf)),
+        "norm": _set("norm", None),
+        "norm_first": lambda m: _flip("norm_first")(m) if m.norm else m,
+        **{f"scales[{i}]": _without_scale(i) for i in range(5)},
+    },
+    RGLRU: {"act": lambda m: replace(m, act=_unsaturated(m.act))},
+    Both: {
+        "attention_scale": _set("attention_scale", 1.0),
+        "states_scale": _set("states_scale", 1.0),
+    },
     ShortConv: {"bias": _set("bias", False)},
-    MLP: {"act": lambda m: replace(m, act=_unsaturated(m.act)), "bias": _set("bias", False)},
+    MLP: {
+        "act": lambda m: replace(m, act=_unsaturated(m.act)),
+        "bias": _set("bias", False),
+        "gate_scale": _set("gate_scale", 1.0),
+        "out_scale": _set("out_scale", 1.0),
+    },
     MoE: {
         "score": lambda m: replace(m, score="sigmoid" if m.score == "softmax" else "softmax"),
         "top_k": lambda m: replace(m, top_k=m.top_k - 1),

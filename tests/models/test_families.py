@@ -171,6 +171,17 @@ UNSUPPORTED = (
     ("GraniteMoeSWA", {"mlp_bias": True}, "mlp_bias"),
     ("Cohere2Moe", {"num_shared_experts": 1}, "shared_expert_combination_strategy"),
     ("Cohere2Moe", {"expert_selection_fn": "relu"}, "expert_selection_fn"),
+    ("Mamba2", {"hidden_act": "gelu"}, "hidden_act"),
+    ("GraniteMoeHybrid", {"position_embedding_type": "learned"}, "position_embedding_type"),
+    ("GraniteMoeHybrid", {"layer_types": ["conv"] * 4}, "conv"),
+    ("NemotronH", {"moe_latent_size": 40}, "moe_latent_size"),
+    ("FalconH1", {"projectors_bias": True}, "projectors_bias"),
+    ("FalconH1", {"attention_bias": True}, "attention_in_multiplier"),
+    ("FalconH1", {"mamba_proj_bias": True}, "ssm_in_multiplier"),
+    ("RecurrentGemma", {"block_types": ["recurrent", "x"]}, "block_types"),
+    ("Jamba", {"sliding_window": 8}, "sliding_window"),
+    ("NemotronH", {"sliding_window": 8}, "sliding_window"),
+    ("NemotronH", {"layers_block_type": ["M", "x"]}, "layer type x"),
     ("Qwen3", {"quantization_config": {"quant_method": "fp8"}}, "fp8"),
 )
 

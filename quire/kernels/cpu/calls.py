@@ -39,6 +39,8 @@ LAYOUTS = {
     "quire_route": "4i4P6qf",
     "quire_experts": "6i12P7q",
     "quire_recurrence": "4i9P11q",
+    "quire_causal_conv": "4i7P6q",
+    "quire_selective_scan": "2i10P9q",
     "quire_write": "3PqPq",
     "quire_attend": "3P2qP2fqP",
     "quire_gather": "10P6q",
