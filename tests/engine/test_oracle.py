@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
-from tests.models.cases import BY_NAME, CASES, MAX_LENGTH, VOCAB_SIZE, Case, build_hf
+from tests.models.cases import BY_NAME, CASES, VOCAB_SIZE, Case, build_hf
+from tests.models.values import MAX_LENGTH
 
 NUM_OUTPUTS = 6
 TOLERANCE = 2e-4
