@@ -55,7 +55,10 @@ def falcon_mamba(c: HF) -> tuple[Decoder, Names]:
 
 
 def mamba2(c: HF) -> tuple[Decoder, Names]:
-    c.skip("time_step_rank", "chunk_size", "expand")
+    c.skip("time_step_rank", "chunk_size", "expand", "intermediate_size")
+    c.skip(
+        "norm_before_gate", "rms_norm"
+    )  # Hugging Face's network has that norm, behind the gate, whatever they say
     _skip_training(c)
     refuse_activation(c, "hidden_act")
     mixer = Mamba2(
