@@ -26,7 +26,11 @@ class Attention(nn.Module):
         q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
         self.qkv = Linear(build.dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, build, bias=s.bias)
         self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias)
-        self.gate = Linear(build.dim, {"g_proj": q}, build, bias=s.bias) if s.gate else None
+        self.gate: Linear | None = None
+        if s.gate:
+            full = s.gate == "full"
+            gates = {"g_proj": q if full else s.num_heads}
+            self.gate = Linear(build.dim, gates, build, bias=s.bias and full)
         self.q_norm = self._qk_norm(s.num_heads)
         self.k_norm = self._qk_norm(s.num_kv_heads)
         self.table = build.ropes.table(s.rope) if s.rope else None
@@ -51,8 +55,10 @@ class Attention(nn.Module):
 
     def heads(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
         """x [T, dim] -> what its heads found [T, H * D], which `out` takes."""
-        found = self._attend(x, step, cache).flatten(1)
-        return found if self.gate is None else found * ops.act(self.gate.of(x), "sigmoid")
+        found = self._attend(x, step, cache)
+        if self.gate is not None:
+            found = found * ops.act(self.gate.of(x), "sigmoid").unflatten(1, (self.spec.num_heads, -1))
+        return found.flatten(1)
 
     def _attend(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
         s, backend = self.spec, self.build.backend

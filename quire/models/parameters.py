@@ -136,7 +136,8 @@ def _attention(s: Attention, dim: int) -> Named:
     if s.sinks:
         yield "sinks", (s.num_heads,)
     if s.gate:
-        yield from _linear("g_proj", s.num_heads * s.head_dim, dim, s.bias)
+        full = s.gate == "full"
+        yield from _linear("g_proj", s.num_heads * (s.head_dim if full else 1), dim, s.bias and full)
     yield from _linear("o_proj", dim, s.num_heads * s.head_dim, s.out_bias)
 
 

@@ -108,7 +108,7 @@ def _hybrid(c: HF, delta: DeltaNet, feed_forward: Callable[[int], MLP | MoE]) ->
     c.skip("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype")
     norm = Norm(eps=c.number("rms_norm_eps"), offset=1.0)
     rotary = rope(c, c.count("head_dim"), partial=0.25, sections=True)
-    attn = attention(c, rope=rotary, qk_norm=norm, gate=True, **biases(c))
+    attn = attention(c, rope=rotary, qk_norm=norm, gate="full", **biases(c))
     interval = c.get("full_attention_interval", 4)
     is_delta = layer_types(c, lambda i: (i + 1) % interval != 0, "linear_attention")
 

@@ -51,6 +51,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "KimiLinearForCausalLM": "kimi.kimi_linear",
     "Lfm2ForCausalLM": "lfm.lfm2",
     "Lfm2MoeForCausalLM": "lfm.lfm2_moe",
+    "Lfm3ForCausalLM": "lfm.lfm3",
     "LlamaForCausalLM": "llama.llama",
     "MiniMaxForCausalLM": "mixtral.minimax",
     "MiniMaxM1ForCausalLM": "mixtral.minimax_text_01",

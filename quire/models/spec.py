@@ -51,7 +51,8 @@ class Attention:
     scale: float | None = None  # None: head_dim ** -0.5
     softcap: float | None = None
     sinks: bool = False  # a learned logit per head that takes part in the softmax only
-    gate: bool = False  # what heads found is multiplied with sigmoid(g); g has a bias if q has
+    # On what a head found, the sigmoid of g: full (one for each number; g has a bias if q has) | head (one for all).
+    gate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

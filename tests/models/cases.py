@@ -210,6 +210,15 @@ TEXT_01 = {
     "model_type": "minimax_text_01",
 }
 
+LFM3 = {
+    "layer_types": ["conv", "full_attention", "sliding_attention", "conv"],
+    "conv_L_cache": 5,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    },
+}
+
 
 def theta(base: float | None, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": base, **more}}
@@ -269,6 +278,14 @@ CASES = (
         | EXPERTS
         | {"layer_types": HYBRID["layer_types"], "num_dense_layers": 2}
         | {"use_expert_bias": False, "norm_topk_prob": False, "tie_word_embeddings": False},
+    ),
+    Case("Lfm3", BASE | LOCAL | LFM3 | {"attention_bias": True}),
+    Case(
+        "Lfm3-plain",
+        BASE
+        | {"sliding_window": 7, "use_sandwich_norm": False, "use_attention_gate": False, "conv_bias": True}
+        | {"num_hidden_layers": 5, "tie_word_embeddings": False, "rope_parameters": LFM3["rope_parameters"]},
+        legacy={"layer_types": None},
     ),
     Case("Qwen3_5", BASE | DELTA | theta(500.0, partial_rotary_factor=0.5), config="Qwen3_5TextConfig"),
     Case("Qwen3_5Moe", BASE | DELTA | SHARED_EXPERT, config="Qwen3_5MoeTextConfig"),

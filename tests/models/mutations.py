@@ -82,7 +82,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "scale": _set("scale", None),
         "softcap": _set("softcap", None),
         "sinks": _set("sinks", False),
-        "gate": _set("gate", False),
+        "gate": _set("gate", None),
     },
     MLA: {
         "scale": _set("scale", None),
