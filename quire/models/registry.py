@@ -14,6 +14,7 @@ from quire.models.spec import Decoder
 
 FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "ArceeForCausalLM": "llama.arcee",
+    "BailingHybridForCausalLM": "kimi.bailing_hybrid",
     "Cohere2ForCausalLM": "cohere.cohere2",
     "CohereForCausalLM": "cohere.cohere",
     "CwmForCausalLM": "llama.cwm",

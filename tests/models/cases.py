@@ -165,6 +165,7 @@ KIMI = {
     "rms_norm_eps": 0.2,
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
 }
+BAILING = {"head_dim": 24, "first_k_dense_replace": 1, "short_conv_kernel_size": 3}
 KIMI_PUBLISHED = {
     "layer_types": None,
     "mlp_layer_types": None,
@@ -252,6 +253,18 @@ CASES = (
         "KimiLinear-published",
         without(PLAIN, "max_position_embeddings") | LATENT | KIMI | {"moe_renormalize": True},
         legacy=KIMI_PUBLISHED,
+    ),
+    Case(
+        "BailingHybrid",
+        without(PLAIN, "max_position_embeddings") | without(LATENT, "q_lora_rank") | KIMI | BAILING,
+    ),
+    Case(
+        "BailingHybrid-open",
+        without(PLAIN, "max_position_embeddings")
+        | without(LATENT, "q_lora_rank")
+        | KIMI
+        | BAILING
+        | {"kda_safe_gate": False, "rope_theta": 500.0},
     ),
     Case("MiniMax", BASE | LOCAL_EXPERTS | LIGHTNING | {"head_dim": 24}),
     Case("MiniMax-text-01", BASE | LOCAL_EXPERTS | LIGHTNING | LOCAL, legacy=TEXT_01),
