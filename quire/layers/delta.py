@@ -15,6 +15,7 @@ from quire.layers.conv import Conv
 from quire.layers.linear import EXACT, Linear
 from quire.layers.norm import Norm, Normed
 from quire.models import spec
+from quire.models.parameters import a_log_shape
 
 L2_EPS = 1e-6
 
@@ -90,21 +91,22 @@ class DeltaNet(nn.Module):
 
 
 class KimiDelta(nn.Module):
-    """As DeltaNet, but a rate for each dimension of a key; rates and gate in two products each."""
+    """As DeltaNet, but a rate for each dimension of a key; rates and gate in one product or two each."""
 
     def __init__(self, s: spec.KimiDelta, build: Build):
         super().__init__()
         self.spec, self.build = s, build
-        self.size = s.num_heads * s.head_dim
+        self.size, inner = s.num_heads * s.head_dim, "_a" if s.rank else ""
+        self.between = s.rank or self.size
         parts = dict.fromkeys("qkv", self.size)
-        self.into = Linear(
-            build.dim, {f"{p}_proj": self.size for p in parts} | {"g_a_proj": s.head_dim}, build
+        both = {f"{p}_proj": self.size for p in parts} | {f"g{inner}_proj": self.between}
+        few = {"b_proj": s.num_heads, f"f{inner}_proj": self.between}
+        self.into, self.rates = (
+            Linear(build.dim, both, build),
+            Linear(build.dim, few, build, least_bits=EXACT),
         )
-        self.gate = Linear(s.head_dim, {"g_b_proj": self.size}, build)
-        self.rates = Linear(
-            build.dim, {"b_proj": s.num_heads, "f_a_proj": s.head_dim}, build, least_bits=EXACT
-        )
-        self.each_rate = Linear(s.head_dim, {"f_b_proj": self.size}, build, least_bits=EXACT)
+        self.gate_up = Linear(s.rank, {"g_b_proj": self.size}, build) if s.rank else None
+        self.rate_up = Linear(s.rank, {"f_b_proj": self.size}, build, least_bits=EXACT) if s.rank else None
         self.directions = Directions(parts, s.head_dim, s.width, build)
         self.norm = Norm(s.norm, (s.head_dim,), build)
         self.out = Linear(self.size, {"o_proj": build.dim}, build)
@@ -112,25 +114,33 @@ class KimiDelta(nn.Module):
         self.dt_bias: Any = None  # [H * D] float32
 
     def load(self, weights: Weights, name: str) -> None:
-        for part in (self.into, self.gate, self.rates, self.each_rate, self.directions, self.out):
-            part.load(weights, name)
+        for part in (self.into, self.rates, self.gate_up, self.rate_up, self.directions, self.out):
+            if part is not None:
+                part.load(weights, name)
         self.norm.load(weights, f"{name}.o_norm")
-        self.speed = speed(self.build, weights, name, 1, 1, self.spec.num_heads, 1)[0, 0]
+        self.speed = speed(self.build, weights, name, *a_log_shape(self.spec)).view(-1, 1)
         self.dt_bias = self.build.pull(weights, f"{name}.dt_bias", self.size, dtype=torch.float32)
 
     def heads(self, x: Normed, step: Ragged, cache: State) -> Tensor:
         """x [T, dim] -> what its heads found [T, H * D], which `out` takes."""
         s = self.spec
-        qkv, gate = self.into.of(x).split((3 * self.size, s.head_dim), -1)
+        qkv, gate = self.into.of(x).split((3 * self.size, self.between), -1)
         q, k, v = self.directions(qkv, step, cache[0])
-        beta, rate = self.rates.of(x).split((s.num_heads, s.head_dim), -1)
-        rates = F.softplus(self.each_rate(rate, torch.float32) + self.dt_bias)
-        decay = torch.exp(self.speed * rates.unflatten(-1, (s.num_heads, -1)))
+        beta, rate = self.rates.of(x).split((s.num_heads, self.between), -1)
+        if self.gate_up is not None and self.rate_up is not None:
+            gate, rate = self.gate_up(gate), self.rate_up(rate, torch.float32)
         y = ops.recurrence(
-            *(v.unflatten(-1, (-1, s.head_dim)), q, k, decay, beta.float().sigmoid()),
+            *(v.unflatten(-1, (-1, s.head_dim)), q, k, self._decay(rate), beta.float().sigmoid()),
             *(cache[1], step.rows, step.query_starts),
         )
-        return self.norm(y).flatten(1) * ops.act(self.gate(gate), "sigmoid")
+        return self.norm(y).flatten(1) * ops.act(gate, "sigmoid")
+
+    def _decay(self, rate: Tensor) -> Tensor:
+        """rate [T, H * D] -> [T, H, D] float32."""
+        rate = (rate.float() + self.dt_bias).unflatten(-1, (self.spec.num_heads, -1))
+        if self.spec.floor is None:
+            return torch.exp(self.speed * F.softplus(rate))
+        return torch.exp(self.spec.floor * torch.sigmoid(-self.speed * rate))
 
 
 def speed(build: Build, weights: Weights, name: str, *shape: int) -> Tensor:

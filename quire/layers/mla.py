@@ -34,6 +34,7 @@ class MLA(nn.Module):
             self.down = Linear(build.dim, {"q_proj": q} | latent, build)
             self.q_norm = self.q_up = None
         self.kv_norm = Norm(s.norm, (s.kv_rank,), build)
+        self.gate = Linear(build.dim, {"g_proj": s.num_heads}, build) if s.gate else None
         self.out = Linear(s.num_heads * s.v_dim, {"o_proj": build.dim}, build)
         self.table = build.ropes.table(s.rope) if s.rope else None
         self.scale = (s.nope_dim + s.rope_dim) ** -0.5 if s.scale is None else s.scale
@@ -48,6 +49,8 @@ class MLA(nn.Module):
             self.q_up.load(weights, name)
         self.kv_norm.load(weights, f"{name}.kv_a_layernorm")
         self.out.load(weights, name)
+        if self.gate is not None:
+            self.gate.load(weights, name)
         rows = s.num_heads * (s.nope_dim + s.v_dim)
         up = self.build.pull(weights, f"{name}.kv_b_proj.weight", rows, s.kv_rank)
         up_k, up_v = up.unflatten(0, (s.num_heads, -1)).split((s.nope_dim, s.v_dim), 1)
@@ -69,4 +72,7 @@ class MLA(nn.Module):
         absorbed = ops.linear(q_nope, self.up_k, None)  # [T, H, kv_rank]
         queries = grown(torch.cat((absorbed, rotated[:, :-1]), -1), s.growth, step.positions)
         y = backend.attend(queries, cache, step, scale=self.scale)
-        return ops.linear(y, self.up_v, None).flatten(1)
+        found = ops.linear(y, self.up_v, None)
+        if self.gate is not None:
+            found = found * ops.act(self.gate.of(x), "sigmoid")[..., None]
+        return found.flatten(1)

@@ -52,6 +52,12 @@ def _longrope(inverse: Tensor, options: Mapping[str, Any], num_positions: int) -
     return inverse / factors, options["attention_factor"]
 
 
+def _proportional(inverse: Tensor, options: Mapping[str, Any]) -> Scaled:
+    """LFM3 and Gemma 4: the highest frequencies of a whole head, and none for the rest of its pairs."""
+    angles = int(options["partial_rotary_factor"] * len(inverse))
+    return torch.where(torch.arange(len(inverse)) < angles, inverse, 0.0), 1.0
+
+
 def frequencies(rope: Rope, num_positions: int) -> Scaled:
     """Inverse frequencies [rope.dim / 2] float32 and the gain, for sequences of at most `num_positions`.
 
@@ -69,10 +75,12 @@ def frequencies(rope: Rope, num_positions: int) -> Scaled:
             return _llama3(inverse, options)
         case "yarn":
             return _yarn(inverse, options, rope)
+        case "proportional":
+            return _proportional(inverse, options)
         case "longrope":
             return _longrope(inverse, options, num_positions)
         case other:
-            known = "default, linear, llama3, longrope and yarn"
+            known = "default, linear, llama3, longrope, proportional and yarn"
             raise UnsupportedModel(f"rope_type {other!r} is not known; {known} are")
 
 

@@ -175,6 +175,8 @@ def rope(
     """
     default_theta = changes.pop("theta", 10000.0)
     found = rope_parameters(c, local)
+    if (found.get("rope_type") or found.get("type")) == "proportional":
+        return _proportional(c, found, dim, default_theta, **changes)
     factor = found.get("partial_rotary_factor") or c.partial_rotary_factor or partial or 1.0
     c.refuse(partial is None and factor != 1.0, f"partial_rotary_factor={factor}")
     c.refuse("mrope_section" in found and not sections, "rotary embedding by sections (mrope_section)")
@@ -183,6 +185,18 @@ def rope(
     theta = found.get("rope_theta") or c.rope_theta or default_theta
     scaling, stretch = _scaling(c, found, rotated)
     return Rope(dim=rotated, theta=theta * stretch, scaling=scaling, **changes)
+
+
+def _proportional(c: HF, found: Mapping[str, Any], dim: int, theta: float, **changes: Any) -> Rope:
+    """A part of the frequencies of the whole head; other kinds with a part have all those of a smaller one."""
+    c.refuse(
+        (factor := found.get("factor", 1.0)) != 1.0, f"factor={factor} with proportional rotary embedding"
+    )
+    scaling = {
+        "rope_type": "proportional",
+        "partial_rotary_factor": found.get("partial_rotary_factor", 1.0),
+    }
+    return Rope(dim=dim, theta=found.get("rope_theta") or theta, scaling=scaling, **changes)
 
 
 def rope_parameters(c: HF, local: bool = False) -> Mapping[str, Any]:

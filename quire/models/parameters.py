@@ -180,6 +180,8 @@ def _mla(s: MLA, dim: int) -> Named:
     yield from _linear("kv_a_proj_with_mqa", s.kv_rank + s.rope_dim, dim)
     yield from _within("kv_a_layernorm", _norm(s.norm, (s.kv_rank,)))
     yield from _linear("kv_b_proj", s.num_heads * (s.nope_dim + s.v_dim), s.kv_rank)
+    if s.gate:
+        yield from _linear("g_proj", s.num_heads, dim)
     yield from _linear("o_proj", dim, s.num_heads * s.v_dim)
 
 
@@ -202,6 +204,11 @@ def _delta_net(s: DeltaNet, dim: int) -> Named:
     yield from _linear("o_proj", dim, values)
 
 
+def a_log_shape(s: KimiDelta) -> Shape:
+    """Kimi Linear stores it as it is multiplied."""
+    return (s.num_heads,) if s.rank is None else (1, 1, s.num_heads, 1)
+
+
 def _kimi_delta(s: KimiDelta, dim: int) -> Named:
     size = s.num_heads * s.head_dim
     for part in "qkv":
@@ -209,9 +216,12 @@ def _kimi_delta(s: KimiDelta, dim: int) -> Named:
         yield f"{part}_conv1d.weight", (size, 1, s.width)
     yield from _linear("b_proj", s.num_heads, dim)
     for part in "fg":
-        yield from _linear(f"{part}_a_proj", s.head_dim, dim)
-        yield from _linear(f"{part}_b_proj", size, s.head_dim)
-    yield "A_log", (1, 1, s.num_heads, 1)
+        if s.rank is None:
+            yield from _linear(f"{part}_proj", size, dim)
+        else:
+            yield from _linear(f"{part}_a_proj", s.rank, dim)
+            yield from _linear(f"{part}_b_proj", size, s.rank)
+    yield "A_log", a_log_shape(s)
     yield "dt_bias", (size,)
     yield from _within("o_norm", _norm(s.norm, (s.head_dim,)))
     yield from _linear("o_proj", dim, size)

@@ -73,7 +73,10 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class MLA:
-    """Multi-head latent attention (DeepSeek-V2). The cache holds the latent and one rotated key per token."""
+    """Multi-head latent attention (DeepSeek-V2). The cache holds the latent and one rotated key per token.
+
+    Parameters: q_proj, or q_{a,b}_proj; kv_a_proj_with_mqa, kv_b_proj, {q,kv}_a_layernorm, g_proj, o_proj.
+    """
 
     num_heads: int
     q_rank: int | None
@@ -85,6 +88,7 @@ class MLA:
     norm: Norm
     scale: float | None = None  # None: (nope_dim + rope_dim) ** -0.5
     growth: Growth | None = None
+    gate: bool = False  # the sigmoid of g, one for each head, on what it found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +124,15 @@ class KimiDelta:
     """Kimi delta attention (2025): a DeltaNet, each dimension of whose keys forgets at a rate of its own.
 
     Parameters: {q,k,v,b,f_a,f_b,g_a,g_b,o}_proj, {q,k,v}_conv1d, A_log, dt_bias, o_norm. The rates f and the gate g,
-    of which the sigmoid counts, are products of two matrices each, with `head_dim` numbers between them.
+    of which the sigmoid counts, are products of two matrices each, with `rank` numbers between them.
     """
 
     num_heads: int
     head_dim: int
     width: int
     norm: Norm
+    rank: int | None  # None: {f,g}_proj, one matrix each
+    floor: float | None = None  # of a decay's logarithm, which is then its sigmoid instead of a softplus
 
 
 @dataclass(frozen=True, kw_only=True)

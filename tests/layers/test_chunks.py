@@ -19,7 +19,13 @@ from quire.layers.decoder import Decoder
 from quire.models.registry import decoder_spec
 from tests.models.cases import BY_NAME, build_hf, prompt
 
-NAMES = ("Lfm2", "Qwen3Next", "KimiLinear", "MiniMax")  # every kind of mixer that keeps a state
+NAMES = (
+    "Lfm2",
+    "Qwen3Next",
+    "KimiLinear",
+    "BailingHybrid",
+    "MiniMax",
+)  # every kind of mixer that keeps a state
 LENGTHS = (24, 9, 1, 17)
 NUM_ROWS, NUM_BLOCKS = 7, 64
 BACKENDS: list[Backend] = [

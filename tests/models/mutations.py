@@ -14,6 +14,7 @@ from quire.models.spec import (
     Both,
     Decoder,
     DeltaNet,
+    KimiDelta,
     Lightning,
     Mamba,
     Mamba2,
@@ -107,9 +108,11 @@ DROPS: dict[type, dict[str, Change]] = {
     MLA: {
         "scale": _set("scale", None),
         "growth": _set("growth", None),
+        "gate": _set("gate", False),
         "rope": lambda m: replace(m, rope=None if m.rope else Rope(dim=m.rope_dim)),
     },
     DeltaNet: {"beta_scale": _set("beta_scale", 1.0)},
+    KimiDelta: {"floor": lambda d: replace(d, floor=d.floor / 2) if d.floor else d},
     Lightning: {"rate": _times("rate", 2.0)},
     Mamba: {
         "bias": _set("bias", False),

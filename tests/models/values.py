@@ -196,6 +196,7 @@ KIMI = {
     "rms_norm_eps": 0.2,
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
 }
+BAILING = {"head_dim": 24, "first_k_dense_replace": 1, "short_conv_kernel_size": 3}
 KIMI_PUBLISHED = {
     "layer_types": None,
     "mlp_layer_types": None,
@@ -239,6 +240,15 @@ TEXT_01 = {
     "layernorm_mlp_beta": 1.0,
     "architectures": ["MiniMaxText01ForCausalLM"],
     "model_type": "minimax_text_01",
+}
+
+LFM3 = {
+    "layer_types": ["conv", "full_attention", "sliding_attention", "conv"],
+    "conv_L_cache": 5,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    },
 }
 
 
