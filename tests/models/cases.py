@@ -150,18 +150,6 @@ CASES = (
         | BAILING
         | {"kda_safe_gate": False, "rope_theta": 500.0},
     ),
-    Case(
-        "BailingHybrid",
-        without(PLAIN, "max_position_embeddings") | without(LATENT, "q_lora_rank") | KIMI | BAILING,
-    ),
-    Case(
-        "BailingHybrid-open",
-        without(PLAIN, "max_position_embeddings")
-        | without(LATENT, "q_lora_rank")
-        | KIMI
-        | BAILING
-        | {"kda_safe_gate": False, "rope_theta": 500.0},
-    ),
     Case("MiniMax", BASE | LOCAL_EXPERTS | LIGHTNING | {"head_dim": 24}),
     Case("MiniMax-text-01", BASE | LOCAL_EXPERTS | LIGHTNING | LOCAL, legacy=TEXT_01),
     Case("MiniMax-m1", GROUPED | LOCAL_EXPERTS | LIGHTNING, legacy=TEXT_01 | {"architectures": [M1]}),
@@ -187,14 +175,6 @@ CASES = (
         | EXPERTS
         | {"layer_types": HYBRID["layer_types"], "num_dense_layers": 2}
         | {"use_expert_bias": False, "norm_topk_prob": False, "tie_word_embeddings": False},
-    ),
-    Case("Lfm3", BASE | LOCAL | LFM3 | {"attention_bias": True}),
-    Case(
-        "Lfm3-plain",
-        BASE
-        | {"sliding_window": 7, "use_sandwich_norm": False, "use_attention_gate": False, "conv_bias": True}
-        | {"num_hidden_layers": 5, "tie_word_embeddings": False, "rope_parameters": LFM3["rope_parameters"]},
-        legacy={"layer_types": None},
     ),
     Case("Lfm3", BASE | LOCAL | LFM3 | {"attention_bias": True}),
     Case(
