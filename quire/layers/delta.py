@@ -1,11 +1,10 @@
 """Mixers whose heads keep a matrix that forgets and that keys correct: gated DeltaNet, Kimi delta attention."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from quire.attention.base import Ragged
 from quire.attention.states import State
@@ -18,6 +17,7 @@ from quire.models import spec
 from quire.models.parameters import a_log_shape
 
 L2_EPS = 1e-6
+LARGE = 20.0  # from here on, softplus(x) is x in float32
 
 
 class Directions(nn.Module):
@@ -81,8 +81,8 @@ class DeltaNet(nn.Module):
         qkv, gate = self.into.of(x).split(self.sizes, -1)
         q, k, v = self.directions(qkv, step, cache[0])
         beta, a = self.rates.of(x, torch.float32).chunk(2, -1)
-        beta = beta.sigmoid() * s.beta_scale
-        decay = torch.exp(self.speed * F.softplus(a + self.dt_bias))
+        beta = ops.act(beta, "sigmoid") * s.beta_scale
+        decay = torch.exp(self.speed * softplus(a + self.dt_bias))
         y = ops.recurrence(
             *(v.unflatten(-1, (-1, s.v_dim)), q, k, decay[..., None], beta),
             *(cache[1], step.rows, step.query_starts),
@@ -130,7 +130,7 @@ class KimiDelta(nn.Module):
         if self.gate_up is not None and self.rate_up is not None:
             gate, rate = self.gate_up(gate), self.rate_up(rate, torch.float32)
         y = ops.recurrence(
-            *(v.unflatten(-1, (-1, s.head_dim)), q, k, self._decay(rate), beta.float().sigmoid()),
+            *(v.unflatten(-1, (-1, s.head_dim)), q, k, self._decay(rate), ops.act(beta.float(), "sigmoid")),
             *(cache[1], step.rows, step.query_starts),
         )
         return self.norm(y).flatten(1) * ops.act(gate, "sigmoid")
@@ -139,8 +139,8 @@ class KimiDelta(nn.Module):
         """rate [T, H * D] -> [T, H, D] float32."""
         rate = (rate.float() + self.dt_bias).unflatten(-1, (self.spec.num_heads, -1))
         if self.spec.floor is None:
-            return torch.exp(self.speed * F.softplus(rate))
-        return torch.exp(self.spec.floor * torch.sigmoid(-self.speed * rate))
+            return torch.exp(self.speed * softplus(rate))
+        return torch.exp(self.spec.floor * ops.act(-self.speed * rate, "sigmoid"))
 
 
 def speed(build: Build, weights: Weights, name: str, *shape: int) -> Tensor:
@@ -148,6 +148,11 @@ def speed(build: Build, weights: Weights, name: str, *shape: int) -> Tensor:
     return -torch.exp(build.pull(weights, f"{name}.A_log", *shape, dtype=torch.float32))
 
 
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x). Torch's own computes the last numbers of a tensor otherwise than those before."""
+    return torch.where(x > LARGE, x, torch.log1p(torch.exp(x.clamp(max=LARGE))))
+
+
 def gated(y: Tensor, gate: Tensor) -> Tensor:
     """y [T, H, D] * silu(gate [T, H * D]) -> [T, H * D]."""
-    return (y.flatten(1).float() * F.silu(gate.float())).to(y.dtype)
+    return cast(Tensor, ops.act_mul(torch.cat((gate, y.flatten(1)), -1), "silu"))

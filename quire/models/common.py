@@ -239,7 +239,7 @@ def _scaling(c: HF, found: Mapping[str, Any], dim: int) -> tuple[Mapping[str, ob
             return _longrope(c, found, dim), 1.0
     raise UnsupportedModel(
         f"{c.architecture}: rope_type {kind!r} in config.json is not supported "
-        "(known: default, linear, dynamic, llama3, yarn, longrope)"
+        "(known: default, linear, dynamic, llama3, yarn, longrope, proportional)"
     )
 
 

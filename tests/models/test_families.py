@@ -119,7 +119,7 @@ UNSUPPORTED = (
     ("Falcon", {"parallel_attn": False}, "parallel_attn"),
     ("Falcon-7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
     ("Llama", {"hidden_act": "swiglu_oai"}, "swiglu_oai"),
-    ("Llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1.0}}, "proportional"),
+    ("Llama", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}}, "spiral"),
     ("Llama", {"rope_parameters": {"rope_theta": 1.0, "mrope_section": [1, 2]}}, "mrope_section"),
     (
         "Llama",
