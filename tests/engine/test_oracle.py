@@ -34,7 +34,13 @@ def make_prompts(vocab_size: int = VOCAB_SIZE, longer_than: int = 0) -> list[lis
 
 
 def prompts_of(case: Case) -> list[list[int]]:
-    """Longrope rotates by other angles past the original length; Hugging Face decides anew for each sequence."""
+    """All but those that Hugging Face computes otherwise.
+
+    Longrope rotates by other angles past the original length, and Hugging Face decides anew for each sequence. Its
+    RecurrentGemma goes on from what it saw last if a sequence is one token.
+    """
+    if case.name == "RecurrentGemma":
+        return make_prompts(longer_than=1)
     rope = case.values.get("rope_parameters", {})
     original = rope["original_max_position_embeddings"] if "long_factor" in rope else MAX_LENGTH
     return make_prompts(longer_than=original if original < MAX_LENGTH else 0)
