@@ -20,7 +20,7 @@ from quire.kernels.experts import (
     route,
 )
 from quire.kernels.quantized import quantize_linear
-from quire.kernels.recurrent import causal_conv, recurrence, selective_scan
+from quire.kernels.recurrent import causal_conv, recurrence, selective_scan, softplus
 from quire.kernels.reference import (
     RmsNorm,
     RowScale,
@@ -90,5 +90,6 @@ __all__ = [
     "rms_norm",
     "route",
     "selective_scan",
+    "softplus",
     "why_not_invariant",
 ]

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from quire.kernels.dispatch import op
 
+LARGE = 20.0  # from here on, softplus(x) is x in float32
+
 
 @op
 def causal_conv(
@@ -110,3 +112,8 @@ def selective_scan(
             y[t] = (c[t, :, None] * h).sum(0) + skip * x[t]
         state[row] = h
     return y
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x). Torch's own computes the last numbers of a tensor otherwise than those before."""
+    return torch.where(x > LARGE, x, torch.log1p(torch.exp(x.clamp(max=LARGE))))

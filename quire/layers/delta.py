@@ -17,7 +17,6 @@ from quire.models import spec
 from quire.models.parameters import a_log_shape
 
 L2_EPS = 1e-6
-LARGE = 20.0  # from here on, softplus(x) is x in float32
 
 
 class Directions(nn.Module):
@@ -82,7 +81,7 @@ class DeltaNet(nn.Module):
         q, k, v = self.directions(qkv, step, cache[0])
         beta, a = self.rates.of(x, torch.float32).chunk(2, -1)
         beta = ops.act(beta, "sigmoid") * s.beta_scale
-        decay = torch.exp(self.speed * softplus(a + self.dt_bias))
+        decay = torch.exp(self.speed * ops.softplus(a + self.dt_bias))
         y = ops.recurrence(
             *(v.unflatten(-1, (-1, s.v_dim)), q, k, decay[..., None], beta),
             *(cache[1], step.rows, step.query_starts),
@@ -139,18 +138,13 @@ class KimiDelta(nn.Module):
         """rate [T, H * D] -> [T, H, D] float32."""
         rate = (rate.float() + self.dt_bias).unflatten(-1, (self.spec.num_heads, -1))
         if self.spec.floor is None:
-            return torch.exp(self.speed * softplus(rate))
+            return torch.exp(self.speed * ops.softplus(rate))
         return torch.exp(self.spec.floor * ops.act(-self.speed * rate, "sigmoid"))
 
 
 def speed(build: Build, weights: Weights, name: str, *shape: int) -> Tensor:
     """How fast heads forget, as a factor on what the input says of it: -exp(A_log), float32."""
     return -torch.exp(build.pull(weights, f"{name}.A_log", *shape, dtype=torch.float32))
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x). Torch's own computes the last numbers of a tensor otherwise than those before."""
-    return torch.where(x > LARGE, x, torch.log1p(torch.exp(x.clamp(max=LARGE))))
 
 
 def gated(y: Tensor, gate: Tensor) -> Tensor:

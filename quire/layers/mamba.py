@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from quire.attention.base import Ragged
 from quire.attention.states import State
@@ -56,10 +55,10 @@ class Mamba(nn.Module):
         if self.norms:
             chosen = [norm(part) for norm, part in zip(self.norms, chosen, strict=True)]
         dt, b, c = chosen
-        dt = F.softplus(self.steps(dt, torch.float32))
+        dt = ops.softplus(self.steps(dt, torch.float32))
         inputs = values.float(), dt, self.rate, b.float(), c.float(), self.skip
         y = ops.selective_scan(*inputs, state, step.rows, step.query_starts)
-        return (y * F.silu(gate.float())).to(gate.dtype)
+        return (y * ops.act(gate.float(), "silu")).to(gate.dtype)
 
 
 class Mamba2(nn.Module):
@@ -108,10 +107,10 @@ class Mamba2(nn.Module):
         values, keys, queries = convolved.split([s.inner, written, written], -1)
         values = values.unflatten(-1, (s.num_heads, s.head_dim))
         keys, queries = (part.unflatten(-1, (s.groups, s.state_dim)) for part in (keys, queries))
-        dt = F.softplus(dt.float() + self.step_bias).clamp(*s.time_step)[..., None]
+        dt = ops.softplus(dt.float() + self.step_bias).clamp(*s.time_step)[..., None]
         decay = (dt * self.rate).exp()
         y = ops.recurrence(values * dt, queries, keys, decay, None, state, step.rows, step.query_starts)
-        y, gate_by = (y + self.skip * values).flatten(-2), F.silu(gate.float())
+        y, gate_by = (y + self.skip * values).flatten(-2), ops.act(gate.float(), "silu")
         y = self._norm(y) * gate_by if s.norm_first else self._norm(y * gate_by)
         return y.to(gate.dtype)
 

@@ -398,7 +398,7 @@ class Scheduler:
             start, count = seq.planned, min(seq.num_to_prefill, left)
             new_blocks: tuple[int, ...] = ()
             save = -1
-            if self.checkpoints is not None:
+            if self.checkpoints is not None and self.checkpoints.refs:
                 count = self._until_cut(seq, count)
                 save = self._keep(seq, start + count)
             if seq.slot < 0:

@@ -25,13 +25,17 @@ NAMES = (
     "KimiLinear",
     "BailingHybrid",
     "MiniMax",
+    "Mamba2",
+    "Jamba",
+    "FalconH1",
+    "RecurrentGemma",
 )  # every kind of mixer that keeps a state
 LENGTHS = (24, 9, 1, 17)
 NUM_ROWS, NUM_BLOCKS = 7, 64
 BACKENDS: list[Backend] = [
     b for b in (Reference(4), Cpu()) if b.why_not(torch.float32, torch.device("cpu")) is None
 ]
-SAME = 2e-5
+NEAR = 2e-5  # where products are torch's; of our kernels, equal to the bit
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -81,4 +85,5 @@ def test_a_state_is_carried_from_chunk_to_chunk(folder: Path, backend: Backend) 
     whole = [compute(decoder, [p], len(p), len(p))[0] for p in prompts]
     for most, seed in ((1, 1), (3, 2), (3, 3), (24, 4)):
         for got, want in zip(compute(decoder, prompts, 1, most, seed), whole, strict=True):
-            torch.testing.assert_close(got, want, rtol=SAME, atol=SAME * want.abs().max().item())
+            near = 0.0 if backend.name == "cpu" else NEAR
+            torch.testing.assert_close(got, want, rtol=near, atol=near * want.abs().max().item())
