@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from quire.attention.base import LayerCache, Product, Ragged, Turn
 from quire.errors import ConfigError
@@ -59,8 +58,9 @@ class Attention(nn.Module):
         """x [T, dim] -> what its heads found [T, H * D], which `out` takes."""
         y = self._attend(x, step, cache)
         if self.gate is not None:
-            gate = self.gate.of(x, torch.float32).unflatten(-1, (self.spec.num_heads, -1))
-            y = (y * (gate.sigmoid() if self.spec.gate == "sigmoid" else F.softplus(gate))).to(y.dtype)
+            gate = self.gate.of(x, torch.float32)
+            gate = ops.softplus(gate) if self.spec.gate == "softplus" else ops.act(gate, "sigmoid")
+            y = (y * gate.unflatten(-1, (self.spec.num_heads, -1))).to(y.dtype)
         return y.flatten(1)
 
     def _attend(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:

@@ -36,7 +36,8 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, num_heads * size] -> the same shape."""
         heads = ops.linear(x.unflatten(-1, (self.num_heads, self.size)), self.weight, None, torch.float32)
-        return torch.sigmoid(heads + self.bias).flatten(1)
+        gates: Tensor = ops.act((heads + self.bias).flatten(1), "sigmoid")
+        return gates
 
 
 class RGLRU(nn.Module):
