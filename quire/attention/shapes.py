@@ -19,7 +19,8 @@ DIM_STEP = 16  # stored head dimensions are multiples of this, so that kernels n
 SCALE_BYTES = 4  # a float32
 
 
-def _round_up(value: int, step: int) -> int:
+def round_up(value: int, step: int) -> int:
+    """The least multiple of `step` that is not below."""
     return -(-value // step) * step
 
 
@@ -34,16 +35,16 @@ class CacheShape:
 
     @property
     def k_stored(self) -> int:
-        return _round_up(self.k_dim, DIM_STEP)
+        return round_up(self.k_dim, DIM_STEP)
 
     @property
     def v_stored(self) -> int:
-        return 0 if self.v_in_k else _round_up(self.v_dim, DIM_STEP)
+        return 0 if self.v_in_k else round_up(self.v_dim, DIM_STEP)
 
     @property
     def k_parts(self) -> tuple[int, ...]:
         """Dimensions of a key that share a scale; pairs stay together."""
-        first = min(_round_up(self.v_dim, 2), self.k_dim)
+        first = min(round_up(self.v_dim, 2), self.k_dim)
         return (first, self.k_dim - first) if self.v_in_k else (self.k_dim,)
 
     def k_head_bytes(self, itemsize: int, quantized: bool) -> int:
@@ -59,12 +60,12 @@ class CacheShape:
     def k_bytes(self, block_size: int, itemsize: int, quantized: bool = False) -> int:
         """Bytes of a block's keys in this layer, rounded up to the alignment; its values follow them."""
         token_bytes = self.num_kv_heads * self.k_head_bytes(itemsize, quantized)
-        return _round_up(block_size * token_bytes, ALIGNMENT_BYTES)
+        return round_up(block_size * token_bytes, ALIGNMENT_BYTES)
 
     def num_bytes(self, block_size: int, itemsize: int, quantized: bool = False) -> int:
         """Bytes of this layer's share of a block."""
         v_bytes = self.num_kv_heads * block_size * self.v_head_bytes(itemsize, quantized)
-        return self.k_bytes(block_size, itemsize, quantized) + _round_up(v_bytes, ALIGNMENT_BYTES)
+        return self.k_bytes(block_size, itemsize, quantized) + round_up(v_bytes, ALIGNMENT_BYTES)
 
 
 NOTHING = CacheShape(0, 0, 0)

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from quire.attention.shapes import ALIGNMENT_BYTES
+from quire.attention.shapes import ALIGNMENT_BYTES, round_up
 from quire.models.spec import (
     RGLRU,
     Both,
@@ -40,8 +40,7 @@ class Part:
 
     def num_bytes(self, itemsize: int) -> int:
         """Bytes of a row, rounded up to the alignment."""
-        size = prod(self.shape) * (EXACT_BYTES if self.exact else itemsize)
-        return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return round_up(prod(self.shape) * (EXACT_BYTES if self.exact else itemsize), ALIGNMENT_BYTES)
 
     def view(self, states: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
         """[num_rows, *shape] of `states` [num_rows, state_bytes] uint8; its share of a row starts at `offset`."""

@@ -123,7 +123,7 @@ class Runner:
                 drawn += (some := self._draw(batch, hidden))
                 if not some and len(batch.sampling) > 1:
                     raise RuntimeError("no sequence of the step could be sampled; the log says why")
-        lost = frozenset() if self.states is None else frozenset(self.states.lost)
+        lost = frozenset(w.seq for w in plan.work if self._is_lost(w))
         return lambda: self._result(plan, drawn, lost)
 
     def _launch_whole(self, work: tuple[Work, ...]) -> bool:
@@ -225,19 +225,25 @@ class Runner:
     def _to_score(self, work: Work) -> range:
         """The positions that tell log probabilities of the prompt that somebody waits for."""
         sampling = self.sampling.get(work.seq)
-        if sampling is None or sampling.params.prompt_logprobs is None:
+        if sampling is None or sampling.params.prompt_logprobs is None or self._is_lost(work):
             return range(0)
         done = len(self.prompt_logprobs[work.seq])  # a preempted prompt is computed twice and scored once
         last = min(work.start + work.count, self.state.prompt_len[work.slot] - 1)
         return range(max(work.start, done), last)
 
-    def _result(self, plan: Plan, drawn: Sequence[Drawn], lost_slots: frozenset[int]) -> Result:
+    def _is_lost(self, work: Work) -> bool:
+        """What was computed of it means nothing."""
+        return self.states is not None and work.slot in self.states.lost
+
+    def _result(self, plan: Plan, drawn: Sequence[Drawn], lost: frozenset[int]) -> Result:
         tokens: dict[int, tuple[int, ...]] = {}
         errors = {w.seq: self.failed.pop(w.seq) for w in plan.work if w.seq in self.failed}
         for works, fetch in drawn:
             sampled = fetch()
             rows = zip(works, sampled.token_ids, sampled.bad, sampled.logprobs, strict=True)
             for work, token, bad, scores in rows:
+                if work.seq in lost:
+                    continue
                 if (
                     token == ENDED
                 ):  # the scheduler ignores this, as it has ended the sequence too: or it does now
@@ -248,8 +254,7 @@ class Runner:
                     errors.setdefault(work.seq, "the network's output was not a number")
                 if scores is not None and (kept := self.logprobs.get(work.seq)) is not None:
                     kept.append(scores)
-        lost = frozenset(w.seq for w in plan.work if w.slot in lost_slots)
-        return Result(tuple(() if w.seq in lost else tokens.get(w.seq, ()) for w in plan.work), errors, lost)
+        return Result(tuple(tokens.get(w.seq, ()) for w in plan.work), errors, lost)
 
 
 def to_host(sampled: Sampled) -> Callable[[], HostSampled]:

@@ -1,6 +1,8 @@
 """What goes wrong for one request, or for a moment, inside a step: the others get their tokens."""
 
 from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from quire.engine.core import EngineCore
 from quire.engine.events import Submission, TokenEvent
 from quire.sampling.rules import read
 from quire.types import SamplingParams
+from tests.models.cases import BY_NAME, build_hf
 from tests.poison import poison
 
 POISON = 3333  # a token that no good request has
@@ -177,3 +180,31 @@ def test_a_prompt_that_cannot_be_scored_fails_alone() -> None:
     line = events.pop("scored")
     assert failed(line) and "prompt could not be scored" in (line[-1].error or "")
     assert tokens(events) == want
+
+
+class Halfway(Tight):
+    """It runs out of memory when its layers have gone on already."""
+
+    def __call__(self, token_ids: Tensor, *rest: Any) -> Tensor:
+        self.num_steps += 1
+        hidden = self.network(token_ids, *rest)
+        self._check(token_ids, self.room(self.num_steps))
+        return hidden
+
+
+def told(events: dict[str, list[TokenEvent]]) -> dict[str, list[tuple[object, ...]]]:
+    return {name: [(e.token, e.logprobs, e.prompt_logprobs) for e in line] for name, line in events.items()}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_who_loses_a_state_begins_again(step: int, overlap: bool, tmp_path: Path) -> None:
+    build_hf(BY_NAME["Lfm2"], tmp_path)
+    params = replace(PARAMS, prompt_logprobs=1)
+    asked = [submission(f"{i}", tuple(range(5 + i, 25 + 3 * i)), params) for i in range(4)]
+    options = {"model": str(tmp_path), "async_scheduling": overlap, "max_num_batched_tokens": 40}
+    want = told(run(make_core(**options), asked))
+    core = make_core(**options)
+    core.runner.model = tight = Halfway(core.runner.model, lambda now: 3 if now == step else 10**6)
+    assert told(run(core, asked)) == want
+    assert tight.num_shortages == 1 and core.stats().num_preemptions > 0
