@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quire.attention.shapes import NOTHING, CacheShape, cache_shapes, layer_offsets
+from quire.attention.shapes import NOTHING, CacheShape, cache_shapes, layer_offsets, layers_read
 from quire.attention.states import State, layer_states
 from quire.kernels import ops
 from quire.models.spec import Spec
@@ -100,6 +100,10 @@ class Turn:
     interleaved: bool
     weights: Tensor | None = None  # [H + Hkv, D] float32
     eps: float = 0.0
+
+    def applied(self, qk: Tensor, positions: Tensor) -> Tensor:
+        """Heads qk [T, H + Hkv, D] turned, perhaps in place."""
+        return ops.norm_rope(qk, self.weights, self.eps, self.cos, self.sin, positions, self.interleaved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,17 +230,14 @@ def layer_caches(
         else:
             views = backend.views(pool, at, shape, dtype)
             found.append((views, state) if state else views)
-    return found
+    return [found[i] for i in layers_read(spec)]
 
 
 def turn_and_write(backend: Backend, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
     """Turn the queries and keys of heads [T, H + 2 * Hkv, D], store keys and values; the queries [T, H, D]."""
     num_kv_heads = cache.shape.num_kv_heads
     num_heads = heads.shape[1] - 2 * num_kv_heads
-    qk = ops.norm_rope(
-        heads.narrow(1, 0, num_heads + num_kv_heads),
-        *(turn.weights, turn.eps, turn.cos, turn.sin, step.positions, turn.interleaved),
-    )
+    qk = turn.applied(heads.narrow(1, 0, num_heads + num_kv_heads), step.positions)
     v = heads.narrow(1, num_heads + num_kv_heads, num_kv_heads)
     backend.write(cache, qk.narrow(1, num_heads, num_kv_heads), v, step)
     return qk.narrow(1, 0, num_heads)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from quire.models.spec import ALIBI_DIMS, MLA, Foreign, Mixer, Spec, attention_of
+from quire.models.spec import ALIBI_DIMS, MLA, Attention, Foreign, Mixer, Spec, attention_of
 
 ALIGNMENT_BYTES = 64
 DIM_STEP = 16  # stored head dimensions are multiples of this, so that kernels need no tails
@@ -76,7 +76,7 @@ def cache_shape(mixer: Mixer | None) -> CacheShape:
     mixer = attention_of(mixer)
     if isinstance(mixer, MLA):
         return CacheShape(1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank, v_in_k=True)
-    if mixer is None:
+    if mixer is None or mixer.shares is not None:
         return NOTHING
     more = ALIBI_DIMS if mixer.slopes else 0
     return CacheShape(mixer.num_kv_heads, mixer.head_dim + more, mixer.head_dim)
@@ -87,6 +87,14 @@ def cache_shapes(spec: Spec) -> tuple[CacheShape, ...]:
     if isinstance(spec, Foreign):
         return tuple(CacheShape(call.num_kv_heads, call.k_dim, call.v_dim) for call in spec.attention)
     return tuple(cache_shape(block.mixer) for block in spec.blocks)
+
+
+def layers_read(spec: Spec) -> tuple[int, ...]:
+    """For each layer the one whose cache it reads: itself, unless it shares another's."""
+    if isinstance(spec, Foreign):
+        return tuple(range(len(spec.attention)))
+    shared = [b.mixer.shares if isinstance(b.mixer, Attention) else None for b in spec.blocks]
+    return tuple(i if other is None else other for i, other in enumerate(shared))
 
 
 def _ends(spec: Spec, block_size: int, itemsize: int, quantized: bool) -> Iterator[int]:

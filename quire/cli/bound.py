@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from quire.models.parameters import block_shapes, kv_values_per_token
+from quire.models.parameters import block_shapes, kv_values_read
 from quire.models.spec import MLA, Block, Decoder, MoE, attention_of
 
 READ_BYTES = 2**30  # larger than the caches of any machine that runs models
@@ -68,7 +68,7 @@ class Layer:
     expert: int  # parameters of one expert
     num_experts: int
     top_k: int
-    cached: int  # numbers in the cache for a position
+    cached: int  # numbers that it reads of a position in the cache
     pair_flops: int  # of a token with one position it looks at
     window: int | None
 
@@ -94,7 +94,7 @@ class Layer:
             expert=experts // max(num_experts, 1),
             num_experts=num_experts,
             top_k=top_k,
-            cached=kv_values_per_token(block),
+            cached=kv_values_read(block),
             pair_flops=2 * pair_dims,
             window=window,
         )

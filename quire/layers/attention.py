@@ -27,10 +27,13 @@ class Attention(nn.Module):
         super().__init__()
         self.spec, self.build = s, build
         q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
-        self.qkv = Linear(build.dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, build, bias=s.bias)
+        keys = {} if s.shares is not None else {"k_proj": kv}
+        values = {} if s.shares is not None or s.keys_as_values else {"v_proj": kv}
+        self.qkv = Linear(build.dim, {"q_proj": q} | keys | values, build, bias=s.bias)
         self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias)
         self.q_norm = self._qk_norm(s.num_heads)
-        self.k_norm = self._qk_norm(s.num_kv_heads)
+        self.k_norm = self._qk_norm(s.num_kv_heads) if keys else None
+        self.v_norm = Norm(s.v_norm, (s.head_dim,), build) if s.v_norm else None
         self.table = build.ropes.table(s.rope) if s.rope else None
         self.scale = s.head_dim**-0.5 if s.scale is None else s.scale
         self.slopes = self._slopes()
@@ -45,12 +48,14 @@ class Attention(nn.Module):
         self.out.load(weights, name)
         if self.gate is not None:
             self.gate.load(weights, name)
-        if self.q_norm is not None and self.k_norm is not None:
-            self.q_norm.load(weights, f"{name}.q_norm")
-            self.k_norm.load(weights, f"{name}.k_norm")
-            if self.turn is not None:
-                rows = _head_weights(self.q_norm, s.num_heads), _head_weights(self.k_norm, s.num_kv_heads)
-                self.turn = replace(self.turn, weights=torch.cat(rows).to(self.build.device))
+        norms = {"q_norm": (self.q_norm, s.num_heads), "k_norm": (self.k_norm, s.num_kv_heads)}
+        rows = []
+        for part, (norm, num_heads) in norms.items():
+            if norm is not None:
+                norm.load(weights, f"{name}.{part}")
+                rows.append(_head_weights(norm, num_heads))
+        if self.turn is not None and s.qk_norm is not None:
+            self.turn = replace(self.turn, weights=torch.cat(rows).to(self.build.device))
         if s.sinks:
             self.sinks = self.build.pull(weights, f"{name}.sinks", s.num_heads, dtype=torch.float32)
 
@@ -66,17 +71,29 @@ class Attention(nn.Module):
     def _attend(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
         """x [T, dim] -> [T, H, D]."""
         s, backend = self.spec, self.build.backend
-        num_qk = s.num_heads + s.num_kv_heads
         product = Product(x.values, x.scale, self.qkv.weight, self.qkv.bias, s.head_dim)
         how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
-        if self.turn is not None:
+        is_usual = s.v_norm is None and not s.keys_as_values and s.shares is None
+        if self.turn is not None and is_usual:
             return backend.attend_product(product, cache, self.turn, step, **how)
         heads = product.heads()
-        q, k = self._place(heads.narrow(1, 0, num_qk), step.positions)
-        if self.slopes is not None:
-            q, k = self.slopes.queries(q), self.slopes.keys(k, step.positions)
-        backend.write(cache, k, self._clip(heads.narrow(1, num_qk, s.num_kv_heads)), step)
+        if s.shares is not None:
+            q, _ = self._place(heads, step.positions)
+        else:
+            v = self._values(heads)  # before keys that are values are turned, perhaps in place
+            q, k = self._place(heads.narrow(1, 0, s.num_heads + s.num_kv_heads), step.positions)
+            if self.slopes is not None:
+                q, k = self.slopes.queries(q), self.slopes.keys(k, step.positions)
+            backend.write(cache, k, v, step)
         return backend.attend(grown(q, s.growth, step.positions), cache, step, **how)
+
+    def _values(self, heads: Tensor) -> Tensor:
+        """Those of heads [T, H + Hkv or H + 2 * Hkv, D], as they are cached [T, Hkv, D]."""
+        s = self.spec
+        v = heads[:, -s.num_kv_heads :]
+        if self.v_norm is not None:
+            return self._clip(self.v_norm(v))
+        return self._clip(v.clone() if s.keys_as_values else v)
 
     def _slopes(self) -> Slopes | None:
         """
@@ -104,29 +121,31 @@ class Attention(nn.Module):
         return Turn(*self.table, s.rope.interleaved, eps=norm.eps if norm else 0.0)
 
     def _place(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise and rotate qk [T, H + Hkv, D], in whatever order."""
+        """Normalise and rotate qk [T, H + Hkv, D], or queries only, in whatever order."""
         s = self.spec
-        if not s.norm_after_rope:
-            qk = self._norm(qk)
-        qk = self._clip(qk)
-        if s.rope is not None and self.table is not None:
-            qk = ops.norm_rope(qk, None, 0.0, *self.table, positions, s.rope.interleaved)
-        if s.norm_after_rope:
-            qk = self._norm(qk)
-        return qk.narrow(1, 0, s.num_heads), qk.narrow(1, s.num_heads, s.num_kv_heads)
+        if self.turn is not None:
+            qk = self.turn.applied(qk, positions)
+        else:
+            if not s.norm_after_rope:
+                qk = self._norm(qk)
+            qk = self._clip(qk)
+            if s.rope is not None and self.table is not None:
+                qk = ops.norm_rope(qk, None, 0.0, *self.table, positions, s.rope.interleaved)
+            if s.norm_after_rope:
+                qk = self._norm(qk)
+        return qk[:, : s.num_heads], qk[:, s.num_heads :]
 
     def _clip(self, x: Tensor) -> Tensor:
         return x if self.spec.clip is None else x.clamp(-self.spec.clip, self.spec.clip)
 
     def _norm(self, qk: Tensor) -> Tensor:
         s = self.spec
-        if self.q_norm is None or self.k_norm is None:
-            return qk
-        q, k = qk.split((s.num_heads, s.num_kv_heads), 1)
-        if s.qk_norm_span == "full":
-            q, k = q.flatten(1), k.flatten(1)
-        q, k = self.q_norm(q), self.k_norm(k)
-        return torch.cat((q.view(len(qk), -1, s.head_dim), k.view(len(qk), -1, s.head_dim)), 1)
+        parts = []
+        for norm, x in ((self.q_norm, qk[:, : s.num_heads]), (self.k_norm, qk[:, s.num_heads :])):
+            if norm is not None:
+                x = norm(x.flatten(1) if s.qk_norm_span == "full" else x)
+                parts.append(x.view(len(qk), -1, s.head_dim))
+        return torch.cat(parts, 1) if parts else qk
 
     def _qk_norm(self, num_heads: int) -> Norm | None:
         s = self.spec

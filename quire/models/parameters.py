@@ -87,6 +87,12 @@ def num_parameters(spec: Spec) -> Count:
 
 def kv_values_per_token(block: Block) -> int:
     """Numbers that one layer caches for one token."""
+    shares = isinstance(block.mixer, Attention) and block.mixer.shares is not None
+    return 0 if shares else kv_values_read(block)
+
+
+def kv_values_read(block: Block) -> int:
+    """Numbers that one layer reads of one cached token."""
     mixer = attention_of(block.mixer)
     if isinstance(mixer, MLA):
         return mixer.kv_rank + mixer.rope_dim
@@ -155,9 +161,11 @@ def _mixer(s: Mixer, dim: int) -> Named:
 
 
 def _attention(s: Attention, dim: int) -> Named:
-    for name, heads in (("q", s.num_heads), ("k", s.num_kv_heads), ("v", s.num_kv_heads)):
+    num_heads = {"q": s.num_heads} if s.shares is not None else {"q": s.num_heads, "k": s.num_kv_heads}
+    values = {} if s.shares is not None or s.keys_as_values else {"v": s.num_kv_heads}
+    for name, heads in (num_heads | values).items():
         yield from _linear(f"{name}_proj", heads * s.head_dim, dim, s.bias)
-    for name, heads in (("q", s.num_heads), ("k", s.num_kv_heads)):
+    for name, heads in num_heads.items():
         spans = {"head": (s.head_dim,), "full": (heads * s.head_dim,), "heads": (heads, s.head_dim)}
         yield from _within(f"{name}_norm", _norm(s.qk_norm, spans[s.qk_norm_span]))
     if s.sinks:

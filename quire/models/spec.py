@@ -44,7 +44,7 @@ class Growth:
 class Attention:
     """Multi-head, grouped-query or multi-query attention, causal.
 
-    Parameters: {q,k,v,o}_proj, gate_proj, {q,k}_norm, sinks.
+    Parameters: {q,k,v,o}_proj, gate_proj, {q,k}_norm, sinks. A layer that `shares` has those of queries only.
     """
 
     num_heads: int
@@ -58,6 +58,11 @@ class Attention:
         "head"  # what one norm sees: head | full (all heads) | heads (a head; a weight per head)
     )
     norm_after_rope: bool = False
+    v_norm: Norm | None = None  # of a head's value; has no weight
+    keys_as_values: bool = False  # not yet normalised nor rotated; there is no v_proj
+    shares: int | None = (
+        None  # the earlier layer, shaped and local as this one, whose keys and values it reads
+    )
     clip: float | None = None  # queries and keys, normalised but not yet rotated, and values stay within it
     window: int | None = None  # positions a token sees, itself included
     scale: float | None = None  # None: head_dim ** -0.5

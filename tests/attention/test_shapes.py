@@ -1,6 +1,9 @@
 """How large the cache is, from a spec alone."""
 
-from quire.attention.shapes import CacheShape, block_bytes, cache_shapes, layer_offsets
+from dataclasses import replace
+
+from quire.attention.shapes import CacheShape, block_bytes, cache_shapes, layer_offsets, layers_read
+from quire.models.parameters import kv_bytes_per_token
 from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Norm, Rope
 
 NORM = Norm()
@@ -40,3 +43,13 @@ def test_a_quantized_cache_has_a_byte_a_number_and_a_scale_a_head() -> None:
     assert layer_offsets(spec, 16, 2, quantized=True)[1] == 2 * 8 * (128 + 4) * 16
     assert block_bytes(decoder(LATENT), 64, 2, quantized=True) == 64 * (576 + 2 * 4)  # two scales
     assert CacheShape(1, 10, 10).k_bytes(3, 4, quantized=True) == 64  # 3 * (16 + 4), rounded up
+
+
+def test_a_layer_that_shares_takes_no_room() -> None:
+    spec = decoder(
+        ATTENTION, ATTENTION, replace(ATTENTION, shares=1), replace(ATTENTION, shares=0), ATTENTION
+    )
+    assert layers_read(spec) == (0, 1, 1, 0, 4)
+    assert block_bytes(spec, 16, 2) == block_bytes(decoder(*[ATTENTION] * 3), 16, 2)
+    assert kv_bytes_per_token(spec) == kv_bytes_per_token(decoder(*[ATTENTION] * 3))
+    assert layer_offsets(spec, 16, 2)[4] == 2 * 65536
