@@ -17,6 +17,24 @@ from quire.layers.rope import grown
 from quire.models import spec
 
 
+class Raised(nn.Module):
+    """Queries of few numbers, normalised, in all their dimensions (multi-matrix factorization attention)."""
+
+    def __init__(self, rank: int, outputs: int, norm: spec.Norm | None, build: Build):
+        super().__init__()
+        self.norm = Norm(norm, (rank,), build) if norm else None
+        self.product = Linear(rank, {"q_b_proj": outputs}, build)
+
+    def load(self, weights: Weights, name: str) -> None:
+        if self.norm is not None:
+            self.norm.load(weights, f"{name}.q_a_layernorm")
+        self.product.load(weights, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, rank] -> [T, outputs]."""
+        return self.product(x if self.norm is None else self.norm(x))
+
+
 class Attention(nn.Module):
     """q, k, v in one product; norms and rotation; write; attend; output.
 
@@ -27,9 +45,11 @@ class Attention(nn.Module):
         super().__init__()
         self.spec, self.build = s, build
         q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        queries = {"q_a_proj": s.q_rank} if s.q_rank else {"q_proj": q}
         keys = {} if s.shares is not None else {"k_proj": kv}
         values = {} if s.shares is not None or s.keys_as_values else {"v_proj": kv}
-        self.qkv = Linear(build.dim, {"q_proj": q} | keys | values, build, bias=s.bias)
+        self.qkv = Linear(build.dim, queries | keys | values, build, bias=s.bias)
+        self.raised = Raised(s.q_rank, q, s.q_rank_norm, build) if s.q_rank else None
         self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias)
         self.q_norm = self._qk_norm(s.num_heads)
         self.k_norm = self._qk_norm(s.num_kv_heads) if keys else None
@@ -45,6 +65,8 @@ class Attention(nn.Module):
     def load(self, weights: Weights, name: str) -> None:
         s = self.spec
         self.qkv.load(weights, name)
+        if self.raised is not None:
+            self.raised.load(weights, name)
         self.out.load(weights, name)
         if self.gate is not None:
             self.gate.load(weights, name)
@@ -71,12 +93,12 @@ class Attention(nn.Module):
     def _attend(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
         """x [T, dim] -> [T, H, D]."""
         s, backend = self.spec, self.build.backend
-        product = Product(x.values, x.scale, self.qkv.weight, self.qkv.bias, s.head_dim)
         how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
-        is_usual = s.v_norm is None and not s.keys_as_values and s.shares is None
+        is_usual = s.v_norm is None and not s.keys_as_values and s.shares is None and self.raised is None
         if self.turn is not None and is_usual:
+            product = Product(x.values, x.scale, self.qkv.weight, self.qkv.bias, s.head_dim)
             return backend.attend_product(product, cache, self.turn, step, **how)
-        heads = product.heads()
+        heads = self._heads(x)
         if s.shares is not None:
             q, _ = self._place(heads, step.positions)
         else:
@@ -94,6 +116,14 @@ class Attention(nn.Module):
         if self.v_norm is not None:
             return self._clip(self.v_norm(v))
         return self._clip(v.clone() if s.keys_as_values else v)
+
+    def _heads(self, x: Normed) -> Tensor:
+        """x [T, dim] -> queries, and keys and values if it has any [T, H .. H + 2 * Hkv, D]."""
+        y = self.qkv.of(x)
+        if self.raised is not None and self.spec.q_rank:
+            low, others = y.tensor_split((self.spec.q_rank,), -1)
+            y = torch.cat((self.raised(low), others), -1)
+        return y.unflatten(-1, (-1, self.spec.head_dim))
 
     def _slopes(self) -> Slopes | None:
         """

@@ -161,11 +161,18 @@ def _mixer(s: Mixer, dim: int) -> Named:
 
 
 def _attention(s: Attention, dim: int) -> Named:
-    num_heads = {"q": s.num_heads} if s.shares is not None else {"q": s.num_heads, "k": s.num_kv_heads}
-    values = {} if s.shares is not None or s.keys_as_values else {"v": s.num_kv_heads}
-    for name, heads in (num_heads | values).items():
-        yield from _linear(f"{name}_proj", heads * s.head_dim, dim, s.bias)
-    for name, heads in num_heads.items():
+    if s.q_rank:
+        yield from _linear("q_a_proj", s.q_rank, dim, s.bias)
+        yield from _within("q_a_layernorm", _norm(s.q_rank_norm, (s.q_rank,)))
+        yield from _linear("q_b_proj", s.num_heads * s.head_dim, s.q_rank)
+    else:
+        yield from _linear("q_proj", s.num_heads * s.head_dim, dim, s.bias)
+    keys = () if s.shares is not None else ("k",)
+    values = () if s.shares is not None or s.keys_as_values else ("v",)
+    for name in (*keys, *values):
+        yield from _linear(f"{name}_proj", s.num_kv_heads * s.head_dim, dim, s.bias)
+    for name in ("q", *keys):
+        heads = s.num_heads if name == "q" else s.num_kv_heads
         spans = {"head": (s.head_dim,), "full": (heads * s.head_dim,), "heads": (heads, s.head_dim)}
         yield from _within(f"{name}_norm", _norm(s.qk_norm, spans[s.qk_norm_span]))
     if s.sinks:

@@ -120,6 +120,8 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "SolarOpenForCausalLM": "glm.solar_open",
     "StableLmForCausalLM": "stablelm.stablelm",
     "Starcoder2ForCausalLM": "starcoder.starcoder2",
+    "Step3TextForCausalLM": "step.step3",
+    "Step3VLForConditionalGeneration": "step.step3",
     "VaultGemmaForCausalLM": "gemma.vault_gemma",
     "XGLMForCausalLM": "opt.xglm",
     "XverseForCausalLM": "llama.llama",

@@ -44,13 +44,16 @@ class Growth:
 class Attention:
     """Multi-head, grouped-query or multi-query attention, causal.
 
-    Parameters: {q,k,v,o}_proj, gate_proj, {q,k}_norm, sinks. A layer that `shares` has those of queries only.
+    Parameters: {q,k,v,o}_proj, gate_proj, {q,k}_norm, sinks; with `q_rank`, q_{a,b}_proj and q_a_layernorm for q_proj.
+    A layer that `shares` has those of queries only.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rope: Rope | None
+    q_rank: int | None = None  # queries are two products, with so many numbers and their norm in between
+    q_rank_norm: Norm | None = None
     bias: bool = False  # of q, k and v
     out_bias: bool = False
     qk_norm: Norm | None = None

@@ -7,14 +7,13 @@ pairwise, so that a transposed or swapped matrix cannot fit. Windows are shorter
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from tests.models.case import Case, alias, found
 from tests.models.values import (
     ALL_SPARSE,
     BAILING,
@@ -71,6 +70,8 @@ from tests.models.values import (
     SOME_DENSE,
     SPARE,
     STATES,
+    STEP3,
+    STEP3_VL,
     STRETCHED,
     TEXT_01,
     TRINITY,
@@ -85,37 +86,6 @@ from tests.models.values import (
 
 STD, NORM_MEAN = 0.3, 0.5
 COMPUTED = re.compile(r"\.(slope_rate|(query|key|diagonal)_decay)$")  # buffers that follow from the config
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """`values` are arguments of Hugging Face's config class; `legacy` replaces keys of its config.json."""
-
-    name: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    model: str = ""  # class names; by default they follow from the case's name up to "-"
-    config: str = ""
-    legacy: Mapping[str, Any] = field(default_factory=dict)  # a value of None deletes the key
-
-    @property
-    def architecture(self) -> str:
-        return self.model or f"{self.name.split('-')[0]}ForCausalLM"
-
-    @property
-    def described(self) -> str:
-        """The architecture in config.json."""
-        names: list[str] = self.legacy.get("architectures", [self.architecture])
-        return names[0]
-
-    @property
-    def config_class(self) -> str:
-        return self.config or f"{self.name.split('-')[0]}Config"
-
-
-def alias(name: str, of: str, values: Mapping[str, Any], config: str = "", **legacy: Any) -> Case:
-    """A class that Transformers lacks and that computes what another of its classes does."""
-    changes = {"architectures": [f"{name}ForCausalLM"], **legacy}
-    return Case(name, values, f"{of}ForCausalLM", config or f"{of}Config", changes)
 
 
 CASES = (
@@ -430,6 +400,8 @@ CASES = (
         | {"first_k_dense_replace": 2, "sliding_window_pattern": 2, "expert_selection_fn": "sigmoid"}
         | {"num_shared_experts": 2, "shared_expert_combination_strategy": "sum", "norm_topk_prob": False},
     ),
+    Case("Step3Text", STEP3 | {"moe_layers_enum": "0,2", "rope_theta": 500.0}),
+    alias("Step3VL", "Step3Text", STEP3 | {"norm_expert_weight": True}, "", architectures=[STEP3_VL]),
     Case(  # so wide that gates are clamped
         "GptOss",
         BASE | LOCAL | LOCAL_EXPERTS | {"hidden_size": 192, "rope_parameters": YARN | {"truncate": False}},
@@ -443,7 +415,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def hf_config(case: Case) -> Any:
-    config = getattr(transformers, case.config_class)(**case.values)
+    config = found(case.config_class)(**case.values)
     config._attn_implementation = "eager"
     return config
 
@@ -459,7 +431,7 @@ def config_of(case: Case) -> dict[str, Any]:
 def build_hf(case: Case, folder: Path | None = None, *, seed: int = 0) -> torch.nn.Module:
     """Hugging Face's model of a case: random, float32, eager. Saved into `folder` if there is one."""
     torch.manual_seed(seed)
-    model = getattr(transformers, case.architecture)(hf_config(case)).eval().float()
+    model = found(case.architecture)(hf_config(case)).eval().float()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():  # persistent buffers too
             if tensor.is_floating_point() and not COMPUTED.search(name):

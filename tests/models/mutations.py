@@ -88,6 +88,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "bias": _set("bias", False),
         "out_bias": _set("out_bias", False),
         "qk_norm": _set("qk_norm", None),
+        "q_rank_norm": _set("q_rank_norm", None),
         "norm_after_rope": lambda a: (
             _flip("norm_after_rope")(a) if a.qk_norm and a.qk_norm.weight and a.qk_norm_span != "full" else a
         ),

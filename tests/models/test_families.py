@@ -20,6 +20,7 @@ from quire.models.catalog import VERIFIED
 from quire.models.hf import HARMLESS
 from quire.models.parameters import kv_bytes_per_token, num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec, families, family
+from tests.models.case import found
 from tests.models.cases import BY_NAME, CASES, COMPUTED, LONGROPE, YARN, Case, build_hf, config_of
 from tests.models.published import PUBLISHED
 from tests.models.verified import DOCS, as_json, as_page, written_foreign
@@ -68,7 +69,7 @@ def test_defaults_are_those_of_hugging_face(case: Case) -> None:
             assert key in str(error)
             continue
         try:
-            full = getattr(transformers, case.config_class).from_dict(json.loads(json.dumps(reduced)))
+            full = found(case.config_class).from_dict(json.loads(json.dumps(reduced)))
         except ZeroDivisionError:  # Hugging Face's own bug for EXAONE 4 without layer_types
             continue
         assert ours == decoder_spec(full.to_dict() | {"architectures": [case.described]}), key
@@ -97,6 +98,7 @@ def test_published_models(name: str, caplog: pytest.LogCaptureFixture) -> None:
 def test_published_facts() -> None:
     specs = {name: decoder_spec(config)[0] for name, (config, *_) in PUBLISHED.items()}
     assert num_parameters(specs["Qwen3-30B-A3B"]).active == 3_353_032_704
+    assert num_parameters(specs["Step-3"]).active == 38_841_328_640
     assert specs["Llama-1-7B"].blocks[0].mixer.rope.theta == 10_000
     assert [b.mixer.window for b in specs["gemma-3-1b"].blocks[:7]] == [512] * 5 + [None, 512]
     assert [b.mixer.rope.theta for b in specs["gemma-3-1b"].blocks[4:6]] == [10_000, 1_000_000]
@@ -182,6 +184,7 @@ UNSUPPORTED = (
     ("Jamba", {"sliding_window": 8}, "sliding_window"),
     ("NemotronH", {"sliding_window": 8}, "sliding_window"),
     ("NemotronH", {"layers_block_type": ["M", "x"]}, "layer type x"),
+    ("Step3Text", {"num_attention_groups": 2}, "num_attention_groups"),
     ("Qwen3", {"quantization_config": {"quant_method": "fp8"}}, "fp8"),
 )
 

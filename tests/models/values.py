@@ -263,3 +263,16 @@ def without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 def old(**more: Any) -> dict[str, Any]:
     """config.json as transformers 4 wrote it."""
     return {"rope_parameters": None, "layer_types": None, **more}
+
+
+STEP3 = {
+    **without(PLAIN, "max_position_embeddings"),
+    "max_position_embedding": MAX_LENGTH,
+    "head_dim": 24,
+    "share_q_dim": 56,
+    "moe_num_experts": 8,
+    "moe_top_k": 3,
+    "moe_intermediate_size": 40,
+    "share_expert_dim": 72,
+}
+STEP3_VL = "Step3VLForConditionalGeneration"

@@ -1,0 +1,166 @@
+"""Networks that Transformers lacks, in plain torch: what their publishers say they compute, and nothing fast.
+
+They are written from published descriptions and share no code with the package, whose oracle they are. Configs and
+saving are Transformers', so that a case is made of them as of any other. No caches: a sequence is computed whole.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class RmsNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+
+
+class Gated(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def turned(x: Tensor, theta: float) -> Tensor:
+    """x [T, H, D], each head's halves rotated by its position."""
+    half = x.shape[-1] // 2
+    angles = torch.arange(len(x))[:, None, None] / theta ** (torch.arange(half) / half)
+    a, b = x.split(half, -1)
+    return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), -1)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q [T, H, D] over k and v [T, Hkv, D] -> [T, H * D]."""
+    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) * q.shape[-1] ** -0.5
+    later = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+    return torch.einsum("hts,shd->thd", scores.masked_fill(later, -torch.inf).softmax(-1), v).flatten(1)
+
+
+class Network(PreTrainedModel):
+    """Embedding, layers, norm, head; `layer` makes one."""
+
+    layer: Any
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(self.layer(config, i) for i in range(config.num_hidden_layers))
+        self.model.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, token_ids: Tensor) -> SimpleNamespace:
+        """token_ids [1, T] -> logits [1, T, vocab_size]."""
+        x = self.model.embed_tokens(token_ids[0])
+        for layer in self.model.layers:
+            x = layer(x)
+        return SimpleNamespace(logits=self.lm_head(self.model.norm(x))[None])
+
+
+@strict
+class Step3TextConfig(PreTrainedConfig):
+    """Defaults are those of the configuration that StepFun published."""
+
+    model_type = "step3_text"
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    num_attention_heads: int = 64
+    num_attention_groups: int = 1
+    num_hidden_layers: int = 61
+    max_seq_len: int = 65536
+    vocab_size: int = 128815
+    rms_norm_eps: float = 1e-5
+    moe_intermediate_size: int = 5120
+    moe_num_experts: int = 48
+    moe_top_k: int = 3
+    rope_theta: float = 500_000.0
+    max_position_embedding: int = 65536
+    share_expert_dim: int = 5120
+    share_q_dim: int = 2048
+    head_dim: int = 256
+    norm_expert_weight: bool = False
+    moe_layers_enum: str | None = None
+    tie_word_embeddings: bool = False
+
+
+class Step3Attention(nn.Module):
+    """Multi-matrix factorization attention (Hu et al. 2024): one key head; queries are wq(inter_norm(q_proj(x)))."""
+
+    def __init__(self, c: Step3TextConfig):
+        super().__init__()
+        self.theta, self.size = c.rope_theta, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.share_q_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.head_dim, bias=False)
+        self.inter_norm = RmsNorm(c.share_q_dim, c.rms_norm_eps)
+        self.wq = nn.Linear(c.share_q_dim, c.num_attention_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.wq(self.inter_norm(self.q_proj(x))).unflatten(-1, (-1, self.size))
+        k, v = self.k_proj(x)[:, None], self.v_proj(x)[:, None]
+        return self.o_proj(attended(turned(q, self.theta), turned(k, self.theta), v))
+
+
+class Step3Experts(nn.Module):
+    """Experts chosen by the softmax of all scores; their weights are stacked."""
+
+    def __init__(self, c: Step3TextConfig):
+        super().__init__()
+        self.top_k, self.renorm = c.moe_top_k, c.norm_expert_weight
+        self.gate = nn.Linear(c.hidden_size, c.moe_num_experts, bias=False)
+        sizes = {"gate_proj": (c.moe_intermediate_size, c.hidden_size)}
+        sizes |= {"up_proj": sizes["gate_proj"], "down_proj": sizes["gate_proj"][::-1]}
+        for name, size in sizes.items():
+            self.add_module(name, nn.Module())
+            self.get_submodule(name).weight = nn.Parameter(torch.empty(c.moe_num_experts, *size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(self.top_k, -1)
+        if self.renorm:
+            weights = weights / weights.sum(-1, keepdim=True)
+        gate, up = (torch.einsum("eih,th->tei", part.weight, x) for part in (self.gate_proj, self.up_proj))
+        each = torch.einsum("eoi,tei->teo", self.down_proj.weight, F.silu(gate) * up)
+        return (each.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * weights[..., None]).sum(1)
+
+
+class Step3Layer(nn.Module):
+    def __init__(self, c: Step3TextConfig, i: int):
+        super().__init__()
+        listed = c.moe_layers_enum or ",".join(map(str, range(1, c.num_hidden_layers)))
+        self.sparse = str(i) in listed.split(",")
+        self.self_attn = Step3Attention(c)
+        if self.sparse:
+            self.moe, self.share_expert = Step3Experts(c), Gated(c.hidden_size, c.share_expert_dim)
+        else:
+            self.mlp = Gated(c.hidden_size, c.intermediate_size)
+        self.input_layernorm = RmsNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RmsNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x))
+        y = self.post_attention_layernorm(x)
+        return x + (self.moe(y) + self.share_expert(y) if self.sparse else self.mlp(y))
+
+
+class Step3TextForCausalLM(Network):
+    """Of StepFun's report (2025) and their modeling_step3.py, the part that reads text."""
+
+    config_class = Step3TextConfig
+    layer = Step3Layer
