@@ -175,8 +175,6 @@ def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Network) -
     gpu = gpu_of(build.device)
     if gpu is None or model.backend.name != "triton" or not isinstance(model, Decoder):
         return None
-    if resolved.memory.state_bytes:
-        return None  # steps are not recorded
     from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
 
     kernels = keep_kernels()
@@ -223,14 +221,13 @@ def _core(
     fixed = mixed = None
     if not isinstance(model, Decoder):
         logger.info("steps are computed operation by operation: others' modules are not recorded")
-    elif states is not None:
-        logger.info("steps are computed operation by operation: recurrent layers are not recorded")
     elif model.backend.name == "cpu":
+        recordings = Recordings(keeps_states=states is not None)
         fixed = FixedSteps(
-            *parts, block_size=block_size, graphs=Recordings(), sizes=range(1, MOST_RECORDED + 1)
+            *parts, block_size=block_size, graphs=recordings, sizes=range(1, MOST_RECORDED + 1)
         )
     elif (reason := why_not(model, device)) is None:
-        fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs())
+        fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs(keeps_states=states is not None))
         mixed = MixedSteps(fixed, min(config.max_num_batched_tokens, worthwhile(model.spec)))
     elif device.type == "cuda":
         logger.info("decode steps are no CUDA graphs: %s", reason)

@@ -28,6 +28,7 @@ from torch import nn
 
 import quire
 from quire.attention.shapes import block_bytes
+from quire.attention.states import state_bytes
 from quire.attention.triton.backend import Triton
 from quire.checkpoint.dummy import MetaWeights
 from quire.kernels.gpu import Gpu
@@ -209,7 +210,10 @@ def dry_run(job: Job) -> None:
     pool = torch.empty(
         1024, block_bytes(spec, job.block_size, dtype.itemsize), dtype=torch.uint8, device=device
     )
-    caches, kept = model.caches(pool), distinct_layers(spec)
+    states = torch.empty(
+        job.max_seqs + 1, state_bytes(spec, dtype.itemsize), dtype=torch.uint8, device=device
+    )
+    caches, kept = model.caches(pool, states), distinct_layers(spec)
     model.layers = nn.ModuleList(model.layers[i] for i in kept)
     model.load(MetaWeights(dtype))
     state = SlotState(job.max_seqs, job.max_length, job.block_size, device)

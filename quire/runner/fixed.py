@@ -55,7 +55,11 @@ class Repeated(Protocol):
     with_logprobs: bool  # whether steps may be whole in which rows ask for log probabilities
 
     def run(self, kind: Hashable, compute: Callable[[], None]) -> bool:
-        """Run `compute`, whose kernels and memory depend on `kind` alone; False if it was not."""
+        """Run `compute`, whose kernels and memory depend on `kind` alone; False if it was not.
+
+        Raises:
+            StatesLost: it failed, and a network that keeps states cannot do it again.
+        """
         ...
 
 

@@ -8,6 +8,7 @@ import torch
 
 from quire.log import logger
 from quire.runner.pieces import CALM_STEPS
+from quire.runner.states import StatesLost
 
 NEVER = 1 << 60
 
@@ -21,9 +22,12 @@ class Graphs:
 
     with_logprobs = True
 
-    def __init__(self, *, capture: bool = True):
-        """`capture`: False to run every step uncaptured, as machines without CUDA do in tests."""
-        self.capture = capture
+    def __init__(self, *, capture: bool = True, keeps_states: bool = False):
+        """`capture`: False to run every step uncaptured, as machines without CUDA do in tests.
+
+        `keeps_states`: steps change more than their last kernel does.
+        """
+        self.capture, self.keeps_states = capture, keeps_states
         self.captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.ready: set[Hashable] = set()
         self.num_refused = 0  # steps for which no further kind is tried
@@ -35,6 +39,9 @@ class Graphs:
         """Run `compute`, whose kernels and memory depend on `kind` alone; False if that was not possible.
 
         Then it has changed nothing that another attempt would not overwrite: its last kernel is the one that counts.
+
+        Raises:
+            StatesLost: it was not possible, and has changed states.
         """
         if (graph := self.captured.get(kind)) is not None:
             graph.replay()
@@ -42,17 +49,18 @@ class Graphs:
         if self.num_refused:
             self.num_refused -= 1
             return False
+        is_computed = kind not in self.ready or not self.capture
         try:
-            if kind not in self.ready or not self.capture:
+            if is_computed:
                 compute()
                 self.ready.add(kind)
                 return True
             graph = self._capture(compute)
-        except torch.OutOfMemoryError:
-            self._refuse(CALM_STEPS)
-            return False
-        except Exception:  # of a driver, a compiler or a library: steps are slower without graphs, not wrong
-            self._refuse(NEVER)
+        # What it is, of a driver, a compiler or a library: steps are slower without graphs, not wrong.
+        except Exception as error:
+            self._refuse(CALM_STEPS if isinstance(error, torch.OutOfMemoryError) else NEVER)
+            if is_computed and self.keeps_states:
+                raise StatesLost from error
             return False
         self.captured[kind] = graph
         graph.replay()

@@ -10,6 +10,7 @@ import torch
 
 from quire.kernels.cpu.calls import Memory, Step, record
 from quire.log import logger
+from quire.runner.states import StatesLost
 
 
 class Recordings:
@@ -17,13 +18,19 @@ class Recordings:
 
     with_logprobs = False  # torch computes them, and of equally likely tokens others for another k
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_states: bool = False) -> None:
+        """`keeps_states`: a step that fails cannot be computed again."""
+        self.keeps_states = keeps_states
         self.memory = Memory()
         self.steps: dict[Hashable, Step] = {}
         self.refused: dict[Hashable, str] = {}  # kinds, and what torch computes in them, or an exception
 
     def run(self, kind: Hashable, compute: Callable[[], None]) -> bool:
-        """Run `compute`, whose kernels and memory depend on `kind` alone; False if it is better done otherwise."""
+        """Run `compute`, whose kernels and memory depend on `kind` alone; False if it is better done otherwise.
+
+        Raises:
+            StatesLost: it failed, and has changed states.
+        """
         kind = kind, torch.get_num_threads()
         if kind in self.steps:
             self.steps[kind].replay()
@@ -36,6 +43,8 @@ class Recordings:
         except Exception as error:  # of one row perhaps: the ordinary path finds out which
             logger.warning("steps of kind %s are not recorded", kind[0], exc_info=True)
             self.refused[kind] = type(error).__name__
+            if self.keeps_states:
+                raise StatesLost from error
             return False
         if step.refused is None:
             self.steps[kind] = step

@@ -22,7 +22,7 @@ from quire.runner.fixed import FixedSteps
 from quire.runner.mixed import MixedSteps
 from quire.runner.pieces import PieceSize
 from quire.runner.state import SlotState
-from quire.runner.states import StateRows
+from quire.runner.states import StateRows, StatesLost
 from quire.sampling.logprobs import prompt_logprobs
 from quire.sampling.sampler import HostSampled, Sampled, Sampler
 from quire.scheduler.plan import Plan, Result, Start, Work
@@ -127,7 +127,14 @@ class Runner:
         return lambda: self._result(plan, drawn, lost)
 
     def _launch_whole(self, work: tuple[Work, ...]) -> bool:
-        """Start the work's step in fixed memory, with its sampling if possible; whether it was started."""
+        """Start the work's step in fixed memory, with its sampling if possible; whether nothing is left to compute."""
+        try:
+            return self._start_whole(work)
+        except StatesLost:
+            self._lose(work)
+            return True
+
+    def _start_whole(self, work: tuple[Work, ...]) -> bool:
         if self.fixed and (fetch := self.fixed.sample(work)) is not None:
             self.drawn = [(work, fetch)]
         elif self.fixed and (forwarded := self.fixed.forward(work)) is not None:
@@ -156,8 +163,7 @@ class Runner:
                 self.pieces.ran_out(num_positions)
             # Outside the handler, which holds on to the tensors of the attempt.
             logger.warning("out of memory at %d positions; going on with %d", num_positions, self.pieces.most)
-            if self.states is not None:  # some layers' have gone on, and others' have not
-                self.states.lost.update(w.slot for w in piece)
+            if self._lose(piece):
                 continue
             todo.extendleft(reversed(tuple(self.pieces.split(piece))))
         self.pieces.went_well()
@@ -230,6 +236,13 @@ class Runner:
         done = len(self.prompt_logprobs[work.seq])  # a preempted prompt is computed twice and scored once
         last = min(work.start + work.count, self.state.prompt_len[work.slot] - 1)
         return range(max(work.start, done), last)
+
+    def _lose(self, work: Sequence[Work]) -> bool:
+        """Give up states of which some layers' have gone on, and others' have not; False if there are none."""
+        if self.states is None:
+            return False
+        self.states.lost.update(w.slot for w in work)
+        return True
 
     def _is_lost(self, work: Work) -> bool:
         """What was computed of it means nothing."""

@@ -10,6 +10,10 @@ from torch import Tensor
 from quire.scheduler.plan import Start, Work
 
 
+class StatesLost(Exception):
+    """A step failed that was under way: some layers' states have gone on, and others' have not."""
+
+
 class StateRows:
     """Rows that are copied and reset as a whole, in the order of the device's work.
 

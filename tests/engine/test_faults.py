@@ -205,6 +205,7 @@ def test_who_loses_a_state_begins_again(step: int, overlap: bool, tmp_path: Path
     options = {"model": str(tmp_path), "async_scheduling": overlap, "max_num_batched_tokens": 40}
     want = told(run(make_core(**options), asked))
     core = make_core(**options)
+    core.runner.fixed = None  # see tests/runner/test_fixed_states.py
     core.runner.model = tight = Halfway(core.runner.model, lambda now: 3 if now == step else 10**6)
     assert told(run(core, asked)) == want
     assert tight.num_shortages == 1 and core.stats().num_preemptions > 0

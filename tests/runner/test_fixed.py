@@ -68,7 +68,8 @@ def fix(engine: Engine) -> FixedSteps:
     """Have the engine's decode steps computed in fixed memory, as on a GPU but for the capture."""
     runner = engine.core.runner
     parts = (runner.model, runner.caches, runner.state, runner.sampler)
-    runner.fixed = FixedSteps(*parts, block_size=runner.block_size, graphs=Graphs(capture=False))
+    graphs = Graphs(capture=False, keeps_states=runner.states is not None)
+    runner.fixed = FixedSteps(*parts, block_size=runner.block_size, graphs=graphs)
     return runner.fixed
 
 
