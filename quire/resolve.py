@@ -9,7 +9,7 @@ from quire.attention.shapes import block_bytes
 from quire.attention.states import state_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
-from quire.models.parameters import num_parameters, parameter_shapes
+from quire.models.parameters import layer_dims, num_parameters, parameter_shapes
 from quire.models.spec import MLP, RGLRU, Both, Foreign, Mamba, Mamba2, Mixer, MoE, Spec
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -220,7 +220,8 @@ def _work_bytes(spec: Spec, batched_tokens: int, num_rows: int) -> int:
         widest = max(
             3 * spec.dim, *(_widest(part, spec.dim) for b in spec.blocks for part in (b.mixer, b.mlp))
         )
-    return 4 * (batched_tokens * (2 * spec.dim + 2 * widest) + 3 * num_rows * spec.vocab_size)
+    beside = 0 if isinstance(spec, Foreign) else 3 * layer_dims(spec)
+    return 4 * (batched_tokens * (2 * spec.dim + 2 * widest + beside) + 3 * num_rows * spec.vocab_size)
 
 
 def _widest(part: Mixer | MLP | MoE | None, dim: int) -> int:

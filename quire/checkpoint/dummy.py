@@ -10,7 +10,7 @@ STD = 0.02
 
 
 class DummyCheckpoint:
-    """Every tensor exists: normally distributed, or near 1 for the weights of norms.
+    """Every tensor exists: normally distributed, or near 1 for the weights of norms and other factors.
 
     A value depends on the seed, the tensor's name and its place only, not on loading order, sharding or device.
     """
@@ -35,7 +35,7 @@ class DummyCheckpoint:
         row = math.prod(shape[1:])
         values = self._values(self._offset(name) + start * row, (stop - start) * row)
         values = values.view((stop - start, *shape[1:]) if shape else ())
-        return values.add_(1) if _is_norm_weight(name) else values
+        return values.add_(1) if _is_factor(name) else values
 
     def _offset(self, name: str) -> int:
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
@@ -72,6 +72,6 @@ class MetaWeights:
         return whole if rows is None else whole[rows]
 
 
-def _is_norm_weight(name: str) -> bool:
+def _is_factor(name: str) -> bool:
     *_, module, kind = ("", *name.split("."))
-    return kind == "weight" and "norm" in module
+    return kind == "weight" and "norm" in module or kind in ("layer_scalar", "per_expert_scale")

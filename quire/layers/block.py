@@ -11,6 +11,7 @@ from quire.layers.base import Build, Weights
 from quire.layers.both import Both
 from quire.layers.conv import ShortConv
 from quire.layers.delta import DeltaNet, KimiDelta
+from quire.layers.embeddings import Gated
 from quire.layers.griffin import RGLRU
 from quire.layers.lightning import Lightning
 from quire.layers.mamba import Mamba, Mamba2
@@ -49,7 +50,8 @@ def feed_forward(s: spec.MLP | spec.MoE | None, build: Build) -> MLP | MoE | Non
 class Block(nn.Module):
     """Sequential: h = x + post(mixer(pre(x))); h + post(mlp(pre(h))).
 
-    Parallel: x + mixer(n(x)) + mlp(n(x)). Of one part: x + post(part(pre(x))).
+    Parallel: x + mixer(n(x)) + mlp(n(x)). Of one part: x + post(part(pre(x))). Then what the layer makes of its
+    embedding is added, and all multiplied by its scalar, where it has these.
     """
 
     def __init__(self, s: spec.Block, build: Build):
@@ -63,6 +65,9 @@ class Block(nn.Module):
 
         self.attn_norm, self.attn_post_norm = norm(s.attn_norm), norm(s.attn_post_norm)
         self.mlp_norm, self.mlp_post_norm = norm(s.mlp_norm), norm(s.mlp_post_norm)
+        self.embedding = Gated(s.embedding, build) if s.embedding else None
+        self.scalar: Tensor | None = None  # [1]
+        self.build = build
 
     def load(self, weights: Weights, name: str) -> None:
         parts = {
@@ -76,14 +81,39 @@ class Block(nn.Module):
         for part, layer in parts.items():
             if layer is not None:
                 layer.load(weights, f"{name}.{part}")
+        if self.embedding is not None:
+            self.embedding.load(weights, name)
+        if self.spec.scalar:
+            self.scalar = self.build.pull(weights, f"{name}.layer_scalar", 1)
 
     def forward(
-        self, x: Tensor, y: Normed, step: Ragged, cache: Cache, following: Norm | None
+        self,
+        x: Tensor,
+        y: Normed,
+        step: Ragged,
+        cache: Cache,
+        following: Norm | None,
+        own: Tensor | None = None,
     ) -> tuple[Tensor, Normed]:
         """x [T, dim] and y, its norm by this block -> the same after it, by the norm that follows.
 
-        x becomes more precise than y where kernels hold it so.
+        x becomes more precise than y where kernels hold it so. `own` [T, size]: tokens' embeddings for this layer.
         """
+        last = following if self.scalar is None else None
+        if self.embedding is None or own is None:
+            x, y = self._mixed(x, y, step, cache, last)
+        else:
+            x, y = self._mixed(x, y, step, cache, None)
+            x, y = add(self.embedding(y.tensor(), own), x, self.embedding.norm, last)
+        if self.scalar is None:
+            return x, y
+        x = x * self.scalar
+        return x, normed(x.to(y.values.dtype), following)
+
+    def _mixed(
+        self, x: Tensor, y: Normed, step: Ragged, cache: Cache, following: Norm | None
+    ) -> tuple[Tensor, Normed]:
+        """The same of the mixer and the feed-forward part."""
         if self.mixer is None:
             return self._fed(x, y, self.attn_post_norm, following)
         mixed = self.mixer.heads(y, step, cache)

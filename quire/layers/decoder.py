@@ -10,6 +10,7 @@ from quire.attention.base import Backend, Cache, Ragged, layer_caches
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.block import Block
+from quire.layers.embeddings import LayerEmbeddings
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, normed
 from quire.layers.rope import RopeTables
@@ -44,6 +45,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(block, self.build) for block in s.blocks)
         self.norm = Norm(s.norm, (s.dim,), self.build)
         self.embed_norm = Norm(s.embed_norm, (s.dim,), self.build) if s.embed_norm else None
+        parts = [block.embedding for block in s.blocks if block.embedding]
+        self.layer_embeddings = LayerEmbeddings(parts, s.layer_rows, self.build) if parts else None
         self.head = Linear(s.dim, {"lm_head": s.vocab_size}, self.build, bias=s.head_bias, least_bits=8)
         self.embedding: Any = None  # once loaded, what `ops.embed` takes, [vocab_size, dim]
         self.positions: Tensor | None = None  # [num_positions, dim]
@@ -60,6 +63,8 @@ class Decoder(nn.Module):
             self.positions = build.pull(weights, "embed_positions.weight", s.num_positions, s.dim)
         if self.embed_norm is not None:
             self.embed_norm.load(weights, "embed_norm")
+        if self.layer_embeddings is not None:
+            self.layer_embeddings.load(weights)
         if s.sinusoids:
             self.positions = _sinusoids(s, build)
         for i, layer in enumerate(self.layers):
@@ -82,9 +87,11 @@ class Decoder(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         norms = [*(cast(Block, layer).attn_norm for layer in self.layers), self.norm]
+        none = (None,) * len(self.layers)
+        own = none if self.layer_embeddings is None else self.layer_embeddings(token_ids, x)
         y = normed(x, norms[0])
-        for layer, cache, following in zip(self.layers, caches, norms[1:], strict=True):
-            x, y = layer(x, y, step, cache, following)
+        for layer, cache, following, e in zip(self.layers, caches, norms[1:], own, strict=True):
+            x, y = layer(x, y, step, cache, following, e)
         return y.tensor()
 
     @torch.inference_mode()

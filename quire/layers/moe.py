@@ -1,5 +1,7 @@
 """Sparse experts: a router chooses a few for each token, and each expert computes its tokens only."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +66,32 @@ class Experts(nn.Module):
         return torch.stack(present) if present else None
 
 
+class Apart(nn.Module):
+    """Routed experts that see the stream through norms of their own, beside a shared one."""
+
+    def __init__(self, s: spec.Apart, num_experts: int, build: Build):
+        super().__init__()
+        self.spec, self.num_experts, self.build = s, num_experts, build
+        names = "router_norm", "experts_norm", "experts_post_norm", "shared_post_norm"
+        self.norms = nn.ModuleDict({name: Norm(s.norm, (build.dim,), build) for name in names})
+        self.scale: Tensor | None = None
+
+    def load(self, weights: Weights, name: str) -> None:
+        for part, norm in self.norms.items():
+            cast(Norm, norm).load(weights, f"{name}.{part}")
+        self.scale = self.build.pull(
+            weights, f"{name}.gate.per_expert_scale", self.num_experts, dtype=torch.float32
+        )
+
+    def forward(self, x: Tensor, router: Router, stack: ops.Experts | None, shared: Tensor) -> Tensor:
+        """The stream x [T, dim], and what the shared expert made of another norm of it, [T, dim] -> [T, dim]."""
+        routes = router(Normed(self.norms["router_norm"](x) * self.spec.router_scale))
+        if self.scale is not None:
+            routes = routes._replace(weights=routes.weights * self.scale[routes.experts.long()])
+        found = ops.experts(self.norms["experts_norm"](x), None, routes, stack, None)
+        return ops.add(self.norms["experts_post_norm"](found), self.norms["shared_post_norm"](shared))
+
+
 class MoE(nn.Module):
     """Routed experts, and a shared one where the spec has it."""
 
@@ -74,6 +102,7 @@ class MoE(nn.Module):
         self.experts = Experts(s, build)
         self.shared = MLP(s.shared, build) if s.shared else None
         self.shared_gate: Linear | None = None
+        self.apart = Apart(s.apart, s.num_experts, build) if s.apart else None
         if s.shared_gate:
             self.shared_gate = Linear(build.dim, {"shared_expert_gate": 1}, build, least_bits=EXACT)
 
@@ -84,6 +113,8 @@ class MoE(nn.Module):
             self.shared.load(weights, f"{name}.shared")
         if self.shared_gate is not None:
             self.shared_gate.load(weights, name)
+        if self.apart is not None:
+            self.apart.load(weights, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, dim] -> [T, dim]."""
@@ -94,6 +125,11 @@ class MoE(nn.Module):
         self, y: Normed, residual: Tensor, post: Norm | None, following: Norm | None
     ) -> tuple[Tensor, Normed]:
         """(residual + post(this of y), its norm): one operation where that is all RMS norm and no post."""
+        if self.apart is not None and self.shared is not None:
+            stream = residual.to(y.values.dtype)
+            seen = self.shared.down(self.shared.hidden(y))
+            made = self.apart(stream, self.router, self.experts.stack, seen)
+            return add(made, residual, post, following)
         norm, routes, shared = rms_of(following), self.router(y), self._shared(y)
         inputs = y.values, y.scale, routes, self.experts.stack, shared
         if norm is None or post is not None:

@@ -10,7 +10,7 @@ from quire.models.parameters import kv_bytes_per_token, num_parameters
 from quire.models.spec import Block, Decoder
 
 MAX_ITEMS = 4  # of a long sequence of numbers
-PARTS = ("attn_norm", "mixer", "attn_post_norm", "mlp_norm", "mlp", "mlp_post_norm")
+PARTS = ("attn_norm", "mixer", "attn_post_norm", "mlp_norm", "mlp", "mlp_post_norm", "embedding")
 
 
 def describe(spec: Decoder, names: Names | None = None) -> str:
@@ -77,6 +77,8 @@ def _shape_words(block: Block) -> Iterator[str]:
         yield "parallel"
     if block.normed_residual is not None:
         yield f"normed_residual={_compact(block.normed_residual)}"
+    if block.scalar:
+        yield "scalar"
     if block.residual_scale != 1:
         yield f"residual_scale={block.residual_scale:g}"
 

@@ -40,6 +40,11 @@ def parameter_shapes(spec: Spec) -> Named:
     if spec.num_positions:
         yield "embed_positions.weight", (spec.num_positions, spec.dim)
     yield from _within("embed_norm", _norm(spec.embed_norm, (spec.dim,)))
+    if size := layer_dims(spec):
+        yield "embed_tokens_per_layer.weight", (spec.layer_rows, size)
+        yield "per_layer_model_projection.weight", (size, spec.dim)
+        first = next(block.embedding for block in spec.blocks if block.embedding)
+        yield from _within("per_layer_projection_norm", _norm(first.norm, (first.dim,)))
     for i, block in enumerate(spec.blocks):
         yield from _within(f"layers.{i}", block_shapes(block, spec.dim))
     yield from _within("norm", _norm(spec.norm, (spec.dim,)))
@@ -61,6 +66,17 @@ def block_shapes(block: Block, dim: int) -> Named:
             "mlp", _moe(block.mlp, dim) if isinstance(block.mlp, MoE) else _mlp(block.mlp, dim)
         )
     yield from _within("mlp_post_norm", _norm(block.mlp_post_norm, (dim,)))
+    if block.embedding:
+        yield from _linear("per_layer_input_gate", block.embedding.dim, dim)
+        yield from _linear("per_layer_projection", dim, block.embedding.dim)
+        yield from _within("post_per_layer_input_norm", _norm(block.embedding.norm, (dim,)))
+    if block.scalar:
+        yield "layer_scalar", (1,)
+
+
+def layer_dims(spec: Decoder) -> int:
+    """Numbers that a token has for all layers together, beside its embedding."""
+    return sum(block.embedding.dim for block in spec.blocks if block.embedding)
 
 
 @dataclass(frozen=True)
@@ -312,3 +328,7 @@ def _moe(s: MoE, dim: int) -> Named:
         yield from _within("shared", _mlp(s.shared, dim))
     if s.shared_gate:
         yield from _linear("shared_expert_gate", 1, dim)
+    if s.apart:
+        for name in ("router", "experts", "experts_post", "shared_post"):
+            yield from _within(f"{name}_norm", _norm(s.apart.norm, (dim,)))
+        yield "gate.per_expert_scale", (s.num_experts,)

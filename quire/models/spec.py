@@ -246,6 +246,18 @@ class MLP:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Apart:
+    """Routed experts that see the stream, not the norm of it that the shared one sees (Gemma 4).
+
+    Parameters, of the MoE: {router,experts,experts_post,shared_post}_norm, gate.per_expert_scale. The router and the
+    experts have norms of their own before them, and the experts and the shared one behind them.
+    """
+
+    norm: Norm
+    router_scale: float  # of what the router's norm makes
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoE:
     """Sparse experts behind a router. Parameters: gate, experts.N.{gate,up,down}_proj, shared.*, shared_expert_gate."""
 
@@ -261,6 +273,7 @@ class MoE:
     router_bias: bool = False
     shared: MLP | None = None
     shared_gate: bool = False
+    apart: Apart | None = None
 
 
 Mixer = Attention | MLA | ShortConv | DeltaNet | KimiDelta | Lightning | Mamba | Mamba2 | RGLRU | Both
@@ -271,6 +284,19 @@ def attention_of(mixer: Mixer | None) -> Attention | MLA | None:
     if isinstance(mixer, Both):
         return mixer.attention
     return mixer if isinstance(mixer, Attention | MLA) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEmbedding:
+    """What a layer adds last: norm(projection(act(gate(x)) * e)), e being `dim` numbers for a token (Gemma 3n).
+
+    e is (norm(a product of the embedding / sqrt(its dim)) + a row of a table * sqrt(`dim`)) / sqrt(2). Parameters:
+    per_layer_input_gate, per_layer_projection, post_per_layer_input_norm.
+    """
+
+    dim: int
+    act: str
+    norm: Norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,11 +316,16 @@ class Block:
     residual_scale: float = 1.0
     # MiniMax: h = a * pre(x) + post(attn(pre(x))); b * pre(h) + post(mlp(pre(h))).
     normed_residual: tuple[float, float] | None = None
+    embedding: LayerEmbedding | None = None
+    scalar: bool = False  # all that comes of the layer is multiplied by one learned number: layer_scalar
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A decoder-only language model. Parameters: embed_{tokens,positions,norm}, layers.N.*, norm, lm_head."""
+    """A decoder-only language model. Parameters: embed_{tokens,positions,norm}, layers.N.*, norm, lm_head.
+
+    Where layers have embeddings: embed_tokens_per_layer, per_layer_model_projection, per_layer_projection_norm.
+    """
 
     vocab_size: int
     dim: int
@@ -305,6 +336,7 @@ class Decoder:
     embed_norm: Norm | None = None
     num_positions: int = 0  # rows of learned absolute positions, if any
     position_offset: int = 0  # OPT starts at 2
+    layer_rows: int = 0  # of the table of layers' embeddings; tokens beyond it have its first row
     sinusoids: int = 0  # computed positions: sines, then cosines of position / 10000 ** (j / sinusoids)
     tied: bool = False  # the head is the embedding
     head_bias: bool = False

@@ -120,7 +120,11 @@ def test_tokens_do_not_depend_on_company(
     assert engine.core.stats().used_blocks == 0
 
 
-def test_preempted_requests_end_as_if_alone(folder: str, alone: Engine) -> None:
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma4"])
+def test_preempted_requests_end_as_if_alone(name: str, tmp_path: Path) -> None:
+    build_hf(BY_NAME[name], tmp_path)
+    folder = str(tmp_path)
+    alone = make_engine(folder)
     prompts = [[3 + (i + j) % 9 for j in range(10)] for i in range(6)]
     want = [run_alone(alone, p, LONG) for p in prompts]
     for overlap in (False, True):

@@ -36,6 +36,8 @@ NAMES = (  # every kind of mixer, mlp, norm, rope and block
         "Qwen3",
         "Gemma2",
         "Gemma3",
+        "Gemma4",
+        "Gemma4-experts",
         "Olmo2",
         "Exaone4",
         "Phi3-long",

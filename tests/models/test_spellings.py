@@ -42,6 +42,8 @@ IGNORED = (
     ("Mellum", "mtp.layers.0.mlp.up_proj.weight"),
     ("HYV3", "model.layers.4.mlp.up_proj.weight"),
     ("Glm4MoeLite", "model.layers.4.eh_proj.weight"),
+    ("Gemma4", "model.layers.4.self_attn.v_proj.weight"),
+    ("Gemma4", "model.layers.5.self_attn.k_norm.weight"),
     ("Step3VL", "vision_model.embeddings.position_embedding.weight"),
     ("Step3VL", "vit_downsampler2.bias"),
 )

@@ -72,6 +72,34 @@ LATENT = {
     "v_head_dim": 20,
     "num_key_value_heads": 4,
 }
+GEMMA4 = {
+    **BASE,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": 5,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 24,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "final_logit_softcapping": 0.7,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    },
+}
+SHARING = {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+UNTIED = {"tie_word_embeddings": False}
+GEMMA4_EXPERTS = {
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": False,
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 40,
+    "rms_norm_eps": 0.5,  # else the norm after the experts hides how much they add up to
+}
+GEMMA4_PUBLISHED = {"per_layer_config": None, "global_head_dim": 32, "num_global_key_value_heads": 1}
 CAPPED = {"query_pre_attn_scalar": 24, "final_logit_softcapping": 0.7}
 MULTIPLIERS = {
     "attention_multiplier": 0.2,

@@ -27,7 +27,12 @@ RECORDED = (
     *("Helium", "Exaone4-global"),  # pairs that turn, sums without a norm
     *("Qwen3-wide", "Helium-wide"),  # heads and gates that products finish
 )
-LEFT_ALONE = ("GPT2", "Cohere", "Exaone4")  # positions, layer norms, norms of heads that do not turn
+LEFT_ALONE = (
+    "GPT2",
+    "Cohere",
+    "Exaone4",
+    "Gemma4",
+)  # positions, layer norms, norms that do not turn, scalars
 KINDS = (
     {"temperature": 0.0},
     {"temperature": 0.8},
