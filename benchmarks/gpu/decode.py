@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.gpu.shapes import SHAPES, folder_of, kernels_compiled  # noqa: E402
 from quire import LLM, SamplingParams  # noqa: E402
+from quire.attention.states import state_bytes  # noqa: E402
 from quire.cli.bound import Layer  # noqa: E402
 from quire.models.parameters import kv_bytes_per_token, num_parameters  # noqa: E402
 from quire.runner.runner import Runner  # noqa: E402
@@ -136,7 +137,8 @@ def bound_ms(llm: LLM, lengths: Sequence[int], speed: float, item_bytes: int) ->
     layers = [Layer.of(block, spec.dim) for block in spec.blocks]
     weights -= sum(layer.expert * (layer.num_experts - layer.met(len(lengths))) for layer in layers)
     cached = sum(lengths) * kv_bytes_per_token(spec, item_bytes)
-    return (weights * item_bytes + cached) / speed * 1e3
+    states = 2 * len(lengths) * state_bytes(spec, item_bytes)  # which are written, too
+    return (weights * item_bytes + cached + states) / speed * 1e3
 
 
 def profile(case: Case) -> None:

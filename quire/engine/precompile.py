@@ -146,7 +146,7 @@ def run(job: Job) -> Outcome:
     """Compile the job's share. For a process that does nothing else: Triton has another driver afterwards."""
     from triton import knobs
 
-    from quire.kernels.triton import mixture, ops, products  # noqa: F401  # torch may be one without CUDA
+    from quire.kernels.triton import mixture, ops, products, states  # noqa: F401  # torch may be one without CUDA
     from quire.kernels.triton.described import compile_only
 
     gpu = Gpu(job.gpu[0], job.gpu[1], (job.gpu[2][0], job.gpu[2][1]))

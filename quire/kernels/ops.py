@@ -47,6 +47,7 @@ if torch.version.cuda is not None and importlib.util.find_spec("triton") is not 
     from quire.kernels.triton import mixture as _mixture  # noqa: F401
     from quire.kernels.triton import ops as _triton  # noqa: F401
     from quire.kernels.triton import products as _products  # noqa: F401
+    from quire.kernels.triton import states as _states  # noqa: F401
 
 
 def why_not_invariant(device: torch.device, dtype: torch.dtype) -> str | None:

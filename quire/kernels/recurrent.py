@@ -51,6 +51,7 @@ def recurrence(
     state: Tensor,
     rows: Tensor,
     query_starts: Tensor,
+    in_chunks: bool = False,
 ) -> Tensor:
     """A matrix S for each head, that keys write values into and queries read -> [T, H, Dv] in v's dtype.
 
@@ -64,6 +65,7 @@ def recurrence(
         decay: [T, H, Dk], or [T, H, 1] if it is the same for all of a head's S, float32.
         beta: [T, H] float32; None if S is not corrected.
         state: [num_rows, H, Dk, Dv] float32, S before a sequence's first row here.
+        in_chunks: a kernel may compute long sequences in chunks, by products of numbers of 10 bits.
     """
     y, group = torch.zeros_like(v), v.shape[1] // k.shape[1]
     queries, keys = (x.float().repeat_interleave(group, 1) for x in (q, k))

@@ -61,6 +61,11 @@ class Build:
     def __post_init__(self) -> None:
         object.__setattr__(self, "upload", Upload(self.device))
 
+    @property
+    def in_chunks(self) -> bool:
+        """Whether recurrences may be computed in chunks: they round, and differ by where a prompt was cut."""
+        return self.dtype.itemsize < torch.float32.itemsize and not self.invariant
+
     def pack(self, weight: Tensor) -> Any:
         """A weight in the form of the fastest product that is good enough; see `ops.pack_linear`."""
         return ops.pack_linear(weight, self.invariant)

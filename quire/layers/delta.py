@@ -84,7 +84,7 @@ class DeltaNet(nn.Module):
         decay = torch.exp(self.speed * ops.softplus(a + self.dt_bias))
         y = ops.recurrence(
             *(v.unflatten(-1, (-1, s.v_dim)), q, k, decay[..., None], beta),
-            *(cache[1], step.rows, step.query_starts),
+            *(cache[1], step.rows, step.query_starts, self.build.in_chunks),
         )
         return gated(self.norm(y), gate)
 

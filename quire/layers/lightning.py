@@ -17,7 +17,7 @@ class Lightning(nn.Module):
 
     def __init__(self, s: spec.Lightning, build: Build):
         super().__init__()
-        self.spec, self.size = s, s.num_heads * s.head_dim
+        self.spec, self.build, self.size = s, build, s.num_heads * s.head_dim
         self.into = Linear(build.dim, {f"{part}_proj": self.size for part in "qkvg"}, build)
         self.norm = Norm(s.norm, (self.size,), build)
         self.out = Linear(self.size, {"o_proj": build.dim}, build)
@@ -35,5 +35,8 @@ class Lightning(nn.Module):
         qkv, gate = self.into.of(x).split((3 * self.size, self.size), -1)
         q, k, v = ops.act(qkv, "silu").unflatten(-1, (3 * s.num_heads, s.head_dim)).split(s.num_heads, 1)
         decay = self.decay.expand(len(v), s.num_heads, 1)
-        y = ops.recurrence(v, q, k, decay, None, cache[0], step.rows, step.query_starts)
+        y = ops.recurrence(
+            *(v, q, k, decay, None),
+            *(cache[0], step.rows, step.query_starts, self.build.in_chunks),
+        )
         return self.norm(y.flatten(1)) * ops.act(gate, "sigmoid")

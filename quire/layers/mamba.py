@@ -109,7 +109,10 @@ class Mamba2(nn.Module):
         keys, queries = (part.unflatten(-1, (s.groups, s.state_dim)) for part in (keys, queries))
         dt = ops.softplus(dt.float() + self.step_bias).clamp(*s.time_step)[..., None]
         decay = (dt * self.rate).exp()
-        y = ops.recurrence(values * dt, queries, keys, decay, None, state, step.rows, step.query_starts)
+        y = ops.recurrence(
+            *(values * dt, queries, keys, decay, None),
+            *(state, step.rows, step.query_starts, self.build.in_chunks),
+        )
         y, gate_by = (y + self.skip * values).flatten(-2), ops.act(gate.float(), "silu")
         y = self._norm(y) * gate_by if s.norm_first else self._norm(y * gate_by)
         return y.to(gate.dtype)

@@ -58,7 +58,7 @@ def test_what_one_process_compiled_the_next_finds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["0.6B", "30B-A3B", "uneven"])
+@pytest.mark.parametrize("model", ["0.6B", "30B-A3B", "uneven", "Next", "Jamba"])
 def test_every_kernel_can_be_compiled(model: str, tmp_path: Path) -> None:
     """For small batches, in two shares; the interpreter takes what the compiler refuses."""
     work = job(model, max_seqs=8, max_batched_tokens=64)
@@ -125,6 +125,18 @@ def test_invariant_networks_launch_other_kernels(tmp_path: Path) -> None:
     work = job("0.6B", max_seqs=4, max_batched_tokens=32, num_shares=1 << 70, share=-1)
     one, two = (outcome(replace(work, invariant=on), tmp_path)["launched"] for on in (False, True))
     assert "decode" in one.values() and "decode" not in two.values() and two
+
+
+@pytest.mark.parametrize(
+    ("model", "kernels"), [("Next", {"recur", "solve", "recur_chunks", "convolve"}), ("Jamba", {"scan"})]
+)
+def test_kernels_that_keep_states_are_found(model: str, kernels: set[str], tmp_path: Path) -> None:
+    work = job(model, max_seqs=4, max_batched_tokens=64, num_shares=1 << 70, share=-1)
+    launched = outcome(work, tmp_path)["launched"].values()
+    assert set(launched) >= kernels | {"_gather", "_advance", "decode"}
+    assert not {"solve", "recur_chunks"} & set(
+        outcome(replace(work, invariant=True), tmp_path)["launched"].values()
+    )
 
 
 def test_a_process_without_a_job_fails() -> None:

@@ -36,6 +36,7 @@ class Step:
     query_starts: Tensor
 
     def arguments(self) -> tuple[Tensor | None, ...]:
+        """All but `invariant`."""
         return self.v, self.q, self.k, self.decay, self.beta, self.state, self.rows, self.query_starts
 
 
@@ -46,6 +47,10 @@ CASES = (
     Sizes((7, 2), 3, 3, 20, 33, per_channel=True),
     Sizes((0, 6), 4, 2, 64, 80, delta=False),
     Sizes((2, 3), 2, 2, 48, 7, per_channel=True, delta=False),
+    # Sequences long enough for chunks, which end anywhere, among short ones.
+    Sizes((16, 0, 3, 70, 15), 4, 2, 20, 33),
+    Sizes((1, 129), 2, 1, 128, 24, delta=False),
+    Sizes((37,), 2, 2, 136, 16),
 )
 
 

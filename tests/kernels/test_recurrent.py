@@ -13,17 +13,19 @@ from quire.kernels.cpu import native
 from quire.kernels.cpu.calls import kernel
 from quire.kernels.dispatch import Kernel
 from tests.kernels.recurrences import CASES, CONVOLUTIONS, Sizes, Step, make, make_convolution
+from tests.kernels.sequences import layout, noise, rows_among_others, scans
 
 if importlib.util.find_spec("triton") is not None:
     importlib.import_module("tests.interpreter")
     importlib.import_module(
-        "quire.kernels.triton.ops"
+        "quire.kernels.triton.states"
     )  # registers kernels for GPUs, whether there is one or not
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the latter: in Triton's interpreter
 KERNELS = [(device, dtype) for device, dtype in ops.recurrence.kernels if device != "meta"]
 EACH_KERNEL = pytest.mark.parametrize(("device", "dtype"), KERNELS, ids=lambda x: str(x))
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ROUNDED = 5e-3  # what tensor cores make of chunks; the interpreter rounds nothing
 
 
 def on(step: Step, device: torch.device) -> Step:
@@ -32,11 +34,12 @@ def on(step: Step, device: torch.device) -> Step:
     return Step(**{**moved, "state": step.state.clone().to(device)})
 
 
-def run(compute: Kernel, step: Step, device: torch.device) -> tuple[Tensor, Tensor]:
+def run(compute: Kernel, step: Step, device: torch.device, in_chunks: bool = False) -> tuple[Tensor, Tensor]:
     """What the positions of sequences read, and all states afterwards."""
-    there = on(step, device)
-    y = compute(*there.arguments())
-    return y[: int(step.query_starts[-1])].float().cpu(), there.state.cpu()
+    there, used = on(step, device), int(step.query_starts[-1])
+    y = compute(*there.arguments(), in_chunks)
+    assert y[used:].eq(0).all()
+    return y[:used].float().cpu(), there.state.cpu()
 
 
 def place(device: str) -> torch.device:
@@ -47,10 +50,13 @@ def place(device: str) -> torch.device:
 @pytest.mark.parametrize("sizes", CASES, ids=str)
 def test_results_and_states_equal_the_references(device: str, dtype: torch.dtype, sizes: Sizes) -> None:
     step = make(replace(sizes, num_padding=3), dtype, torch.float32)
-    y, states = run(ops.recurrence.kernels[device, dtype], step, place(device))
     want, left = run(ops.recurrence.reference, step, torch.device("cpu"))
-    torch.testing.assert_close(y, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    torch.testing.assert_close(states, left, rtol=4e-6, atol=4e-6)
+    for in_chunks in (False, True):
+        y, states = run(ops.recurrence.kernels[device, dtype], step, place(device), in_chunks)
+        rounded = ROUNDED if in_chunks and place(device).type == "cuda" else 0.0
+        near, exact = TOLERANCE[dtype] + rounded, 4e-6 + rounded
+        torch.testing.assert_close(y, want, rtol=near, atol=near)
+        torch.testing.assert_close(states, left, rtol=exact, atol=exact)
     others = [row for row in range(len(left)) if row not in step.rows.tolist()]
     assert torch.equal(states[others], step.state[others])
 
@@ -58,11 +64,11 @@ def test_results_and_states_equal_the_references(device: str, dtype: torch.dtype
 @EACH_KERNEL
 def test_company_and_chunks_change_no_bit(device: str, dtype: torch.dtype) -> None:
     compute, where = ops.recurrence.kernels[device, dtype], place(device)
-    step = make(Sizes((5, 4, 8), 4, 2, 32, 40, num_padding=2), dtype, dtype)
+    step = make(Sizes((5, 24, 8), 4, 2, 32, 40, num_padding=2), dtype, dtype)
     y, states = run(compute, step, where)
-    begin, end, row = 5, 9, step.rows[1:2]  # the second sequence's
+    begin, end, row = 5, 29, step.rows[1:2]  # the second sequence's
     state, parts = step.state.clone(), []
-    for first, last in ((begin, begin + 1), (begin + 1, end)):
+    for first, last in ((begin, begin + 1), (begin + 1, begin + 4), (begin + 4, end)):
         parts_of = {name: vars(step)[name][first:last] for name in ("v", "q", "k", "decay", "beta")}
         alone = Step(**parts_of, state=state, rows=row, query_starts=torch.tensor([0, last - first]).int())
         part, state = run(compute, alone, where)
@@ -105,9 +111,10 @@ def convolved(
     compute: Kernel, args: tuple[Tensor | None, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """What the positions of sequences see, and all states afterwards."""
-    there = [x if x is None else x.clone().to(device) for x in args]
+    there, used = [x if x is None else x.clone().to(device) for x in args], int(args[5][-1])
     y = compute(*there, True)
-    return y[: int(there[5][-1])].float().cpu(), there[3].cpu()
+    assert y[used:].eq(0).all()
+    return y[:used].float().cpu(), there[3].cpu()
 
 
 @pytest.mark.parametrize(("device", "dtype"), CONVOLVE, ids=lambda x: str(x))
@@ -135,3 +142,57 @@ def test_company_and_chunks_change_no_bit_of_a_convolution(device: str, dtype: t
         parts.append(part)
     assert torch.equal(torch.cat(parts), y[5:9])
     assert torch.equal(state[rows[1]], states[rows[1]])
+
+
+STRENGTHS = (0.0, 1.0)  # of keys' corrections: none, and all of a value
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_chunks_of_keys_that_are_all_alike(strength: float) -> None:
+    """Where powers of what keys make of each other would be large, and decays leave nothing or all."""
+    if "cuda" not in dict(KERNELS):
+        pytest.skip("no other kernel computes in chunks")
+    step = make(Sizes((64, 40), 2, 1, 32, 16), torch.float32, torch.float32)
+    decay = torch.ones_like(step.decay)
+    decay[80:83] = 0.0
+    assert step.beta is not None
+    beta = torch.full_like(step.beta, strength)
+    alike = replace(step, k=step.k[:1].expand(104, -1, -1).contiguous(), decay=decay, beta=beta)
+    y, states = run(ops.recurrence.kernels["cuda", torch.float32], alike, GPU, True)
+    want, left = run(ops.recurrence.reference, alike, torch.device("cpu"))
+    near = 10 * ROUNDED if GPU.type == "cuda" else 1e-5
+    torch.testing.assert_close(y, want, rtol=near, atol=near)
+    torch.testing.assert_close(states, left, rtol=near, atol=near)
+
+
+@pytest.mark.skipif(("cuda", torch.float32) not in ops.selective_scan.kernels, reason="there is no Triton")
+def test_a_scan_and_its_states_equal_the_references() -> None:
+    compute = ops.selective_scan.kernels["cuda", torch.float32]
+    for args in scans(torch.float32):
+        there, alone = ([x.clone() for x in args] for _ in range(2))
+        moved = [x.to(GPU) for x in there]
+        moved[6] = args[6].clone().to(GPU)
+        y, want = compute(*moved).cpu(), ops.selective_scan.reference(*alone)
+        torch.testing.assert_close(y, want, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(moved[6].cpu(), alone[6], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(("cuda", torch.float32) not in ops.selective_scan.kernels, reason="there is no Triton")
+def test_company_and_chunks_change_no_bit_of_a_scan() -> None:
+    compute = ops.selective_scan.kernels["cuda", torch.float32]
+    (rows, starts), channels, size = layout((5, 4, 8)), 70, 16
+    x, dt, b, c = (noise(17, n, seed=n + i) for i, n in enumerate((channels, channels, size, size)))
+    rate, skip = -noise(size, channels, seed=3).exp(), noise(channels, seed=4)
+    state = rows_among_others(size, channels)
+    x, dt, rate, b, c, skip, state, rows, starts = (
+        part.to(GPU) for part in (x, dt.abs(), rate, b, c, skip, state, rows, starts)
+    )
+    whole = state.clone()
+    y, parts = compute(x, dt, rate, b, c, skip, whole, rows, starts), []
+    for first, last in ((5, 6), (6, 9)):
+        some = (part[first:last] for part in (x, dt))
+        ends = torch.tensor([0, last - first], device=GPU).int()
+        keys = (part[first:last] for part in (b, c))
+        parts.append(compute(*some, rate, *keys, skip, state, rows[1:2], ends))
+    assert torch.equal(torch.cat(parts), y[5:9])
+    assert torch.equal(state[rows[1]], whole[rows[1]])

@@ -29,6 +29,7 @@ def _register() -> None:
         state: Tensor,
         rows: Tensor,
         query_starts: Tensor,
+        in_chunks: bool = False,
     ) -> Tensor:
         (tokens, heads, dv), (_, key_heads, dk) = v.shape, k.shape
         if dk > MOST_KEYS or q.dtype not in BOTH or k.dtype is not q.dtype or not state[0].is_contiguous():

@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 from quire.kernels import reference
-from quire.kernels.recurrent import causal_conv, recurrence
 from quire.kernels.reference import RmsNorm, add_norm, layer_norm, norm_rope, rms_norm
 from quire.kernels.triton import elementwise
-from quire.kernels.triton import recurrence as recurrent
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = {
@@ -23,9 +21,6 @@ ACTIVATIONS = {
 COUNT = 1024  # numbers of an activation that a program computes
 HEAD_NUMBERS = 2048  # of a token that a program rotates
 NO_NORM = RmsNorm(None, 0.0)
-MATRIX_NUMBERS = 4096  # of a head's state that a program holds
-CHANNELS = 128  # of a convolution, to a program
-POSITIONS = 32  # of a convolution at a time, where sequences have many
 MOST_COLUMNS = 32768  # that a program normalises; wider rows would not fit in its registers
 
 
@@ -146,62 +141,5 @@ def act_mul_triton(x: Tensor, kind: str) -> Tensor:
     if out.numel():
         elementwise.act_mul[out.numel() // size, -(-size // COUNT)](
             x, out, SIZE=size, KIND=ACTIVATIONS[kind], COUNT=COUNT
-        )
-    return out
-
-
-@recurrence.on("cuda", *DTYPES)
-def recurrence_triton(
-    v: Tensor,
-    q: Tensor,
-    k: Tensor,
-    decay: Tensor,
-    beta: Tensor | None,
-    state: Tensor,
-    rows: Tensor,
-    query_starts: Tensor,
-) -> Tensor:
-    (_, heads, dv), (_, key_heads, dk) = v.shape, k.shape
-    v, q, k = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (v, q, k))
-    out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    keys = power_of_two(dk)
-    piece = min(power_of_two(dv), max(MATRIX_NUMBERS // keys, 16))
-    if len(rows):
-        recurrent.recur[len(rows), heads, -(-dv // piece)](
-            *(v, q, k, decay.contiguous(), beta if beta is None else beta.contiguous(), state, rows),
-            *(query_starts, out, v.stride(0), q.stride(0), k.stride(0), state.stride(0)),
-            HEADS=heads,
-            GROUP=heads // key_heads,
-            DK=dk,
-            DV=dv,
-            KEYS=keys,
-            PIECE=piece,
-            PER_CHANNEL=decay.shape[2] > 1,
-        )
-    return out
-
-
-@causal_conv.on("cuda", *DTYPES)
-def causal_conv_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    rows: Tensor,
-    query_starts: Tensor,
-    silu: bool,
-) -> Tensor:
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    channels, width = weight.shape
-    if len(rows):
-        recurrent.convolve[len(rows), -(-channels // CHANNELS)](
-            *(x, weight.contiguous(), bias, state, rows, query_starts, out, x.stride(0), state.stride(0)),
-            CHANNELS=channels,
-            PIECE=CHANNELS,
-            WIDTH=width,
-            ROUND=power_of_two(width - 1),
-            AT_ONCE=POSITIONS if len(x) > 2 * len(rows) else 1,
-            SILU=silu,
         )
     return out
