@@ -10,7 +10,7 @@ from quire.attention.states import state_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import layer_dims, num_parameters, parameter_shapes
-from quire.models.spec import MLP, RGLRU, Both, Foreign, Mamba, Mamba2, Mixer, MoE, Spec
+from quire.models.spec import MLP, RGLRU, Both, Foreign, Guided, Mamba, Mamba2, Mixer, MoE, Spec
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SEQS = {"cpu": 256, "cuda": 1024}
@@ -235,6 +235,9 @@ def _widest(part: Mixer | MLP | MoE | None, dim: int) -> int:
             return 4 * channels
         case Both(states=states):
             return _widest(states, dim)
+        case Guided(attention=attention, mlp=mlp, states=states):
+            qkv = (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
+            return max(_widest(states, dim), 2 * _widest(mlp, dim), 2 * qkv)  # with what is added
         case Mamba2(inner=inner, convolved=convolved):
             return 2 * (inner + convolved)
     return 0

@@ -18,6 +18,7 @@ from quire.models.spec import (
     Both,
     DeltaNet,
     Foreign,
+    Guided,
     KimiDelta,
     Lightning,
     Mamba,
@@ -69,7 +70,7 @@ def state_parts(mixer: Mixer | None, dim: int) -> tuple[Part, ...]:
         case Mamba2():
             seen = Part((mixer.convolved, mixer.width - 1))
             return seen, Part((mixer.num_heads, mixer.state_dim, mixer.head_dim), exact=True)
-        case Both():
+        case Both() | Guided():
             return state_parts(mixer.states, dim)
         case RGLRU():
             return Part((mixer.channels, mixer.width - 1)), Part((mixer.channels, 1, 1), exact=True)

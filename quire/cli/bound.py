@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from quire.models.parameters import block_shapes, kv_values_read
+from quire.models.parameters import block_shapes, kv_values_read, shared_shapes
 from quire.models.spec import MLA, Block, Decoder, MoE, attention_of
 
 READ_BYTES = 2**30  # larger than the caches of any machine that runs models
@@ -75,7 +75,7 @@ class Layer:
     @classmethod
     def of(cls, block: Block, dim: int) -> Self:
         always = experts = 0
-        for name, shape in block_shapes(block, dim):
+        for name, shape in (*block_shapes(block, dim), *shared_shapes(block.mixer, dim)):
             if name.startswith("mlp.experts."):
                 experts += prod(shape)
             else:

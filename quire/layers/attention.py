@@ -48,7 +48,8 @@ class Attention(nn.Module):
         queries = {"q_a_proj": s.q_rank} if s.q_rank else {"q_proj": q}
         keys = {} if s.shares is not None else {"k_proj": kv}
         values = {} if s.shares is not None or s.keys_as_values else {"v_proj": kv}
-        self.qkv = Linear(build.dim, queries | keys | values, build, bias=s.bias)
+        inputs = s.inputs or build.dim
+        self.qkv = Linear(inputs, queries | keys | values, build, bias=s.bias)
         self.raised = Raised(s.q_rank, q, s.q_rank_norm, build) if s.q_rank else None
         self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias)
         self.q_norm = self._qk_norm(s.num_heads)
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         self.slopes = self._slopes()
         self.sinks: Tensor | None = None
         rows = s.num_heads if s.gate_per_head else q
-        self.gate = Linear(build.dim, {"gate_proj": rows}, build, bias=s.gate_bias) if s.gate else None
+        self.gate = Linear(inputs, {"gate_proj": rows}, build, bias=s.gate_bias) if s.gate else None
         self.turn = self._turn()
 
     def load(self, weights: Weights, name: str) -> None:
@@ -81,24 +82,27 @@ class Attention(nn.Module):
         if s.sinks:
             self.sinks = self.build.pull(weights, f"{name}.sinks", s.num_heads, dtype=torch.float32)
 
-    def heads(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
-        """x [T, dim] -> what its heads found [T, H * D], which `out` takes."""
-        y = self._attend(x, step, cache)
+    def heads(self, x: Normed, step: Ragged, cache: LayerCache, more: Tensor | None = None) -> Tensor:
+        """x [T, dim] -> what its heads found [T, H * D], which `out` takes.
+
+        `more` is added to queries, keys and values, side by side.
+        """
+        y = self._attend(x, step, cache, more)
         if self.gate is not None:
             gate = self.gate.of(x, torch.float32)
             gate = ops.softplus(gate) if self.spec.gate == "softplus" else ops.act(gate, "sigmoid")
             y = (y * gate.unflatten(-1, (self.spec.num_heads, -1))).to(y.dtype)
         return y.flatten(1)
 
-    def _attend(self, x: Normed, step: Ragged, cache: LayerCache) -> Tensor:
+    def _attend(self, x: Normed, step: Ragged, cache: LayerCache, more: Tensor | None) -> Tensor:
         """x [T, dim] -> [T, H, D]."""
         s, backend = self.spec, self.build.backend
         how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
         is_usual = s.v_norm is None and not s.keys_as_values and s.shares is None and self.raised is None
-        if self.turn is not None and is_usual:
+        if self.turn is not None and is_usual and more is None:
             product = Product(x.values, x.scale, self.qkv.weight, self.qkv.bias, s.head_dim)
             return backend.attend_product(product, cache, self.turn, step, **how)
-        heads = self._heads(x)
+        heads = self._heads(x, more)
         if s.shares is not None:
             q, _ = self._place(heads, step.positions)
         else:
@@ -117,13 +121,13 @@ class Attention(nn.Module):
             return self._clip(self.v_norm(v))
         return self._clip(v.clone() if s.keys_as_values else v)
 
-    def _heads(self, x: Normed) -> Tensor:
+    def _heads(self, x: Normed, more: Tensor | None) -> Tensor:
         """x [T, dim] -> queries, and keys and values if it has any [T, H .. H + 2 * Hkv, D]."""
         y = self.qkv.of(x)
         if self.raised is not None and self.spec.q_rank:
             low, others = y.tensor_split((self.spec.q_rank,), -1)
             y = torch.cat((self.raised(low), others), -1)
-        return y.unflatten(-1, (-1, self.spec.head_dim))
+        return (y if more is None else y + more).unflatten(-1, (-1, self.spec.head_dim))
 
     def _slopes(self) -> Slopes | None:
         """

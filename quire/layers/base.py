@@ -57,6 +57,7 @@ class Build:
     invariant: bool = False  # a row's result is the same bits whatever else is in its batch
     bits: int | None = None  # of quantized weights
     upload: Upload = field(init=False)
+    shared: dict[int, Any] = field(default_factory=dict)  # parts that several layers have in common
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "upload", Upload(self.device))

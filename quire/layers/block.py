@@ -13,6 +13,7 @@ from quire.layers.conv import ShortConv
 from quire.layers.delta import DeltaNet, KimiDelta
 from quire.layers.embeddings import Gated
 from quire.layers.griffin import RGLRU
+from quire.layers.guided import Guided
 from quire.layers.lightning import Lightning
 from quire.layers.mamba import Mamba, Mamba2
 from quire.layers.mla import MLA
@@ -32,6 +33,7 @@ MIXERS: dict[type, Callable[[Any, Build], Any]] = {
     spec.Mamba2: Mamba2,
     spec.RGLRU: RGLRU,
     spec.Both: Both,
+    spec.Guided: Guided,
 }
 
 

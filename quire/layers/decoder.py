@@ -12,7 +12,7 @@ from quire.layers.base import Build, Weights
 from quire.layers.block import Block
 from quire.layers.embeddings import LayerEmbeddings
 from quire.layers.linear import Linear
-from quire.layers.norm import Norm, normed
+from quire.layers.norm import Norm, Normed, normed
 from quire.layers.rope import RopeTables
 from quire.models import spec
 
@@ -86,11 +86,14 @@ class Decoder(nn.Module):
             x = x + ops.embed(step.positions + self.spec.position_offset, self.positions)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
+        embedded = x
         norms = [*(cast(Block, layer).attn_norm for layer in self.layers), self.norm]
         none = (None,) * len(self.layers)
         own = none if self.layer_embeddings is None else self.layer_embeddings(token_ids, x)
         y = normed(x, norms[0])
         for layer, cache, following, e in zip(self.layers, caches, norms[1:], own, strict=True):
+            if isinstance(cast(Block, layer).spec.mixer, spec.Guided):
+                y = Normed(torch.cat((y.tensor(), embedded), -1))
             x, y = layer(x, y, step, cache, following, e)
         return y.tensor()
 

@@ -62,8 +62,10 @@ class MLP(nn.Module):
             return add(self.down(self.hidden(y)) * self.spec.out_scale, residual, post, following)
         return self.down.added(self.hidden(y), residual, post, following)
 
-    def hidden(self, y: Normed) -> Tensor:
-        """y [T, dim] -> [T, hidden], what `down` takes."""
+    def hidden(self, y: Normed, more: Tensor | None = None) -> Tensor:
+        """y [T, dim] -> [T, hidden], what `down` takes; `more` is added to gate and up, side by side."""
+        if more is not None:
+            return ops.act_mul(self.up.of(y) + more, self.spec.act)
         if self.spec.gate_scale != 1.0:
             gate, up = self.up.of(y).chunk(2, -1)
             return ops.act_mul(torch.cat((gate * self.spec.gate_scale, up), -1), self.spec.act)

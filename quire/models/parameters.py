@@ -15,6 +15,7 @@ from quire.models.spec import (
     Decoder,
     DeltaNet,
     Foreign,
+    Guided,
     KimiDelta,
     Lightning,
     Mamba,
@@ -47,6 +48,9 @@ def parameter_shapes(spec: Spec) -> Named:
         yield from _within("per_layer_projection_norm", _norm(first.norm, (first.dim,)))
     for i, block in enumerate(spec.blocks):
         yield from _within(f"layers.{i}", block_shapes(block, spec.dim))
+    shared = {b.mixer.shared: b.mixer for b in spec.blocks if isinstance(b.mixer, Guided)}
+    for i, mixer in shared.items():
+        yield from _within(f"shared.{i}", shared_shapes(mixer, spec.dim))
     yield from _within("norm", _norm(spec.norm, (spec.dim,)))
     if not spec.tied:
         yield "lm_head.weight", (spec.vocab_size, spec.dim)
@@ -77,6 +81,15 @@ def block_shapes(block: Block, dim: int) -> Named:
 def layer_dims(spec: Decoder) -> int:
     """Numbers that a token has for all layers together, beside its embedding."""
     return sum(block.embedding.dim for block in spec.blocks if block.embedding)
+
+
+def shared_shapes(mixer: Mixer | None, dim: int) -> Named:
+    """The parameters that a mixer has in common with others."""
+    if isinstance(mixer, Guided):
+        yield from _within("attn_norm", _norm(mixer.norm, (2 * dim,)))
+        yield from _within("attention", _attention(mixer.attention, dim))
+        yield from _within("mlp_norm", _norm(mixer.norm, (dim,)))
+        yield from _within("mlp", _mlp(mixer.mlp, dim))
 
 
 @dataclass(frozen=True)
@@ -174,19 +187,22 @@ def _mixer(s: Mixer, dim: int) -> Named:
             return _rglru(s, dim)
         case Both():
             return _both(s, dim)
+        case Guided():
+            return _guided(s, dim)
 
 
 def _attention(s: Attention, dim: int) -> Named:
+    inputs = s.inputs or dim
     if s.q_rank:
-        yield from _linear("q_a_proj", s.q_rank, dim, s.bias)
+        yield from _linear("q_a_proj", s.q_rank, inputs, s.bias)
         yield from _within("q_a_layernorm", _norm(s.q_rank_norm, (s.q_rank,)))
         yield from _linear("q_b_proj", s.num_heads * s.head_dim, s.q_rank)
     else:
-        yield from _linear("q_proj", s.num_heads * s.head_dim, dim, s.bias)
+        yield from _linear("q_proj", s.num_heads * s.head_dim, inputs, s.bias)
     keys = () if s.shares is not None else ("k",)
     values = () if s.shares is not None or s.keys_as_values else ("v",)
     for name in (*keys, *values):
-        yield from _linear(f"{name}_proj", s.num_kv_heads * s.head_dim, dim, s.bias)
+        yield from _linear(f"{name}_proj", s.num_kv_heads * s.head_dim, inputs, s.bias)
     for name in ("q", *keys):
         heads = s.num_heads if name == "q" else s.num_kv_heads
         spans = {"head": (s.head_dim,), "full": (heads * s.head_dim,), "heads": (heads, s.head_dim)}
@@ -195,7 +211,7 @@ def _attention(s: Attention, dim: int) -> Named:
         yield "sinks", (s.num_heads,)
     if s.gate:
         yield from _linear(
-            "gate_proj", s.num_heads * (1 if s.gate_per_head else s.head_dim), dim, s.gate_bias
+            "gate_proj", s.num_heads * (1 if s.gate_per_head else s.head_dim), inputs, s.gate_bias
         )
     yield from _linear("o_proj", dim, s.num_heads * s.head_dim, s.out_bias)
 
@@ -289,6 +305,24 @@ def _mamba2(s: Mamba2, dim: int) -> Named:
 
 def _both(s: Both, dim: int) -> Named:
     yield from _within("attention", _attention(s.attention, dim))
+    yield from _within("states", _mamba2(s.states, dim))
+
+
+def additions(s: Guided, dim: int) -> dict[str, tuple[int | None, int, int]]:
+    """By product: the rank of what a layer adds to it, its inputs and its outputs."""
+    a = s.attention
+    size, rows = a.inputs or dim, {"q": a.num_heads, "k": a.num_kv_heads, "v": a.num_kv_heads}
+    qkv = {name: (s.qkv_rank, size, heads * a.head_dim) for name, heads in rows.items()}
+    return qkv | {"gate_up": (s.up_rank, dim, 2 * s.mlp.hidden)}
+
+
+def _guided(s: Guided, dim: int) -> Named:
+    for name, (rank, inputs, outputs) in additions(s, dim).items():
+        if rank:
+            yield from _linear(f"{name}_a", rank, inputs)
+            yield from _linear(f"{name}_b", outputs, rank)
+    yield from _linear("guide", dim, dim)
+    yield from _within("norm", _norm(s.norm, (dim,)))
     yield from _within("states", _mamba2(s.states, dim))
 
 

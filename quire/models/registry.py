@@ -127,6 +127,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "XGLMForCausalLM": "opt.xglm",
     "XverseForCausalLM": "llama.llama",
     "YoutuForCausalLM": "deepseek.youtu",
+    "Zamba2ForCausalLM": "zamba.zamba2",
 }
 NATIVE, TRANSFORMERS = "native", "transformers"
 Family = Callable[[HF], tuple[Decoder, Names]]

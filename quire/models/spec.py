@@ -52,6 +52,7 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     rope: Rope | None
+    inputs: int | None = None  # numbers that it reads, if not the network's dimensions
     q_rank: int | None = None  # queries are two products, with so many numbers and their norm in between
     q_rank_norm: Norm | None = None
     bias: bool = False  # of q, k and v
@@ -276,12 +277,33 @@ class MoE:
     apart: Apart | None = None
 
 
-Mixer = Attention | MLA | ShortConv | DeltaNet | KimiDelta | Lightning | Mamba | Mamba2 | RGLRU | Both
+@dataclass(frozen=True, kw_only=True)
+class Guided:
+    """State spaces of x + guide(mlp(attention(x beside the embedding))), with a norm before each (Zamba2).
+
+    Layers with the same `shared` have attention, mlp and the norms before them in common: parameters
+    shared.N.{attention,mlp}.*, shared.N.{attn,mlp}_norm. Of each layer: states.*, norm, guide, and what it adds to the
+    products of queries, keys and values, and of gate and up: {q,k,v,gate_up}_{a,b}, two products with so many numbers
+    between them as the ranks say.
+    """
+
+    attention: Attention
+    mlp: MLP
+    states: Mamba2
+    norm: Norm
+    shared: int
+    qkv_rank: int | None = None
+    up_rank: int | None = None
+
+
+Mixer = (
+    Attention | MLA | ShortConv | DeltaNet | KimiDelta | Lightning | Mamba | Mamba2 | RGLRU | Both | Guided
+)
 
 
 def attention_of(mixer: Mixer | None) -> Attention | MLA | None:
     """The mixer, or the part of it, that reads the cache of keys and values; None if none does."""
-    if isinstance(mixer, Both):
+    if isinstance(mixer, Both | Guided):
         return mixer.attention
     return mixer if isinstance(mixer, Attention | MLA) else None
 

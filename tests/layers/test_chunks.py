@@ -28,6 +28,7 @@ NAMES = (
     "Mamba2",
     "Jamba",
     "FalconH1",
+    "Zamba2",
     "RecurrentGemma",
 )  # every kind of mixer that keeps a state
 LENGTHS = (24, 9, 1, 17)

@@ -84,6 +84,7 @@ from tests.models.values import (
     WIDE,
     XGLM,
     YARN,
+    ZAMBA,
     old,
     theta,
     without,
@@ -407,6 +408,14 @@ CASES = (
         | {"logit_scale": 0.25, "rms_norm_eps": 1e-5, "prefix_dense_intermediate_size": 56}
         | {"first_k_dense_replace": 2, "sliding_window_pattern": 2, "expert_selection_fn": "sigmoid"}
         | {"num_shared_experts": 2, "shared_expert_combination_strategy": "sum", "norm_topk_prob": False},
+    ),
+    Case("Zamba2", PLAIN | ZAMBA | {"use_shared_attention_adapter": True, "use_mem_rope": True}),
+    Case(
+        "Zamba2-plain",
+        GROUPED
+        | ZAMBA
+        | {"layers_block_type": ["hybrid", "mamba"] * 2 + ["mamba"], "num_mem_blocks": 1}
+        | {"add_bias_linear": True, "intermediate_size": None},
     ),
     Case("Step3Text", STEP3 | {"moe_layers_enum": "0,2", "rope_theta": 500.0}),
     alias("Step3VL", "Step3Text", STEP3 | {"norm_expert_weight": True}, "", architectures=[STEP3_VL]),

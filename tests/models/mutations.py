@@ -15,6 +15,7 @@ from quire.models.spec import (
     Both,
     Decoder,
     DeltaNet,
+    Guided,
     KimiDelta,
     LayerEmbedding,
     Lightning,
@@ -136,6 +137,11 @@ DROPS: dict[type, dict[str, Change]] = {
     Both: {
         "attention_scale": _set("attention_scale", 1.0),
         "states_scale": _set("states_scale", 1.0),
+    },
+    Guided: {
+        "shared": _set("shared", 0),
+        "qkv_rank": _set("qkv_rank", None),
+        "up_rank": _set("up_rank", None),
     },
     ShortConv: {"bias": _set("bias", False)},
     MLP: {

@@ -189,6 +189,11 @@ UNSUPPORTED = (
     ("Jamba", {"sliding_window": 8}, "sliding_window"),
     ("NemotronH", {"sliding_window": 8}, "sliding_window"),
     ("NemotronH", {"layers_block_type": ["M", "x"]}, "layer type x"),
+    ("Zamba2", {"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ("Zamba2", {"use_long_context": True}, "use_long_context"),
+    ("Zamba2", {"use_conv_bias": False}, "use_conv_bias"),
+    ("Zamba2", {"num_key_value_heads": 2}, "use_shared_attention_adapter"),
+    ("Zamba2", {"layers_block_type": ["conv"] * 5}, "layer type conv"),
     ("Step3Text", {"num_attention_groups": 2}, "num_attention_groups"),
     ("Qwen3", {"quantization_config": {"quant_method": "fp8"}}, "fp8"),
 )

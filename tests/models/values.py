@@ -304,3 +304,17 @@ STEP3 = {
     "share_expert_dim": 72,
 }
 STEP3_VL = "Step3VLForConditionalGeneration"
+
+ZAMBA = {
+    "hidden_size": 120,
+    "num_hidden_layers": 5,
+    "layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid"],
+    "num_mem_blocks": 2,
+    "adapter_rank": 12,
+    "rms_norm_eps": 100.0,  # else scores are so large that they blow up rounding
+    "n_mamba_heads": 6,
+    "mamba_d_state": 24,
+    "mamba_ngroups": 3,
+    "time_step_min": 0.4,
+    "chunk_size": 16,
+}
