@@ -85,14 +85,15 @@ def cache_shape(mixer: Mixer | None) -> CacheShape:
 def cache_shapes(spec: Spec) -> tuple[CacheShape, ...]:
     """What each layer caches per token."""
     if isinstance(spec, Foreign):
-        return tuple(CacheShape(call.num_kv_heads, call.k_dim, call.v_dim) for call in spec.attention)
+        calls = (CacheShape(call.num_kv_heads, call.k_dim, call.v_dim) for call in spec.attention)
+        return (*calls, *[NOTHING] * len(spec.states))
     return tuple(cache_shape(block.mixer) for block in spec.blocks)
 
 
 def layers_read(spec: Spec) -> tuple[int, ...]:
     """For each layer the one whose cache it reads: itself, unless it shares another's."""
     if isinstance(spec, Foreign):
-        return tuple(range(len(spec.attention)))
+        return tuple(range(len(spec.attention) + len(spec.states)))
     shared = [b.mixer.shares if isinstance(b.mixer, Attention) else None for b in spec.blocks]
     return tuple(i if other is None else other for i, other in enumerate(shared))
 

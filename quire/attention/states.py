@@ -101,5 +101,6 @@ def layer_states(spec: Spec, states: Tensor | None, dtype: torch.dtype) -> Itera
 
 def _parts(spec: Spec) -> list[tuple[Part, ...]]:
     if isinstance(spec, Foreign):
-        return [()] * len(spec.attention)
+        own = (tuple(Part(part.shape, part.exact) for part in kept) for _, kept in spec.states)
+        return [*[()] * len(spec.attention), *own]
     return [state_parts(block.mixer, spec.dim) for block in spec.blocks]

@@ -12,7 +12,7 @@ TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 
 @functools.cache
 def generating() -> Mapping[str, str]:
-    """Its classes that generate text from text, and the model_type of each."""
+    """Its classes that generate text from text, and the model_type of each: of the text's part, where it has one."""
     package = find_spec("transformers")
     if package is None or not package.submodule_search_locations:
         return {}
@@ -21,5 +21,6 @@ def generating() -> Mapping[str, str]:
         if not isinstance(node, ast.Assign) or [ast.unparse(target) for target in node.targets] != [TABLE]:
             continue
         pairs = ast.literal_eval(cast(ast.Call, node.value).args[0])
-        return {name: kind for kind, name in reversed(pairs)}
+        texts = {name: kind for kind, name in pairs if kind.endswith("_text")}
+        return {name: kind for kind, name in reversed(pairs)} | texts
     return {}

@@ -380,6 +380,16 @@ class Heads:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A part of what a module keeps of a sequence: float32 if `exact`, else in the network's dtype."""
+
+    kind: str
+    number: int
+    shape: tuple[int, ...]
+    exact: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Foreign:
     """A network that Transformers' own modules compute, as far as others must know it (layers/hf).
 
@@ -394,6 +404,7 @@ class Foreign:
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
     products: frozenset[str]
     head: str  # the product that makes logits; none of the parameters where it is the embedding
+    states: tuple[tuple[str, tuple[Kept, ...]], ...] = ()  # modules that keep some of each sequence
 
 
 Spec = Decoder | Foreign

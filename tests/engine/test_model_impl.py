@@ -18,11 +18,22 @@ NUM_OUTPUTS = 6
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 # With windows and scaled embeddings, sinks and biases in experts, values unlike keys, learned positions and transposed
-# weights, experts in tensors of their own, a window that is left to a mask, tied weights; and one that has no family.
+# weights, experts in tensors of their own, a window that is left to a mask, tied weights, states beside attention and
+# such that a module forgets between chunks; and one that has no family.
 CASES = (
     *(
         BY_NAME[name]
-        for name in ("Gemma3", "GptOss", "DeepseekV3", "GPT2", "Mixtral", "Qwen2Moe", "Llama-tied")
+        for name in (
+            "Gemma3",
+            "GptOss",
+            "DeepseekV3",
+            "GPT2",
+            "Mixtral",
+            "Qwen2Moe",
+            "Llama-tied",
+            "Lfm2",
+            "Jamba",
+        )
     ),
     Case("DiffLlama", SIZES | {"intermediate_size": 112, "max_position_embeddings": 64}),
 )
@@ -51,14 +62,15 @@ def test_engine_equals_hugging_face(case: Case, tmp_path: Path) -> None:
         assert any(o.num_cached_tokens for o in again) == caching
 
 
-def test_preempted_requests_go_on(tmp_path: Path) -> None:
-    model = build_hf(BY_NAME["Llama"], tmp_path)
-    prompts = prompts_of(BY_NAME["Llama"])
+@pytest.mark.parametrize(("name", "cache_bytes"), [("Llama", 192 * 1024), ("Lfm2", 184 * 1024)])
+def test_preempted_requests_go_on(name: str, cache_bytes: int, tmp_path: Path) -> None:
+    model = build_hf(BY_NAME[name], tmp_path)
+    prompts = prompts_of(BY_NAME[name])
     want = [reference(model, p)[0] for p in prompts]
     few = {
         "block_size": 4,
         "attention_backend": "reference",
-        "kv_cache_memory_bytes": 2**17 + 2**16,
+        "kv_cache_memory_bytes": cache_bytes,
         "max_model_len": 64,
     }
     with LLM(str(tmp_path), **ENGINE, **few, model_impl="transformers") as llm:

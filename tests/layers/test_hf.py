@@ -10,11 +10,12 @@ import transformers
 
 from quire.checkpoint.reader import stored_tensors
 from quire.errors import CheckpointError, ModelError, UnsupportedModel
-from quire.layers.hf import attention, conformance
+from quire.layers.hf import attention, conformance, network
 from quire.layers.hf.attention import Call, Paged
 from quire.layers.hf.conformance import TOLERANCE, check, difference
 from quire.layers.hf.shrink import shrink
 from quire.layers.hf.source import describe, hf_config
+from quire.layers.hf.states import Piece, pieces
 from quire.models.catalog import refused, rows
 from quire.models.foreign import generating
 from quire.models.registry import TRANSFORMERS
@@ -31,6 +32,7 @@ SOME = (
 )
 UNLIKE = {("5.17.0", "AriaTextForCausalLM")}
 Change = Callable[[Call], Call]
+Pieces = Callable[[list[Piece]], list[Piece]]
 CONTROLS: dict[str, tuple[str, Change]] = {  # a class that has the feature, and the feature lost
     "scale": ("LlamaForCausalLM", lambda call: dataclasses.replace(call, scale=call.scale * 1.1)),
     "window": ("MistralForCausalLM", lambda call: dataclasses.replace(call, window=None)),
@@ -65,9 +67,18 @@ def test_every_class_that_is_listed(architecture: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", VERIFIED)
-def test_every_class_notices_another_scale(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lose(CONTROLS["scale"][1], monkeypatch)
-    assert difference(architecture, config(installed(architecture))) > TOLERANCE
+def test_every_class_notices_another_scale_and_lost_states(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = config(installed(architecture))
+    spec = describe(architecture, hf_config(shrink(raw)))
+    if spec.attention:
+        with monkeypatch.context() as patch:
+            lose(CONTROLS["scale"][1], patch)
+            assert difference(architecture, raw) > TOLERANCE
+    if spec.states:
+        lose_states(monkeypatch, lost)
+        assert difference(architecture, raw) > TOLERANCE
 
 
 @pytest.mark.slow
@@ -98,9 +109,12 @@ def lose(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Paged, "attend", lambda self, call: whole(self, change(call)))
 
 
-def test_state_of_its_own_is_noticed() -> None:
-    with pytest.raises(UnsupportedModel, match="differ from Transformers"):
-        check(config("Qwen3NextForCausalLM"))
+def lose_states(monkeypatch: pytest.MonkeyPatch, change: Pieces) -> None:
+    monkeypatch.setattr(network, "pieces", lambda step: change(pieces(step)))
+
+
+def lost(found: list[Piece]) -> list[Piece]:
+    return [dataclasses.replace(piece, begins=True) for piece in found]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from quire.models.foreign import generating
 LOCAL = {"sliding_window": 64}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
 SLIDING = LOCAL | ALTERNATING | {"use_sliding_window": True, "max_window_layers": 2}
+MIXED = ["linear_attention", "full_attention"] * 2
+CONVOLVED = {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}
 GROUPS = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
@@ -28,6 +30,7 @@ GROUPS = {
 }
 # By model_type: what the default config does not say, or does not do.
 CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3, 5]},
     "deepseek_v2": GROUPS | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 2.5},
     "deepseek_v3": {"routed_scaling_factor": 2.5, "norm_topk_prob": True},
     "dots1": GROUPS | SLIDING | {"routed_scaling_factor": 2.5, "n_shared_experts": 2},
@@ -39,9 +42,11 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "embedding_multiplier": 3.0,
         "logits_scaling": 2.0,
     },
+    "granitemoehybrid": {"layer_types": MIXED, "num_hidden_layers": 4},
     "hunyuan_v1_dense": {"head_dim": 64},
     "hunyuan_v1_moe": {"head_dim": 64},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+    "lfm2": CONVOLVED,
+    "lfm2_moe": CONVOLVED,
     "ministral": {"head_dim": 64},
     "mixtral": LOCAL,
     "nemotron": {"head_dim": 64, "num_key_value_heads": 8},
@@ -79,13 +84,14 @@ def outcome(architecture: str) -> list[str] | str:
 
 
 def features(raw: Mapping[str, Any]) -> list[str]:
-    """What its attention has that is not usual, and whether there are experts that our products compute."""
+    """What its attention has that is not usual, and whether there are states and experts that our products compute."""
     spec = describe(raw["architectures"][0], hf_config(shrink(raw)))
     found = {
         "attention.window": any(call.window for call in spec.attention),
         "attention.softcap": any(call.softcap for call in spec.attention),
         "attention.sinks": any(call.sinks for call in spec.attention),
         "attention.v_dim": any(call.k_dim != call.v_dim for call in spec.attention),
+        "states": bool(spec.states),
         "experts": any(len(shape) == 3 for name, shape in spec.parameters if name in spec.products),
     }
     return [name for name, has in found.items() if has]

@@ -6,6 +6,7 @@ pieces, beside each other, in scattered blocks, are compared with those of Trans
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from quire.attention.base import ragged
 from quire.attention.reference import Reference
 from quire.attention.shapes import block_bytes
+from quire.attention.states import state_bytes
 from quire.errors import QuireError, UnsupportedModel
 from quire.layers.hf.network import Modules
 from quire.layers.hf.shrink import shrink
@@ -85,12 +87,16 @@ def small_network(architecture: str, config: Any) -> Modules:
 
 
 def random_network(architecture: str, config: Any) -> Any:
-    """Transformers' own, with random parameters and buffers: ones and zeros would hide what is left out."""
+    """Transformers' own, with random parameters and buffers: ones and zeros would hide what is left out.
+
+    Buffers that begin as other numbers are computed from the config, and mean nothing if they are random.
+    """
     config._attn_implementation = "eager"
     model = hf_class(architecture)(config).eval().float()
     with torch.no_grad():
+        computed = {name for name, buffer in model.named_buffers() if buffer.unique().numel() > 1}
         for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and name not in computed:
                 is_norm = name.endswith("weight") and tensor.ndim == 1
                 tensor.normal_(mean=NORM_MEAN if is_norm else 0.0, std=STD)
     return model
@@ -100,13 +106,16 @@ def in_pieces(network: Modules, prompts: Sequence[Tensor]) -> list[Tensor]:
     """Logits [length, vocab_size] of each prompt."""
     needed = [-(-len(p) // BLOCK) for p in prompts]
     size = block_bytes(network.spec, BLOCK, network.build.dtype.itemsize)
-    caches = network.caches(torch.zeros(sum(needed), size, dtype=torch.uint8))
+    row = state_bytes(network.spec, network.build.dtype.itemsize)
+    states = torch.full((len(prompts), row), 255, dtype=torch.uint8)  # no numbers, which nobody must read
+    caches = network.caches(torch.zeros(sum(needed), size, dtype=torch.uint8), states)
     blocks = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(0)).tolist()
     tables = [[blocks.pop() for _ in range(count)] for count in needed]
     done, parts = [0] * len(prompts), [list[Tensor]() for _ in prompts]
     for counts in STEPS:
         now = [i for i, count in enumerate(counts) if count]
         step = ragged([done[i] for i in now], [counts[i] for i in now], [tables[i] for i in now], BLOCK)
+        step = replace(step, rows=torch.tensor(now))
         tokens = torch.cat([prompts[i][done[i] : done[i] + counts[i]] for i in now])
         rows = network.logits(network(tokens, step, caches)).split([counts[i] for i in now])
         for i, some in zip(now, rows, strict=True):

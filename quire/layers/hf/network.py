@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.attention.base import Backend, LayerCache, Ragged, layer_caches
+from quire.attention.base import Backend, Ragged, layer_caches
 from quire.checkpoint.dummy import DummyCheckpoint
 from quire.errors import CheckpointError
 from quire.kernels import ops
@@ -14,6 +14,7 @@ from quire.layers.base import Build
 from quire.layers.hf.attention import Paged, running
 from quire.layers.hf.experts import Experts, is_experts
 from quire.layers.hf.source import INTERFACES, body_name, calm, empty, hf_class, is_linear, register
+from quire.layers.hf.states import Over, computing, pieces, wrap
 from quire.layers.rope import RopeTables
 from quire.models.spec import Foreign
 
@@ -150,6 +151,7 @@ class Modules:
     def _arrange(self) -> None:
         calm(self.model).to(self.build.device)
         self._pack()
+        wrap(self.model)
         name = body_name(self.model)
         self.body = self.model.get_submodule(name)
         self.model.set_submodule(name, Given(self.body))
@@ -162,7 +164,7 @@ class Modules:
         model, build, bits = self.model, self.build, self.build.bits
         head = model.get_output_embeddings()
         for name, module in [*model.named_modules()]:
-            if is_linear(module):
+            if is_linear(module) and (module is head or f"{name}.weight" in self.spec.products):
                 here = None if name.rpartition(".")[2] in ROUTERS else bits
                 least = max(here, 8) if here is not None and module is head else here
                 model.set_submodule(name, Product(module, build, least))
@@ -170,17 +172,19 @@ class Modules:
                 model.set_submodule(name, Experts(module, build, bits))
 
     def caches(self, pool: Tensor, states: Tensor | None = None) -> list[Any]:
-        """Each attention call's view of the memory; see `layer_caches`."""
+        """Each attention call's view of the memory, then each state's; see `layer_caches`."""
         return layer_caches(self.backend, self.spec, pool, states, self.build.dtype)
 
     @torch.inference_mode()
-    def __call__(self, token_ids: Tensor, step: Ragged, caches: Sequence[LayerCache]) -> Tensor:
+    def __call__(self, token_ids: Tensor, step: Ragged, caches: Sequence[Any]) -> Tensor:
         """token_ids [T] int64 -> hidden [T, dim]."""
-        paged = Paged(self.backend, caches, step)
-        with running(paged):
+        calls, kept = len(self.spec.attention), self.spec.states
+        paged = Paged(self.backend, caches[:calls], step)
+        own = {name: (parts, state) for (name, parts), state in zip(kept, caches[calls:], strict=True)}
+        with running(paged), computing(Over(own, pieces(step) if own else ())):
             found = self.body(input_ids=token_ids[None], position_ids=step.positions[None], use_cache=False)
-        if paged.number != len(caches):
-            raise RuntimeError(f"{paged.number} layers attended and {len(caches)} have a cache")
+        if paged.number != calls:
+            raise RuntimeError(f"{paged.number} layers attended and {calls} have a cache")
         hidden: Tensor = found[0][0]
         return hidden
 

@@ -1,7 +1,7 @@
 """Transformers' classes: which one a config.json asks for, and its modules without weights. Runs no code of models."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import nn
 from quire.errors import ModelError, UnsupportedModel
 from quire.layers.hf import attention, experts
 from quire.layers.hf.attention import Shapes, running
+from quire.layers.hf.states import Parts, computing, wrap
+from quire.models.mamba import LONGEST
 from quire.models.spec import Foreign
 
 LENGTHS = (
@@ -19,6 +21,7 @@ LENGTHS = (
     "max_sequence_length",
     "seq_length",
     "n_ctx",
+    "model_max_length",
 )
 INTERFACES = {"attn_implementation": attention.NAME, "experts_implementation": experts.NAME}
 BODIES = ("model", "transformer", "backbone")  # where a class's own word for it is wrong
@@ -95,10 +98,14 @@ def describe(architecture: str, config: Any) -> Foreign:
     Raises:
         UnsupportedModel: its layers do not take Transformers' attention interface.
     """
-    shapes, tokens = Shapes(), torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    shapes, states = Shapes(), Parts()
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     try:
         model = empty(architecture, config)
-        with running(shapes), torch.inference_mode():
+        if stateful := wrap(model):
+            model.to(torch.bfloat16)  # which shows what is float32 all the same
+        read = _unused(model, stateful)
+        with running(shapes), computing(states), torch.inference_mode():
             model.get_submodule(body_name(model))(input_ids=tokens, position_ids=tokens, use_cache=False)
     except UnsupportedModel:
         raise
@@ -106,19 +113,22 @@ def describe(architecture: str, config: Any) -> Foreign:
         raise UnsupportedModel(
             f"{architecture}: its modules do not run with another's attention: {type(error).__name__}: {error}"
         ) from error
-    if not shapes.heads:
-        raise UnsupportedModel(f"{architecture}: no layer calls Transformers' attention interface")
+    if not shapes.heads and not states.found:
+        raise UnsupportedModel(
+            f"{architecture}: no layer calls Transformers' attention interface or keeps a state in its cache"
+        )
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied ones once
     head = next((n for n, module in model.named_modules() if module is model.get_output_embeddings()), "")
     return Foreign(
         architecture=architecture,
         vocab_size=config.vocab_size,
         dim=model.get_input_embeddings().weight.shape[1],
-        max_length=_max_length(architecture, config),
+        max_length=_max_length(architecture, config, bool(states.found)),
         attention=tuple(shapes.heads),
         parameters=tuple(parameters.items()),
-        products=frozenset(parameters.keys() & {*_products(model)}),
+        products=frozenset(parameters.keys() & {*_products(model)} - read),
         head=f"{head}.weight",
+        states=tuple(states.found.items()),
     )
 
 
@@ -138,9 +148,21 @@ def _products(model: Any) -> Iterator[str]:
             yield from (f"{name}.{weight}" for weight in experts.WEIGHTS)
 
 
-def _max_length(architecture: str, config: Any) -> int:
+def _unused(model: Any, names: Sequence[str]) -> set[str]:
+    """Weights of linear layers inside these modules, until one is called: modules may read them as they are."""
+    found = set()
+    for name, module in model.named_modules():
+        if is_linear(module) and any(name.startswith(f"{outer}.") for outer in names):
+            found.add(weight := f"{name}.weight")
+            module.register_forward_pre_hook(lambda *_, weight=weight: found.discard(weight))
+    return found
+
+
+def _max_length(architecture: str, config: Any, keeps_states: bool) -> int:
     if length := _stated_length(config):
         return length
+    if keeps_states:
+        return LONGEST
     raise ModelError(
         f"config.json of {architecture} does not say how many positions it was made for; add"
         " max_position_embeddings, with --hf-overrides for example"
