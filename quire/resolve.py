@@ -10,7 +10,7 @@ from quire.attention.states import state_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import layer_dims, num_parameters, parameter_shapes
-from quire.models.spec import MLP, RGLRU, Both, Foreign, Guided, Mamba, Mamba2, Mixer, MoE, Spec
+from quire.models.spec import MLP, RGLRU, Both, Decoder, Foreign, Guided, Mamba, Mamba2, Mixer, MoE, Spec
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SEQS = {"cpu": 256, "cuda": 1024}
@@ -26,6 +26,8 @@ UNQUANTIZED = (
     "dt_proj.weight",
     "A_log",
     "gate_bias",
+    "_coefs.weight",
+    "modality_router.weight",
 )  # small, or multiplied another way
 SPARE_BLOCKS = 32_768  # for the prefix cache; a small model could otherwise fill the machine with it
 STATE_SHARE = (
@@ -220,8 +222,14 @@ def _work_bytes(spec: Spec, batched_tokens: int, num_rows: int) -> int:
         widest = max(
             3 * spec.dim, *(_widest(part, spec.dim) for b in spec.blocks for part in (b.mixer, b.mlp))
         )
-    beside = 0 if isinstance(spec, Foreign) else 3 * layer_dims(spec)
+    beside = 0 if isinstance(spec, Foreign) else 3 * layer_dims(spec) + _streams(spec)
     return 4 * (batched_tokens * (2 * spec.dim + 2 * widest + beside) + 3 * num_rows * spec.vocab_size)
+
+
+def _streams(spec: Decoder) -> int:
+    """Numbers of a token in all streams, where there are several: as they are, and while they are predicted."""
+    altup = spec.blocks[0].altup
+    return 4 * altup.num * spec.dim if altup else 0
 
 
 def _widest(part: Mixer | MLP | MoE | None, dim: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from quire.attention.base import Backend, Cache, Ragged, layer_caches
 from quire.kernels import ops
+from quire.layers.altup import AltUpBlock, Streams
 from quire.layers.base import Build, Weights
 from quire.layers.block import Block
 from quire.layers.embeddings import LayerEmbeddings
@@ -42,7 +43,11 @@ class Decoder(nn.Module):
         ropes = RopeTables(max_length or s.max_length, device)
         self.build = Build(s.dim, dtype, device, backend, ropes, invariant, bits)
         self.embed_scale = torch.tensor(s.embed_scale, dtype=dtype).item()  # Gemma's is rounded so
-        self.layers = nn.ModuleList(Block(block, self.build) for block in s.blocks)
+        self.layers = nn.ModuleList(
+            AltUpBlock(b.altup, b, self.build) if b.altup else Block(b, self.build) for b in s.blocks
+        )
+        altup = s.blocks[0].altup
+        self.streams = Streams(altup, self.build) if altup else None
         self.norm = Norm(s.norm, (s.dim,), self.build)
         self.embed_norm = Norm(s.embed_norm, (s.dim,), self.build) if s.embed_norm else None
         parts = [block.embedding for block in s.blocks if block.embedding]
@@ -65,6 +70,8 @@ class Decoder(nn.Module):
             self.embed_norm.load(weights, "embed_norm")
         if self.layer_embeddings is not None:
             self.layer_embeddings.load(weights)
+        if self.streams is not None:
+            self.streams.load(weights)
         if s.sinusoids:
             self.positions = _sinusoids(s, build)
         for i, layer in enumerate(self.layers):
@@ -88,14 +95,15 @@ class Decoder(nn.Module):
             x = self.embed_norm(x)
         embedded = x
         norms = [*(cast(Block, layer).attn_norm for layer in self.layers), self.norm]
-        none = (None,) * len(self.layers)
-        own = none if self.layer_embeddings is None else self.layer_embeddings(token_ids, x)
+        own = None if self.layer_embeddings is None else self.layer_embeddings(token_ids, x)
+        if self.streams is not None:
+            x = self.streams.split(x)
         y = normed(x, norms[0])
-        for layer, cache, following, e in zip(self.layers, caches, norms[1:], own, strict=True):
+        for i, (layer, cache, following) in enumerate(zip(self.layers, caches, norms[1:], strict=True)):
             if isinstance(cast(Block, layer).spec.mixer, spec.Guided):
                 y = Normed(torch.cat((y.tensor(), embedded), -1))
-            x, y = layer(x, y, step, cache, following, e)
-        return y.tensor()
+            x, y = layer(x, y, step, cache, following, None if own is None else own[i])
+        return y.tensor() if self.streams is None else cast(Tensor, self.norm(self.streams.joined(x)))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Feed-forward layers."""
 
+from statistics import NormalDist
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +44,8 @@ class MLP(nn.Module):
         self.up = Linear(build.dim, gate | {"up_proj": s.hidden}, build, bias=s.bias)
         self.down = Linear(s.hidden, {"down_proj": build.dim}, build, bias=s.bias)
         self.curve = XIELU(build) if s.act == "xielu" else None
+        deviations = NormalDist().inv_cdf(s.sparsity) if s.sparsity else 0.0  # rounded as Hugging Face's
+        self.cutoff = torch.tensor(deviations, dtype=build.dtype).item()
 
     def load(self, weights: Weights, name: str) -> None:
         self.up.load(weights, name)
@@ -66,10 +70,18 @@ class MLP(nn.Module):
         """y [T, dim] -> [T, hidden], what `down` takes; `more` is added to gate and up, side by side."""
         if more is not None:
             return ops.act_mul(self.up.of(y) + more, self.spec.act)
-        if self.spec.gate_scale != 1.0:
+        if self.spec.gate_scale != 1.0 or self.spec.sparsity:
             gate, up = self.up.of(y).chunk(2, -1)
-            return ops.act_mul(torch.cat((gate * self.spec.gate_scale, up), -1), self.spec.act)
+            gate = self._sparse(gate) if self.spec.sparsity else gate * self.spec.gate_scale
+            return ops.act_mul(torch.cat((gate, up), -1), self.spec.act)
         if self.spec.gated:
             return ops.normed_act_mul(y.values, y.scale, self.up.weight, self.up.bias, self.spec.act)
         up = self.up.of(y)
         return ops.act(up, self.spec.act) if self.curve is None else self.curve(up)
+
+    def _sparse(self, gate: Tensor) -> Tensor:
+        """What of a token's gates [T, hidden] is above a quantile, were they normally distributed; else 0."""
+        x = gate.float()
+        mean = x.mean(-1, keepdim=True)
+        deviation = (x - mean).square().mean(-1, keepdim=True).sqrt()
+        return (x - (mean + deviation * self.cutoff)).relu().to(gate.dtype)

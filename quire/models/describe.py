@@ -10,7 +10,7 @@ from quire.models.parameters import kv_bytes_per_token, num_parameters
 from quire.models.spec import Block, Decoder
 
 MAX_ITEMS = 4  # of a long sequence of numbers
-PARTS = ("attn_norm", "mixer", "attn_post_norm", "mlp_norm", "mlp", "mlp_post_norm", "embedding")
+PARTS = ("attn_norm", "mixer", "attn_post_norm", "mlp_norm", "mlp", "mlp_post_norm", "altup", "embedding")
 
 
 def describe(spec: Decoder, names: Names | None = None) -> str:

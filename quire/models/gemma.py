@@ -53,14 +53,14 @@ def gemma3(c: HF) -> tuple[Decoder, Names]:
     pattern, norm = c.get("sliding_window_pattern", 6), _norm(c)
     local = layer_types(c, lambda i: (i + 1) % pattern != 0)
     blocks = {
-        here: _sandwich(c, window=window(c, here), qk_norm=norm, rope=_gemma3_rope(c, here))
+        here: _sandwich(c, window=window(c, here), qk_norm=norm, rope=rope_per_type(c, here))
         for here in set(local)
     }
     spec = _scaled(c, lambda i: blocks[local[i]], norm, logit_softcap=c.final_logit_softcapping)
     return spec, Names(renames=SANDWICH)
 
 
-def _gemma3_rope(c: HF, local: bool) -> Rope:
+def rope_per_type(c: HF, local: bool) -> Rope:
     if local and not c.rope_parameters:  # before transformers 5
         return Rope(dim=c.count("head_dim"), theta=c.get("rope_local_base_freq", 10_000.0))
     return rope(c, c.count("head_dim"), local=local, theta=1_000_000.0)

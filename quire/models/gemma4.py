@@ -63,7 +63,7 @@ def gemma4(c: HF) -> tuple[Decoder, Names]:
 
     changes |= {"embed_scale": c.count("hidden_size") ** 0.5, "tied": tied_by_default(c)}
     spec = decoder(c, block, norm, logit_softcap=c.final_logit_softcapping, **changes)
-    unused = tuple(f"^layers\\.{i}\\.mixer\\.[kv]_" for i, other in enumerate(shares) if other is not None)
+    unused = unused_keys(shares)
     if not sparse:
         return spec, Names(renames=SANDWICH, ignored=unused)
     hidden = c.count("moe_intermediate_size")
@@ -81,6 +81,11 @@ def shared_layers(c: HF, local: Sequence[bool]) -> list[int | None]:
         f"num_kv_shared_layers={count} with layer_types that have no layer of each kind before those",
     )
     return [own[kind] if i >= first else None for i, kind in enumerate(local)]
+
+
+def unused_keys(shares: Sequence[int | None]) -> tuple[str, ...]:
+    """Patterns of what checkpoints have of layers that share, and nobody reads."""
+    return tuple(rf"^layers\.{i}\.mixer\.[kv]_" for i, other in enumerate(shares) if other is not None)
 
 
 def layer_embedding(c: HF, norm: Norm) -> tuple[LayerEmbedding | None, dict[str, Any]]:

@@ -9,6 +9,7 @@ from quire.models.spec import (
     MLA,
     MLP,
     RGLRU,
+    AltUp,
     Attention,
     Block,
     Both,
@@ -46,6 +47,10 @@ def parameter_shapes(spec: Spec) -> Named:
         yield "per_layer_model_projection.weight", (size, spec.dim)
         first = next(block.embedding for block in spec.blocks if block.embedding)
         yield from _within("per_layer_projection_norm", _norm(first.norm, (first.dim,)))
+    altup = spec.blocks[0].altup
+    for i in range(altup.num - 1 if altup else 0):
+        yield f"altup_projections.{i}.weight", (spec.dim, spec.dim)
+        yield f"altup_unembed_projections.{i}.weight", (spec.dim, spec.dim)
     for i, block in enumerate(spec.blocks):
         yield from _within(f"layers.{i}", block_shapes(block, spec.dim))
     shared = {b.mixer.shared: b.mixer for b in spec.blocks if isinstance(b.mixer, Guided)}
@@ -76,6 +81,8 @@ def block_shapes(block: Block, dim: int) -> Named:
         yield from _within("post_per_layer_input_norm", _norm(block.embedding.norm, (dim,)))
     if block.scalar:
         yield "layer_scalar", (1,)
+    if block.altup:
+        yield from _altup(block.altup, dim)
 
 
 def layer_dims(spec: Decoder) -> int:
@@ -163,6 +170,17 @@ def _conv(name: str, channels: int, width: int, bias: bool) -> Named:
     yield f"{name}.weight", (channels, 1, width)
     if bias:
         yield f"{name}.bias", (channels,)
+
+
+def _altup(s: AltUp, dim: int) -> Named:
+    yield "altup.modality_router.weight", (s.num, dim)
+    yield "altup.prediction_coefs.weight", (s.num**2, s.num)
+    yield "altup.correction_coefs.weight", (s.num, s.num)
+    yield "altup.correct_output_scale", (dim,)
+    yield from _within("altup.router_norm", _norm(s.norm, (dim,)))
+    yield from _linear("laurel.linear_left", s.rank, dim)
+    yield from _linear("laurel.linear_right", dim, s.rank)
+    yield from _within("laurel.post_laurel_norm", _norm(s.norm, (dim,)))
 
 
 def _mixer(s: Mixer, dim: int) -> Named:

@@ -47,6 +47,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "GPTNeoXJapaneseForCausalLM": "gpt.gpt_neox_japanese",
     "Gemma2ForCausalLM": "gemma.gemma2",
     "Gemma3ForCausalLM": "gemma.gemma3",
+    "Gemma3nForCausalLM": "gemma3n.gemma3n",
     "Gemma4ForCausalLM": "gemma4.gemma4",
     "GemmaForCausalLM": "gemma.gemma",
     "Glm4ForCausalLM": "glm.glm4",

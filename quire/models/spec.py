@@ -243,6 +243,9 @@ class MLP:
     gated: bool = True
     bias: bool = False
     gate_scale: float = 1.0  # of what act sees of a gate
+    sparsity: float = (
+        0.0  # gates lose what this share of equally many normally distributed ones is below; at least 0
+    )
     out_scale: float = 1.0
 
 
@@ -322,6 +325,25 @@ class LayerEmbedding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AltUp:
+    """Alternating updates (Baykal et al. 2023): of `num` streams a layer computes one, and updates the others by it.
+
+    All are first predicted from all, by coefficients that depend on the token. What the layer's embedding adds goes to
+    all but the first. And LAuReL (Menghani et al. 2024), a residual of few dimensions beside attention:
+    h = (x + post(attn(y)) + y + norm(right(left(y)))) / sqrt(2), where y is pre(x).
+
+    Parameters: altup.{modality_router,prediction_coefs,correction_coefs,router_norm,correct_output_scale},
+    laurel.{linear_left,linear_right,post_laurel_norm}; and the decoder's altup_{,unembed_}projections.N.
+    """
+
+    num: int
+    active: int
+    is_scaled: bool  # the active one, dimension by dimension, for the layer's embedding
+    rank: int
+    norm: Norm
+
+
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """One layer. Sequential: h = x + post(attn(pre(x))); h + post(mlp(pre(h))). See `parallel` for the other.
 
@@ -338,6 +360,7 @@ class Block:
     residual_scale: float = 1.0
     # MiniMax: h = a * pre(x) + post(attn(pre(x))); b * pre(h) + post(mlp(pre(h))).
     normed_residual: tuple[float, float] | None = None
+    altup: AltUp | None = None  # all layers' or none's
     embedding: LayerEmbedding | None = None
     scalar: bool = False  # all that comes of the layer is multiplied by one learned number: layer_scalar
 

@@ -120,7 +120,7 @@ def test_tokens_do_not_depend_on_company(
     assert engine.core.stats().used_blocks == 0
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Gemma4"])
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma4", "Gemma3n"])
 def test_preempted_requests_end_as_if_alone(name: str, tmp_path: Path) -> None:
     build_hf(BY_NAME[name], tmp_path)
     folder = str(tmp_path)

@@ -30,13 +30,17 @@ NAMES = (
     "FalconH1",
     "Zamba2",
     "RecurrentGemma",
-)  # every kind of mixer that keeps a state
+    # every kind of mixer that keeps a state; and networks of which torch computes a part
+    "Gemma3n",
+    "Gemma4",
+    "Gemma4-experts",
+)
 LENGTHS = (24, 9, 1, 17)
 NUM_ROWS, NUM_BLOCKS = 7, 64
 BACKENDS: list[Backend] = [
     b for b in (Reference(4), Cpu()) if b.why_not(torch.float32, torch.device("cpu")) is None
 ]
-NEAR = 2e-5  # where products are torch's; of our kernels, equal to the bit
+NEAR = 5e-5  # where products are torch's; of our kernels, equal to the bit
 
 
 @pytest.fixture(scope="module", params=NAMES)

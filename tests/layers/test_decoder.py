@@ -36,6 +36,7 @@ NAMES = (  # every kind of mixer, mlp, norm, rope and block
         "Qwen3",
         "Gemma2",
         "Gemma3",
+        "Gemma3n",
         "Gemma4",
         "Gemma4-experts",
         "Olmo2",

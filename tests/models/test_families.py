@@ -149,6 +149,13 @@ UNSUPPORTED = (
     ("GPT2", {"add_cross_attention": True}, "add_cross_attention"),
     ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("Gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ("Gemma3n", {"altup_active_idx": 3}, "altup_active_idx=3"),
+    ("Gemma3n", {"intermediate_size": [176, 152]}, "intermediate_size of 2 layers"),
+    (
+        "Gemma3n",
+        {"activation_sparsity_pattern": [0.5, 1.0, 0.5, 0.5, 0.5, 0.5]},
+        "activation_sparsity_pattern",
+    ),
     ("Gemma4", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
     ("Gemma4", {"num_kv_shared_layers": 5}, "num_kv_shared_layers=5 with layer_types"),
     ("Gemma4", {"num_kv_shared_layers": 7}, "num_kv_shared_layers=7"),

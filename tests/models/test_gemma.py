@@ -1,4 +1,4 @@
-"""Gemma 4's two spellings of its layers' shapes, sizes as Hugging Face counts them, and tokens beyond a table."""
+"""Gemma 3n and 4: two spellings of its layers' shapes, sizes as Hugging Face counts them, and tokens beyond a table."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ A4B = {
     "moe_intermediate_size": 704,
     "use_bidirectional_attention": "vision",
 }
-SIZES = ({}, E2B, A4B)
+SIZES = (("Gemma4", {}), ("Gemma4", E2B), ("Gemma4", A4B), ("Gemma3n", {}))
 
 
 def test_shapes_of_layers_are_spelled_in_two_ways() -> None:
@@ -50,13 +50,13 @@ def test_shapes_of_layers_are_spelled_in_two_ways() -> None:
     assert [block.mixer.num_kv_heads for block in spec.blocks] == [2] * 6
 
 
-@pytest.mark.parametrize("values", SIZES, ids=("default", "E2B", "A4B"))
-def test_large_networks_have_the_parameters_of_hugging_face(values: dict[str, object]) -> None:
-    config, architecture = transformers.Gemma4TextConfig(**values), {"architectures": ["Gemma4ForCausalLM"]}
+@pytest.mark.parametrize(("name", "values"), SIZES, ids=lambda value: value if isinstance(value, str) else "")
+def test_large_networks_have_the_parameters_of_hugging_face(name: str, values: dict[str, object]) -> None:
+    config = getattr(transformers, f"{name}TextConfig")(**values)
     with torch.device("meta"):
-        theirs = transformers.Gemma4ForCausalLM(config)
-    spec, _ = decoder_spec(config.to_dict() | architecture)
-    scalars = config.num_hidden_layers  # buffers
+        theirs = getattr(transformers, f"{name}ForCausalLM")(config)
+    spec, _ = decoder_spec(config.to_dict() | {"architectures": [f"{name}ForCausalLM"]})
+    scalars = sum(buffer.numel() for key, buffer in theirs.named_buffers() if key.endswith(".layer_scalar"))
     assert num_parameters(spec).total == sum(p.numel() for p in theirs.parameters()) + scalars
 
 

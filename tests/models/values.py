@@ -88,6 +88,30 @@ GEMMA4 = {
         "full_attention": {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
     },
 }
+GEMMA3N = {
+    **BASE,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": 5,
+    "num_kv_shared_layers": 2,
+    "intermediate_size": [176, 152, 176, 160, 176, 144],
+    "activation_sparsity_pattern": [0.9, 0.0, 0.6, 0.0, 0.3, 0.0],
+    "hidden_size_per_layer_input": 24,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "altup_num_inputs": 3,
+    "laurel_rank": 20,
+    "final_logit_softcapping": 0.7,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+    },
+}
+GEMMA3N_OLD = {
+    "rope_parameters": None,
+    "rope_theta": 5000.0,
+    "rope_local_base_freq": 100.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+}
 SHARING = {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}
 UNTIED = {"tie_word_embeddings": False}
 GEMMA4_EXPERTS = {
