@@ -74,7 +74,7 @@ def calls(step: Step) -> Counter[str]:
     return min(rounds, key=Counter.total)
 
 
-def steps(quantization: str, positions: int) -> Iterator[str]:
+def steps(quantization: str, positions: int, threads: int) -> Iterator[str]:
     chance = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(SHAPES["0.6B"]))
@@ -83,7 +83,8 @@ def steps(quantization: str, positions: int) -> Iterator[str]:
             "skip_tokenizer_init": True,
             "disable_log_stats": True,
         }
-        options |= {"device": "cpu", "dtype": "bfloat16", "max_model_len": positions + 64}
+        options |= {"device": "cpu", "num_threads": threads, "dtype": "bfloat16"}
+        options["max_model_len"] = positions + 64
         with LLM(folder, quantization=quantization, **options) as llm:
             engine, sampling = llm.engine, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
             for count in SEQUENCES:
@@ -116,7 +117,7 @@ def main() -> None:
         print(*products(kind), sep="\n", flush=True)
     print("\n| weights | sequences | ms | kernels |\n|---|---|---|---|")
     for quantization in ("auto", "int8", "int4"):
-        for line in steps(quantization, args.positions):
+        for line in steps(quantization, args.positions, args.threads):
             print(line, flush=True)
 
 

@@ -8,8 +8,9 @@ Networks and contestants as compare.py has them; what is not given is left out. 
 llama-server's --parallel, too. Each round draws others, the same for all servers.
 
 One server runs at a time, on 127.0.0.1, and is started for each sample, with the client beside it on the same
-processors. "Ready" is from its start to the first good answer of /health. A sample is dropped, and counted, if others
-than these two took more than --others processors while the client ran. Ratios say how many times as good Quire is.
+processors; with --keep they are started once, and wait for their turns. "Ready" is from its start to the first good
+answer of /health. A sample is dropped, and counted, if others than these two took more than --others processors while
+the client ran. Ratios say how many times as good Quire is.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -181,16 +182,20 @@ def bench(running: Running, folder: Path, seed: int, args: argparse.Namespace) -
 def rounds(
     found: Samples, them: Sequence[Server], network: str, threads: int, args: argparse.Namespace
 ) -> None:
-    remaining = {server.name: server for server in them}
-    for number in range(args.rounds):
-        for name in in_turn([*remaining], number):
-            try:
-                with served(remaining[name], network, threads) as running:
-                    run = partial(bench, running, args.folder / network, number, args)
-                    found.take(name, number, run, running.pid)
-            except Unusable as error:
-                print(f"- {name} is left out: {error}", flush=True)
-                del remaining[name]
+    remaining, kept = {server.name: server for server in them}, dict[str, Running]()
+    with ExitStack() as stack:
+        for number in range(args.rounds):
+            for name in in_turn([*remaining], number):
+                try:
+                    if args.keep and name not in kept:
+                        kept[name] = stack.enter_context(served(remaining[name], network, threads))
+                    of = nullcontext(kept[name]) if args.keep else served(remaining[name], network, threads)
+                    with of as running:
+                        run = partial(bench, running, args.folder / network, number, args)
+                        found.take(name, number, run, running.pid)
+                except Unusable as error:
+                    print(f"- {name} is left out: {error}", flush=True)
+                    del remaining[name]
 
 
 def main() -> None:
@@ -201,6 +206,7 @@ def main() -> None:
     samples.add_options(parser)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--keep", action="store_true", help="Start each server once.")
     args = parser.parse_args()
     print(samples.machine())
     them = chosen(servers(args), args)
