@@ -5,6 +5,7 @@ from torch import Tensor
 
 from quire.kernels.recurrent import causal_conv, recurrence, selective_scan
 from quire.kernels.triton import recurrence as kernels
+from quire.kernels.triton.machine import machine
 from quire.kernels.triton.ops import DTYPES, power_of_two
 
 MATRIX_NUMBERS = 4096  # of a head's matrix that a program holds
@@ -15,7 +16,8 @@ POSITIONS = 32  # of a convolution at a time, where sequences have many
 SCAN_CHANNELS = 64  # of a scan, to a program
 LEAST_CHUNKED = 16  # positions of a sequence from which on it is computed in chunks
 MOST_CHUNKED_KEYS = 256  # dimensions: what a chunk of the fewest positions has room for
-CHUNK_NUMBERS = 4096  # of a chunk's keys
+CHUNK_NUMBERS = 8192  # of a chunk's keys, of which each takes so many bytes of shared memory
+CHUNK_BYTES = 16
 CHUNK_WARPS, CHUNK_STAGES = 4, 1
 CHUNKS = (16, 64)  # positions of a chunk, least and most
 
@@ -52,7 +54,7 @@ def recurrence_triton(
         num_warps=min(max(piece * keys // WARP_NUMBERS, 1), 4),
     )
     if in_chunks:
-        chunk = min(max(CHUNK_NUMBERS // keys, CHUNKS[0]), CHUNKS[1])
+        chunk = min(max(_chunk_numbers(v.device) // keys, CHUNKS[0]), CHUNKS[1])
         solved = None if beta is None else _solved(k, decay, beta, query_starts, chunk)
         kernels.recur_chunks[len(rows), heads, -(-dv // piece)](
             *(v, q, k, decay, solved, state, rows, query_starts, out, *strides),
@@ -63,6 +65,11 @@ def recurrence_triton(
             num_stages=CHUNK_STAGES,
         )
     return out
+
+
+def _chunk_numbers(device: torch.device) -> int:
+    _, shared_bytes, _ = machine(device)
+    return CHUNK_NUMBERS if shared_bytes >= CHUNK_BYTES * CHUNK_NUMBERS else CHUNK_NUMBERS // 2
 
 
 def _solved(k: Tensor, decay: Tensor, beta: Tensor, query_starts: Tensor, chunk: int) -> Tensor:
