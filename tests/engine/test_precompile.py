@@ -128,7 +128,8 @@ def test_invariant_networks_launch_other_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "kernels"), [("Next", {"recur", "solve", "recur_chunks", "convolve"}), ("Jamba", {"scan"})]
+    ("model", "kernels"),
+    [("Next", {"recur", "solve", "recur_chunks", "convolve"}), ("Jamba", {"scan_states", "convolve"})],
 )
 def test_kernels_that_keep_states_are_found(model: str, kernels: set[str], tmp_path: Path) -> None:
     work = job(model, max_seqs=4, max_batched_tokens=64, num_shares=1 << 70, share=-1)

@@ -175,7 +175,7 @@ def recur_chunks(
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_seqs"])
-def scan(
+def scan_states(
     x, dt, rate, b, c, skip, state, rows, starts, out, num_rows, num_seqs,
     x_stride, dt_stride, b_stride, c_stride, state_stride,
     CHANNELS: tl.constexpr, SIZE: tl.constexpr, NUMBERS: tl.constexpr, PIECE: tl.constexpr,

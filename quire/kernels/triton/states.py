@@ -135,7 +135,7 @@ def selective_scan_triton(
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     x, dt, b, c = (part if part.stride(1) == 1 else part.contiguous() for part in (x, dt, b, c))
     (size, channels), out = rate.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernels.scan[len(rows), -(-channels // SCAN_CHANNELS)](
+    kernels.scan_states[len(rows), -(-channels // SCAN_CHANNELS)](
         *(x, dt, rate.contiguous(), b, c, skip, state, rows, query_starts, out, len(x), len(rows)),
         *(x.stride(0), dt.stride(0), b.stride(0), c.stride(0), state.stride(0)),
         CHANNELS=channels,
