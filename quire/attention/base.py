@@ -4,7 +4,7 @@ A backend owns the layout inside a layer's share of a block. It knows no layers 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -177,6 +177,16 @@ class Backend(Protocol):
         are logits that take part in the softmax and have no value (Xiao et al. 2023).
         """
 
+    def read(self, cache: LayerCache, slots: Tensor) -> Tensor:
+        """The keys at slots [n], as they were written, of a cache that is not quantized -> [n, Hkv, Dk]."""
+
+    def score(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Ragged, rows: slice) -> Tensor:
+        """The sum over heads of weight * relu(q . k) with the one k of each position [rows, max_length] float32.
+
+        q [T, H, D] and weights [T, H] float32 are of all of the step's positions, `rows` of which are scored. What a
+        position does not see is -inf.
+        """
+
     def attend_turned(
         self,
         heads: Tensor,
@@ -209,9 +219,8 @@ class Backend(Protocol):
         """`attend_turned` of the product's heads."""
 
 
-Cache = (
-    LayerCache | State | tuple[LayerCache, State]
-)  # a layer's: of attention, of a mixer that keeps a state, of both
+# A layer's: of attention, of a mixer that keeps a state, of both; of attention that chooses by keys of its own.
+Cache = LayerCache | State | tuple[LayerCache, State] | tuple[LayerCache, LayerCache]
 
 
 def layer_caches(
@@ -228,8 +237,13 @@ def layer_caches(
         if shape == NOTHING:
             found.append(state)
         else:
-            views = backend.views(pool, at, shape, dtype)
-            found.append((views, state) if state else views)
+            views = backend.views(pool, at, replace(shape, index=None), dtype)
+            if shape.index is not None:
+                sizes = backend.block_size, dtype.itemsize, backend.quantized
+                after = at + shape.num_bytes(*sizes) - shape.index.num_bytes(*sizes)
+                found.append((views, backend.views(pool, after, shape.index, dtype)))
+            else:
+                found.append((views, state) if state else views)
     return [found[i] for i in layers_read(spec)]
 
 

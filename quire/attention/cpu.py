@@ -9,6 +9,8 @@ from torch import Tensor
 
 from quire.attention.base import LayerCache, Product, Ragged, Turn, turn_and_write
 from quire.attention.shapes import DIM_STEP, CacheShape
+from quire.attention.sparse import score_spans
+from quire.kernels import ops
 from quire.kernels.cpu.calls import keep, kernel
 from quire.kernels.cpu.native import isa, load
 from quire.kernels.cpu.products import (
@@ -118,6 +120,18 @@ class Cpu:
             *(ctypes.addressof(cache.handle), self._layout(step), k.data_ptr(), k.stride(0)),
             *((0, 0) if v is None else (v.data_ptr(), v.stride(0))),
         )
+
+    def read(self, cache: LayerCache, slots: Tensor) -> Tensor:
+        dtype, dim = (torch.bfloat16 if cache.handle.is_bf16 else torch.float32), cache.shape.k_dim
+        units = cache.k.view(dtype).unflatten(-1, (-1, PAGE_TOKENS, UNIT_BYTES // dtype.itemsize))
+        blocks, inside = slots.long() // self.block_size, slots.long() % self.block_size
+        return units[blocks, :, inside // PAGE_TOKENS, :, inside % PAGE_TOKENS].flatten(2)[..., :dim]
+
+    def score(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Ragged, rows: slice) -> Tensor:
+        def multiply(x: Tensor, keys: Tensor) -> Tensor:
+            return ops.linear(x, ops.pack_linear(keys, True), None, torch.float32)
+
+        return score_spans(self, multiply, q, weights, cache, step, rows)
 
     def attend_turned(self, heads: Tensor, cache: LayerCache, turn: Turn, step: Ragged, **how: Any) -> Tensor:
         return self.attend(turn_and_write(self, cache, heads, turn, step), cache, step, **how)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quire.attention.base import LayerCache, Product, Ragged, Turn, turn_and_write
 from quire.attention.shapes import SCALE_BYTES, CacheShape
+from quire.attention.sparse import score_spans
 from quire.kernels.quantized import quantize_rows
 
 SCORE_BYTES = 64 * 2**20  # queries are taken in pieces whose float32 scores fit in about this much
@@ -71,6 +72,16 @@ class Reference:
         else:
             v = view(offset + shape.k_bytes(size, *how), shape.v_head_bytes(*how), shape.v_dim)
         return LayerCache(k.numbers, v.numbers, shape, (k, v))
+
+    def read(self, cache: LayerCache, slots: Tensor) -> Tensor:
+        slots = slots.long()
+        return cache.k[slots // self.block_size, :, slots % self.block_size]
+
+    def score(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Ragged, rows: slice) -> Tensor:
+        def multiply(x: Tensor, keys: Tensor) -> Tensor:
+            return x.float() @ keys.float().T
+
+        return score_spans(self, multiply, q, weights, cache, step, rows)
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
         slots = step.slot_mapping

@@ -17,6 +17,7 @@ from quire.models.spec import ALIBI_DIMS, MLA, Attention, Foreign, Mixer, Spec, 
 ALIGNMENT_BYTES = 64
 DIM_STEP = 16  # stored head dimensions are multiples of this, so that kernels need no tails
 SCALE_BYTES = 4  # a float32
+CHOICE_BYTES = 2**28  # positions take turns to choose whom they see, and to see them, in about so much memory each
 
 
 def round_up(value: int, step: int) -> int:
@@ -32,6 +33,7 @@ class CacheShape:
     k_dim: int
     v_dim: int
     v_in_k: bool = False  # the value is the key's first v_dim elements (latent attention) and takes no room
+    index: "CacheShape | None" = None  # of keys that positions are chosen by; they follow the others
 
     @property
     def k_stored(self) -> int:
@@ -65,7 +67,8 @@ class CacheShape:
     def num_bytes(self, block_size: int, itemsize: int, quantized: bool = False) -> int:
         """Bytes of this layer's share of a block."""
         v_bytes = self.num_kv_heads * block_size * self.v_head_bytes(itemsize, quantized)
-        return self.k_bytes(block_size, itemsize, quantized) + round_up(v_bytes, ALIGNMENT_BYTES)
+        index_bytes = self.index.num_bytes(block_size, itemsize, quantized) if self.index else 0
+        return self.k_bytes(block_size, itemsize, quantized) + round_up(v_bytes, ALIGNMENT_BYTES) + index_bytes
 
 
 NOTHING = CacheShape(0, 0, 0)
@@ -75,7 +78,9 @@ def cache_shape(mixer: Mixer | None) -> CacheShape:
     """What a mixer caches per token."""
     mixer = attention_of(mixer)
     if isinstance(mixer, MLA):
-        return CacheShape(1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank, v_in_k=True)
+        own = mixer.indexer if mixer.indexer and mixer.indexer.own else None
+        index = CacheShape(1, own.head_dim, own.head_dim, v_in_k=True) if own else None
+        return CacheShape(1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank, v_in_k=True, index=index)
     if mixer is None or mixer.shares is not None:
         return NOTHING
     more = ALIBI_DIMS if mixer.slopes else 0

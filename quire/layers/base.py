@@ -45,6 +45,13 @@ class Network(Protocol):
         """hidden [R, dim] -> [R, vocab_size] float32."""
 
 
+@dataclass(slots=True)
+class Choice:
+    """What the newest indexer has chosen, for the layers that follow without one of their own."""
+
+    slots: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Build:
     """What every layer of a network shares."""
@@ -58,6 +65,7 @@ class Build:
     bits: int | None = None  # of quantized weights
     upload: Upload = field(init=False)
     shared: dict[int, Any] = field(default_factory=dict)  # parts that several layers have in common
+    choice: Choice = field(init=False, default_factory=Choice)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "upload", Upload(self.device))

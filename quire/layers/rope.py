@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class RopeTables:
 
     def table(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each [num_positions, rope.dim / 2] float32."""
-        key = repr(rope)
+        key = repr(replace(rope, interleaved=False))  # which pairs turn is not in it
         if key not in self._tables:
             inverse, gain = frequencies(rope, self.num_positions)
             angles = torch.arange(self.num_positions).float()[:, None] * inverse

@@ -5,7 +5,7 @@ that published checkpoints leave out. Nothing here knows a particular architectu
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -154,6 +154,15 @@ def layer_types(c: HF, usual: Callable[[int], bool], other: str = "sliding_atten
     if len(kinds) < num_layers:
         raise ModelError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
     return [kind == other for kind in kinds[:num_layers]]
+
+
+def layer_kinds(c: HF, key: str, kinds: Sequence[object], *known: str) -> list[bool]:
+    """For each layer, whether it is of the first of the `known` kinds; `kinds` is what the config lists as `key`."""
+    num_layers, unknown = c.count("num_hidden_layers"), sorted(set(map(str, kinds)) - {*known})
+    c.refuse(bool(unknown), f"{key} entry {', '.join(unknown)} (known: {', '.join(known)})")
+    if len(kinds) < num_layers:
+        raise ModelError(f"config.json: {key} has {len(kinds)} entries for {num_layers} layers")
+    return [kind == known[0] for kind in kinds[:num_layers]]
 
 
 def rope(

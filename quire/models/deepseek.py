@@ -1,15 +1,15 @@
-"""DeepSeek V2, V3 and R1, Kimi K2: latent attention, grouped routing, shared experts; dots.llm1; Youtu; MiniCPM 3."""
+"""DeepSeek V2, V3, R1 and V3.2, Kimi K2: latent attention, grouped routing, shared experts; dots.llm1; Youtu; MiniCPM 3."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quire.errors import ModelError
 from quire.models.common import (
     attention,
     biases,
     decoder,
     growth,
+    layer_kinds,
     layer_types,
     mlp,
     pre_norm,
@@ -22,7 +22,7 @@ from quire.models.common import (
 )
 from quire.models.hf import HF
 from quire.models.names import LLAMA, STACKED, Names, Split
-from quire.models.spec import MLA, Attention, Block, Decoder, MoE, Norm, Rope
+from quire.models.spec import MLA, Attention, Block, Decoder, Indexer, MoE, Norm, Rope
 
 LATENT_EPS = 1e-6  # the norms of latents do not follow rms_norm_eps
 RENAMES = (*LLAMA, (r"\.shared_experts\.", ".shared."))
@@ -52,6 +52,13 @@ def deepseek_v2(c: HF) -> tuple[Decoder, Names]:
 
 def deepseek_v3(c: HF) -> tuple[Decoder, Names]:
     spec = mostly_experts(c, latent_attention(c), grouped_experts(c), first_dense(c))
+    return spec, Names(renames=RENAMES, ignored=mtp_layers(c))
+
+
+def deepseek_v32(c: HF) -> tuple[Decoder, Names]:
+    """DeepSeek V3, each token of which sees the positions that an indexer chooses."""
+    mixer = sparse_attention(c, interleaved=False)
+    spec = mostly_experts(c, mixer, grouped_experts(c), dense_layers(c, usual=3))
     return spec, Names(renames=RENAMES, ignored=mtp_layers(c))
 
 
@@ -91,7 +98,7 @@ def dots1(c: HF) -> tuple[Decoder, Names]:
 
 def mostly_experts(
     c: HF,
-    mixer: Attention | MLA | Callable[[int], Attention],
+    mixer: Attention | MLA | Callable[[int], Attention | MLA],
     moe: MoE,
     is_dense: Sequence[bool],
     bias: bool = False,
@@ -148,6 +155,26 @@ def latent_attention(c: HF, v_dim: int | None = None, rotary: Rope | None = None
     )
 
 
+def sparse_attention(c: HF, *, interleaved: bool) -> MLA:
+    """Latent attention to what an indexer chooses; `interleaved`: which pairs the indexer turns."""
+    c.refuse_if_set("mlp_bias")
+    c.refuse(not c.get("rope_interleave", True), "rope_interleave=False")
+    kinds = {"indexed_attention", "deepseek_sparse_attention"}  # the latter, of Transformers before 5.20
+    unknown = sorted(set(map(str, c.layer_types or ())) - kinds)
+    c.refuse(bool(unknown), f"layer_types entry {', '.join(unknown)} (known: {', '.join(sorted(kinds))})")
+    mixer = latent_attention(c, interleaved=True)
+    indexer = Indexer(
+        num_heads=c.count("index_n_heads"),
+        head_dim=c.count("index_head_dim"),
+        top_k=c.count("index_topk"),
+        rope=rope(c, mixer.rope_dim, interleaved=bool(c.get("indexer_rope_interleave", interleaved))),
+        norm=Norm(kind="layer", eps=LATENT_EPS, bias=True),
+    )
+    c.refuse(indexer.head_dim < mixer.rope_dim, f"index_head_dim={indexer.head_dim} below {mixer.rope_dim} that turn")
+    c.refuse(mixer.q_rank is None, "q_lora_rank=None")
+    return replace(mixer, indexer=indexer)
+
+
 def grouped_experts(c: HF, shared: str = "n_shared_experts") -> MoE:
     """Routing by sigmoid scores plus a correction, within the best groups of experts (DeepSeek-AI 2024).
 
@@ -184,11 +211,7 @@ def dense_layers(c: HF, usual: int = 1) -> list[bool]:
     first = c.get("first_k_dense_replace", usual)
     if kinds is None:
         return [i < first for i in range(num_layers)]
-    unknown = sorted(set(map(str, kinds)) - {"dense", "sparse"})
-    c.refuse(bool(unknown), f"mlp_layer_types entry {', '.join(unknown)} (known: dense, sparse)")
-    if len(kinds) < num_layers:
-        raise ModelError(f"config.json: mlp_layer_types has {len(kinds)} entries for {num_layers} layers")
-    return [kind == "dense" for kind in kinds[:num_layers]]
+    return layer_kinds(c, "mlp_layer_types", kinds, "dense", "sparse")
 
 
 def mtp_layers(c: HF) -> tuple[str, ...]:

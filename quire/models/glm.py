@@ -1,6 +1,8 @@
-"""GLM 4 (dense, in two forms), GLM 4.5 (experts), GLM 4.7 Flash (latent attention); Solar Open."""
+"""GLM 4 (dense, in two forms), GLM 4.5 (experts), GLM 4.7 Flash (latent attention), GLM 5 (sparse); Solar Open."""
 
-from quire.models.common import attention, biases, decoder, head_dim, mlp, pre_norm, rope
+from dataclasses import replace
+
+from quire.models.common import attention, biases, decoder, head_dim, layer_kinds, mlp, pre_norm, rope
 from quire.models.deepseek import (
     RENAMES,
     dense_layers,
@@ -9,10 +11,11 @@ from quire.models.deepseek import (
     latent_attention,
     mostly_experts,
     mtp_layers,
+    sparse_attention,
 )
 from quire.models.hf import HF
 from quire.models.names import LLAMA, Names, Split
-from quire.models.spec import Decoder, Norm
+from quire.models.spec import MLA, Decoder, Norm
 
 
 def glm(c: HF) -> tuple[Decoder, Names]:
@@ -52,6 +55,30 @@ def glm4_moe_lite(c: HF) -> tuple[Decoder, Names]:
     """GLM 4.5's experts behind DeepSeek V3's attention."""
     spec = mostly_experts(c, latent_attention(c, partial=1.0), grouped_experts(c), dense_layers(c))
     return spec, Names(renames=RENAMES, ignored=mtp_layers(c))
+
+
+def glm_moe_dsa(c: HF) -> tuple[Decoder, Names]:
+    """DeepSeek V3.2, where layers may take over the choice of one before."""
+    mixer, own = sparse_attention(c, interleaved=True), _own_indexer(c)
+
+    def attention(i: int) -> MLA:
+        return replace(mixer, indexer=replace(mixer.indexer, own=own[i]))
+
+    spec = mostly_experts(c, attention, grouped_experts(c), dense_layers(c, usual=3))
+    return spec, Names(renames=RENAMES, ignored=mtp_layers(c))
+
+
+def _own_indexer(c: HF) -> list[bool]:
+    """For each layer, whether it has an indexer: as listed, as a pattern says, or each so many layers."""
+    num_layers, kinds, pattern = c.count("num_hidden_layers"), c.indexer_types, c.index_topk_pattern
+    every, offset = max(c.get("index_topk_freq", 1), 1), c.get("index_skip_topk_offset", 2)
+    if kinds is None and pattern is not None:
+        kinds = [{"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern]
+    if kinds is None:
+        kinds = ["shared" if max(i - offset + 1, 0) % every else "full" for i in range(num_layers)]
+    own = layer_kinds(c, "indexer_types", kinds, "full", "shared")
+    c.refuse(not own[0], "a first layer without an indexer (indexer_types)")
+    return own
 
 
 def solar_open(c: HF) -> tuple[Decoder, Names]:

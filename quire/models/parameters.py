@@ -17,6 +17,7 @@ from quire.models.spec import (
     DeltaNet,
     Foreign,
     Guided,
+    Indexer,
     KimiDelta,
     Lightning,
     Mamba,
@@ -131,7 +132,8 @@ def kv_values_read(block: Block) -> int:
     """Numbers that one layer reads of one cached token."""
     mixer = attention_of(block.mixer)
     if isinstance(mixer, MLA):
-        return mixer.kv_rank + mixer.rope_dim
+        indexer = mixer.indexer
+        return mixer.kv_rank + mixer.rope_dim + (indexer.head_dim if indexer and indexer.own else 0)
     if mixer is None:
         return 0
     return mixer.num_kv_heads * (2 * mixer.head_dim + (ALIBI_DIMS if mixer.slopes else 0))
@@ -247,7 +249,16 @@ def _mla(s: MLA, dim: int) -> Named:
     yield from _linear("kv_b_proj", s.num_heads * (s.nope_dim + s.v_dim), s.kv_rank)
     if s.gate:
         yield from _linear("g_proj", s.num_heads, dim)
+    if s.indexer and s.indexer.own:
+        yield from _within("indexer", _indexer(s.indexer, dim, s.q_rank or 0))
     yield from _linear("o_proj", dim, s.num_heads * s.v_dim)
+
+
+def _indexer(s: Indexer, dim: int, q_rank: int) -> Named:
+    yield from _linear("wq_b", s.num_heads * s.head_dim, q_rank)
+    yield from _linear("wk", s.head_dim, dim)
+    yield from _within("k_norm", _norm(s.norm, (s.head_dim,)))
+    yield from _linear("weights_proj", s.num_heads, dim)
 
 
 def _short_conv(s: ShortConv, dim: int) -> Named:

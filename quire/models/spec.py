@@ -81,10 +81,25 @@ class Attention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Indexer:
+    """Which positions a token sees (DeepSeek-V3.2): the `top_k` with the highest sum over heads of w * relu(q . k).
+
+    Parameters: wq_b, of the queries' latent; wk, k_norm, weights_proj, of the input. The cache holds a k per token.
+    """
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+    rope: Rope  # of q and k
+    norm: Norm  # of k
+    own: bool = True  # False: what the last layer before with one of its own has chosen; no parameters
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLA:
     """Multi-head latent attention (DeepSeek-V2). The cache holds the latent and one rotated key per token.
 
-    Parameters: q_proj, or q_{a,b}_proj; kv_a_proj_with_mqa, kv_b_proj, {q,kv}_a_layernorm, g_proj, o_proj.
+    Parameters: q_proj, or q_{a,b}_proj; kv_a_proj_with_mqa, kv_b_proj, {q,kv}_a_layernorm, g_proj, o_proj, indexer.*.
     """
 
     num_heads: int
@@ -98,6 +113,7 @@ class MLA:
     scale: float | None = None  # None: (nope_dim + rope_dim) ** -0.5
     growth: Growth | None = None
     gate: bool = False  # the sigmoid of g, one for each head, on what it found
+    indexer: Indexer | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,3 +447,10 @@ class Foreign:
 
 
 Spec = Decoder | Foreign
+
+
+def num_chosen(spec: Spec, length: int) -> int:
+    """The most positions that an indexer chooses for a token; 0 if in sequences of that length each sees all."""
+    mixers = () if isinstance(spec, Foreign) else [block.mixer for block in spec.blocks]
+    counts = [m.indexer.top_k for m in mixers if isinstance(m, MLA) and m.indexer]
+    return max((count for count in counts if count < length), default=0)

@@ -17,6 +17,7 @@ from quire.models.spec import (
     Decoder,
     DeltaNet,
     Guided,
+    Indexer,
     KimiDelta,
     LayerEmbedding,
     Lightning,
@@ -71,6 +72,14 @@ def _rotate_all(spec: Decoder) -> Decoder:
     return _everywhere(spec, Attention, lambda a: a if a.rope else replace(a, rope=ropes[0]))
 
 
+def _taking_over(block: Block) -> Block:
+    """A layer that sees what the first one has chosen."""
+    mixer = block.mixer
+    if not isinstance(mixer, MLA) or mixer.indexer is None:
+        return block
+    return replace(block, mixer=replace(mixer, indexer=replace(mixer.indexer, own=False)))
+
+
 def _unsaturated(act: str) -> str:
     return "relu" if act != "relu" else "silu"
 
@@ -116,7 +125,14 @@ DROPS: dict[type, dict[str, Change]] = {
         "scale": _set("scale", None),
         "growth": _set("growth", None),
         "gate": _set("gate", False),
+        "indexer": _set("indexer", None),
         "rope": lambda m: replace(m, rope=None if m.rope else Rope(dim=m.rope_dim)),
+    },
+    Indexer: {
+        "top_k": lambda i: replace(i, top_k=i.top_k - 1),
+        "rope": lambda i: replace(i, rope=replace(i.rope, theta=i.rope.theta * 3)),
+        "pairs": lambda i: replace(i, rope=_flip("interleaved")(i.rope)),
+        "norm": lambda i: replace(i, norm=replace(i.norm, kind="rms")),
     },
     DeltaNet: {"beta_scale": _set("beta_scale", 1.0)},
     KimiDelta: {"floor": lambda d: replace(d, floor=d.floor / 2) if d.floor else d},
@@ -189,6 +205,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "logit_scale": _set("logit_scale", 1.0),
         "logit_softcap": _set("logit_softcap", None),
         "layers without rope": _rotate_all,
+        "indexers of layers": lambda d: replace(d, blocks=(d.blocks[0], *map(_taking_over, d.blocks[1:]))),
     },
 }
 

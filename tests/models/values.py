@@ -124,6 +124,8 @@ GEMMA4_EXPERTS = {
     "rms_norm_eps": 0.5,  # else the norm after the experts hides how much they add up to
 }
 GEMMA4_PUBLISHED = {"per_layer_config": None, "global_head_dim": 32, "num_global_key_value_heads": 1}
+CHOOSING = {"index_n_heads": 10, "index_head_dim": 12, "index_topk": 6}  # with few heads, scores are often 0
+TAKING_OVER = {"indexer_types": ["full", "shared", "full", "shared"]}
 CAPPED = {"query_pre_attn_scalar": 24, "final_logit_softcapping": 0.7}
 MULTIPLIERS = {
     "attention_multiplier": 0.2,
