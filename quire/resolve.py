@@ -5,12 +5,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from quire.attention.shapes import block_bytes
+from quire.attention.shapes import CHOICE_BYTES, block_bytes
 from quire.attention.states import state_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import layer_dims, num_parameters, parameter_shapes
-from quire.models.spec import MLP, RGLRU, Both, Decoder, Foreign, Guided, Mamba, Mamba2, Mixer, MoE, Spec
+from quire.models.spec import (
+    MLP,
+    RGLRU,
+    Both,
+    Decoder,
+    Foreign,
+    Guided,
+    Mamba,
+    Mamba2,
+    Mixer,
+    MoE,
+    Spec,
+    num_chosen,
+)
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SEQS = {"cpu": 256, "cuda": 1024}
@@ -28,6 +41,9 @@ UNQUANTIZED = (
     "gate_bias",
     "_coefs.weight",
     "modality_router.weight",
+    "wq_b.weight",
+    "wk.weight",
+    "weights_proj.weight",
 )  # small, or multiplied another way
 SPARE_BLOCKS = 32_768  # for the prefix cache; a small model could otherwise fill the machine with it
 STATE_SHARE = (
@@ -112,7 +128,7 @@ def resolve(
     if config.quantization != "auto":
         _check_quantization(config, dtype, machine)
     weights = _weight_bytes(spec, ITEM_BYTES[dtype], BITS.get(config.quantization))
-    work = _work_bytes(spec, batched, min(max_seqs, batched))
+    work = _work_bytes(spec, batched, min(max_seqs, batched)) + _choice_bytes(spec, batched, length)
     per_block = block_bytes(spec, block_size, ITEM_BYTES[dtype], _quantizes_cache(config, machine))
     budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, machine, weights, work)
     per_state = state_bytes(spec, ITEM_BYTES[dtype])
@@ -230,6 +246,12 @@ def _streams(spec: Decoder) -> int:
     """Numbers of a token in all streams, where there are several: as they are, and while they are predicted."""
     altup = spec.blocks[0].altup
     return 4 * altup.num * spec.dim if altup else 0
+
+
+def _choice_bytes(spec: Spec, batched_tokens: int, length: int) -> int:
+    """What each token of the largest step sees, where it is chosen, and the work of choosing."""
+    count = num_chosen(spec, length)
+    return 4 * batched_tokens * count + CHOICE_BYTES if count else 0
 
 
 def _widest(part: Mixer | MLP | MoE | None, dim: int) -> int:

@@ -9,6 +9,7 @@ from quire.errors import CapacityError, ConfigError
 from quire.models.registry import decoder_spec
 from quire.models.spec import Decoder
 from quire.resolve import EXACT_LOGPROBS, Machine, Resolved, resolve
+from tests.models.cases import BY_NAME, config_of
 
 GIB = 2**30
 CPU = Machine(
@@ -158,3 +159,9 @@ def test_a_quantized_cache_holds_more_and_is_for_cpus(spec: Decoder) -> None:
     assert small.num_blocks == GIB // small.block_bytes > plain.num_blocks
     with pytest.raises(ConfigError, match="kv_cache_dtype is int8.* cuda, which takes auto"):
         derive(spec, GPU, kv_cache_dtype="int8")
+
+
+def test_choosing_positions_takes_memory_once_sequences_are_longer_than_what_is_seen() -> None:
+    sparse, _ = decoder_spec(config_of(BY_NAME["DeepseekV32"]))
+    short, long = (derive(sparse, GPU, max_model_len=n, max_num_batched_tokens=100) for n in (6, 7))
+    assert long.memory.work_bytes - short.memory.work_bytes == 2**28 + 4 * 100 * 6

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quire.attention.base import LayerCache, Product, Ragged, Turn, turn_and_write
 from quire.attention.shapes import SCALE_BYTES, CacheShape
-from quire.attention.sparse import score_spans
+from quire.attention.sparse import read_pages, score_spans
 from quire.kernels.quantized import quantize_rows
 
 SCORE_BYTES = 64 * 2**20  # queries are taken in pieces whose float32 scores fit in about this much
@@ -74,8 +74,7 @@ class Reference:
         return LayerCache(k.numbers, v.numbers, shape, (k, v))
 
     def read(self, cache: LayerCache, slots: Tensor) -> Tensor:
-        slots = slots.long()
-        return cache.k[slots // self.block_size, :, slots % self.block_size]
+        return read_pages(cache, slots, self.block_size)
 
     def score(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Ragged, rows: slice) -> Tensor:
         def multiply(x: Tensor, keys: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from quire.models.spec import ALIBI_DIMS, MLA, Attention, Foreign, Mixer, Spec, 
 ALIGNMENT_BYTES = 64
 DIM_STEP = 16  # stored head dimensions are multiples of this, so that kernels need no tails
 SCALE_BYTES = 4  # a float32
-CHOICE_BYTES = 2**28  # positions take turns to choose whom they see, and to see them, in about so much memory each
+CHOICE_BYTES = (
+    2**28
+)  # positions take turns to choose whom they see, and to see them, in about so much memory each
 
 
 def round_up(value: int, step: int) -> int:
@@ -68,7 +70,9 @@ class CacheShape:
         """Bytes of this layer's share of a block."""
         v_bytes = self.num_kv_heads * block_size * self.v_head_bytes(itemsize, quantized)
         index_bytes = self.index.num_bytes(block_size, itemsize, quantized) if self.index else 0
-        return self.k_bytes(block_size, itemsize, quantized) + round_up(v_bytes, ALIGNMENT_BYTES) + index_bytes
+        return (
+            self.k_bytes(block_size, itemsize, quantized) + round_up(v_bytes, ALIGNMENT_BYTES) + index_bytes
+        )
 
 
 NOTHING = CacheShape(0, 0, 0)

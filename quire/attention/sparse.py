@@ -38,7 +38,7 @@ def attend(
     """`Backend.attend` of q [T, H, Dk] to the slots [T, count] that `choose` has found."""
     (tokens, count), size, device = chosen.shape, backend.block_size, q.device
     blocks, block_bytes = -(-count // size), cache.shape.num_bytes(size, q.element_size())
-    lengths, out = (step.positions + 1).clamp(max=count).int(), []
+    lengths, out = (step.positions + 1).clamp(max=count).int(), q.new_empty(*q.shape[:2], cache.shape.v_dim)
     for rows in pieces(tokens, 2 * blocks * block_bytes):
         num_rows = rows.stop - rows.start
         own = torch.empty(num_rows * blocks, block_bytes, dtype=torch.uint8, device=device)
@@ -50,20 +50,24 @@ def attend(
             slot_mapping=to[:num_rows],
             query_starts=starts.int(),
             lengths=lengths[rows],
-            block_tables=torch.arange(num_rows * blocks, dtype=torch.int32, device=device).view(num_rows, blocks),
+            block_tables=torch.arange(num_rows * blocks, dtype=torch.int32, device=device).view(
+                num_rows, blocks
+            ),
             rows=starts[:-1],
             max_query=1,
             max_length=count,
         )
         keys = backend.read(cache, chosen[rows].flatten())
         backend.write(copies, keys, None, replace(alone, positions=to, slot_mapping=to))
-        out.append(backend.attend(q[rows], copies, alone, scale=scale))
-    return torch.cat(out)
+        out[rows] = backend.attend(q[rows], copies, alone, scale=scale)
+    return out
 
 
 def best(scores: Tensor, count: int) -> Tensor:
     """Columns [n, count] int64 of the largest of scores [n, width], ascending; of equal ones, the first."""
-    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # a broken sequence stays broken
+    scores = scores.nan_to_num(
+        nan=torch.inf, posinf=torch.inf, neginf=-torch.inf
+    )  # a broken sequence stays broken
     (num_rows, width), device = scores.shape, scores.device
     least = scores.kthvalue(width - count + 1, dim=1, keepdim=True).values
     above, equal = scores > least, scores == least
@@ -71,7 +75,15 @@ def best(scores: Tensor, count: int) -> Tensor:
     taken = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
     places = torch.where(taken, taken.cumsum(1) - 1, count)
     columns = torch.arange(width, device=device).expand(num_rows, width)
-    return torch.empty(num_rows, count + 1, dtype=torch.int64, device=device).scatter_(1, places, columns)[:, :count]
+    return torch.empty(num_rows, count + 1, dtype=torch.int64, device=device).scatter_(1, places, columns)[
+        :, :count
+    ]
+
+
+def read_pages(cache: LayerCache, slots: Tensor, block_size: int) -> Tensor:
+    """`Backend.read` where k is [num_blocks, Hkv, block_size, Dk or more]."""
+    blocks, inside = slots.long() // block_size, slots.long() % block_size
+    return cache.k[blocks, :, inside][..., : cache.shape.k_dim]
 
 
 def sequences_of(step: Ragged) -> Tensor:

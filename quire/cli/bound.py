@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from quire.models.parameters import block_shapes, kv_values_read, shared_shapes
+from quire.models.parameters import block_shapes, index_values, kv_values_read, shared_shapes
 from quire.models.spec import MLA, Block, Decoder, MoE, attention_of
 
 READ_BYTES = 2**30  # larger than the caches of any machine that runs models
@@ -71,6 +71,7 @@ class Layer:
     cached: int  # numbers that it reads of a position in the cache
     pair_flops: int  # of a token with one position it looks at
     window: int | None
+    index: int = 0  # numbers that it reads of every position, to choose those that it looks at
 
     @classmethod
     def of(cls, block: Block, dim: int) -> Self:
@@ -87,6 +88,7 @@ class Layer:
         pair_dims, window = 0, None
         if isinstance(mixer, MLA):
             pair_dims = mixer.num_heads * (mixer.nope_dim + mixer.rope_dim + mixer.v_dim)
+            window = mixer.indexer.top_k if mixer.indexer else None
         elif mixer is not None:
             pair_dims, window = mixer.num_heads * 2 * mixer.head_dim, mixer.window
         return cls(
@@ -97,6 +99,7 @@ class Layer:
             cached=kv_values_read(block),
             pair_flops=2 * pair_dims,
             window=window,
+            index=index_values(block),
         )
 
     def met(self, num_tokens: int) -> float:
@@ -124,6 +127,7 @@ class Needs:
         self.cached: Counter[int | None] = Counter()  # by window, because a sum over layers would be slow
         for layer in self.layers:
             self.cached[layer.window] += layer.cached
+            self.cached[None] += layer.index
 
     def weight_bytes(self, num_tokens: int) -> float:
         """Weights that a step over this many tokens reads."""

@@ -29,7 +29,7 @@ from quire.kernels.gpu import gpu_of
 from quire.layers.base import Network
 from quire.layers.decoder import Decoder
 from quire.log import logger
-from quire.models.spec import Spec
+from quire.models.spec import Spec, num_chosen
 from quire.platforms.base import Platform
 from quire.platforms.cpu import return_memory
 from quire.platforms.detect import detect
@@ -179,14 +179,15 @@ def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Network) -
 
     kernels = keep_kernels()
     fix_keys()
-    if why_not(model, build.device) is not None:
+    length = config.max_model_len or model.spec.max_length
+    if why_not(model, build.device) is not None or num_chosen(model.spec, length):
         return None
     job = Job(
         raw=raw,
         dtype=config.dtype,
         block_size=model.backend.block_size,
         max_seqs=config.max_num_seqs or 1,
-        max_length=config.max_model_len or model.spec.max_length,
+        max_length=length,
         max_batched_tokens=config.max_num_batched_tokens or 1,
         gpu=gpu,
         invariant=config.deterministic,
@@ -221,6 +222,12 @@ def _core(
     fixed = mixed = None
     if not isinstance(model, Decoder):
         logger.info("steps are computed operation by operation: others' modules are not recorded")
+    elif num_chosen(
+        spec, length
+    ):  # the longest sequence's length, which only the host knows, is a size of theirs
+        logger.info(
+            "steps are computed operation by operation: attention that chooses positions is not recorded"
+        )
     elif model.backend.name == "cpu":
         recordings = Recordings(keeps_states=states is not None)
         fixed = FixedSteps(

@@ -1,4 +1,4 @@
-"""DeepSeek V2, V3, R1 and V3.2, Kimi K2: latent attention, grouped routing, shared experts; dots.llm1; Youtu; MiniCPM 3."""
+"""DeepSeek V2 to V3.2, Kimi K2: latent attention, grouped routing, shared experts; dots.llm1; Youtu; MiniCPM 3."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -155,8 +155,8 @@ def latent_attention(c: HF, v_dim: int | None = None, rotary: Rope | None = None
     )
 
 
-def sparse_attention(c: HF, *, interleaved: bool) -> MLA:
-    """Latent attention to what an indexer chooses; `interleaved`: which pairs the indexer turns."""
+def sparse_attention(c: HF, *, interleaved: bool, own: bool = True) -> MLA:
+    """Latent attention to what an indexer chooses: its `own`, or one before; `interleaved`: which pairs that turns."""
     c.refuse_if_set("mlp_bias")
     c.refuse(not c.get("rope_interleave", True), "rope_interleave=False")
     kinds = {"indexed_attention", "deepseek_sparse_attention"}  # the latter, of Transformers before 5.20
@@ -169,8 +169,12 @@ def sparse_attention(c: HF, *, interleaved: bool) -> MLA:
         top_k=c.count("index_topk"),
         rope=rope(c, mixer.rope_dim, interleaved=bool(c.get("indexer_rope_interleave", interleaved))),
         norm=Norm(kind="layer", eps=LATENT_EPS, bias=True),
+        own=own,
     )
-    c.refuse(indexer.head_dim < mixer.rope_dim, f"index_head_dim={indexer.head_dim} below {mixer.rope_dim} that turn")
+    c.refuse(
+        indexer.head_dim < mixer.rope_dim,
+        f"index_head_dim={indexer.head_dim} below {mixer.rope_dim} that turn",
+    )
     c.refuse(mixer.q_rank is None, "q_lora_rank=None")
     return replace(mixer, indexer=indexer)
 

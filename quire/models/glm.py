@@ -1,7 +1,5 @@
 """GLM 4 (dense, in two forms), GLM 4.5 (experts), GLM 4.7 Flash (latent attention), GLM 5 (sparse); Solar Open."""
 
-from dataclasses import replace
-
 from quire.models.common import attention, biases, decoder, head_dim, layer_kinds, mlp, pre_norm, rope
 from quire.models.deepseek import (
     RENAMES,
@@ -59,17 +57,18 @@ def glm4_moe_lite(c: HF) -> tuple[Decoder, Names]:
 
 def glm_moe_dsa(c: HF) -> tuple[Decoder, Names]:
     """DeepSeek V3.2, where layers may take over the choice of one before."""
-    mixer, own = sparse_attention(c, interleaved=True), _own_indexer(c)
+    own = _own_indexer(c)
 
-    def attention(i: int) -> MLA:
-        return replace(mixer, indexer=replace(mixer.indexer, own=own[i]))
+    def mixer(i: int) -> MLA:
+        return sparse_attention(c, interleaved=True, own=own[i])
 
-    spec = mostly_experts(c, attention, grouped_experts(c), dense_layers(c, usual=3))
+    spec = mostly_experts(c, mixer, grouped_experts(c), dense_layers(c, usual=3))
     return spec, Names(renames=RENAMES, ignored=mtp_layers(c))
 
 
 def _own_indexer(c: HF) -> list[bool]:
     """For each layer, whether it has an indexer: as listed, as a pattern says, or each so many layers."""
+    c.skip("index_share_for_mtp_iteration")  # of layers that predict further tokens
     num_layers, kinds, pattern = c.count("num_hidden_layers"), c.indexer_types, c.index_topk_pattern
     every, offset = max(c.get("index_topk_freq", 1), 1), c.get("index_skip_topk_offset", 2)
     if kinds is None and pattern is not None:

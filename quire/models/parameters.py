@@ -125,15 +125,20 @@ def num_parameters(spec: Spec) -> Count:
 def kv_values_per_token(block: Block) -> int:
     """Numbers that one layer caches for one token."""
     shares = isinstance(block.mixer, Attention) and block.mixer.shares is not None
-    return 0 if shares else kv_values_read(block)
+    return index_values(block) + (0 if shares else kv_values_read(block))
+
+
+def index_values(block: Block) -> int:
+    """Numbers that one layer caches for one token to choose by, and reads of every token before."""
+    indexer = block.mixer.indexer if isinstance(block.mixer, MLA) else None
+    return indexer.head_dim if indexer and indexer.own else 0
 
 
 def kv_values_read(block: Block) -> int:
-    """Numbers that one layer reads of one cached token."""
+    """Numbers that one layer reads of one cached token that it sees."""
     mixer = attention_of(block.mixer)
     if isinstance(mixer, MLA):
-        indexer = mixer.indexer
-        return mixer.kv_rank + mixer.rope_dim + (indexer.head_dim if indexer and indexer.own else 0)
+        return mixer.kv_rank + mixer.rope_dim
     if mixer is None:
         return 0
     return mixer.num_kv_heads * (2 * mixer.head_dim + (ALIBI_DIMS if mixer.slopes else 0))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from quire.attention.shapes import CacheShape, block_bytes, cache_shapes, layer_offsets, layers_read
 from quire.models.parameters import kv_bytes_per_token
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Norm, Rope
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Indexer, Norm, Rope, num_chosen
 
 NORM = Norm()
 ATTENTION = Attention(num_heads=16, num_kv_heads=8, head_dim=128, rope=None)
@@ -27,6 +27,16 @@ def test_keys_and_values_of_every_layer() -> None:
 def test_latent_attention_stores_one_latent_and_one_key() -> None:
     assert cache_shapes(decoder(LATENT)) == (CacheShape(1, 576, 512, v_in_k=True),)
     assert block_bytes(decoder(LATENT), 64, 2) == 64 * 576 * 2
+
+
+def test_an_indexer_stores_a_key_of_its_own_after_the_latent() -> None:
+    indexer = Indexer(num_heads=64, head_dim=128, top_k=2048, rope=Rope(dim=64), norm=NORM)
+    own = replace(LATENT, indexer=indexer)
+    spec = decoder(own, replace(own, indexer=replace(indexer, own=False)), LATENT)
+    assert cache_shapes(spec)[0].index == CacheShape(1, 128, 128, v_in_k=True)
+    assert layer_offsets(spec, 64, 2) == (0, 64 * 704 * 2, 64 * (704 + 576) * 2)
+    assert block_bytes(spec, 64, 2) == 64 * 2 * (704 + 2 * 576) == 64 * kv_bytes_per_token(spec)
+    assert (num_chosen(spec, 2049), num_chosen(spec, 2048), num_chosen(decoder(LATENT), 9999)) == (2048, 0, 0)
 
 
 def test_shares_are_aligned_and_odd_dimensions_padded() -> None:

@@ -10,6 +10,7 @@ from quire.attention.reference import Reference
 from quire.attention.select import select
 from quire.attention.shapes import CacheShape
 from quire.attention.triton.backend import Triton, halves
+from tests.attention import test_sparse
 from tests.attention.test_backends import CASES, TOLERANCE, Case, Sequences, dense, paged, sequences
 
 pytest.importorskip("triton")
@@ -293,3 +294,17 @@ def test_too_wide_a_head_is_refused() -> None:
 def test_without_a_gpu_the_next_backend_is_taken() -> None:
     assert "NVIDIA" in str(Triton().why_not(torch.float32, torch.device("cpu")))
     assert select(("triton", "reference"), torch.float32, torch.device("cpu")).name == "reference"
+
+
+@pytest.mark.parametrize(("block_size", "invariant"), [(16, True), (64, False)])
+def test_the_chosen_are_attended_to(block_size: int, invariant: bool) -> None:
+    backend = Triton(block_size, invariant=invariant)
+    test_sparse.check(backend, 6, [18, 1, 9], [12, 1, 0], [5, 0, 8], [1, 0, 1], device=DEVICE)
+
+
+def test_an_invariant_backend_chooses_the_same_for_any_batch_and_chunks() -> None:
+    data, backend = test_sparse.sequences([19, 1, 10], device=DEVICE), Triton(16, invariant=True)
+    together = test_sparse.paged(backend, data, 7, [[19, 1, 10]])
+    for got, want in zip(test_sparse.paged(backend, data, 7, [[12, 1, 3], [7, 0, 7]]), together, strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(test_sparse.paged(backend, data.only(2), 7, [[10]])[0], together[2])

@@ -1,6 +1,7 @@
 """The bound, by hand for networks small enough to do that."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from quire.attention.shapes import block_bytes
 from quire.cli.bound import Needs, Speed, bound_s
 from quire.models.registry import decoder_spec
-from quire.models.spec import MLA, MLP, Attention, Block, Decoder, MoE, Norm, Rope
+from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Indexer, MoE, Norm, Rope
 
 NORM = Norm()
 ROPE = Rope(dim=16)
@@ -39,6 +40,14 @@ def test_latent_attention() -> None:
     (layer,) = needs(decoder(mla)).layers
     assert layer.cached == 16 + 8
     assert layer.pair_flops == 2 * 4 * (12 + 8 + 10)
+
+
+def test_chosen_positions_bound_what_is_read_beside_what_they_are_chosen_by() -> None:
+    indexer = Indexer(num_heads=3, head_dim=10, top_k=20, rope=ROPE, norm=NORM)
+    mla = MLA(num_heads=4, q_rank=24, kv_rank=16, nope_dim=12, rope_dim=8, v_dim=10, rope=ROPE, norm=NORM)
+    need = needs(decoder(replace(mla, indexer=indexer), layers=2))
+    assert need.cache_bytes(15) == 2 * 2 * 15 * (24 + 10)
+    assert need.cache_bytes(100) == 2 * 2 * (20 * 24 + 100 * 10)
 
 
 def test_experts_are_read_once_however_many_tokens_meet_them() -> None:

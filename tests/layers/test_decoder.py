@@ -55,7 +55,7 @@ NAMES = (  # every kind of mixer, mlp, norm, rope and block
         "SmolLM3",
         "HunYuanDenseV1",
     ),
-    *("Mixtral", "Qwen2Moe", "Glm4Moe", "DeepseekV3", "DeepseekV3-yarn"),
+    *("Mixtral", "Qwen2Moe", "Glm4Moe", "DeepseekV3", "DeepseekV3-yarn", "DeepseekV32", "GlmMoeDsa"),
 )
 
 

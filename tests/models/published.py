@@ -321,6 +321,8 @@ DEEPSEEK_V3 = {
     "v_head_dim": 128,
     "vocab_size": 129280,
 }
+INDEXER = {"index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048}
+DEEPSEEK_V3_2 = {**DEEPSEEK_V3, **INDEXER, "architectures": ["DeepseekV32ForCausalLM"]}
 PYTHIA_1B = {
     "architectures": ["GPTNeoXForCausalLM"],
     "hidden_act": "gelu",
@@ -478,6 +480,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "falcon-7b": (FALCON_7B, 6_921_720_704, 2_048, 4_096),
     "opt-125m": (OPT_125M, 125_239_296, 2_048, 18_432),
     "DeepSeek-V3": (DEEPSEEK_V3, 671_026_419_200, 163_840, 35_136),
+    "DeepSeek-V3.2": (DEEPSEEK_V3_2, 671_877_944_064, 163_840, 42_944),
     "BLOOM-560m": (BLOOM_560M, 559_214_592, 2_048, 51_456),
     "MPT-7B": (MPT_7B, 6_649_286_656, 2_048, 268_288),
     "GPT-Neo-2.7B": (GPT_NEO_2_7B, 2_651_307_520, 2_048, 163_840),

@@ -44,6 +44,8 @@ IGNORED = (
     ("Glm4MoeLite", "model.layers.4.eh_proj.weight"),
     ("Gemma4", "model.layers.4.self_attn.v_proj.weight"),
     ("Gemma4", "model.layers.5.self_attn.k_norm.weight"),
+    ("DeepseekV32", "model.layers.4.self_attn.indexer.wk.weight"),
+    ("GlmMoeDsa", "model.layers.4.self_attn.indexer.wk.weight"),
     ("Step3VL", "vision_model.embeddings.position_embedding.weight"),
     ("Zamba2", "model.layers.4.shared_transformer.self_attn.q_proj.weight"),
     ("Step3VL", "vit_downsampler2.bias"),

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from quire.attention.base import LayerCache, Product, Ragged, Shared, Turn
-from quire.attention.shapes import DIM_STEP, CacheShape
+from quire.attention.shapes import CacheShape
+from quire.attention.sparse import read_pages, sequences_of
+from quire.attention.triton.sizes import Tiles, halves, power_of_two, tiles_for
 from quire.kernels.gpu import gpu_of
 
 LOG2E = 1.4426950408889634
@@ -26,38 +28,6 @@ DECODE_ROWS = 32  # a key head's queries of a sequence that the decode kernel ta
 MERGED_NUMBERS = 4096  # that a program merges at once: as many registers as it has to spare
 MOST_SPLITS = 16  # programs that share pages in common; the decode kernel adds up what they leave
 INTERPRETED_PROCESSORS = 3  # as many as make the interpreter divide sequences
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Sizes measured on an H100. Tokens in a tile, rows of queries, warps, and tiles on their way (stages)."""
-
-    decode_tile: int
-    decode_warps: int
-    decode_stages: int
-    most_rows: int  # of the decode kernel
-    rows: int
-    tile: int
-    warps: int
-    stages: int
-
-
-def tiles_for(shape: CacheShape, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """Tiles that fit in shared memory and registers."""
-    wide = max(shape.k_dim, shape.v_dim)
-    if dtype is torch.float32:  # for comparisons: no tensor cores, so that products are exact
-        tile, rows = 32 if wide <= 256 else 16, 32 if wide <= 128 else 16
-        return Tiles(tile, 4, 1, most_rows=16, rows=rows, tile=tile, warps=4, stages=1)
-    if wide <= 128:
-        whole = not halves(shape.k_dim)[1] and not halves(shape.v_dim)[1]
-        return Tiles(64, 2 if whole else 4, 2, most_rows=64, rows=64, tile=64, warps=4, stages=3)
-    if _is_small(device):
-        if wide <= 256:
-            return Tiles(32, 4, 2, most_rows=32, rows=64, tile=32, warps=4, stages=2)
-        return Tiles(32, 4, 2, most_rows=32, rows=32, tile=16, warps=4, stages=1)
-    if wide <= 256:
-        return Tiles(32, 4, 2, most_rows=32, rows=64, tile=64, warps=4, stages=2)
-    return Tiles(32, 4, 2, most_rows=32, rows=64, tile=32, warps=8, stages=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +156,39 @@ class Triton:
             COUNT=kernels.BLOCK,
         )
 
+    def read(self, cache: LayerCache, slots: Tensor) -> Tensor:
+        return read_pages(cache, slots, self.block_size)
+
+    def score(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Ragged, rows: slice) -> Tensor:
+        kernels, dims, of = _kernels("score"), _layout(cache).dims, sequences_of(step)[rows]
+        q, weights, width, dim = (
+            _rows(q[rows]),
+            weights[rows].contiguous(),
+            step.max_length,
+            cache.shape.k_dim,
+        )
+        out = torch.empty(len(q), width, device=q.device)
+        kernels.score[len(q), -(-width // (kernels.TILE * kernels.TILES))](
+            *(q, weights, cache.k, step.block_tables, of, step.positions[rows], out, width),
+            *(
+                q.stride(0),
+                q.stride(1),
+                weights.stride(0),
+                step.block_tables.stride(0),
+                _layout(cache).k_stride,
+            ),
+            HEADS=q.shape[1],
+            ROWS=max(16, power_of_two(q.shape[1])),
+            DIM=dim,
+            COLUMNS=max(16, power_of_two(dim)),
+            STORED=dims["K_STORED"],
+            PAGE=self.block_size,
+            TILE=kernels.TILE,
+            TILES=kernels.TILES,
+            PRECISION=dims["PRECISION"],
+        )
+        return out
+
     def place(self, cache: LayerCache, heads: Tensor, turn: Turn, step: Ragged) -> Tensor:
         kernels, layout, heads = _kernels("write"), _layout(cache), _rows(heads)
         tokens, num_kv_heads, (dim, half) = (
@@ -195,7 +198,7 @@ class Triton:
         )
         num_heads = heads.shape[1] - 2 * num_kv_heads
         rest = dim - 2 * half
-        at_once = max(1, min(_power_of_two(num_kv_heads), kernels.BLOCK // _power_of_two(dim)))
+        at_once = max(1, min(power_of_two(num_kv_heads), kernels.BLOCK // power_of_two(dim)))
         groups, kv_groups = -(-num_heads // at_once), -(-num_kv_heads // at_once)
         if tokens:
             kernels.place[tokens, groups + 2 * kv_groups](
@@ -217,9 +220,9 @@ class Triton:
                 DIM=dim,
                 STORED=layout.dims["K_STORED"],
                 HALF=half,
-                WIDTH=_power_of_two(half),
-                REST=_power_of_two(rest) if rest else 0,
-                COLUMNS=_power_of_two(dim),
+                WIDTH=power_of_two(half),
+                REST=power_of_two(rest) if rest else 0,
+                COLUMNS=power_of_two(dim),
                 INTERLEAVED=turn.interleaved,
             )
         return heads.narrow(1, 0, num_heads)
@@ -343,7 +346,7 @@ class Triton:
         kernels, layout, dims = _kernels("shared"), _layout(cache), constants
         tiles, num_seqs = layout.tiles, len(step.lengths)
         (num_groups, size), num_kv_heads = shared.members.shape, cache.shape.num_kv_heads
-        rows = min(max(16, _power_of_two(size * dims["GROUP"])), tiles.rows)
+        rows = min(max(16, power_of_two(size * dims["GROUP"])), tiles.rows)
         parts = -(-size * dims["GROUP"] // rows)
         busy = -(-num_seqs // size) * parts * num_kv_heads  # programs, if all sequences share
         splits = min(max(2 * _num_processors(q.device) // busy, 1), MOST_SPLITS)
@@ -404,15 +407,15 @@ class Triton:
         tensors are written in place where CUDA graphs are replayed.
         """
         kernels, layout, shape = _kernels("decode"), _layout(cache), cache.shape
-        rows = min(max(16, _power_of_two(num_rows[1])), layout.tiles.most_rows)
+        rows = min(max(16, power_of_two(num_rows[1])), layout.tiles.most_rows)
         groups = -(-num_rows[1] // rows)
-        count = min(rows, _power_of_two(num_rows[0]))
+        count = min(rows, power_of_two(num_rows[0]))
         pairs = shape.num_kv_heads * groups
         num_seqs, device = step.lengths.shape[0], step.lengths.device
         num_programs = _num_programs(num_seqs * pairs, step.max_length, shape, device)
         width = layout.dims["V0"] + layout.dims["V1"]
         sizes = {"ROWS": rows, "GROUPS": groups, "COUNT": count}
-        sizes["AT_ONCE"] = max(1, MERGED_NUMBERS // (count * _power_of_two(width)))
+        sizes["AT_ONCE"] = max(1, MERGED_NUMBERS // (count * power_of_two(width)))
         key = (num_programs, pairs, window, most, count, width, layout.tiles.decode_tile)
         if any(share.step is not step for share in self._shares.values()):
             self._shares.clear()
@@ -438,16 +441,6 @@ class Triton:
         return share, sizes
 
 
-def halves(dim: int) -> tuple[int, int]:
-    """A head dimension as two powers of two, or one and 0, that together hold it."""
-    first = max(DIM_STEP, 1 << (dim.bit_length() - 1))
-    return first, 0 if dim <= first else max(DIM_STEP, _power_of_two(dim - first))
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
-
-
 def _num_programs(pairs: int, max_length: int, shape: CacheShape, device: torch.device) -> int:
     """Programs of the decode kernel: 1, 2 or 4 per processor, more where there are many sequences.
 
@@ -462,12 +455,6 @@ def _num_programs(pairs: int, max_length: int, shape: CacheShape, device: torch.
 def _num_processors(device: torch.device) -> int:
     gpu = gpu_of(device)
     return INTERPRETED_PROCESSORS if gpu is None else gpu.processors
-
-
-def _is_small(device: torch.device) -> bool:
-    """Whether programs have 99 KiB of shared memory, as on desktops, and not the 163 or more of data centres."""
-    gpu = gpu_of(device)
-    return gpu is not None and gpu.capability != (8, 0) and gpu.capability[0] not in (9, 10)
 
 
 def _kernels(name: str) -> ModuleType:
