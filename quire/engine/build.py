@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quire.attention.base import Backend
+from quire.attention.base import Backend, Cache
 from quire.attention.select import select
 from quire.attention.shapes import cache_shapes
 from quire.checkpoint.source import resolve as find_model
@@ -196,6 +196,29 @@ def _compile_ahead(resolved: Resolved, raw: Mapping[str, Any], model: Network) -
     return None if done.exists() else Precompiler(job, done)
 
 
+def _repeated(
+    parts: tuple[Network, list[Cache], SlotState, Sampler], config: Config, *, keeps_states: bool
+) -> tuple[FixedSteps | None, MixedSteps | None]:
+    """How steps of newest tokens, and small ones of any, are computed again by one call; None if they are not."""
+    model, _, state, _ = parts
+    block_size, device = config.block_size or 1, state.tokens.device
+    if not isinstance(model, Decoder):
+        logger.info("steps are computed operation by operation: others' modules are not recorded")
+    elif num_chosen(model.spec, state.max_length):  # each step's scores are as wide as its longest sequence
+        logger.info(
+            "steps are computed operation by operation: attention to chosen positions is not recorded"
+        )
+    elif model.backend.name == "cpu":
+        sizes, recordings = range(1, MOST_RECORDED + 1), Recordings(keeps_states=keeps_states)
+        return FixedSteps(*parts, block_size=block_size, graphs=recordings, sizes=sizes), None
+    elif (reason := why_not(model, device)) is None:
+        fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs(keeps_states=keeps_states))
+        return fixed, MixedSteps(fixed, min(config.max_num_batched_tokens or 1, worthwhile(model.spec)))
+    elif device.type == "cuda":
+        logger.info("decode steps are no CUDA graphs: %s", reason)
+    return None, None
+
+
 def _core(
     resolved: Resolved,
     spec: Spec,
@@ -219,25 +242,7 @@ def _core(
         state,
         Sampler(spec.vocab_size, state.tokens),
     )
-    fixed = mixed = None
-    if not isinstance(model, Decoder):
-        logger.info("steps are computed operation by operation: others' modules are not recorded")
-    elif num_chosen(
-        spec, length
-    ):  # the longest sequence's length, which only the host knows, is a size of theirs
-        logger.info(
-            "steps are computed operation by operation: attention that chooses positions is not recorded"
-        )
-    elif model.backend.name == "cpu":
-        recordings = Recordings(keeps_states=states is not None)
-        fixed = FixedSteps(
-            *parts, block_size=block_size, graphs=recordings, sizes=range(1, MOST_RECORDED + 1)
-        )
-    elif (reason := why_not(model, device)) is None:
-        fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs(keeps_states=states is not None))
-        mixed = MixedSteps(fixed, min(config.max_num_batched_tokens, worthwhile(model.spec)))
-    elif device.type == "cuda":
-        logger.info("decode steps are no CUDA graphs: %s", reason)
+    fixed, mixed = _repeated(parts, config, keeps_states=states is not None)
     rows = None if states is None else StateRows(states)
     runner = Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed, states=rows)
     secret = os.urandom(16)  # nobody outside can predict which prompts share a block
