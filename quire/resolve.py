@@ -15,8 +15,11 @@ from quire.models.spec import (
     RGLRU,
     Both,
     Decoder,
+    DeltaNet,
     Foreign,
     Guided,
+    KimiDelta,
+    Lightning,
     Mamba,
     Mamba2,
     Mixer,
@@ -50,6 +53,7 @@ STATE_SHARE = (
     0.5  # of the cache's memory, for states of sequences that run; of the rest, for those that are kept
 )
 WIDE = 4  # copies of a layer's largest output that modules of others hold at once
+INVERSES = 32  # half the numbers that a head and position of a chunk has of what keys make of each other
 EXACT_LOGPROBS = 64  # that a kernel finds in one order; more are sorted by torch
 ONLINE_GAP_MS = {"cpu": 250.0, "cuda": 50.0}
 
@@ -270,6 +274,10 @@ def _widest(part: Mixer | MLP | MoE | None, dim: int) -> int:
             return max(_widest(states, dim), 2 * _widest(mlp, dim), 2 * qkv)  # with what is added
         case Mamba2(inner=inner, convolved=convolved):
             return 2 * (inner + convolved)
+        case DeltaNet(num_k_heads=num_k, k_dim=k_dim, num_v_heads=num_v, v_dim=v_dim):
+            return 4 * num_k * k_dim + num_v * (3 * v_dim + INVERSES)
+        case KimiDelta(num_heads=heads, head_dim=size) | Lightning(num_heads=heads, head_dim=size):
+            return 8 * heads * size
     return 0
 
 

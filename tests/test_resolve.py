@@ -7,7 +7,7 @@ import pytest
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.registry import decoder_spec
-from quire.models.spec import Decoder
+from quire.models.spec import Decoder, DeltaNet, KimiDelta, Lightning, Mixer, Norm
 from quire.resolve import EXACT_LOGPROBS, Machine, Resolved, resolve
 from tests.models.cases import BY_NAME, config_of
 
@@ -54,6 +54,24 @@ def spec() -> Decoder:
 
 def derive(spec: Decoder, machine: Machine = CPU, *, offline: bool = True, **options: object) -> Resolved:
     return resolve(Config(model="m", **options), spec, machine, checkpoint_dtype="bfloat16", offline=offline)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "least"),
+    [
+        (DeltaNet(num_k_heads=16, num_v_heads=64, k_dim=128, v_dim=128, width=4, norm=Norm()), 48_000),
+        (KimiDelta(num_heads=64, head_dim=128, width=4, norm=Norm(), rank=128), 64_000),
+        (Lightning(num_heads=64, head_dim=128, rate=1.0, norm=Norm()), 48_000),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_work_space_has_room_for_what_recurrent_layers_make(spec: Decoder, mixer: Mixer, least: int) -> None:
+    """Numbers of a position: inputs, convolved ones, queries and keys in float32, and results."""
+    blocks = tuple(replace(block, mixer=mixer) for block in spec.blocks)
+    options = {"max_num_batched_tokens": 4096, "max_num_seqs": 1}
+    one, other = (derive(s, GPU, **options).memory for s in (spec, replace(spec, blocks=blocks)))
+    assert other.work_bytes > one.work_bytes
+    assert other.work_bytes > 4 * 4096 * least
 
 
 def test_nothing_is_left_open(spec: Decoder) -> None:
