@@ -118,7 +118,7 @@ def decoder(c: HF, block: Block | Callable[[int], Block], norm: Norm, **changes:
     blocks = [block] * num_layers if isinstance(block, Block) else [block(i) for i in range(num_layers)]
     length = changes.get("max_length") or max_length(c)
     base = {
-        "vocab_size": c.count("vocab_size"),
+        "vocab_size": changes.get("vocab_size") or c.count("vocab_size"),
         "dim": changes.get("dim") or c.count("hidden_size"),
         "max_length": length,
         "tied": bool(c.get("tie_word_embeddings", False)),

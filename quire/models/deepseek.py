@@ -1,4 +1,4 @@
-"""DeepSeek V2 to V3.2, Kimi K2: latent attention, grouped routing, shared experts; dots.llm1; Youtu; MiniCPM 3."""
+"""DeepSeek MoE to V3.2, Kimi K2: latent attention, grouped routing, shared experts; dots.llm1; Youtu; MiniCPM 3."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,9 +9,11 @@ from quire.models.common import (
     biases,
     decoder,
     growth,
+    kv_heads,
     layer_kinds,
     layer_types,
     mlp,
+    plain_head_dim,
     pre_norm,
     rope,
     rope_parameters,
@@ -26,6 +28,24 @@ from quire.models.spec import MLA, Attention, Block, Decoder, Indexer, MoE, Norm
 
 LATENT_EPS = 1e-6  # the norms of latents do not follow rms_norm_eps
 RENAMES = (*LLAMA, (r"\.shared_experts\.", ".shared."))
+
+
+def deepseek(c: HF) -> tuple[Decoder, Names]:
+    """DeepSeek-MoE (Dai et al. 2024): usual attention, softmax scores."""
+    for key, known in (("scoring_func", "softmax"), ("topk_method", "greedy")):
+        c.refuse((value := c.get(key, known)) != known, f"{key}={value!r}")
+    c.refuse_if_set("mlp_bias")
+    c.skip("n_group", "topk_group", "head_dim")
+    moe = MoE(
+        num_experts=c.count("n_routed_experts", "num_experts"),
+        top_k=c.count("num_experts_per_tok"),
+        expert=mlp(c, hidden=c.count("moe_intermediate_size")),
+        renorm=bool(c.norm_topk_prob),
+        scale=c.get("routed_scaling_factor", 1.0),
+        shared=shared_experts(c),
+    )
+    mixer = attention(c, head_dim=plain_head_dim(c), num_kv_heads=kv_heads(c), **biases(c))
+    return mostly_experts(c, mixer, moe, dense_layers(c)), Names(renames=RENAMES)
 
 
 def deepseek_v2(c: HF) -> tuple[Decoder, Names]:

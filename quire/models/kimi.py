@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from quire.models.bailing import RENAMES as BAILING
 from quire.models.common import decoder, layer_types, mlp, pre_norm, rope, rope_parameters, shared_experts
 from quire.models.deepseek import LATENT_EPS, dense_layers, latent_attention, mtp_layers
-from quire.models.deepseek import RENAMES as PLAIN
 from quire.models.hf import HF
 from quire.models.mixtral import RENAMES
 from quire.models.names import Names
@@ -61,15 +61,8 @@ def bailing_hybrid(c: HF) -> tuple[Decoder, Names]:
     )
     period = c.get("layer_group_size", 6)
     is_delta = layer_types(c, lambda i: (i + 1) % period != 0, "linear_attention")
-    renames = (
-        (r"\.word_embeddings\.", ".embed_tokens."),
-        (r"\.attention\.", ".self_attn."),
-        (r"\.self_attn\.dense\.", ".self_attn.o_proj."),
-        (r"\.expert_bias$", ".e_score_correction_bias"),
-        *PLAIN,
-    )
     spec = _hybrid(c, delta, whole, is_delta, _experts(c, 8, 4))
-    return spec, Names(renames=renames, ignored=mtp_layers(c))
+    return spec, Names(renames=BAILING, ignored=mtp_layers(c))
 
 
 def _hybrid(c: HF, delta: KimiDelta, whole: MLA, is_delta: Sequence[bool], moe: MoE) -> Decoder:

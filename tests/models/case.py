@@ -1,12 +1,56 @@
 """What a case is: a tiny checkpoint of one architecture, made by Transformers or by a network of networks.py."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 
 from tests.models import networks
+
+
+@dataclass(frozen=True, eq=False)
+class Spelling:
+    """How a checkpoint was published that Transformers' class would name otherwise.
+
+    Modules that make one: by its name, their names; with several groups it holds a share of each, in turn.
+    """
+
+    renames: Mapping[str, str]  # regular expressions, in order
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    groups: int = 1
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Transformers' tensors by Transformers' names -> the published ones."""
+        left = dict(tensors)
+        for whole, (first, *others) in self.fused.items():
+            for name in [name for name in left if f".{first}." in name]:
+                parts = [left.pop(name.replace(f".{first}.", f".{part}.")) for part in (first, *others)]
+                shares = [part.unflatten(0, (self.groups, -1)) for part in parts]
+                left[name.replace(f".{first}.", f".{whole}.")] = torch.cat(shares, 1).flatten(0, 1)
+        return {self._renamed(name): tensor for name, tensor in unstacked(left).items()}
+
+    def _renamed(self, name: str) -> str:
+        for pattern, to in self.renames.items():
+            name = re.sub(pattern, to, name)
+        return name
+
+
+def unstacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with each expert's weights by themselves."""
+    apart = {}
+    for name, tensor in tensors.items():
+        module, part = name.rsplit(".", 1)
+        ups = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(part)
+        for i, one in enumerate(tensor if ups else ()):
+            for up, weight in zip(ups, one.chunk(len(ups)), strict=True):
+                apart[f"{module}.{i}.{up}.weight"] = weight.contiguous()
+        if not ups:
+            apart[name] = tensor
+    return apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +62,7 @@ class Case:
     model: str = ""  # class names; by default they follow from the case's name up to "-"
     config: str = ""
     legacy: Mapping[str, Any] = field(default_factory=dict)  # a value of None deletes the key
+    spelling: Spelling | None = None
 
     @property
     def architecture(self) -> str:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.models.case import Case, alias, found
+from tests.models.respelled import RESPELLED
 from tests.models.values import (
     ALL_SPARSE,
     BAILING,
@@ -43,6 +45,7 @@ from tests.models.values import (
     HALF_STATES,
     HYBRID,
     KIMI,
+    KIMI_K2,
     KIMI_PUBLISHED,
     LAGUNA,
     LAGUNA_PLAIN,
@@ -99,6 +102,7 @@ COMPUTED = re.compile(r"\.(slope_rate|(query|key|diagonal)_decay)$")  # buffers 
 
 
 CASES = (
+    *RESPELLED,
     Case(
         "Qwen3Next",
         BASE
@@ -364,6 +368,7 @@ CASES = (
     Case("Glm4MoeLite", PLAIN | ALL_SPARSE | LATENT | SOME_DENSE),
     Case("Youtu", PLAIN | LATENT | STRETCHED),
     alias("KimiK2", "DeepseekV3", PLAIN | GROUPS | LATENT | ONE_GROUP, model_type="kimi_k2"),
+    Case("DeepseekV3-kimi_k2", PLAIN | GROUPS | LATENT | ONE_GROUP, legacy=KIMI_K2),
     Case("SolarOpen", BASE | ALL_SPARSE | {"attention_bias": True}),
     Case("HYV3", BASE | EXPERTS | SHARED | SOME_DENSE | {"attention_bias": True, "mlp_bias": True}),
     Case("ExaoneMoe", BASE | ROUTING | EXPERTS | SHARED | LOCAL | MIXED),
@@ -474,6 +479,9 @@ def build_hf(case: Case, folder: Path | None = None, *, seed: int = 0) -> torch.
                 tensor.normal_(mean=NORM_MEAN if is_norm else 0.0, std=STD)
     if folder is not None:
         model.save_pretrained(folder)
+        if case.spelling is not None:
+            file = folder / "model.safetensors"
+            save_file(case.spelling.of(load_file(file)), file)
         _make_legacy(folder / "config.json", case.legacy)
     return model
 

@@ -11,7 +11,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    DeepseekOcr2TextConfig,
+    DeepseekOcr2TextModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StableLmConfig,
+)
 
 
 class RmsNorm(nn.Module):
@@ -52,25 +58,157 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hts,shd->thd", scores.masked_fill(later, -torch.inf).softmax(-1), v).flatten(1)
 
 
+def routed(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
+    """The most likely experts' probabilities, and which these are [T, top_k]."""
+    weights, chosen = logits.softmax(-1).topk(top_k, -1)
+    return weights / weights.sum(-1, keepdim=True) if renorm else weights, chosen
+
+
+def combined(each: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """What the chosen of all experts' results [T, E, D] add up to [T, D]."""
+    return (each.gather(1, chosen[..., None].expand(-1, -1, each.shape[-1])) * weights[..., None]).sum(1)
+
+
 class Network(PreTrainedModel):
     """Embedding, layers, norm, head; `layer` makes one."""
 
+    embedding = "embed_tokens"
     layer: Any
 
     def __init__(self, config: Any):
         super().__init__(config)
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.add_module(self.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
         self.model.layers = nn.ModuleList(self.layer(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, token_ids: Tensor) -> SimpleNamespace:
         """token_ids [1, T] -> logits [1, T, vocab_size]."""
-        x = self.model.embed_tokens(token_ids[0])
+        x = self.model.get_submodule(self.embedding)(token_ids[0])
         for layer in self.model.layers:
             x = layer(x)
         return SimpleNamespace(logits=self.lm_head(self.model.norm(x))[None])
+
+
+class Headed(PreTrainedModel):
+    """A model of Transformers with the head that it lacks there."""
+
+    body: Any
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.model = self.body(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, token_ids: Tensor) -> SimpleNamespace:
+        """token_ids [1, T] -> logits [1, T, vocab_size]."""
+        return SimpleNamespace(logits=self.lm_head(self.model(token_ids).last_hidden_state))
+
+
+class DeepseekConfig(DeepseekOcr2TextConfig):
+    model_type = "deepseek"
+
+
+class DeepseekForCausalLM(Headed):
+    """DeepSeek-MoE (Dai et al. 2024), which is what DeepSeek-OCR 2 reads its text with."""
+
+    config_class = DeepseekConfig
+    body = DeepseekOcr2TextModel
+
+
+@strict
+class OrionConfig(StableLmConfig):
+    """Of StableLM's network, with whole heads rotated."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("partial_rotary_factor", 1.0)
+        super().__post_init__(**kwargs)
+
+
+@strict
+class BailingMoeConfig(PreTrainedConfig):
+    """Defaults are those of the configuration that inclusionAI published."""
+
+    model_type = "bailing_moe"
+    vocab_size: int = 30592
+    hidden_size: int = 1024
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 0
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    use_qkv_bias: bool = False
+    use_bias: bool = False
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 16384
+    rope_theta: float = 10_000.0
+    num_experts: int = 16
+    num_shared_experts: int = 0
+    num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True
+    moe_intermediate_size: int | None = None
+    first_k_dense_replace: int = 0
+    tie_word_embeddings: bool = False
+
+
+class BailingAttention(nn.Module):
+    def __init__(self, c: BailingMoeConfig):
+        super().__init__()
+        size = c.head_dim or c.hidden_size // c.num_attention_heads
+        self.heads, self.size, self.theta = (
+            (c.num_attention_heads, *[c.num_key_value_heads] * 2),
+            size,
+            c.rope_theta,
+        )
+        self.query_key_value = nn.Linear(c.hidden_size, sum(self.heads) * size, bias=c.use_qkv_bias)
+        self.dense = nn.Linear(c.num_attention_heads * size, c.hidden_size, bias=c.use_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.query_key_value(x).unflatten(-1, (-1, self.size)).split(self.heads, 1)
+        return self.dense(attended(turned(q, self.theta), turned(k, self.theta), v))
+
+
+class BailingExperts(nn.Module):
+    def __init__(self, c: BailingMoeConfig):
+        super().__init__()
+        self.top_k, self.renorm = c.num_experts_per_tok, c.norm_topk_prob
+        self.gate = nn.Linear(c.hidden_size, c.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            Gated(c.hidden_size, c.moe_intermediate_size) for _ in range(c.num_experts)
+        )
+        if c.num_shared_experts:
+            self.shared_experts = Gated(c.hidden_size, c.moe_intermediate_size * c.num_shared_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = routed(self.gate(x), self.top_k, self.renorm)
+        each = torch.stack([expert(x) for expert in self.experts], 1)
+        return combined(each, weights, chosen) + (
+            self.shared_experts(x) if hasattr(self, "shared_experts") else 0
+        )
+
+
+class BailingLayer(nn.Module):
+    def __init__(self, c: BailingMoeConfig, i: int):
+        super().__init__()
+        self.attention = BailingAttention(c)
+        is_dense = i < c.first_k_dense_replace
+        self.mlp = Gated(c.hidden_size, c.intermediate_size) if is_dense else BailingExperts(c)
+        self.input_layernorm = RmsNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RmsNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class BailingMoeForCausalLM(Network):
+    """Ling (2025), from inclusionAI's report and their modeling_bailing_moe.py."""
+
+    config_class = BailingMoeConfig
+    embedding = "word_embeddings"
+    layer = BailingLayer
 
 
 @strict
@@ -132,12 +270,10 @@ class Step3Experts(nn.Module):
             self.get_submodule(name).weight = nn.Parameter(torch.empty(c.moe_num_experts, *size))
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.gate(x).softmax(-1).topk(self.top_k, -1)
-        if self.renorm:
-            weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = routed(self.gate(x), self.top_k, self.renorm)
         gate, up = (torch.einsum("eih,th->tei", part.weight, x) for part in (self.gate_proj, self.up_proj))
         each = torch.einsum("eoi,tei->teo", self.down_proj.weight, F.silu(gate) * up)
-        return (each.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * weights[..., None]).sum(1)
+        return combined(each, weights, chosen)
 
 
 class Step3Layer(nn.Module):

@@ -6,6 +6,7 @@ They are written in the old form (`rope_theta`, `rope_scaling`), unlike what tod
 from typing import Any
 
 from tests.models.published_experts import EXPERTS
+from tests.models.published_respelled import RESPELLED
 from tests.models.published_states import STATES
 
 LLAMA_3_1_8B = {
@@ -490,5 +491,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "Phi-3.5-MoE": (PHI_3_5_MOE, 41_873_153_344, 131_072, 65_536),
     "pythia-1b": (PYTHIA_1B, 1_011_781_632, 2_048, 65_536),
     **EXPERTS,
+    **RESPELLED,
     **STATES,
 }

@@ -99,6 +99,8 @@ def test_published_facts() -> None:
     specs = {name: decoder_spec(config)[0] for name, (config, *_) in PUBLISHED.items()}
     assert num_parameters(specs["Qwen3-30B-A3B"]).active == 3_353_032_704
     assert num_parameters(specs["Step-3"]).active == 38_841_328_640
+    assert num_parameters(specs["Ling-mini-2.0"]).active == 1_432_973_056
+    assert specs["GLM-4-9B-chat"].blocks[0].mixer.rope.theta == 5_000_000
     assert specs["Llama-1-7B"].blocks[0].mixer.rope.theta == 10_000
     assert [b.mixer.window for b in specs["gemma-3-1b"].blocks[:7]] == [512] * 5 + [None, 512]
     assert [b.mixer.rope.theta for b in specs["gemma-3-1b"].blocks[4:6]] == [10_000, 1_000_000]
@@ -204,6 +206,14 @@ UNSUPPORTED = (
     ("Jamba", {"sliding_window": 8}, "sliding_window"),
     ("NemotronH", {"sliding_window": 8}, "sliding_window"),
     ("NemotronH", {"layers_block_type": ["M", "x"]}, "layer type x"),
+    ("BailingMoe", {"norm_head": True}, "norm_head"),
+    ("BailingMoeV2", {"score_function": "softmax"}, "score_function"),
+    ("BailingMoeV2", {"moe_router_enable_expert_bias": False}, "moe_router_enable_expert_bias"),
+    ("BailingMoeV2", {"moe_shared_expert_intermediate_size": 8}, "moe_shared_expert_intermediate_size"),
+    ("ChatGLM", {"rmsnorm": False}, "rmsnorm"),
+    ("ChatGLM", {"add_bias_linear": True}, "add_bias_linear"),
+    ("ChatGLM", {"pre_seq_len": 128}, "pre_seq_len"),
+    ("Deepseek", {"topk_method": "group_limited_greedy"}, "topk_method"),
     ("Zamba2", {"tie_word_embeddings": False}, "tie_word_embeddings"),
     ("Zamba2", {"use_long_context": True}, "use_long_context"),
     ("Zamba2", {"use_conv_bias": False}, "use_conv_bias"),

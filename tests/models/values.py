@@ -344,3 +344,10 @@ ZAMBA = {
     "time_step_min": 0.4,
     "chunk_size": 16,
 }
+KIMI_K2 = {  # as it was published: Transformers knows no such type, and would run the code that comes with it
+    "model_type": "kimi_k2",
+    "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    },
+}
