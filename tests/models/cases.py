@@ -80,8 +80,6 @@ from tests.models.values import (
     SOME_DENSE,
     SPARE,
     STATES,
-    STEP3,
-    STEP3_VL,
     STRETCHED,
     TAKING_OVER,
     TEXT_01,
@@ -440,8 +438,6 @@ CASES = (
         | {"layers_block_type": ["hybrid", "mamba"] * 2 + ["mamba"], "num_mem_blocks": 1}
         | {"add_bias_linear": True, "intermediate_size": None},
     ),
-    Case("Step3Text", STEP3 | {"moe_layers_enum": "0,2", "rope_theta": 500.0}),
-    alias("Step3VL", "Step3Text", STEP3 | {"norm_expert_weight": True}, "", architectures=[STEP3_VL]),
     Case(  # so wide that gates are clamped
         "GptOss",
         BASE | LOCAL | LOCAL_EXPERTS | {"hidden_size": 192, "rope_parameters": YARN | {"truncate": False}},

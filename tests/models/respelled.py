@@ -1,7 +1,19 @@
-"""Cases of models whose authors spell keys and tensors otherwise than Transformers spells the same network."""
+"""Cases of networks that Transformers has no class of, or one that spells keys and tensors otherwise."""
 
 from tests.models.case import Case, Spelling, alias
-from tests.models.values import BASE, EXPERTS, GROUPED, GROUPS, LLAMA3, MAX_LENGTH, PLAIN, SIZES, theta
+from tests.models.values import (
+    BASE,
+    EXPERTS,
+    GROUPED,
+    GROUPS,
+    LLAMA3,
+    MAX_LENGTH,
+    PLAIN,
+    SIZES,
+    STEP3,
+    STEP3_VL,
+    theta,
+)
 
 QKV = ("q_proj", "k_proj", "v_proj")
 INTERNLM = Spelling(
@@ -111,6 +123,8 @@ ROUTED = {key: GROUPS[key] for key in ("n_routed_experts", "num_experts_per_tok"
 ROUTED |= {"moe_intermediate_size": 40}
 
 RESPELLED = (
+    Case("Step3Text", STEP3 | {"moe_layers_enum": "0,2", "rope_theta": 500.0}),
+    alias("Step3VL", "Step3Text", STEP3 | {"norm_expert_weight": True}, "", architectures=[STEP3_VL]),
     Case(
         "InternLM2",
         GROUPED | {"attention_bias": True} | theta(500.0),
