@@ -10,7 +10,7 @@ from quire.attention.base import Backend
 from quire.checkpoint.dummy import DummyCheckpoint
 from quire.checkpoint.reader import Checkpoint, stored_tensors
 from quire.config import Config
-from quire.errors import ConfigError
+from quire.errors import ConfigError, UnsupportedModel
 from quire.layers.base import Network
 from quire.layers.decoder import Decoder
 from quire.log import logger
@@ -102,7 +102,12 @@ def take_road(raw: Mapping[str, Any], config: Config) -> Road:
             "deterministic is set, and Transformers' modules add up in an order that depends on the batch; it needs a"
             " native architecture (`quire models`)"
         )
-    return Foreign(raw, config)
+    try:
+        return Foreign(raw, config)
+    except UnsupportedModel as error:
+        if raw["architectures"][0] not in registry.FAMILIES:
+            raise
+        raise UnsupportedModel(f"{error}. It is native as well: leave out --model-impl") from error
 
 
 def _how(config: Config, backend: Backend, device: torch.device) -> dict[str, Any]:

@@ -94,6 +94,14 @@ def test_a_class_without_a_family_takes_the_other_road(tmp_path: Path) -> None:
         LLM(str(tmp_path), **ENGINE, model_impl="native")
 
 
+def test_where_others_modules_cannot_run_the_native_road_is_named(tmp_path: Path) -> None:
+    build_hf(BY_NAME["DeepseekV32"], tmp_path)
+    with pytest.raises(
+        UnsupportedModel, match="do not run with another's attention.*native.*leave out --model-impl"
+    ):
+        LLM(str(tmp_path), **ENGINE, model_impl="transformers")
+
+
 def test_what_others_modules_cannot_do_is_refused(tmp_path: Path) -> None:
     build_hf(BY_NAME["Llama"], tmp_path)
     with pytest.raises(ConfigError, match="deterministic is set.*native"):
