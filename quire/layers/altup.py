@@ -10,7 +10,7 @@ from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.block import Block
 from quire.layers.linear import EXACT, Linear
-from quire.layers.norm import Norm, Normed, add, normed
+from quire.layers.norm import Norm, Normed, add, mean, normed
 from quire.models import spec
 
 LEAST_SQUARE = 1e-5  # the mean that a stream's squares have at least, when it is scaled
@@ -46,13 +46,10 @@ class Streams(nn.Module):
         return total / len(streams)
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    return x.float().square().mean(-1, keepdim=True)
-
-
 def _as_large(x: Tensor, other: Tensor) -> Tensor:
     """x [T, dim] with the root mean square of `other`, row by row."""
-    return (x * (_mean_square(other).sqrt() / _mean_square(x).clamp(min=LEAST_SQUARE).sqrt())).to(x.dtype)
+    large, own = (mean(y.float().square()) for y in (other, x))
+    return (x * (large.sqrt() / own.clamp(min=LEAST_SQUARE).sqrt())).to(x.dtype)
 
 
 class AltUp(nn.Module):

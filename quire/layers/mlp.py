@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
-from quire.layers.norm import Norm, Normed, add
+from quire.layers.norm import Norm, Normed, add, mean
 from quire.models import spec
 
 
@@ -82,6 +82,6 @@ class MLP(nn.Module):
     def _sparse(self, gate: Tensor) -> Tensor:
         """What of a token's gates [T, hidden] is above a quantile, were they normally distributed; else 0."""
         x = gate.float()
-        mean = x.mean(-1, keepdim=True)
-        deviation = (x - mean).square().mean(-1, keepdim=True).sqrt()
-        return (x - (mean + deviation * self.cutoff)).relu().to(gate.dtype)
+        middle = mean(x)
+        deviation = mean((x - middle).square()).sqrt()
+        return (x - (middle + deviation * self.cutoff)).relu().to(gate.dtype)

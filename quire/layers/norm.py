@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from quire.kernels import ops
@@ -66,3 +67,14 @@ def add(x: Tensor, residual: Tensor, post: Norm | None, following: Norm | None) 
 
 def normed(x: Tensor, norm: Norm | None) -> Normed:
     return Normed(x if norm is None else norm(x))
+
+
+def mean(x: Tensor) -> Tensor:
+    """Of the last dimension of x [..., D], in an order that nothing but D decides -> [..., 1] float32."""
+    total = x.float()
+    while (half := total.shape[-1] // 2) > 0:
+        rest = total[..., 2 * half :]
+        total = total[..., :half] + total[..., half : 2 * half]
+        if rest.shape[-1]:
+            total = torch.cat((total, rest), -1)
+    return total / x.shape[-1]

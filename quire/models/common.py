@@ -111,6 +111,11 @@ def pre_norm(mixer: Mixer, feed_forward: MLP | MoE, norm: Norm, **changes: Any) 
     return Block(mixer=mixer, mlp=feed_forward, attn_norm=norm, mlp_norm=norm, **changes)
 
 
+def sandwich(mixer: Mixer, feed_forward: MLP | MoE, norm: Norm, **changes: Any) -> Block:
+    """What each part adds is normalised, too."""
+    return pre_norm(mixer, feed_forward, norm, attn_post_norm=norm, mlp_post_norm=norm, **changes)
+
+
 def decoder(c: HF, block: Block | Callable[[int], Block], norm: Norm, **changes: Any) -> Decoder:
     """The usual skeleton around one block, repeated, or a function from the layer's index to its block."""
     num_layers = changes.pop("num_layers", None) or c.count("num_hidden_layers")

@@ -11,6 +11,7 @@ from quire.models.common import (
     mlp,
     pre_norm,
     rope,
+    sandwich,
     tied_by_default,
     window,
 )
@@ -76,16 +77,9 @@ def _heads(c: HF) -> dict[str, Any]:
 
 
 def _sandwich(c: HF, post: bool = True, **changes: Any) -> Block:
-    norm = _norm(c)
-    after = norm if post else None
-    return Block(
-        mixer=attention(c, scale=c.number("query_pre_attn_scalar") ** -0.5, **_heads(c), **changes),
-        mlp=mlp(c, act=c.text("hidden_activation")),
-        attn_norm=norm,
-        attn_post_norm=after,
-        mlp_norm=norm,
-        mlp_post_norm=after,
-    )
+    mixer = attention(c, scale=c.number("query_pre_attn_scalar") ** -0.5, **_heads(c), **changes)
+    around = sandwich if post else pre_norm
+    return around(mixer, mlp(c, act=c.text("hidden_activation")), _norm(c))
 
 
 def _scaled(c: HF, block: Block | Callable[[int], Block], norm: Norm, **changes: Any) -> Decoder:

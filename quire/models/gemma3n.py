@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from quire.models.common import attention, biases, decoder, layer_types, mlp, tied_by_default
+from quire.models.common import attention, biases, decoder, layer_types, mlp, sandwich, tied_by_default
 from quire.models.gemma import rope_per_type
 from quire.models.gemma4 import layer_embedding, shared_layers, unused_keys
 from quire.models.hf import HF
@@ -43,16 +43,8 @@ def gemma3n(c: HF) -> tuple[Decoder, Names]:
             window=c.count("sliding_window") if local[i] else None,
             **biases(c),
         )
-        return Block(
-            mixer=mixer,
-            mlp=mlp(c, act=c.text("hidden_activation"), hidden=hidden[i], sparsity=sparsity[i]),
-            attn_norm=norm,
-            attn_post_norm=norm,
-            mlp_norm=norm,
-            mlp_post_norm=norm,
-            altup=altup,
-            embedding=embedding,
-        )
+        feed_forward = mlp(c, act=c.text("hidden_activation"), hidden=hidden[i], sparsity=sparsity[i])
+        return sandwich(mixer, feed_forward, norm, altup=altup, embedding=embedding)
 
     changes |= {"embed_scale": c.count("hidden_size") ** 0.5, "tied": tied_by_default(c)}
     spec = decoder(c, block, norm, logit_softcap=c.get("final_logit_softcapping", 30.0), **changes)

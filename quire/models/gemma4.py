@@ -12,6 +12,7 @@ from quire.models.common import (
     layer_types,
     mlp,
     rope,
+    sandwich,
     tied_by_default,
 )
 from quire.models.hf import HF
@@ -50,16 +51,9 @@ def gemma4(c: HF) -> tuple[Decoder, Names]:
     def block(i: int) -> Block:
         hidden = c.count("intermediate_size") * (1 if shares[i] is None else wide)
         dense = mlp(c, act=c.text("hidden_activation"), hidden=hidden)
-        return Block(
-            mixer=replace(mixers[local[i]], shares=shares[i]),
-            mlp=_experts(c, dense, norm) if sparse else dense,
-            attn_norm=norm,
-            attn_post_norm=norm,
-            mlp_norm=norm,
-            mlp_post_norm=norm,
-            embedding=embedding,
-            scalar=True,
-        )
+        feed_forward = _experts(c, dense, norm) if sparse else dense
+        mixer = replace(mixers[local[i]], shares=shares[i])
+        return sandwich(mixer, feed_forward, norm, embedding=embedding, scalar=True)
 
     changes |= {"embed_scale": c.count("hidden_size") ** 0.5, "tied": tied_by_default(c)}
     spec = decoder(c, block, norm, logit_softcap=c.final_logit_softcapping, **changes)
@@ -84,8 +78,9 @@ def shared_layers(c: HF, local: Sequence[bool]) -> list[int | None]:
 
 
 def unused_keys(shares: Sequence[int | None]) -> tuple[str, ...]:
-    """Patterns of what checkpoints have of layers that share, and nobody reads."""
-    return tuple(rf"^layers\.{i}\.mixer\.[kv]_" for i, other in enumerate(shares) if other is not None)
+    """A pattern of what checkpoints have of layers that share, and nobody reads."""
+    layers = "|".join(str(i) for i, other in enumerate(shares) if other is not None)
+    return (rf"^layers\.({layers})\.mixer\.[kv]_",) if layers else ()
 
 
 def layer_embedding(c: HF, norm: Norm) -> tuple[LayerEmbedding | None, dict[str, Any]]:

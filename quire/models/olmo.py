@@ -12,6 +12,7 @@ from quire.models.common import (
     mlp,
     pre_norm,
     rope,
+    sandwich,
     window,
 )
 from quire.models.deepseek import RENAMES, dense_layers, grouped_experts, mostly_experts
@@ -121,7 +122,7 @@ def kolibri1(c: HF) -> tuple[Decoder, Names]:
     )
 
     def block(i: int) -> Block:
-        return pre_norm(mixer(i), moe, norm, attn_post_norm=norm, mlp_post_norm=norm)
+        return sandwich(mixer(i), moe, norm)
 
     renames = (
         (r"\.(post_self_attn_layernorm|post_attn_norm)\.", ".attn_post_norm."),

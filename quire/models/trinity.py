@@ -8,6 +8,7 @@ from quire.models.common import (
     layer_types,
     mlp,
     rope,
+    sandwich,
     shared_experts,
 )
 from quire.models.deepseek import RENAMES, dense_layers, mostly_experts
@@ -37,14 +38,7 @@ def afmoe(c: HF) -> tuple[Decoder, Names]:
     def block(i: int) -> Block:
         here = {"rope": rotary, "window": sliding} if local[i] else {"rope": None}
         own = {"num_kv_heads": kv_heads(c), "qk_norm": norm, "gate": "sigmoid", **biases(c)}
-        return Block(
-            mixer=attention(c, head_dim=size, **here, **own),
-            mlp=mlp(c) if i < first else moe,
-            attn_norm=norm,
-            attn_post_norm=norm,
-            mlp_norm=norm,
-            mlp_post_norm=norm,
-        )
+        return sandwich(attention(c, head_dim=size, **here, **own), mlp(c) if i < first else moe, norm)
 
     scale = c.count("hidden_size") ** 0.5 if c.mup_enabled else 1.0
     renames = (

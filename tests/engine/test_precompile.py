@@ -18,6 +18,7 @@ from quire.engine import precompile  # noqa: E402
 from quire.engine.precompile import Job, Precompiler, command, compiled, distinct_layers  # noqa: E402
 from quire.log import logger  # noqa: E402
 from quire.models.registry import decoder_spec  # noqa: E402
+from tests.models.cases import BY_NAME, config_of  # noqa: E402
 
 H100 = (132, 232448, (9, 0))
 MANY = 60  # shares: one is few kernels, which take seconds
@@ -66,6 +67,16 @@ def test_every_kernel_can_be_compiled(model: str, tmp_path: Path) -> None:
     assert all(share["num_compiled"] == len(share["mine"]) > 20 for share in shares)
     found = outcome(work, tmp_path)
     assert found["num_compiled"] == 0 and len(found["launched"]) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Gemma3n", "Gemma4"])
+def test_layers_that_are_left_out_take_their_embeddings_with_them(name: str, tmp_path: Path) -> None:
+    work = Job(
+        config_of(BY_NAME[name]), "bfloat16", 64, max_seqs=2, max_length=64, max_batched_tokens=16, gpu=H100
+    )
+    found = outcome(replace(work, num_shares=1 << 70, share=-1), tmp_path)
+    assert "act_mul" in found["launched"].values()
 
 
 @pytest.mark.parametrize("model", ["8B", "0.6B", "30B-A3B"])
