@@ -18,6 +18,7 @@ SIZES: Sequence[tuple[str, int]] = (
     (r"(mamba_)?n_?groups", 2),
     (r"(mamba_)?chunk_size|block_size", 4),
     (r"adapter_rank", 10),
+    (r"rescale_every", 2),
     (r"qk_head_dim|linear_value_head_dim", 24),
     (r"((global|swa|attention|linear(_key)?)_)?head_dim|kv_channels|qk_nope_head_dim", 16),
     (r"qk_rope_head_dim", 8),
@@ -61,6 +62,8 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
     small = {key: _smaller(key, value, config, kept) for key, value in config.items()}
     if config.get("kv_lora_rank") and "head_dim" in config:  # that of the rotated part
         small["head_dim"] = small.get("qk_rope_head_dim")
+    if {"attention_hidden_size", "attention_head_dim"} <= small.keys():
+        small["attention_head_dim"] = small["attention_hidden_size"] // NUM_HEADS
     if expand := small.get("mamba_expand", small.get("expand")):
         inner = small.get("mamba_d_ssm") or int(expand * HIDDEN)
         sizes = {size: inner // small[heads] for size, heads in MIXERS.items() if heads in small}
