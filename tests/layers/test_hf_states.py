@@ -140,6 +140,7 @@ def test_shrinking_keeps_shares_of_heads_and_numbers_of_layers() -> None:
         "attention_head_dim": 128,
         "hybrid_layer_ids": [5, 11],
         "hybrid_override_pattern": "M-M-M*M-M-M*",
+        "sliding_window_pattern": 4,
         "attn_layer_period": 8,
         "attn_layer_offset": 4,
         "mamba_expand": 2,
@@ -147,7 +148,7 @@ def test_shrinking_keeps_shares_of_heads_and_numbers_of_layers() -> None:
         "n_mamba_heads": 64,
         "linear_num_key_heads": 16,
         "linear_num_value_heads": 32,
-        "hidden_act": "sixteen letters.",
+        "hidden_act": "twelve signs",
     }
     assert shrink(raw) == {
         "num_hidden_layers": 6,
@@ -156,6 +157,7 @@ def test_shrinking_keeps_shares_of_heads_and_numbers_of_layers() -> None:
         "attention_head_dim": 32,
         "hybrid_layer_ids": [2, 5],
         "hybrid_override_pattern": "M-*M-*",
+        "sliding_window_pattern": 4,
         "attn_layer_period": 4,
         "attn_layer_offset": 2,
         "mamba_expand": 2,
@@ -163,5 +165,5 @@ def test_shrinking_keeps_shares_of_heads_and_numbers_of_layers() -> None:
         "n_mamba_heads": 4,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "hidden_act": "sixteen letters.",
+        "hidden_act": "twelve signs",
     }

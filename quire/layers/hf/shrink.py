@@ -86,7 +86,10 @@ def _kept(config: Mapping[str, Any], depth: int) -> list[int]:
 
 
 def _is_by_layer(key: str, value: Any, depth: int) -> bool:
-    return (isinstance(value, list) or key.endswith("_pattern")) and value and len(value) == depth
+    """Whether a value says something of each layer: a list, or letters."""
+    return (isinstance(value, list) or (isinstance(value, str) and key.endswith("_pattern"))) and len(
+        value
+    ) == depth
 
 
 def _smaller(key: str, value: Any, config: Mapping[str, Any], kept: list[int]) -> Any:
