@@ -54,6 +54,7 @@ STATE_SHARE = (
 )
 WIDE = 4  # copies of a layer's largest output that modules of others hold at once
 INVERSES = 32  # half the numbers that a head and position of a chunk has of what keys make of each other
+SCORES = 3  # and of a layer's scores, where modules attend themselves
 EXACT_LOGPROBS = 64  # that a kernel finds in one order; more are sorted by torch
 ONLINE_GAP_MS = {"cpu": 250.0, "cuda": 50.0}
 
@@ -132,7 +133,7 @@ def resolve(
     if config.quantization != "auto":
         _check_quantization(config, dtype, machine)
     weights = _weight_bytes(spec, ITEM_BYTES[dtype], BITS.get(config.quantization))
-    work = _work_bytes(spec, batched, min(max_seqs, batched)) + _choice_bytes(spec, batched, length)
+    work = _work_bytes(spec, batched, min(max_seqs, batched), length) + _choice_bytes(spec, batched, length)
     per_block = block_bytes(spec, block_size, ITEM_BYTES[dtype], _quantizes_cache(config, machine))
     budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, machine, weights, work)
     per_state = state_bytes(spec, ITEM_BYTES[dtype])
@@ -233,17 +234,19 @@ def _length(config: Config, spec: Spec) -> int:
     return config.max_model_len
 
 
-def _work_bytes(spec: Spec, batched_tokens: int, num_rows: int) -> int:
+def _work_bytes(spec: Spec, batched_tokens: int, num_rows: int, length: int) -> int:
     """Activations of the largest step and its logits, in float32 to be on the safe side."""
     if isinstance(spec, Foreign):
+        num_heads = max((call.num_heads for call in spec.attention), default=0)
+        beside = SCORES * num_heads * min(batched_tokens, length) * length if spec.alone else 0
         inside = [max(shape[-2:]) for name, shape in spec.parameters if name in spec.products - {spec.head}]
         widest = WIDE * max([spec.dim, *inside])
     else:
         widest = max(
             3 * spec.dim, *(_widest(part, spec.dim) for b in spec.blocks for part in (b.mixer, b.mlp))
         )
-    beside = 0 if isinstance(spec, Foreign) else 3 * layer_dims(spec) + _streams(spec)
-    return 4 * (batched_tokens * (2 * spec.dim + 2 * widest + beside) + 3 * num_rows * spec.vocab_size)
+        beside = batched_tokens * (3 * layer_dims(spec) + _streams(spec))
+    return 4 * (batched_tokens * (2 * spec.dim + 2 * widest) + beside + 3 * num_rows * spec.vocab_size)
 
 
 def _streams(spec: Decoder) -> int:

@@ -94,7 +94,7 @@ def cache_shape(mixer: Mixer | None) -> CacheShape:
 def cache_shapes(spec: Spec) -> tuple[CacheShape, ...]:
     """What each layer caches per token."""
     if isinstance(spec, Foreign):
-        calls = (CacheShape(call.num_kv_heads, call.k_dim, call.v_dim) for call in spec.attention)
+        calls = (CacheShape(c.num_kv_heads, c.k_dim, c.v_dim, v_in_k=c.v_in_k) for c in spec.attention)
         return (*calls, *[NOTHING] * len(spec.states))
     return tuple(cache_shape(block.mixer) for block in spec.blocks)
 

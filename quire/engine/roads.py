@@ -58,7 +58,7 @@ class Foreign:
     def __init__(self, raw: Mapping[str, Any], config: Config):
         from quire.layers.hf import conformance, source  # which load Transformers
 
-        architecture = raw["architectures"][0]
+        architecture, alone = raw["architectures"][0], None
         if config.skip_conformance:
             logger.warning(
                 "%s runs through Transformers' modules, and skip_conformance is set: nobody has checked that its"
@@ -67,14 +67,16 @@ class Foreign:
             )
         else:
             found = conformance.check(raw)
+            alone = found.alone
             logger.info(
-                "%s runs through Transformers' modules; a small one differs from Transformers by %.1g of the greatest"
+                "%s runs through Transformers' modules%s; a small one differs from Transformers by %.1g of the greatest"
                 " logit",
                 architecture,
-                found,
+                ", one sequence at a time, since they attend themselves" if alone else "",
+                found.difference,
             )
         self.hf_config = source.hf_config(raw, config.max_model_len)
-        self.spec = source.describe(architecture, self.hf_config)
+        self.spec = source.describe(architecture, self.hf_config, alone)
 
     def network(self, config: Config, backend: Backend, device: torch.device) -> Any:
         from quire.layers.hf.network import Modules

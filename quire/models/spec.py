@@ -416,6 +416,7 @@ class Heads:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    v_in_k: bool = False  # values are the beginnings of keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,6 +445,7 @@ class Foreign:
     products: frozenset[str]
     head: str  # the product that makes logits; none of the parameters where it is the embedding
     states: tuple[tuple[str, tuple[Kept, ...]], ...] = ()  # modules that keep some of each sequence
+    alone: bool = False  # sequences of a step are computed one after another, by the modules' own attention
 
 
 Spec = Decoder | Foreign

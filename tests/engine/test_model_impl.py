@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from quire import LLM, SamplingParams
-from quire.errors import ConfigError, UnsupportedModel
+from quire.errors import ConfigError, ModelError, UnsupportedModel
 from quire.models.spec import Decoder, Foreign
 from tests.engine.test_oracle import ENGINE, SETTINGS, prompts_of, reference
 from tests.models.cases import BY_NAME, VOCAB_SIZE, Case, build_hf
@@ -17,9 +17,19 @@ from tests.models.cases import BY_NAME, VOCAB_SIZE, Case, build_hf
 NUM_OUTPUTS = 6
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+BERT = SIZES | {"intermediate_size": 112, "max_position_embeddings": 66, "is_decoder": True}
+BART = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 64,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 112,
+    "max_position_embeddings": 64,
+}
 # With windows and scaled embeddings, sinks and biases in experts, values unlike keys, learned positions and transposed
 # weights, experts in tensors of their own, a window that is left to a mask, tied weights, states beside attention and
-# such that a module forgets between chunks; and one that has no family.
+# such that a module forgets between chunks, learned positions that start elsewhere than at 0; and one that has no
+# family.
 CASES = (
     *(
         BY_NAME[name]
@@ -35,6 +45,9 @@ CASES = (
             "Jamba",
         )
     ),
+    Case("Bert", BERT, "BertLMHeadModel"),
+    Case("Roberta", BERT),
+    *(BY_NAME["Bloom"], BY_NAME["Falcon"], Case("Bart", BART)),  # one sequence at a time
     Case("DiffLlama", SIZES | {"intermediate_size": 112, "max_position_embeddings": 64}),
 )
 
@@ -140,7 +153,7 @@ def test_one_that_fails_the_comparison_is_refused_unless_told_otherwise(
         )
     )
     options = {**ENGINE, "load_format": "dummy"}
-    with pytest.raises(UnsupportedModel, match=r"differ from Transformers.*--skip-conformance"):
+    with pytest.raises(ModelError, match="BertLMHeadModel.*no decoder.*is_decoder"):
         LLM(str(tmp_path), **options)
     with LLM(str(tmp_path), **options, skip_conformance=True) as llm:
         assert llm.generate([5, 6, 7], GREEDY, use_tqdm=False)[0].outputs[0].token_ids

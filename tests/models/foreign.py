@@ -28,9 +28,23 @@ GROUPS = {
     "topk_group": 2,
     "moe_intermediate_size": 64,
 }
+DECODERS = (
+    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta"
+    " roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
+)
 # By model_type: what the default config does not say, or does not do.
 CHANGES: Mapping[str, Mapping[str, Any]] = {
+    **{kind: {"is_decoder": True} for kind in DECODERS.split()},
     "bamba": {"attn_layer_indices": [1, 3, 5]},
+    "bloom": {"seq_length": 2048},
+    "cohere_compass_text": SLIDING
+    | {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": theta}
+            for kind, theta in (("full_attention", 1e4), ("sliding_attention", 1e3))
+        }
+    },
+    "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 5e5}},
     "deepseek_v2": GROUPS | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 2.5},
     "deepseek_v3": {"routed_scaling_factor": 2.5, "norm_topk_prob": True},
     "dots1": GROUPS | SLIDING | {"routed_scaling_factor": 2.5, "n_shared_experts": 2},
@@ -59,6 +73,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "smollm3": SLIDING,
     "starcoder2": LOCAL,
     "vaultgemma": {"attn_logit_softcapping": 0.5},
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
 }
 
 
@@ -73,26 +88,28 @@ def outcome(architecture: str) -> list[str] | str:
     """What a class was compared with, or why it is refused, in a line."""
     try:
         raw = config(architecture)
-        check(raw)
-        return features(raw)
+        return features(raw, check(raw).alone)
     except Exception as error:
         words = " ".join(str(error).split()).removeprefix(f"{architecture}: ")
         named = words if isinstance(error, QuireError) else f"{type(error).__name__}: {words}"
         return re.sub(
-            r"by [\d.e+-]+ of the greatest", "by more than rounding", re.split(r"\. | \(1e|, so ", named)[0]
+            r"by [\d.e+-]+ of the greatest \([^)]*\)", "by more than rounding", named.split(". ")[0]
         )
 
 
-def features(raw: Mapping[str, Any]) -> list[str]:
-    """What its attention has that is not usual, and whether there are states and experts that our products compute."""
-    spec = describe(raw["architectures"][0], hf_config(shrink(raw)))
+def features(raw: Mapping[str, Any], alone: bool) -> list[str]:
+    """What its attention has that is not usual, whether there are states and experts of our products, and the like."""
+    spec = describe(raw["architectures"][0], hf_config(shrink(raw)), alone)
     found = {
+        "alone": alone,
         "attention.window": any(call.window for call in spec.attention),
         "attention.softcap": any(call.softcap for call in spec.attention),
         "attention.sinks": any(call.sinks for call in spec.attention),
-        "attention.v_dim": any(call.k_dim != call.v_dim for call in spec.attention),
+        "attention.v_dim": any(call.k_dim != call.v_dim and not call.v_in_k for call in spec.attention),
+        "attention.v_in_k": any(call.v_in_k for call in spec.attention),
         "states": bool(spec.states),
         "experts": any(len(shape) == 3 for name, shape in spec.parameters if name in spec.products),
+        "is_decoder": "is_decoder" in CHANGES.get(raw["model_type"], {}),
     }
     return [name for name, has in found.items() if has]
 

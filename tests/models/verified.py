@@ -43,7 +43,9 @@ shrunk, and random weights, logits of sequences that come in pieces and share ba
 takes this road where there is no native one. Attention, linear layers and experts are Quire's, other operations
 PyTorch's, and steps are launched operation by operation, so native architectures are faster. The same comparison is
 made for a model's own config before it is served; it takes well under a second, and `--skip-conformance` leaves it out.
-Code that comes with a model is never run.
+Code that comes with a model is never run. With `alone`, sequences of a step are computed one after another, by the
+class's own attention, since it takes no other; with `attention.v_in_k`, the cache holds latents (MLA); with
+`is_decoder`, config.json must say so.
 
 | architecture | verified with |
 |---|---|

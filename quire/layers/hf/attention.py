@@ -31,6 +31,7 @@ class Call:
     window: int | None
     softcap: float | None
     sinks: Tensor | None
+    v_in_k: bool  # values are the beginnings of keys
 
 
 class Attends(Protocol):
@@ -65,7 +66,7 @@ class Paged:
     def attend(self, call: Call) -> Tensor:
         cache = self.caches[self.number]
         self.number += 1
-        self.backend.write(cache, call.k, call.v, self.step)
+        self.backend.write(cache, call.k, None if call.v_in_k else call.v, self.step)
         how: Any = {"scale": call.scale, "window": call.window, "softcap": call.softcap, "sinks": call.sinks}
         return self.backend.attend(call.q, cache, self.step, **how)
 
@@ -88,6 +89,7 @@ class Shapes:
                 window=call.window,
                 softcap=call.softcap,
                 sinks=call.sinks is not None,
+                v_in_k=call.v_in_k,
             )
         )
         return call.q.new_zeros(len(call.q), num_heads, v_dim)
@@ -110,16 +112,20 @@ def attention(
     if is_causal is False:
         raise UnsupportedModel(f"{type(module).__name__} is not causal")
     sinks = more.get("s_aux", more.get("sinks"))
+    latent = vars(module).get("expand_kv")  # which is its own method unless latents are kept
+    q = query[0].transpose(0, 1)
     call = Call(
-        q=query[0].transpose(0, 1).contiguous(),
+        q=(latent.absorb(q) if latent else q).contiguous(),
         k=key[0].transpose(0, 1).contiguous(),
         v=value[0].transpose(0, 1).contiguous(),
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=more.get("sliding_window") or _window(module, "sliding_window" in more),
         softcap=softcap or None,
         sinks=None if sinks is None else sinks.flatten().to(torch.float32),
+        v_in_k=latent is not None,
     )
-    return _running.get().attend(call)[None], None
+    found = _running.get().attend(call)
+    return (latent.expand(found) if latent else found)[None], None
 
 
 def _window(module: nn.Module, told: bool) -> int | None:

@@ -7,13 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from quire.attention.base import Backend, Ragged, layer_caches
+from quire.attention.reference import Reference
 from quire.checkpoint.dummy import DummyCheckpoint
 from quire.errors import CheckpointError
 from quire.kernels import ops
 from quire.layers.base import Build
+from quire.layers.hf.alone import compute
 from quire.layers.hf.attention import Paged, running
 from quire.layers.hf.experts import Experts, is_experts
-from quire.layers.hf.source import INTERFACES, body_name, calm, empty, hf_class, is_linear, register
+from quire.layers.hf.latent import keep_latents
+from quire.layers.hf.source import (
+    body_name,
+    calm,
+    empty,
+    first_position,
+    hf_class,
+    interfaces,
+    is_linear,
+    register,
+)
 from quire.layers.hf.states import Over, computing, pieces, wrap
 from quire.layers.rope import RopeTables
 from quire.models.spec import Foreign
@@ -33,7 +45,7 @@ class Product(nn.Module):
             weight = weight.t().contiguous()
         self.packed = build.pack(weight) if bits is None else ops.quantize_linear(weight, bits)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        # Some ask for its type; to compute with it is an error.
+        # Some ask for its type; who computes with it is known by then (source.Reads).
         self.weight = torch.empty_like(weight, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,12 +111,15 @@ class Modules:
         bits: int | None = None,
     ):
         """`config`: Transformers'; the rest as for layers.decoder."""
+        if s.alone:  # modules attend themselves, so the cache has the layout that can be read
+            backend = Reference(backend.block_size, quantized=backend.quantized)
         self.spec, self.config, self.backend = s, config, backend
         device = torch.device(device)
         ropes = RopeTables(max_length or s.max_length, device)
         self.build = Build(s.dim, dtype, device, backend, ropes, invariant, bits)
         self.model: Any = None
         self.body: Any = None
+        self.first_position = 0
 
     def load(self, tensors: Mapping[str, Any]) -> None:
         """Take weights by the checkpoint's names; each has its tensor when it is indexed with `...`.
@@ -129,7 +144,7 @@ class Modules:
 
     def load_dummy(self, dummy: DummyCheckpoint) -> None:
         """Make all weights up."""
-        state = empty(self.spec.architecture, self.config).state_dict()
+        state = empty(self.spec.architecture, self.config, self.spec.alone).state_dict()
         self._take({name: Made(dummy, name, t.shape) for name, t in state.items() if t.is_floating_point()})
         self._arrange()
 
@@ -143,21 +158,25 @@ class Modules:
             dtype=self.build.dtype,
             ignore_mismatched_sizes=True,  # which it names, too
             output_loading_info=True,
-            **INTERFACES,
+            **interfaces(self.spec.alone),
         )
         found: Mapping[str, Any] = info
         return found
 
     def _arrange(self) -> None:
         calm(self.model).to(self.build.device)
+        if not self.spec.alone:
+            keep_latents(self.model, self.build.pack)
         self._pack()
-        wrap(self.model)
+        if not self.spec.alone:
+            wrap(self.model)
         name = body_name(self.model)
         self.body = self.model.get_submodule(name)
+        self.first_position = first_position(self.model)
         self.model.set_submodule(name, Given(self.body))
 
     def _pack(self) -> None:
-        """Have linear layers and experts computed by our products.
+        """Have linear layers, unless others use their weights, and experts computed by our products.
 
         Where weights are quantized, the head's has 8 bits at least, and what chooses experts is left as it is.
         """
@@ -178,11 +197,14 @@ class Modules:
     @torch.inference_mode()
     def __call__(self, token_ids: Tensor, step: Ragged, caches: Sequence[Any]) -> Tensor:
         """token_ids [T] int64 -> hidden [T, dim]."""
+        if isinstance(self.backend, Reference) and self.spec.alone:
+            return compute(self.body, token_ids, step, caches, self.backend, self.build.dtype)
         calls, kept = len(self.spec.attention), self.spec.states
         paged = Paged(self.backend, caches[:calls], step)
         own = {name: (parts, state) for (name, parts), state in zip(kept, caches[calls:], strict=True)}
+        positions = step.positions[None] + self.first_position
         with running(paged), computing(Over(own, pieces(step) if own else ())):
-            found = self.body(input_ids=token_ids[None], position_ids=step.positions[None], use_cache=False)
+            found = self.body(input_ids=token_ids[None], position_ids=positions, use_cache=False)
         if paged.number != calls:
             raise RuntimeError(f"{paged.number} layers attended and {calls} have a cache")
         hidden: Tensor = found[0][0]

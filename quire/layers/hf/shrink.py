@@ -8,7 +8,7 @@ LAYERS, KINDS = 4, 6  # layers, and kinds of them that are kept at most
 NUM_HEADS, HIDDEN = 4, 64
 # First match decides. Sizes differ from each other, so that matrices that change places do not fit.
 SIZES: Sequence[tuple[str, int]] = (
-    (r"vocab_size(_per_layer_input)?", 96),
+    (r"(decoder_)?vocab_size(_per_layer_input)?", 96),
     (r"hidden_size|n_embd|d_model|dim|model_dim|embed_dim|word_embed_proj_dim|n_embed", HIDDEN),
     (r"hidden_size_per_layer_input", 12),
     (r"num_(hidden_)?layers|n_layers?|(num_)?(de|en)coder_layers", LAYERS),
@@ -18,10 +18,9 @@ SIZES: Sequence[tuple[str, int]] = (
     (r"(mamba_)?n_?groups", 2),
     (r"(mamba_)?chunk_size|block_size", 4),
     (r"adapter_rank", 10),
-    (r"rescale_every", 2),
     (r"qk_head_dim|linear_value_head_dim", 24),
     (r"((global|swa|attention|linear(_key)?)_)?head_dim|kv_channels|qk_nope_head_dim", 16),
-    (r"qk_rope_head_dim", 8),
+    (r"qk_rope_head_dim|rotary_dim", 8),
     (r"(swa_)?v_head_dim", 20),
     (r"q_lora_rank", 24),
     (r"kv_lora_rank", 32),
@@ -46,7 +45,7 @@ SIZES: Sequence[tuple[str, int]] = (
     (r"pad_token_id|bos_token_id|eos_token_id|decoder_start_token_id", 1),
 )
 QUERIES = re.compile(r"(num_|n_|(de|en)coder_)?(attention_|query_)?heads?|n_heads?")
-KEYS = re.compile(r"(num_|n_)?(global_|swa_)?(key_value|kv)_heads?|multi_query_group_num")
+KEYS = re.compile(r"(num_|n_)?(global_|swa_)?(key_value|kv)_(n_)?heads?|multi_query_group_num")
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 NUMBERS = re.compile(r".*layer_(ids|indices)|full_attn_idxs|mlp_only_layers")  # lists of layers
 PERIOD = re.compile(r"(.*_layer)_(period|offset)")
@@ -62,8 +61,6 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
     small = {key: _smaller(key, value, config, kept) for key, value in config.items()}
     if config.get("kv_lora_rank") and "head_dim" in config:  # that of the rotated part
         small["head_dim"] = small.get("qk_rope_head_dim")
-    if {"attention_hidden_size", "attention_head_dim"} <= small.keys():
-        small["attention_head_dim"] = small["attention_hidden_size"] // NUM_HEADS
     if expand := small.get("mamba_expand", small.get("expand")):
         inner = small.get("mamba_d_ssm") or int(expand * HIDDEN)
         sizes = {size: inner // small[heads] for size, heads in MIXERS.items() if heads in small}
@@ -86,10 +83,7 @@ def _kept(config: Mapping[str, Any], depth: int) -> list[int]:
 
 
 def _is_by_layer(key: str, value: Any, depth: int) -> bool:
-    """Whether a value says something of each layer: a list, or letters."""
-    return (isinstance(value, list) or (isinstance(value, str) and key.endswith("_pattern"))) and len(
-        value
-    ) == depth
+    return (isinstance(value, list) or key.endswith("_pattern")) and value and len(value) == depth
 
 
 def _smaller(key: str, value: Any, config: Mapping[str, Any], kept: list[int]) -> Any:

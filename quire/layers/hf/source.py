@@ -1,30 +1,33 @@
 """Transformers' classes: which one a config.json asks for, and its modules without weights. Runs no code of models."""
 
 import copy
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quire.errors import ModelError, UnsupportedModel
 from quire.layers.hf import attention, experts
+from quire.layers.hf.alone import EAGER, kept_heads
 from quire.layers.hf.attention import Shapes, running
+from quire.layers.hf.latent import keep_latents
 from quire.layers.hf.states import Parts, computing, wrap
 from quire.models.mamba import LONGEST
-from quire.models.spec import Foreign
+from quire.models.spec import Foreign, Heads
 
 LENGTHS = (
     "max_position_embeddings",
     "n_positions",
     "max_seq_len",
     "max_sequence_length",
+    "max_target_positions",
     "seq_length",
     "n_ctx",
     "model_max_length",
 )
-INTERFACES = {"attn_implementation": attention.NAME, "experts_implementation": experts.NAME}
 BODIES = ("model", "transformer", "backbone")  # where a class's own word for it is wrong
 
 
@@ -72,11 +75,19 @@ def register() -> None:
     experts.register()
 
 
-def empty(architecture: str, config: Any) -> Any:
-    """The network on the device `meta`, with our attention and experts."""
+def interfaces(alone: bool) -> dict[str, str]:
+    """Whose attention and experts modules use."""
+    return {
+        "attn_implementation": EAGER if alone else attention.NAME,
+        "experts_implementation": experts.NAME,
+    }
+
+
+def empty(architecture: str, config: Any, alone: bool) -> Any:
+    """The network on the device `meta`, with our attention, unless sequences are computed alone, and experts."""
     register()
     config = copy.deepcopy(config)
-    config._attn_implementation, config._experts_implementation = INTERFACES.values()
+    config._attn_implementation, config._experts_implementation = interfaces(alone).values()
     with torch.device("meta"):
         return calm(hf_class(architecture)(config))
 
@@ -84,13 +95,7 @@ def empty(architecture: str, config: Any) -> Any:
 def calm(model: Any) -> Any:
     """Ready to compute: nothing is random, and no batch is searched for padding, which would wait for the device."""
     vars(model.config)["pad_token_id"] = None  # past the checks of those that must have one
-    if "max_inference_chunksize" in vars(model.config):  # xLSTM's, whose pieces have a cache of its own
-        model.config.max_inference_chunksize = sys.maxsize
-    model.eval().requires_grad_(False)
-    for module in model.modules():
-        if "layers_are_rescaled" in vars(module):  # RWKV's weights, at its first pass otherwise
-            module._rescale_layers()
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def body_name(model: Any) -> str:
@@ -99,44 +104,138 @@ def body_name(model: Any) -> str:
     return next(name for name in (model.base_model_prefix, *BODIES) if name in children)
 
 
-def describe(architecture: str, config: Any) -> Foreign:
+def describe(architecture: str, config: Any, alone: bool | None = None) -> Foreign:
     """What others must know of a network, found by a pass on the device `meta`.
 
+    Args:
+        alone: whether sequences are computed one at a time; None: only if there is no other way.
+
     Raises:
-        UnsupportedModel: its layers do not take Transformers' attention interface.
+        UnsupportedModel: it cannot be computed this way.
     """
-    shapes, states = Shapes(), Parts()
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    if alone is None:
+        try:
+            return describe(architecture, config, alone=False)
+        except UnsupportedModel:
+            return describe(architecture, config, alone=True)
+    states = Parts()
     try:
-        model = empty(architecture, config)
-        if stateful := wrap(model):
+        model = empty(architecture, config, alone)
+        if not alone and wrap(model):
             model.to(torch.bfloat16)  # which shows what is float32 all the same
-        read = _unused(model, stateful)
-        with running(shapes), computing(states), torch.inference_mode():
-            model.get_submodule(body_name(model))(input_ids=tokens, position_ids=tokens, use_cache=False)
+        parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied ones once
+        head = next((n for n, module in model.named_modules() if module is model.get_output_embeddings()), "")
+        products = {*_products(model)}
+        reads = Reads(_hollow(model))
+        with (
+            torch.no_grad(),
+            reads,
+            Numberless(),
+            computing(states),
+        ):  # with inference_mode, it would see less
+            heads = _heads(model, alone)
     except UnsupportedModel:
         raise
     except Exception as error:  # whatever a module does with a batch that it does not expect
         raise UnsupportedModel(
-            f"{architecture}: its modules do not run with another's attention: {type(error).__name__}: {error}"
+            f"{architecture}: its modules do not run with another's"
+            f" {'cache' if alone else 'attention'}: {type(error).__name__}: {error}"
         ) from error
-    if not shapes.heads and not states.found:
+    if not heads and not states.found:
         raise UnsupportedModel(
             f"{architecture}: no layer calls Transformers' attention interface or keeps a state in its cache"
         )
-    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied ones once
-    head = next((n for n, module in model.named_modules() if module is model.get_output_embeddings()), "")
     return Foreign(
         architecture=architecture,
         vocab_size=config.vocab_size,
         dim=model.get_input_embeddings().weight.shape[1],
-        max_length=_max_length(architecture, config, bool(states.found)),
-        attention=tuple(shapes.heads),
+        max_length=_max_length(architecture, config, bool(states.found)) - first_position(model),
+        attention=heads,
         parameters=tuple(parameters.items()),
-        products=frozenset(parameters.keys() & {*_products(model)} - read),
+        products=frozenset(parameters.keys() & products - reads.found),
         head=f"{head}.weight",
         states=tuple(states.found.items()),
+        alone=alone,
     )
+
+
+class Hollow(nn.Module):
+    """Has the weight of a linear layer and multiplies nothing."""
+
+    def __init__(self, linear: Any):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.width = linear.weight.shape[0 if type(linear) is nn.Linear else 1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(*x.shape[:-1], self.width)
+
+
+def _hollow(model: Any) -> dict[int, str]:
+    """Replaces linear layers; the names of their weights by identity."""
+    found = {}
+    for name, module in [*model.named_modules()]:
+        if is_linear(module):
+            model.set_submodule(name, Hollow(module))
+            found[id(module.weight)] = f"{name}.weight"
+    return found
+
+
+class Reads(TorchFunctionMode):
+    """Notices weights that others than their layers compute with: these layers have to stay."""
+
+    def __init__(self, names: Mapping[int, str]):
+        super().__init__()
+        self.names, self.found = names, set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ != "__get__":  # to ask for its type is no use of it
+            flat = [one for arg in args for one in (arg if isinstance(arg, list | tuple) else [arg])]
+            self.found |= {self.names[id(one)] for one in flat if id(one) in self.names}
+        return func(*args, **(kwargs or {}))
+
+
+class Numberless(TorchDispatchMode):
+    """Has modules go on where they ask for numbers that there are none of: 0, and nothing is chosen."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten, kwargs = torch.ops.aten, kwargs or {}
+        if func is aten.nonzero.default:
+            return args[0].new_empty(0, args[0].ndim, dtype=torch.int64)
+        if func is aten._local_scalar_dense.default:
+            return 0
+        if func is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if func is aten.split_with_sizes.default and sum(args[1]) != args[0].shape[(*args, 0)[2]]:
+            args = (args[0], [args[0].shape[(*args, 0)[2]], *args[1][1:]], *args[2:])
+        if func is aten.index.Tensor:
+            args = (args[0], [part for index in args[1] for part in _places(index)])
+        return func(*args, **kwargs)
+
+
+def _places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """A mask's as numbers, of which there are none."""
+    if index is None or index.dtype is not torch.bool:
+        return [index]
+    return [index.new_empty(0, dtype=torch.int64)] * index.ndim
+
+
+def _heads(model: Any, alone: bool) -> tuple[Heads, ...]:
+    """What the layers of a network on the device `meta` cache."""
+    body, tokens = model.get_submodule(body_name(model)), torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    if alone:
+        return kept_heads(body, tokens, model.config.num_attention_heads)
+    keep_latents(model, pack=lambda weight: weight)
+    shapes = Shapes()
+    with running(shapes):
+        body(input_ids=tokens, position_ids=tokens, use_cache=False)
+    return tuple(shapes.heads)
+
+
+def first_position(model: Any) -> int:
+    """The number of a sequence's first position: RoBERTa and its like count from after the padding's id on."""
+    counting = (m for m in model.modules() if "create_position_ids_from_input_ids" in dir(type(m)))
+    return next((m.padding_idx + 1 for m in counting if m.padding_idx is not None), 0)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -153,16 +252,6 @@ def _products(model: Any) -> Iterator[str]:
             yield f"{name}.weight"
         elif experts.is_experts(module):
             yield from (f"{name}.{weight}" for weight in experts.WEIGHTS)
-
-
-def _unused(model: Any, names: Sequence[str]) -> set[str]:
-    """Weights of linear layers inside these modules, until one is called: modules may read them as they are."""
-    found = set()
-    for name, module in model.named_modules():
-        if is_linear(module) and any(name.startswith(f"{outer}.") for outer in names):
-            found.add(weight := f"{name}.weight")
-            module.register_forward_pre_hook(lambda *_, weight=weight: found.discard(weight))
-    return found
 
 
 def _max_length(architecture: str, config: Any, keeps_states: bool) -> int:
