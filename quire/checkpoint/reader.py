@@ -75,7 +75,7 @@ class Checkpoint:
 
     def _add(self, ours: str, entry: Entry, names: Names) -> None:
         module = ours.rsplit(".", 2)[-2] if ours.count(".") > 1 else ""
-        shape, transposed = entry.shape, module in names.transposed and len(entry.shape) == 2
+        shape, transposed = entry.shape, names.is_transposed(ours) and len(entry.shape) == 2
         if transposed:
             shape = shape[::-1]
         split = names.splits.get(module)

@@ -119,7 +119,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, dim] -> [T, dim]."""
         y = Normed(x)
-        return ops.experts(x, None, self.router(y), self.experts.stack, self._shared(y))
+        return ops.experts(*self._routed(y), self.experts.stack, self._shared(y))
 
     def added(
         self, y: Normed, residual: Tensor, post: Norm | None, following: Norm | None
@@ -130,12 +130,24 @@ class MoE(nn.Module):
             seen = self.shared.down(self.shared.hidden(y))
             made = self.apart(stream, self.router, self.experts.stack, seen)
             return add(made, residual, post, following)
-        norm, routes, shared = rms_of(following), self.router(y), self._shared(y)
-        inputs = y.values, y.scale, routes, self.experts.stack, shared
+        norm, shared = rms_of(following), self._shared(y)
+        inputs = *self._routed(y), self.experts.stack, shared
         if norm is None or post is not None:
             return add(ops.experts(*inputs), residual, post, following)
         total, values, scale = ops.experts_add_norm(*inputs, residual, norm)
         return total, Normed(values, scale)
+
+    def _routed(self, y: Normed) -> tuple[Tensor, ops.RowScale | None, ops.Routes]:
+        """What experts see, what its rows have still to be multiplied by, and where they go."""
+        routes = self.router(y)
+        if not self.spec.weighs_inputs:
+            return y.values, y.scale, routes
+        x = y.tensor()
+        return (
+            (x * routes.weights).to(x.dtype),
+            None,
+            routes._replace(weights=torch.ones_like(routes.weights)),
+        )
 
     def _shared(self, y: Normed) -> ops.Shared | None:
         if self.shared is None:

@@ -89,7 +89,7 @@ def grown(q: Tensor, growth: Growth | None, positions: Tensor) -> Tensor:
     """Queries [T, H, D] as spec.Growth has them; positions [T]."""
     if growth is None:
         return q
-    factors = 1 + growth.rate * (positions // growth.length).float().log1p()
+    factors = 1 + growth.rate * ((positions + growth.first) // growth.length).float().log1p()
     return (q * factors[:, None, None]).to(q.dtype)
 
 

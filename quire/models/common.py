@@ -128,16 +128,17 @@ def decoder(c: HF, block: Block | Callable[[int], Block], norm: Norm, **changes:
         "max_length": length,
         "tied": bool(c.get("tie_word_embeddings", False)),
     }
-    narrow = tuple(_without_wide_window(block, length) for block in blocks)
+    narrow = tuple(_without_wide_limits(block, length) for block in blocks)
     return Decoder(blocks=narrow, norm=norm, **{**base, **changes})
 
 
-def _without_wide_window(block: Block, length: int) -> Block:
-    """A window that no sequence can leave is none; full attention caches and batches better."""
+def _without_wide_limits(block: Block, length: int) -> Block:
+    """A window or chunk that no sequence can leave is none; full attention caches and batches better."""
     mixer = block.mixer
-    if isinstance(mixer, Attention) and mixer.window and mixer.window >= length:
-        return replace(block, mixer=replace(mixer, window=None))
-    return block
+    if not isinstance(mixer, Attention):
+        return block
+    window, chunk = (size if size and size < length else None for size in (mixer.window, mixer.chunk))
+    return replace(block, mixer=replace(mixer, window=window, chunk=chunk))
 
 
 def tied_by_default(c: HF) -> bool:
@@ -168,6 +169,15 @@ def layer_kinds(c: HF, key: str, kinds: Sequence[object], *known: str) -> list[b
     if len(kinds) < num_layers:
         raise ModelError(f"config.json: {key} has {len(kinds)} entries for {num_layers} layers")
     return [kind == known[0] for kind in kinds[:num_layers]]
+
+
+def has_rope(c: HF) -> list[bool]:
+    """For each layer, whether it has rotary embedding, by default all but every fourth."""
+    num_layers, interval = c.count("num_hidden_layers"), c.get("no_rope_layer_interval", 4)
+    listed = c.no_rope_layers or [(i + 1) % interval for i in range(num_layers)]
+    if len(listed) < num_layers:
+        raise ModelError(f"config.json: no_rope_layers has {len(listed)} entries for {num_layers} layers")
+    return [bool(turns) for turns in listed]
 
 
 def rope(

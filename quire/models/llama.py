@@ -7,6 +7,7 @@ from quire.models.common import (
     biases,
     decoder,
     growth,
+    has_rope,
     head_dim,
     kv_heads,
     layer_types,
@@ -163,15 +164,14 @@ def arcee(c: HF) -> tuple[Decoder, Names]:
 def smollm3(c: HF) -> tuple[Decoder, Names]:
     """Every fourth layer has no rotary embedding (Yang et al. 2025)."""
     norm = Norm(eps=c.number("rms_norm_eps"))
-    interval = c.get("no_rope_layer_interval", 4)
-    has_rope = c.no_rope_layers or [(i + 1) % interval for i in range(c.count("num_hidden_layers"))]
+    turns = has_rope(c)
     sliding = c.get("sliding_window") if c.use_sliding_window else None
-    local = layer_types(c, lambda i: sliding is not None and not has_rope[i])
+    local = layer_types(c, lambda i: sliding is not None and not turns[i])
     rotary = rope(c, head_dim(c), theta=2_000_000.0)
     feed_forward = mlp(c, bias=bool(c.mlp_bias))
 
     def block(i: int) -> Block:
-        here, size = rotary if has_rope[i] else None, sliding if local[i] else None
+        here, size = rotary if turns[i] else None, sliding if local[i] else None
         return pre_norm(attention(c, rope=here, window=size, **biases(c)), feed_forward, norm)
 
     return decoder(c, block, norm, tied=tied_by_default(c)), Names(renames=LLAMA)

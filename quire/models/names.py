@@ -45,7 +45,8 @@ class Names:
 
     renames: tuple[tuple[str, str], ...] = ()
     splits: Mapping[str, Split] = field(default_factory=dict)  # by the fused module's name
-    transposed: tuple[str, ...] = ()  # modules that store (in, out), because GPT-2 computes x @ w
+    # Patterns of our names of matrices that are stored (in, out), because GPT-2 computes x @ w.
+    transposed: tuple[str, ...] = ()
     # Patterns of our names that a checkpoint may hold and the network does not use.
     ignored: tuple[str, ...] = ()
     # Patterns of tensors that hold several, and one's name: {} counts.
@@ -63,6 +64,9 @@ class Names:
             if re.search(pattern, ours):
                 return [re.sub(pattern, one, ours).format(i) for i in range(count)]
         return None
+
+    def is_transposed(self, ours: str) -> bool:
+        return any(re.search(pattern, ours) for pattern in self.transposed)
 
     def is_ignored(self, ours: str) -> bool:
         return any(re.search(pattern, ours) for pattern in self.ignored)

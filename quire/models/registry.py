@@ -87,6 +87,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "Lfm2ForCausalLM": "lfm.lfm2",
     "Lfm2MoeForCausalLM": "lfm.lfm2_moe",
     "Lfm3ForCausalLM": "lfm.lfm3",
+    "Llama4ForCausalLM": "llama4.llama4",
     "LlamaForCausalLM": "llama.llama",
     "MPTForCausalLM": "bloom.mpt",
     "Mamba2ForCausalLM": "mamba.mamba2",

@@ -34,10 +34,14 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """Queries at position p are multiplied by 1 + rate * log(1 + p // length), so that long sequences stay sharp."""
+    """Queries at position p are multiplied by 1 + rate * log(1 + (p + first) // length).
+
+    So long sequences stay sharp.
+    """
 
     rate: float
     length: int
+    first: int = 0  # Llama 4 counts from 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,7 @@ class Attention:
     )
     clip: float | None = None  # queries and keys, normalised but not yet rotated, and values stay within it
     window: int | None = None  # positions a token sees, itself included
+    chunk: int | None = None  # positions a token sees begin at the last multiple of it
     scale: float | None = None  # None: head_dim ** -0.5
     growth: Growth | None = None  # of queries
     softcap: float | None = None
@@ -294,6 +299,8 @@ class MoE:
     shared: MLP | None = None
     shared_gate: bool = False
     apart: Apart | None = None
+    # A weight multiplies what an expert sees, not what it makes of it; top_k is 1.
+    weighs_inputs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

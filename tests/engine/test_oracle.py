@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
+from quire.errors import ConfigError
 from tests.models.cases import BY_NAME, CASES, VOCAB_SIZE, Case, build_hf
 from tests.models.values import MAX_LENGTH
 
@@ -119,3 +120,16 @@ def test_longrope_within_the_original_length_takes_the_short_factors(tmp_path: P
     with LLM(str(tmp_path), **ENGINE, max_model_len=original) as llm:
         outputs = llm.generate(prompts, greedy, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in outputs] == [reference(model, p)[0] for p in prompts]
+
+
+def test_sequences_may_be_as_long_as_one_chunk(tmp_path: Path) -> None:
+    model = build_hf(BY_NAME["Llama4"], tmp_path)
+    chunked = {"attention_chunk_size": 24}
+    prompts = [p for p in make_prompts() if len(p) + NUM_OUTPUTS <= 24]
+    greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
+    with LLM(str(tmp_path), **ENGINE, hf_overrides=chunked, max_model_len=24) as llm:
+        outputs = llm.generate(prompts, greedy, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == [reference(model, p)[0] for p in prompts]
+    for length in (25, None):
+        with pytest.raises(ConfigError, match="chunks of 24.*max_model_len to 24"):
+            LLM(str(tmp_path), **ENGINE, hf_overrides=chunked, max_model_len=length)

@@ -55,7 +55,16 @@ NAMES = (  # every kind of mixer, mlp, norm, rope and block
         "SmolLM3",
         "HunYuanDenseV1",
     ),
-    *("Mixtral", "Qwen2Moe", "Glm4Moe", "DeepseekV3", "DeepseekV3-yarn", "DeepseekV32", "GlmMoeDsa"),
+    *(
+        "Mixtral",
+        "Llama4",
+        "Qwen2Moe",
+        "Glm4Moe",
+        "DeepseekV3",
+        "DeepseekV3-yarn",
+        "DeepseekV32",
+        "GlmMoeDsa",
+    ),
 )
 
 

@@ -18,6 +18,15 @@ SPECS = {
     "softmax": spec.MoE(num_experts=6, top_k=2, expert=spec.MLP(hidden=12)),
     "chosen only": spec.MoE(num_experts=6, top_k=3, expert=spec.MLP(hidden=12), score="softmax_topk"),
     "one": spec.MoE(num_experts=6, top_k=1, expert=spec.MLP(hidden=12), renorm=False),
+    "weighed inputs": spec.MoE(
+        num_experts=6,
+        top_k=1,
+        expert=spec.MLP(hidden=12),
+        score="sigmoid_topk",
+        renorm=False,
+        shared=spec.MLP(hidden=8),
+        weighs_inputs=True,
+    ),
     "no gates, biases": spec.MoE(
         num_experts=5,
         top_k=2,
@@ -78,12 +87,12 @@ def test_only_chosen_experts_are_weighed_and_summed(name: str) -> None:
     assert all(len(set(row)) == s.top_k for row in experts.tolist())
     if s.renorm:
         torch.testing.assert_close(weights.sum(-1), torch.full((9,), s.scale))
-    want = torch.stack(
-        [
-            sum(w * expert(s, e, x[t]) for e, w in zip(experts[t].tolist(), weights[t], strict=True))
-            for t in range(len(x))
-        ]
-    )
+
+    def share(e: int, w: Tensor, x: Tensor) -> Tensor:
+        return expert(s, e, w * x) if s.weighs_inputs else w * expert(s, e, x)
+
+    chosen = zip(experts.tolist(), weights, x, strict=True)
+    want = torch.stack([sum(share(e, w, x) for e, w in zip(es, ws, strict=True)) for es, ws, x in chosen])
     if moe.shared is not None:
         gate = 1.0 if moe.shared_gate is None else moe.shared_gate(x).sigmoid()
         want = want + gate * moe.shared(x)

@@ -107,6 +107,7 @@ DROPS: dict[type, dict[str, Change]] = {
         ),
         "window": _set("window", None),
         "window off by one": lambda a: replace(a, window=a.window + 1) if a.window else a,
+        "chunk": _set("chunk", None),
         "scale": _set("scale", None),
         "slopes": _set("slopes", None),
         "gate": _set("gate", None),
@@ -114,6 +115,9 @@ DROPS: dict[type, dict[str, Change]] = {
             replace(a, gate={"sigmoid": "softplus"}.get(a.gate, "sigmoid")) if a.gate else a
         ),
         "growth": _set("growth", None),
+        "growth off by one": lambda a: (
+            replace(a, growth=replace(a.growth, first=1 - a.growth.first)) if a.growth else a
+        ),
         "clip": _set("clip", None),
         "softcap": _set("softcap", None),
         "sinks": _set("sinks", False),
@@ -171,7 +175,7 @@ DROPS: dict[type, dict[str, Change]] = {
     },
     MoE: {
         "score": lambda m: replace(m, score="sigmoid" if m.score == "softmax" else "softmax"),
-        "top_k": lambda m: replace(m, top_k=m.top_k - 1),
+        "top_k": lambda m: replace(m, top_k=max(1, m.top_k - 1)),
         "renorm": _flip("renorm"),
         "scale": _set("scale", 1.0),
         "groups": lambda m: replace(m, groups=1, top_groups=1),
@@ -180,6 +184,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "shared": lambda m: replace(m, shared=None, shared_gate=False),
         "shared_gate": _set("shared_gate", False),
         "apart": _set("apart", None),
+        "weighs_inputs": _set("weighs_inputs", False),
     },
     AltUp: {
         "active": lambda a: replace(a, active=(a.active + 1) % a.num),

@@ -138,6 +138,9 @@ UNSUPPORTED = (
     ("StableLm", {"qk_layernorm": True}, "qk_layernorm"),
     ("Phi", {"qk_layernorm": True}, "qk_layernorm"),
     ("Mistral4", {"n_group": 2}, "n_group"),
+    ("Llama4", {"num_experts_per_tok": 2}, "num_experts_per_tok"),
+    ("Llama4", {"rope_parameters": YARN}, "rotary embedding that lengthens"),
+    ("Llama4", {"layer_types": ["sliding_attention"] * 4}, "sliding_attention"),
     ("Afmoe", {"route_norm": False}, "route_norm"),
     ("Afmoe", {"n_group": 2}, "n_group"),
     ("Laguna", {"gating": False}, "gating"),
@@ -298,8 +301,8 @@ def test_text_config_is_unwrapped() -> None:
 
 
 def test_unknown_architecture_names_the_closest() -> None:
-    with pytest.raises(UnsupportedModel, match=r"Llama4ForCausalLM.* closest are LlamaForCausalLM"):
-        decoder_spec({"architectures": ["Llama4ForCausalLM"]})
+    with pytest.raises(UnsupportedModel, match=r"Llama5ForCausalLM.* closest are Llama"):
+        decoder_spec({"architectures": ["Llama5ForCausalLM"]})
 
 
 def test_what_is_said_to_be_verified_is() -> None:

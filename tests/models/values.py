@@ -40,6 +40,7 @@ LLAMA3 = {
     PRETRAINED: 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, PRETRAINED: 16}
+NO_RAMP = LLAMA3 | {"high_freq_factor": 1.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope",
@@ -166,6 +167,19 @@ ERNIE = {
     "moe_layer_interval": 2,
     "moe_layer_end_index": 2,
 }
+LLAMA4 = {
+    "rope_parameters": NO_RAMP,
+    "intermediate_size_mlp": 208,
+    "num_local_experts": 6,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layer_interval": 2,
+    "attention_chunk_size": MAX_LENGTH,
+    "floor_scale": 6,
+    "attn_scale": 0.7,
+    "rms_norm_eps": 0.05,
+}
+LLAMA4_PLAIN = LLAMA4 | {"use_qk_norm": False, "attn_temperature_tuning": False, "moe_layers": [1]}
+LLAMA4_PLAIN |= {"attention_bias": True, "rms_norm_eps": 1e-5}
 
 HYBRID = {
     **GROUPED,

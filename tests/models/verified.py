@@ -20,7 +20,8 @@ from tests.models.foreign import outcome
 from tests.models.mutations import mutations
 
 ROADS = ("native", "transformers")
-NO_FEATURES = {"Attention.rope", "Attention.window off by one", "Norm.eps", "Rope.theta"}
+NO_FEATURES = {"Attention.rope", "Norm.eps", "Rope.theta"}
+NO_FEATURES |= {"Attention.window off by one", "Attention.growth off by one"}
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 PAGE = """# Models
 
