@@ -15,6 +15,7 @@ from quire.layers.base import Network
 from quire.layers.decoder import Decoder
 from quire.log import logger
 from quire.models import registry
+from quire.models.composite import COMPOSITES
 from quire.models.parameters import parameter_shapes
 from quire.models.spec import Spec
 from quire.resolve import BITS
@@ -38,6 +39,12 @@ class Native:
 
     def __init__(self, raw: Mapping[str, Any]):
         self.spec, self.names = registry.decoder_spec(raw)
+        if (architecture := raw["architectures"][0]) in COMPOSITES:
+            logger.info(
+                "%s is made of several networks, and only its text is served: parts of messages that are no text are"
+                " refused",
+                architecture,
+            )
 
     def network(self, config: Config, backend: Backend, device: torch.device) -> Decoder:
         return Decoder(self.spec, **_how(config, backend, device))

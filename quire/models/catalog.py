@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
+from quire.models.composite import COMPOSITES
 from quire.models.registry import NATIVE, TRANSFORMERS, families
 
 VERIFIED = Path(__file__).with_name("verified.json")
@@ -25,12 +26,13 @@ class Row(TypedDict):
 
 def rows() -> list[Row]:
     """Native ones first, by name."""
-    found: Mapping[str, Mapping[str, list[str]]] = json.loads(VERIFIED.read_text())
+    found: Mapping[str, dict[str, list[str]]] = json.loads(VERIFIED.read_text())
     native, foreign = found[NATIVE], found[TRANSFORMERS]
+    native |= dict.fromkeys(COMPOSITES, ["text only"])
     return [
         *(
             Row(architecture=name, road=NATIVE, verified=name in native, features=native.get(name, []))
-            for name in families()
+            for name in sorted([*families(), *COMPOSITES])
         ),
         *(
             Row(architecture=name, road=TRANSFORMERS, verified=True, features=features)

@@ -17,16 +17,21 @@ from quire.models.spec import MLA, Decoder, Norm
 
 
 def glm(c: HF) -> tuple[Decoder, Names]:
-    return _dense(c, None)
+    return _dense(c, c.count("head_dim"), None)
 
 
 def glm4(c: HF) -> tuple[Decoder, Names]:
-    return _dense(c, Norm(eps=c.number("rms_norm_eps")))
+    return _dense(c, c.count("head_dim"), Norm(eps=c.number("rms_norm_eps")))
 
 
-def _dense(c: HF, post: Norm | None) -> tuple[Decoder, Names]:
-    """`post`: the norm of what a sublayer adds."""
-    norm, size = Norm(eps=c.number("rms_norm_eps")), c.count("head_dim")
+def glm4v(c: HF) -> tuple[Decoder, Names]:
+    """The text half of a network that also sees."""
+    return _dense(c, head_dim(c), Norm(eps=c.number("rms_norm_eps")))
+
+
+def _dense(c: HF, size: int, post: Norm | None) -> tuple[Decoder, Names]:
+    """`size` of a head; `post`: the norm of what a sublayer adds."""
+    norm = Norm(eps=c.number("rms_norm_eps"))
     rotary = rope(c, size, partial=0.5, interleaved=True)
     attn = attention(c, rope=rotary, head_dim=size, bias=bool(c.get("attention_bias", True)))
     block = pre_norm(attn, mlp(c), norm, attn_post_norm=post, mlp_post_norm=post)

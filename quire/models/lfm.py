@@ -117,7 +117,8 @@ def _lfm3_kind(layer: int) -> str:
 def _lfm2(c: HF, feed_forward: Callable[[int], MLP | MoE]) -> Decoder:
     norm = Norm(eps=c.get("norm_eps", 1e-5))
     local = ShortConv(width=c.get("conv_L_cache", 3), bias=bool(c.conv_bias))
-    is_conv = layer_types(c, lambda i: c.full_attn_idxs is not None and i not in c.full_attn_idxs, "conv")
+    whole_at = c.full_attn_idxs
+    is_conv = layer_types(c, lambda i: whole_at is not None and i not in whole_at, "conv")
     whole = attention(c, rope=rope(c, _head_dim(c), theta=THETA), head_dim=_head_dim(c), qk_norm=norm)
 
     def block(layer: int) -> Block:

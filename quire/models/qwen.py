@@ -73,6 +73,15 @@ def qwen3_moe(c: HF) -> tuple[Decoder, Names]:
     return decoder(c, block, norm), Names(renames=LLAMA)
 
 
+def qwen3_vl_moe(c: HF) -> tuple[Decoder, Names]:
+    """The text half of a network that also sees; a layer's experts are stored transposed, side by side."""
+    spec, names = qwen3_moe(c)
+    hidden = c.count("moe_intermediate_size")
+    both = Split({"gate_proj": hidden, "up_proj": hidden})
+    transposed = (r"\.experts\.\d+\.(gate_up|down)_proj\.",)
+    return spec, replace(names, splits={"gate_up_proj": both}, transposed=transposed, stacked=STACKED)
+
+
 def mellum(c: HF) -> tuple[Decoder, Names]:
     """Qwen 3's experts; local layers are listed and have a rotary embedding of their own."""
     c.skip("num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types")  # layers that predict further tokens

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from quire.errors import ModelError, UnsupportedModel
 from quire.log import logger
+from quire.models.composite import COMPOSITES, text_part
 from quire.models.foreign import generating
 from quire.models.hf import HF
 from quire.models.names import Names
@@ -175,7 +176,11 @@ def family(architecture: str) -> Family:
             f" the {len(FAMILIES)} that are described (`quire models` lists them), write that name into architectures"
             " in its config.json; otherwise it needs a function in quire/models, or a newer Transformers"
         )
-    module, name = FAMILIES[architecture].split(".")
+    return _function(FAMILIES[architecture])
+
+
+def _function(path: str) -> Family:
+    module, name = path.split(".")
     found: Family = getattr(importlib.import_module(f"quire.models.{module}"), name)
     return found
 
@@ -187,10 +192,12 @@ def road(config: Mapping[str, object], wanted: str = "auto") -> str:
         UnsupportedModel: neither can be taken, or not the wanted one.
     """
     architecture = HF(config).architecture
+    native = architecture in FAMILIES or architecture in COMPOSITES
     if wanted == "auto":
-        wanted = TRANSFORMERS if architecture not in FAMILIES and architecture in generating() else NATIVE
+        wanted = TRANSFORMERS if not native and architecture in generating() else NATIVE
     if wanted == NATIVE:
-        family(architecture)
+        if not native:
+            family(architecture)  # which says why not
     elif architecture not in generating():
         raise UnsupportedModel(
             f"model_impl is transformers, and the installed Transformers has no {architecture} that generates text"
@@ -218,8 +225,9 @@ def decoder_spec(config: Mapping[str, object]) -> tuple[Decoder, Names]:
         UnsupportedModel: nobody knows the architecture, or it asks for something its family cannot honour.
         ModelError: a required key is missing or wrong.
     """
-    c = HF(config)
-    describe = family(c.architecture)
+    part = text_part(config)
+    c = HF(config if part is None else part.config)
+    describe = family(c.architecture) if part is None else _function(part.family)
     refuse_quantized(c)
     try:
         spec, names = describe(c)
@@ -229,4 +237,4 @@ def decoder_spec(config: Mapping[str, object]) -> tuple[Decoder, Names]:
         logger.warning("config.json: %s does not know %s; ignored", c.architecture, ignored)
     if spec.tied:  # some checkpoints store the shared matrix twice
         names = replace(names, ignored=(*names.ignored, r"^lm_head\.weight$"))
-    return spec, names
+    return spec, names if part is None else part.names(names)

@@ -5,6 +5,7 @@ They are written in the old form (`rope_theta`, `rope_scaling`), unlike what tod
 
 from typing import Any
 
+from tests.models.published_composites import COMPOSITES
 from tests.models.published_experts import EXPERTS
 from tests.models.published_respelled import RESPELLED
 from tests.models.published_states import STATES
@@ -493,4 +494,5 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int, int]] = {
     **EXPERTS,
     **RESPELLED,
     **STATES,
+    **COMPOSITES,
 }

@@ -1,0 +1,162 @@
+"""Checkpoints of several networks, one of which computes text: which it is, and what the others' tensors are called.
+
+Only text is served. Where nothing is seen or heard, positions in time, height and width are one, and so are the
+sections of rotary embeddings that turn by them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quire.errors import UnsupportedModel
+from quire.models.names import Names
+
+COMPOSITES = (  # Hugging Face's class names
+    "AyaVisionForConditionalGeneration",
+    "Cohere2VisionForConditionalGeneration",
+    "Exaone4_5_ForConditionalGeneration",
+    "Gemma3ForConditionalGeneration",
+    "Glm4vForConditionalGeneration",
+    "Glm4vMoeForConditionalGeneration",
+    "GotOcr2ForConditionalGeneration",
+    "Idefics3ForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration",
+    "Lfm2VlForConditionalGeneration",
+    "Llama4ForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "Ovis2ForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
+)
+FAMILIES: Mapping[str, str] = {  # model_type of the network that computes text -> module.function
+    "cohere2": "cohere.cohere2",
+    "deepseek_v3": "deepseek.deepseek_v3",
+    "exaone4": "olmo.exaone4",
+    "gemma3_text": "gemma.gemma3",
+    "glm4v_moe_text": "glm.glm4_moe",
+    "glm4v_text": "glm.glm4v",
+    "kimi_k2": "deepseek.deepseek_v3",
+    "lfm2": "lfm.lfm2",
+    "lfm2_moe": "lfm.lfm2_moe",
+    "llama": "llama.llama",
+    "llama4_text": "llama4.llama4",
+    "ministral3": "llama.ministral3",
+    "mistral": "llama.mistral",
+    "mistral4": "deepseek.mistral4",
+    "qwen2": "qwen.qwen2",
+    "qwen2_5_vl": "qwen.qwen2",
+    "qwen2_5_vl_text": "qwen.qwen2",
+    "qwen2_vl": "qwen.qwen2",
+    "qwen2_vl_text": "qwen.qwen2",
+    "qwen3": "qwen.qwen3",
+    "qwen3_5_moe_text": "qwen.qwen3_5_moe",
+    "qwen3_5_text": "qwen.qwen3_5",
+    "qwen3_moe": "qwen.qwen3_moe",
+    "qwen3_vl_moe_text": "qwen.qwen3_vl_moe",
+    "qwen3_vl_text": "qwen.qwen3",
+    "smollm3": "llama.smollm3",
+}
+PREFIXES = (r"^(model\.)?(language_model|text_model)\.(model\.)?", "model.")
+OTHERS = (
+    r"^(model\.)?("
+    + "|".join(
+        (
+            *(
+                "aligner",
+                "audio_tower",
+                "connector",
+                "embed_audio",
+                "embed_vision",
+                "image_newline",
+            ),
+            *("mm_projector", "multi_modal_projector", "vision_model", "vision_tower", "visual"),
+            "visual_embeddings_table",
+        )
+    )
+    + r")\b"
+)
+WHOLE = "tie_word_embeddings", "quantization_config"  # keys of the whole that hold for the part
+
+
+@dataclass(frozen=True)
+class Part:
+    """The network that computes text: its config.json, and the function that describes it."""
+
+    config: Mapping[str, Any]
+    family: str
+
+    def names(self, own: Names) -> Names:
+        """How the whole checkpoint spells the part, by how it is spelled alone."""
+        return replace(own, renames=(PREFIXES, *own.renames), ignored=(*own.ignored, OTHERS))
+
+
+def text_part(config: Mapping[str, Any]) -> Part | None:
+    """The part that computes text; None if the config is not of several networks.
+
+    Raises:
+        UnsupportedModel: no family describes that part.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or names[0] not in COMPOSITES:
+        return None
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):  # early Qwens have both in one
+        inner = {key: value for key, value in config.items() if key != "vision_config"}
+    kind = str(inner.get("model_type"))
+    if kind not in FAMILIES:
+        raise UnsupportedModel(
+            f"{names[0]}: no family describes its text_config, whose model_type is {kind!r}"
+            f" (known: {', '.join(FAMILIES)})"
+        )
+    whole = {key: config[key] for key in WHOLE if key in config}
+    ropes = {key: _of_text(inner[key]) for key in ("rope_parameters", "rope_scaling") if key in inner}
+    values = {**DEFAULTS.get(kind, {}), **inner, **whole, **ropes, "architectures": names}
+    if inner.get("rope_parameters"):  # which have it
+        values.pop("rope_theta", None)
+    return Part(values, FAMILIES[kind])
+
+
+def _of_text(rope: object) -> object:
+    """Rope parameters less the sections."""
+    if not isinstance(rope, Mapping):
+        return rope
+    found = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
+    return {key: "default" if value == "mrope" else value for key, value in found.items()}
+
+
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # Hugging Face's, for keys that published checkpoints leave out
+    "gemma3_text": {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-6,
+        "query_pre_attn_scalar": 256,
+    },
+    "llama": LLAMA_7B | {"num_key_value_heads": None},
+    "mistral": LLAMA_7B | {"intermediate_size": 14336, "num_key_value_heads": 8},
+    "glm4v_moe_text": {"attention_bias": True},
+    **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), {"rope_theta": 1e6}),
+    "qwen3_vl_text": {"rope_theta": 5e5},
+    "qwen3_vl_moe_text": {"rope_theta": 5e5, "norm_topk_prob": True},
+}

@@ -1,0 +1,75 @@
+"""Text of networks that also see or hear equals Hugging Face's: logits of each class, and of some all of an engine."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from quire import LLM, SamplingParams
+from quire.checkpoint.files import read_config
+from quire.checkpoint.reader import Checkpoint
+from quire.errors import ModelError, UnsupportedModel
+from quire.models.composite import COMPOSITES
+from quire.models.hf import HARMLESS
+from quire.models.parameters import parameter_shapes
+from quire.models.registry import decoder_spec
+from tests.engine.test_oracle import ENGINE, NUM_OUTPUTS, reference
+from tests.models.cases import prompt
+from tests.models.composites import CASES, Composite, build, config_of
+from tests.models.test_controls import SAME, far, logits
+from tests.models.values import without
+
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+def test_every_composite_has_a_case() -> None:
+    assert {case.architecture for case in CASES} == set(COMPOSITES)
+
+
+@by_case
+@torch.inference_mode()
+def test_text_equals_hugging_face(case: Composite, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokens, model = prompt(40), build(case, tmp_path)
+    theirs = model(input_ids=torch.tensor([tokens])).logits[0]
+    with caplog.at_level(logging.WARNING):
+        spec, names = decoder_spec(read_config(tmp_path))
+    assert [r.message for r in caplog.records if r.name.startswith("quire")] == []
+    Checkpoint(tmp_path, names).check(parameter_shapes(spec))
+    ours = logits(spec, names, tmp_path, tokens)
+    assert far(ours, theirs) < SAME * max(1.0, theirs.abs().max().item() / 4)
+
+
+@by_case
+def test_defaults_are_those_of_hugging_face(case: Composite) -> None:
+    """Without any one key of the text, the spec is what Hugging Face makes of that, or an error that names the key."""
+    config = json.loads(json.dumps(config_of(case).to_dict())) | {"architectures": [case.architecture]}
+    for key in config["text_config"].keys() - {"model_type"}:
+        if HARMLESS.fullmatch(key):
+            continue
+        reduced = config | {"text_config": without(config["text_config"], key)}
+        try:
+            ours = decoder_spec(reduced)
+        except ModelError as error:
+            assert key in str(error) or "key-value heads" in str(error)  # too many for so few heads
+            continue
+        full = type(config_of(case)).from_dict(json.loads(json.dumps(reduced)))
+        assert ours == decoder_spec(full.to_dict() | {"architectures": [case.architecture]}), key
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Qwen2_5_VL-flat"])
+def test_an_engine_serves_the_text(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = build(next(case for case in CASES if case.id == name), tmp_path)
+    prompts = [prompt(n, seed=n) for n in (1, 9, 40)]
+    greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
+    with caplog.at_level(logging.INFO), LLM(str(tmp_path), **ENGINE, max_num_batched_tokens=17) as llm:
+        outputs = llm.generate(prompts, greedy, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == [reference(model, p)[0] for p in prompts]
+    assert sum("only its text is served" in message for message in caplog.messages) == 1
+
+
+def test_a_text_that_no_family_describes() -> None:
+    config = config_of(CASES[0]).to_dict() | {"architectures": [CASES[0].architecture]}
+    with pytest.raises(UnsupportedModel, match="model_type is 'rwkv'"):
+        decoder_spec(config | {"text_config": config["text_config"] | {"model_type": "rwkv"}})
