@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from quire.attention.shapes import CHOICE_BYTES, block_bytes
+from quire.attention.groups import Layout, cache_layout
+from quire.attention.shapes import CHOICE_BYTES
 from quire.attention.states import state_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
@@ -27,6 +28,7 @@ from quire.models.spec import (
     Spec,
     num_chosen,
 )
+from quire.scheduler.near import Near
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SEQS = {"cpu": 256, "cuda": 1024}
@@ -73,16 +75,42 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """What a request takes of the cache."""
+
+    near: Near | None
+    block_size: int
+    max_batched_tokens: int
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks of one of so many tokens, at most."""
+        num = -(-num_tokens // self.block_size)
+        return num if self.near is None else self.near.num_blocks(num, self._span(self.near))
+
+    def longest(self, num_blocks: int) -> int | None:
+        """Tokens of the longest one that has so many blocks; None for any number."""
+        longest = num_blocks if self.near is None else self.near.longest(num_blocks, self._span(self.near))
+        return None if longest is None else longest * self.block_size
+
+    def _span(self, near: Near) -> int:
+        return near.span(self.block_size, self.max_batched_tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Where the memory goes, in bytes."""
 
     weight_bytes: int
     work_bytes: int
     cache_bytes: int
-    block_bytes: int
+    layout: Layout
     num_blocks: int
     state_bytes: int = 0  # of a sequence's recurrent layers
     num_states: int = 0  # sequences' states that can be kept for others, beside those that run
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layout.block_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,18 +162,20 @@ def resolve(
         _check_quantization(config, dtype, machine)
     weights = _weight_bytes(spec, ITEM_BYTES[dtype], BITS.get(config.quantization))
     work = _work_bytes(spec, batched, min(max_seqs, batched), length) + _choice_bytes(spec, batched, length)
-    per_block = block_bytes(spec, block_size, ITEM_BYTES[dtype], _quantizes_cache(config, machine))
+    layout = cache_layout(spec, block_size, ITEM_BYTES[dtype], _quantizes_cache(config, machine), length)
+    request = Request(layout.near, block_size, batched)
     budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, machine, weights, work)
     per_state = state_bytes(spec, ITEM_BYTES[dtype])
     max_seqs, num_states = _states(config, per_state, budget, max_seqs)
     of_states = (max_seqs + 1 + num_states) * per_state if per_state else 0
-    wanted = max_seqs * -(-length // block_size) + (SPARE_BLOCKS if config.enable_prefix_caching else 0)
+    wanted = max_seqs * request.num_blocks(length) + (SPARE_BLOCKS if config.enable_prefix_caching else 0)
+    per_block = layout.block_bytes
     num_blocks = min((budget - of_states) // per_block, wanted) if per_block else wanted
     if num_blocks == wanted and config.kv_cache_memory_bytes is None:
         reasons["kv_cache_memory_bytes"] = (
             f"{max_seqs} sequences of {length} tokens, and finished ones to reuse"
         )
-    length, why = _fitting_length(config, length, num_blocks * block_size, per_block // block_size)
+    length, why = _fitting_length(config, length, request, num_blocks, per_block)
     reasons["max_model_len"] = why
     cache_bytes = num_blocks * per_block + of_states
     depth_two = machine.asynchronous if config.async_scheduling is None else config.async_scheduling
@@ -162,7 +192,7 @@ def resolve(
         max_token_gap_ms=_gap(config, machine, offline, reasons),
         num_threads=config.num_threads or machine.num_cores,
     )
-    memory = Memory(weights, work, cache_bytes, per_block, num_blocks, per_state, num_states)
+    memory = Memory(weights, work, cache_bytes, layout, num_blocks, per_state, num_states)
     return Resolved(resolved, memory, reasons)
 
 
@@ -324,13 +354,16 @@ def _states(config: Config, per_state: int, budget: int, max_seqs: int) -> tuple
     return max_seqs, min(int(left * STATE_SHARE) // per_state, SPARE_BLOCKS) * config.enable_prefix_caching
 
 
-def _fitting_length(config: Config, length: int, room: int, token_bytes: int) -> tuple[int, str]:
-    if length <= room:
+def _fitting_length(
+    config: Config, length: int, request: Request, num_blocks: int, per_block: int
+) -> tuple[int, str]:
+    room = request.longest(num_blocks)
+    if room is None or length <= room:
         return length, "asked for" if config.max_model_len else "what the model was made for"
     if config.max_model_len is not None or room < 1:
         raise CapacityError(
-            f"one request of {length} tokens needs {length * token_bytes / 2**30:.2f} GiB of KV cache, and there is"
-            f" room for {room} tokens; lower max_model_len or raise kv_cache_memory_bytes"
+            f"one request of {length} tokens needs {request.num_blocks(length) * per_block / 2**30:.2f} GiB of KV"
+            f" cache, and there is room for {room} tokens; lower max_model_len or raise kv_cache_memory_bytes"
         )
     return room, f"the model was made for {length}, and the KV cache has room for {room}"
 

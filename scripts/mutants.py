@@ -51,8 +51,7 @@ SCHEDULER = [
         "a preempted sequence is seated while its newest token is in flight",
     ),
     ("return (len(seq.tokens) - 1) // ", "return len(seq.tokens) // ", "a whole prompt is matched"),
-    ("        pool.hold(hit)\n", "", "blocks found in the cache are not held"),
-    ("        self.pool.release(seq.kv.blocks)\n", "", "blocks leak"),
+    ("        self.holdings.release(seq.kv)\n", "", "blocks leak"),
     ("Holding(keys=seq.kv.keys), 0", "Holding(keys=seq.kv.keys), seq.planned", "planned survives preemption"),
     ("Holding(keys=seq.kv.keys), 0", "Holding(keys=seq.kv.keys[1:]), 0", "keys shift when blocks are lost"),
     (
@@ -78,13 +77,27 @@ SCHEDULER = [
     ("return spare // 2 if prefilling else spare", "return spare", "drafts starve prefills"),
     ("room -= drafts", "pass", "drafts exceed the step"),
     ("drafts = max(capacity - start - 1, 0)", "pass", "sequences are preempted for a guess"),
-    ("new_blocks = extended", "pass", "the device does not hear of a new block"),
+    (
+        "                    new_blocks = extended\n            exact",
+        "            exact",
+        "the device does not hear of a new block",
+    ),
+    (
+        "                new_blocks = extended\n            count",
+        "            count",
+        "nor of a prefill's new block",
+    ),
     (
         "new_blocks = tuple(seq.kv.blocks)",
         "new_blocks = tuple(seq.kv.blocks[:1])",
         "a start brings one block",
     ),
-    ("min(seq.num_to_prefill, left)", "seq.num_to_prefill", "prefills exceed the step"),
+    (
+        "min(seq.num_to_prefill, left, seq",
+        "min(seq.num_to_prefill, seq",
+        "prefills exceed the step",
+    ),
+    (", left, seq.kv.capacity - start)", ", left)", "prefills exceed their blocks"),
     ("samples = not seq.num_to_prefill", "samples = True", "every chunk of a prompt samples"),
     ("                return\n\n    # Seats", "\n    # Seats", "tokens after the last are handed out"),
     ("num >= seq.new.min_tokens", "num > seq.new.min_tokens", "min_tokens is one too many"),
@@ -97,7 +110,7 @@ SCHEDULER = [
     ("len(seq.tokens) <= seq.limit:", "len(seq.tokens) <= seq.limit + 1:", "one token too many"),
     ("in result.errors.items():", "in ():", "errors go unnoticed"),
     (
-        "                self.pool.forget(seq.kv.blocks)  # what they hold may be why it failed\n",
+        "                self.holdings.forget(seq.kv)  # what they hold may be why it failed\n",
         "",
         "blocks of a failed sequence are found",
     ),
@@ -232,13 +245,76 @@ LOOP = [
     ("return not self.inflight and self", "return self", "idle with plans in flight"),
 ]
 LIMITS = [
-    (
-        "num_blocks * block_size + 1,",
-        "num_blocks * block_size + 2,",
-        "a sequence that never fits is accepted",
-    ),
-    ("num_blocks * block_size + 1,", "num_blocks * block_size,", "a sequence that fits is refused"),
+    ("room and room + 1,", "room and room + 2,", "a sequence that never fits is accepted"),
+    ("room and room + 1,", "room and room,", "a sequence that fits is refused"),
     ("if len(new.output) >= new.max_tokens:", "if False:", "a sequence with nothing left is accepted"),
+]
+NEAR = [
+    ("position - window + 1", "position - window + 2", "a window lacks its first position"),
+    ("position // chunk * chunk)", "position)", "a chunk lacks its first positions"),
+    (
+        "return None if span <= num_blocks else num_blocks",
+        "return None",
+        "windows that do not fit are accepted",
+    ),
+    ("even if even < span else", "num_blocks if even < span else", "near blocks take no room"),
+]
+HOLDINGS = [
+    ("        self.pool.hold(self.held(hit))\n", "", "blocks found in the cache are not held"),
+    (
+        "            if not self._is_there(keys[at]):\n                end = at\n",
+        "            pass\n",
+        "a beginning is taken over of which near layers lack something",
+    ),
+    (
+        "                self.beside[block] = kv.near[-1]\n",
+        "",
+        "the device does not hear what is beside a block",
+    ),
+    (
+        "min(self._first(position), kv.num_published)",
+        "self._first(position)",
+        "what nobody can find is given up",
+    ),
+    (
+        "        kv.passed = first\n",
+        "        kv.passed = first + 1\n",
+        "one block more is given up than is let go",
+    ),
+    ("            del kv.near[: first - kv.passed]\n", "", "what was given up is held"),
+    ("        self.pool.release(gone)\n", "", "what is given up is never free"),
+    (
+        "                self._forget(kv.keys[i])\n",
+        "                pass\n",
+        "near blocks are found beside another block",
+    ),
+    (
+        "        self.pool.release([block for near in kv.near for block in near])\n",
+        "",
+        "near blocks leak",
+    ),
+    (
+        "kv.blocks[kv.passed :] if self.whole else kv.blocks)",
+        "kv.blocks)",
+        "what was given up is released again",
+    ),
+    ("        self.beside.clear()\n", "", "a device hears old news"),
+]
+WAYS = [
+    (
+        "holdings.give_up(kv, len(seq.tokens) - 1)",
+        "holdings.give_up(kv, seq.planned)",
+        "drafts count as computed",
+    ),
+    ("holdings.give_up(kv, seq.planned)\n", "pass\n", "a prefill gives nothing up"),
+    ("if work or ends else ()", "if work else ()", "news of blocks are lost"),
+    (
+        "if (victim := self.seats.prefilling[-1]) is seq:",
+        "if (victim := self.seats.worst) is seq:",
+        "who is planned already makes way",
+    ),
+    ("min(count, chunk - start % chunk)", "min(count, chunk)", "a step crosses the end of a chunk"),
+    ("                continue  # it made way\n", "                pass\n", "who made way is planned"),
 ]
 CHECKPOINTS = [
     ("range(len(keys), 0, -1)", "range(len(keys), len(keys) - 1, -1)", "only the whole beginning is found"),
@@ -257,7 +333,11 @@ CHECKPOINTS = [
     ),
 ]
 STATES = [
-    ("        del hit[self", "        _ = hit[self", "a beginning without a state is taken over"),
+    (
+        "                hit = self.holdings.find(seq.kv.keys[:kept])\n",
+        "                break\n",
+        "a beginning without a state is taken over",
+    ),
     (
         "                self.checkpoints.release(row)\n        seq.kv,",
         "                pass\n        seq.kv,",
@@ -291,7 +371,9 @@ TRACE = [
 MUTANTS = [
     Mutant(f"{name}.py", *mutant)
     for name, mutants in (
-        ("scheduler", SCHEDULER + STATES),
+        ("scheduler", SCHEDULER + STATES + WAYS),
+        ("near", NEAR),
+        ("holdings", HOLDINGS),
         ("checkpoints", CHECKPOINTS),
         ("blocks", BLOCKS),
         ("sharing", SHARING),

@@ -3,14 +3,15 @@
 A backend owns the layout inside a layer's share of a block. It knows no layers and no weights.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from quire.attention.shapes import NOTHING, CacheShape, cache_shapes, layer_offsets, layers_read
+from quire.attention.groups import Layout, cache_layout
+from quire.attention.shapes import NOTHING, CacheShape, cache_shapes, layers_read
 from quire.attention.states import State, layer_states
 from quire.kernels import ops
 from quire.models.spec import Spec
@@ -50,6 +51,13 @@ class Ragged:
     max_length: int  # the longest sequence, on the host
     mixed: bool = False  # there may be sequences of one position beside longer ones
     shared: Shared | None = None
+    beside: Tensor | None = None  # [parts, num_blocks] int32: the blocks beside each block, if any; groups.py
+    # The step as layers of a group see it, and of those that see chunks; views.py.
+    views: Mapping[tuple[int, int | None], "Ragged"] = field(default_factory=dict)
+
+    def seen_by(self, cache: "LayerCache", chunk: int | None) -> "Ragged":
+        """The step for a layer whose keys and values are in `cache`, and which sees chunks of positions."""
+        return self.views.get((cache.group, chunk), self)
 
 
 def ragged(
@@ -89,6 +97,7 @@ class LayerCache:
     v: Tensor
     shape: CacheShape
     handle: Any = None  # whatever else the backend wants to have at hand
+    group: int = 0  # of layers, whose blocks it is in; see groups.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,20 +233,25 @@ Cache = LayerCache | State | tuple[LayerCache, State] | tuple[LayerCache, LayerC
 
 
 def layer_caches(
-    backend: Backend, spec: Spec, pool: Tensor, states: Tensor | None, dtype: torch.dtype
+    backend: Backend,
+    spec: Spec,
+    pool: Tensor,
+    states: Tensor | None,
+    dtype: torch.dtype,
+    layout: Layout | None = None,
 ) -> list[Cache]:
     """Each layer's view of `pool` [num_blocks, block_bytes] uint8 or of `states` [num_rows, state_bytes] uint8.
 
-    `states`: None where no layer keeps any. `dtype`: as for `Backend.views`.
+    `states`: None where no layer keeps any. `dtype`: as for `Backend.views`. `layout`: None if nothing is given up.
     """
-    offsets = layer_offsets(spec, backend.block_size, dtype.itemsize, backend.quantized)
+    layout = layout or cache_layout(spec, backend.block_size, dtype.itemsize, backend.quantized)
     kept = layer_states(spec, states, dtype)
     found: list[Cache] = []
-    for state, at, shape in zip(kept, offsets, cache_shapes(spec), strict=True):
+    for state, at, group, shape in zip(kept, layout.offsets, layout.groups, cache_shapes(spec), strict=True):
         if shape == NOTHING:
             found.append(state)
         else:
-            views = backend.views(pool, at, replace(shape, index=None), dtype)
+            views = replace(backend.views(pool, at, replace(shape, index=None), dtype), group=group)
             if shape.index is not None:
                 sizes = backend.block_size, dtype.itemsize, backend.quantized
                 after = at + shape.num_bytes(*sizes) - shape.index.num_bytes(*sizes)

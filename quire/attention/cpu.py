@@ -25,6 +25,7 @@ from quire.kernels.cpu.products import (
 
 PAGE_TOKENS = 16
 UNIT_BYTES = 4
+MOST_LAID_OUT = 8  # steps, and views of them, whose form for the kernels is remembered
 
 
 class _Cache(ctypes.Structure):
@@ -67,7 +68,7 @@ class Cpu:
         """`level`: the instruction set (see native.isa); None for the best there is."""
         self.block_size, self.quantized = block_size, quantized
         self.level = isa() if level is None else level
-        self._laid_out: tuple[Ragged | None, _Step] = (None, _Step())
+        self._laid_out: list[tuple[Ragged, _Step]] = []
         library, self._reason = load()
         if library is not None:
             self._write, self._attend = kernel("quire_write"), kernel("quire_attend")
@@ -196,8 +197,9 @@ class Cpu:
         return out
 
     def _layout(self, step: Ragged) -> int:
-        """The address of the step as the kernels take it; made once, since all layers ask for the same one."""
-        if self._laid_out[0] is not step:
+        """The address of the step as the kernels take it; made once for all layers that see it alike."""
+        found = next((one for one in self._laid_out if one[0] is step), None)
+        if found is None:
             native = _Step(
                 query_starts=step.query_starts.data_ptr(),
                 lengths=step.lengths.data_ptr(),
@@ -208,9 +210,10 @@ class Cpu:
                 num_tokens=step.positions.shape[0],
                 num_threads=torch.get_num_threads(),
             )
-            self._laid_out = (step, native)
-        keep(self._laid_out)
-        return ctypes.addressof(self._laid_out[1])
+            found = (step, native)
+            self._laid_out = [*self._laid_out[1 - MOST_LAID_OUT :], found]
+        keep(found)
+        return ctypes.addressof(found[1])
 
 
 def _packed(x: Tensor) -> Tensor:

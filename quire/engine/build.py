@@ -33,7 +33,7 @@ from quire.models.spec import Spec, num_chosen
 from quire.platforms.base import Platform
 from quire.platforms.cpu import return_memory
 from quire.platforms.detect import detect
-from quire.resolve import Machine, Resolved, resolve, resolve_dtype
+from quire.resolve import Machine, Request, Resolved, resolve, resolve_dtype
 from quire.runner.fixed import MOST_RECORDED, FixedSteps, why_not
 from quire.runner.graphs import Graphs
 from quire.runner.memory import allocate_cache
@@ -232,13 +232,16 @@ def _core(
     if max_seqs is None or length is None or block_size is None or config.max_num_batched_tokens is None:
         raise ConfigError("the options are not resolved")
     cache = allocate_cache(memory.num_blocks, memory.block_bytes, device)
-    state = SlotState(max_seqs, length, block_size, device)
+    near, beside = memory.layout.near, None
+    if near is not None and near.parts:
+        beside = torch.zeros(near.parts, memory.num_blocks, dtype=torch.int32, device=device)
+    state = SlotState(max_seqs, length, block_size, device, beside)
     states = None
     if memory.state_bytes:
         states = allocate_cache(max_seqs + 1 + memory.num_states, memory.state_bytes, device)
     parts = (
         model,
-        model.caches(cache, states),
+        model.caches(cache, states, memory.layout),
         state,
         Sampler(spec.vocab_size, state.tokens),
     )
@@ -246,7 +249,9 @@ def _core(
     rows = None if states is None else StateRows(states)
     runner = Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed, states=rows)
     secret = os.urandom(16)  # nobody outside can predict which prompts share a block
-    pool = BlockPool(memory.num_blocks, block_size, secret=secret, caching=config.enable_prefix_caching)
+    pool = BlockPool(
+        memory.num_blocks, block_size, secret=secret, caching=config.enable_prefix_caching, near=near
+    )
     scheduler = Scheduler(
         pool,
         max_batched_tokens=config.max_num_batched_tokens,
@@ -270,7 +275,10 @@ def _core(
 
 def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platform) -> str:
     config, memory, gib = resolved.config, resolved.memory, 2**30
-    num_tokens = memory.num_blocks * (config.block_size or 1)
+    length = config.max_model_len or 1
+    request = Request(memory.layout.near, config.block_size or 1, max_batched_tokens=1)  # that decodes
+    num_requests = memory.num_blocks // request.num_blocks(length)
+    num_tokens = num_requests * length if memory.layout.near else memory.num_blocks * request.block_size
     quantized = "" if config.quantization == "auto" else f" with {config.quantization} weights"
     cached = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     where = platform.name
@@ -279,7 +287,7 @@ def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platfor
     return (
         f"{len(cache_shapes(spec))} layers in {config.dtype}{quantized} on {where}, attention {backend.name}, weights"
         f" {memory.weight_bytes / gib:.2f} GiB, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB ="
-        f" {num_tokens} tokens ({num_tokens // (config.max_model_len or 1)} requests of {config.max_model_len})"
+        f" {num_tokens} tokens ({num_requests} requests of {length})"
         + (
             f", states of {memory.state_bytes / 2**20:.2f} MiB, {memory.num_states} kept"
             if memory.state_bytes

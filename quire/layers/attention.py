@@ -35,6 +35,13 @@ class Raised(nn.Module):
         return self.product(x if self.norm is None else self.norm(x))
 
 
+def chunk_of(mixer: spec.Mixer | None, build: Build) -> int | None:
+    """The chunk of positions that a layer sees, if sequences may be longer."""
+    s = spec.attention_of(mixer)
+    chunk = s.chunk if isinstance(s, spec.Attention) else None
+    return chunk if chunk is not None and chunk < build.ropes.num_positions else None
+
+
 class Attention(nn.Module):
     """q, k, v in one product; norms and rotation; write; attend; output.
 
@@ -59,6 +66,7 @@ class Attention(nn.Module):
         self.table = build.ropes.table(s.rope) if s.rope else None
         self.scale = s.head_dim**-0.5 if s.scale is None else s.scale
         self.slopes = self._slopes()
+        self.chunk = chunk_of(s, build)
         self.sinks: Tensor | None = None
         rows = s.num_heads if s.gate_per_head else q
         self.gate = Linear(inputs, {"gate_proj": rows}, build, bias=s.gate_bias) if s.gate else None
@@ -97,7 +105,7 @@ class Attention(nn.Module):
 
     def _attend(self, x: Normed, step: Ragged, cache: LayerCache, more: Tensor | None) -> Tensor:
         """x [T, dim] -> [T, H, D]."""
-        s, backend = self.spec, self.build.backend
+        s, backend, step = self.spec, self.build.backend, step.seen_by(cache, self.chunk)
         how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
         is_usual = s.v_norm is None and not s.keys_as_values and s.shares is None and self.raised is None
         if self.turn is not None and is_usual and more is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.base import Backend, Cache, Ragged
+from quire.attention.groups import Layout
 from quire.checkpoint.upload import Upload
 from quire.kernels import ops
 from quire.layers.rope import RopeTables
@@ -35,8 +36,8 @@ class Network(Protocol):
     @property
     def build(self) -> "Build": ...
 
-    def caches(self, pool: Tensor, states: Tensor | None = None) -> list[Cache]:
-        """Each layer's view of `pool` [num_blocks, block_bytes] uint8 and of `states` [num_rows, state_bytes] uint8."""
+    def caches(self, pool: Tensor, states: Tensor | None = None, layout: Layout | None = None) -> list[Cache]:
+        """Each layer's view of the memory; see `layer_caches`."""
 
     def __call__(self, token_ids: Tensor, step: Ragged, caches: Sequence[Cache]) -> Tensor:
         """token_ids [T] int64 -> hidden [T, dim]."""

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from quire.attention.base import Backend, Cache, Ragged, layer_caches
+from quire.attention.groups import Layout
+from quire.attention.views import Place, places, seen_from
 from quire.kernels import ops
 from quire.layers.altup import AltUpBlock, Streams
+from quire.layers.attention import chunk_of
 from quire.layers.base import Build, Weights
 from quire.layers.block import Block
 from quire.layers.embeddings import LayerEmbeddings
@@ -55,6 +58,7 @@ class Decoder(nn.Module):
         self.head = Linear(s.dim, {"lm_head": s.vocab_size}, self.build, bias=s.head_bias, least_bits=8)
         self.embedding: Any = None  # once loaded, what `ops.embed` takes, [vocab_size, dim]
         self.positions: Tensor | None = None  # [num_positions, dim]
+        self.places = frozenset[Place]()  # of layers that see a step otherwise than as it is
 
     def load(self, weights: Weights) -> None:
         """Pull every weight, layer by layer, so that at most one layer is held twice."""
@@ -81,13 +85,16 @@ class Decoder(nn.Module):
         if s.tied:
             self.embedding = ops.as_table(self.embedding, self.head.weight)
 
-    def caches(self, pool: Tensor, states: Tensor | None = None) -> list[Cache]:
+    def caches(self, pool: Tensor, states: Tensor | None = None, layout: Layout | None = None) -> list[Cache]:
         """Each layer's view of the memory; see `layer_caches`."""
-        return layer_caches(self.backend, self.spec, pool, states, self.build.dtype)
+        found = layer_caches(self.backend, self.spec, pool, states, self.build.dtype, layout)
+        self.places = places(found, (chunk_of(block.mixer, self.build) for block in self.spec.blocks))
+        return found
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, step: Ragged, caches: Sequence[Cache]) -> Tensor:
         """token_ids [T] int64 -> hidden [T, dim], the final norm applied."""
+        step = seen_from(step, self.places, self.backend.block_size) if self.places else step
         x = ops.embed(token_ids, self.embedding, self.embed_scale)
         if self.positions is not None:
             x = x + ops.embed(step.positions + self.spec.position_offset, self.positions)

@@ -73,6 +73,7 @@ def make_batch(work: Sequence[Work], state: SlotState, block_size: int) -> Batch
         max_query=int(counts.max()),
         max_length=max_length,
         mixed=int(counts.min()) == 1 < int(counts.max()),
+        beside=state.beside,
     )
     return Batch(
         work=tuple(work),

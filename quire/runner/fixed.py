@@ -202,6 +202,7 @@ class FixedSteps:
                 max_query=1,
                 max_length=kind.longest,
                 shared=self.rows.first(kind.num_rows) if kind.shares else None,
+                beside=self.state.beside,
             )
             self.steps[kind] = inputs, ragged
         return self.steps[kind]

@@ -124,6 +124,7 @@ class MixedSteps:
                 max_query=kind.num_tokens,
                 max_length=self.fixed.state.max_length,
                 mixed=kind.mixed,
+                beside=self.fixed.state.beside,
             )
             self.steps[kind] = layout, ragged
         return self.steps[kind]

@@ -25,10 +25,18 @@ class SlotState:
         numbers: [num_slots + 1, 1 + max_blocks] int32, in one tensor so that one write changes all that a step changes.
         tables: its columns of KV blocks, in the order of the positions they hold.
         blocks: the same of each slot, on the host.
+        beside: [parts, num_blocks] int32, the blocks beside each block of the pool, where layers have any.
         num_starts: sequences that have been given a slot so far.
     """
 
-    def __init__(self, num_slots: int, max_length: int, block_size: int, device: torch.device):
+    def __init__(
+        self,
+        num_slots: int,
+        max_length: int,
+        block_size: int,
+        device: torch.device,
+        beside: Tensor | None = None,
+    ):
         max_blocks = -(-max_length // block_size)
         self.nobody, self.max_length = num_slots, max_length
         self.tokens = torch.zeros(num_slots + 1, max_length + 1, dtype=torch.int32, device=device)
@@ -37,9 +45,13 @@ class SlotState:
         self.blocks = [array("i") for _ in range(num_slots)]
         self.num_starts = 0
         self.prompt_len = [0] * num_slots
+        self.beside = beside
 
     def apply(self, plan: Plan) -> None:
         """Take over the plan's new sequences and new blocks."""
+        if plan.beside and self.beside is not None:
+            (told,) = upload((np.array(plan.beside),), self.beside.device)
+            self.beside[:, told[:, 0]] = told[:, 1:].T.int()
         width = self.numbers.shape[1]
         places: list[int] = []  # in `numbers`, flat; none twice
         values: list[int] = []

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 from quire.errors import CapacityError, ConfigError
+from quire.scheduler.near import Near
 
 KEY_BYTES = 16
 MAX_EVICTED = 1 << 16  # keys of those that made room, remembered for statistics only
@@ -24,7 +25,16 @@ class BlockPool:
         ConfigError: a size below 1, or a secret that BLAKE2b does not take.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, secret: bytes, caching: bool = True):
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        secret: bytes,
+        caching: bool = True,
+        near: Near | None = None,
+    ):
+        """`near`: how layers use the blocks that do not see all positions, if there are any."""
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(
                 f"the cache has {num_blocks} blocks of {block_size} tokens; both must be at least 1"
@@ -33,7 +43,7 @@ class BlockPool:
             raise ConfigError(
                 f"the cache secret has {len(secret)} bytes; it must have 1 to {blake2b.MAX_KEY_SIZE}"
             )
-        self.num_blocks, self.block_size, self.caching = num_blocks, block_size, caching
+        self.num_blocks, self.block_size, self.caching, self.near = num_blocks, block_size, caching, near
         self.refs = [0] * num_blocks
         self.free = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
         self.key_of: dict[int, bytes] = {}

@@ -39,8 +39,8 @@ class Limits:
         if self.max_gap_s is not None and not self.max_gap_s > 0:
             raise ConfigError(f"max_gap_s is {self.max_gap_s}; it must be above 0, or None for no limit")
 
-    def check(self, new: NewSequence, num_blocks: int, block_size: int) -> None:
-        """Refuse a sequence that can never run.
+    def check(self, new: NewSequence, room: int | None) -> None:
+        """Refuse a sequence that can never run; the cache has `room` for so many positions of one.
 
         Raises:
             InvalidRequest: it has no prompt or nothing left to compute, or more tokens than are allowed or cached.
@@ -60,7 +60,7 @@ class Limits:
             )
         for limit, what in (
             (self.max_length, "a sequence may have at most {0} tokens (max_model_len)"),
-            (num_blocks * block_size + 1, "the KV cache holds {0}"),  # the last token is never computed
+            (room and room + 1, "the KV cache holds {0}"),  # the last token is never computed
         ):
             if limit is not None and total > limit:
                 rule = (

@@ -36,12 +36,15 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step. Devices apply it in this order: ends, starts, work. Without work it brings only changes."""
+    """A step. Devices apply it in this order: ends, starts, beside, work. Without work it brings only changes."""
 
     step: int  # counts plans with work or ends, from 1
     work: tuple[Work, ...]
     starts: tuple[Start, ...] = ()
     ends: tuple[int, ...] = ()  # slots given up since the last plan
+    beside: tuple[
+        tuple[int, ...], ...
+    ] = ()  # blocks, each with those that near layers have beside it from now on
 
 
 @dataclass(frozen=True, slots=True)

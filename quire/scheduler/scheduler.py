@@ -13,6 +13,7 @@ from quire.errors import ConfigError, InvalidRequest
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.checkpoints import Checkpoints
 from quire.scheduler.cost import StepCost
+from quire.scheduler.holdings import Hit, Holdings
 from quire.scheduler.limits import Limits
 from quire.scheduler.lookups import Lookups
 from quire.scheduler.plan import Emitted, Plan, Result, Start, Work
@@ -51,7 +52,13 @@ class Scheduler:
             raise ConfigError(
                 f"drafts is {drafts}; a recurrent state cannot take back drafted tokens, so it must be 0"
             )
-        self.pool, self.checkpoints, self.cost = pool, checkpoints, StepCost()
+        if pool.near is not None and pool.near.chunk is not None and drafts:
+            raise ConfigError(f"drafts is {drafts}; of a network that sees chunks of positions it must be 0")
+        self.holdings, self.checkpoints, self.cost = (
+            Holdings(pool, max_batched_tokens),
+            checkpoints,
+            StepCost(),
+        )
         self.limits = Limits(
             max_batched_tokens=max_batched_tokens,
             max_seqs=max_seqs,
@@ -65,6 +72,11 @@ class Scheduler:
         self.lookups, self.num_preemptions = Lookups(), 0
         self.batched_tokens = self.prefill_tokens = self._num_steps = 0
         self._ended: dict[int, Sequence] = {}  # since the latest `schedule`
+
+    @property
+    def pool(self) -> BlockPool:
+        """The cache's blocks."""
+        return self.holdings.pool
 
     @property
     def num_running(self) -> int:
@@ -96,7 +108,7 @@ class Scheduler:
         Raises:
             InvalidRequest: it can never run.
         """
-        self.limits.check(new, self.pool.num_blocks, self.pool.block_size)
+        self.limits.check(new, self.holdings.room)
         if new.id in self.seqs:
             raise InvalidRequest(f"sequence id {new.id} is in use; take another one")
         seq = Sequence(
@@ -133,7 +145,8 @@ class Scheduler:
             self._num_steps += 1
         if work:
             self.cost.begin(self._num_steps, self.batched_tokens, now)
-        return Plan(self._num_steps, tuple(work), tuple(starts), ends)
+        beside = self.holdings.collect() if work or ends else ()
+        return Plan(self._num_steps, tuple(work), tuple(starts), ends, beside)
 
     def commit(self, plan: Plan, result: Result, now: float) -> list[Emitted]:
         """Learn what a plan sampled. Sequences in `result.errors` end without another token."""
@@ -142,7 +155,7 @@ class Scheduler:
         emitted: list[Emitted] = []
         for id, error in result.errors.items():
             if (seq := seqs.get(id)) is not None:
-                self.pool.forget(seq.kv.blocks)  # what they hold may be why it failed
+                self.holdings.forget(seq.kv)  # what they hold may be why it failed
                 if self.checkpoints is not None:
                     self.checkpoints.forget(seq.kv.keys)
                 self._finish(seq)
@@ -209,42 +222,41 @@ class Scheduler:
             elif not self._make_way(seq, hit):
                 break
 
-    def _lookup(self, seq: Sequence) -> tuple[list[int], bytes | None]:
+    def _lookup(self, seq: Sequence) -> tuple[Hit, bytes | None]:
         """Blocks that hold the sequence's beginning, and the key to wait for if others compute more of it."""
         if not seq.new.read_cache:
-            return [], None
+            return Hit(), None
         last = self._num_reusable(seq)
         self.pool.extend_keys(seq.kv.keys, seq.new.cache_root, seq.tokens, last)
-        hit = self.pool.match(islice(seq.kv.keys, last))
-        key = self.sharing.awaited(seq, len(hit), last)
+        hit = self.holdings.find(seq.kv.keys[:last])
+        key = self.sharing.awaited(seq, len(hit.blocks), last)
         if self.checkpoints is not None:
             if key is not None and not self._will_keep(self.sharing.owner(key), seq.kv.keys.index(key) + 1):
                 key = None
-            del hit[self.checkpoints.find(seq.kv.keys[: len(hit)]) :]
+            while (kept := self.checkpoints.find(seq.kv.keys[: len(hit.blocks)])) < len(hit.blocks):
+                hit = self.holdings.find(seq.kv.keys[:kept])
         return hit, key
 
     def _num_reusable(self, seq: Sequence) -> int:
         """Blocks that might be found: at least one position is left to compute."""
         return (len(seq.tokens) - 1) // self.pool.block_size
 
-    def _num_lacking(self, seq: Sequence, hit: list[int]) -> int:
+    def _num_lacking(self, seq: Sequence, hit: Hit) -> int:
         """Blocks to be freed before the sequence may have a seat; none when it would be alone."""
-        pool = self.pool
-        needed = pool.blocks_for(len(seq.tokens)) - len(hit) + pool.num_idle(hit)
-        return needed + self.seats.num_taken * self._headroom - pool.num_free
+        needed = self.holdings.num_needed(hit, len(seq.tokens))
+        return needed + self.seats.num_taken * self._headroom - self.pool.num_free
 
     @property
     def _headroom(self) -> int:
         """Blocks kept free for the next outputs of each running sequence."""
-        return self.pool.blocks_for(1 + self.limits.drafts)
+        return self.pool.blocks_for(1 + self.limits.drafts) * (1 + self.holdings.parts)
 
-    def _seat(self, seq: Sequence, hit: list[int], now: float) -> None:
-        """Let a sequence run on the blocks found and new ones for all its known tokens."""
+    def _seat(self, seq: Sequence, hit: Hit, now: float) -> None:
+        """Let a sequence run on the blocks found and new ones for its known tokens."""
         pool, kv, size = self.pool, seq.kv, self.pool.block_size
-        pool.hold(hit)
-        kv.blocks = hit + pool.take(pool.blocks_for(len(seq.tokens)) - len(hit))
-        kv.capacity, kv.num_published = len(kv.blocks) * size, len(hit)
-        seq.planned = len(hit) * size
+        self.holdings.seat(kv, hit, len(seq.tokens))
+        kv.num_published = len(hit.blocks)
+        seq.planned = kv.num_published * size
         kv.next_full = seq.planned + size
         num_full = len(seq.tokens) // size
         pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, num_full)
@@ -259,14 +271,14 @@ class Scheduler:
             looked_up = islice(kv.keys, self._num_reusable(seq)) if seq.new.read_cache else None
             self.lookups.count(pool, len(seq.new.prompt), seq.stats.num_cached_tokens, looked_up)
 
-    def _make_way(self, seq: Sequence, hit: list[int]) -> bool:
+    def _make_way(self, seq: Sequence, hit: Hit) -> bool:
         """Preempt sequences of lower priority, the worst first, if that makes room; whether it does."""
-        lacking, holders, kept = self._num_lacking(seq, hit), dict[int, int](), set(hit)
+        lacking, holders, kept = self._num_lacking(seq, hit), dict[int, int](), set(self.holdings.held(hit))
         victims: list[Sequence] = []
         for victim in self.seats.worse_than(seq.rank[0]):
             victims.append(victim)
             lacking -= self._headroom
-            for block in victim.kv.blocks:
+            for block in self.holdings.held(victim.kv):
                 holders[block] = holders.get(block, self.pool.refs[block]) - 1
                 lacking -= not holders[block] and block not in kept
             if lacking <= 0:
@@ -304,7 +316,7 @@ class Scheduler:
             seq.tenant.served -= seq.num_to_prefill * seq.tenant.price
         self.seats.leave(seq)
         self._settle(seq, seq.kv.num_published, seq.kv.num_claimed)
-        self.pool.release(seq.kv.blocks)
+        self.holdings.release(seq.kv)
         if self.checkpoints is not None:
             for row in (*seq.kv.saves.values(), *([seq.kv.restore] if seq.kv.restore >= 0 else ())):
                 self.checkpoints.release(row)
@@ -324,8 +336,7 @@ class Scheduler:
         kv, size = seq.kv, self.pool.block_size
         first, full = kv.num_published, num_computed // size
         self.pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, full)
-        for i in range(first, full):
-            self.pool.publish(kv.keys[i], kv.blocks[i])
+        self.holdings.publish(kv, first, full)
         if self.checkpoints is not None:
             self._publish_states(kv, full, self.checkpoints)
         kv.num_published, kv.next_full = full, (full + 1) * size
@@ -359,7 +370,8 @@ class Scheduler:
             drafts = min(most, room, seq.limit - start - 1) if room else 0
             new_blocks: tuple[int, ...] = ()
             if start + drafts >= capacity:
-                if drafts and self.pool.blocks_for(start + 1 + drafts - capacity) > self.pool.num_free:
+                end = start + 1 + drafts
+                if drafts and self.holdings.num_lacking(seq.kv, end, end) > self.pool.num_free:
                     drafts = max(capacity - start - 1, 0)  # nobody is preempted for a guess
                 if start + drafts >= capacity:
                     if (extended := self._extend(seq, start + 1 + drafts)) is None:
@@ -377,17 +389,27 @@ class Scheduler:
 
     def _extend(self, seq: Sequence, num_positions: int) -> tuple[int, ...] | None:
         """Hold blocks for so many positions; None if the sequence itself was preempted for them."""
-        kv = seq.kv
-        num = self.pool.blocks_for(num_positions) - len(kv.blocks)
-        while num > self.pool.num_free:
+        holdings, kv = self.holdings, seq.kv
+        holdings.give_up(kv, len(seq.tokens) - 1)
+        while holdings.num_lacking(kv, num_positions, num_positions) > self.pool.num_free:
             victim = self.seats.worst
             self._preempt(victim)
             if victim is seq:
                 return None
-        new = self.pool.take(num)
-        kv.blocks += new
-        kv.capacity += num * self.pool.block_size
-        return tuple(new)
+        return holdings.extend(kv, num_positions, num_positions)
+
+    def _go_on(self, seq: Sequence) -> tuple[int, ...] | None:
+        """Hold near blocks for the next positions of a prefill, in place of those before; None if it has to wait.
+
+        Who decodes is planned already and keeps what it has, so only prefills that come later make way.
+        """
+        holdings, kv, num_tokens, least = self.holdings, seq.kv, len(seq.tokens), seq.planned + 1
+        holdings.give_up(kv, seq.planned)
+        while holdings.num_lacking(kv, num_tokens, least) > self.pool.num_free:
+            if (victim := self.seats.prefilling[-1]) is seq:
+                return None
+            self._preempt(victim)
+        return holdings.extend(kv, num_tokens, least)
 
     def _plan_prefills(self, work: list[Work], starts: list[Start]) -> int:
         """Plan known tokens, the best sequence's first; return how many positions."""
@@ -395,9 +417,17 @@ class Scheduler:
         for seq in tuple(self.seats.prefilling):
             if not left:
                 break
-            start, count = seq.planned, min(seq.num_to_prefill, left)
+            if seq.state is not State.PREFILLING:
+                continue  # it made way
+            start, save = seq.planned, -1
             new_blocks: tuple[int, ...] = ()
-            save = -1
+            if start + left > seq.kv.capacity < len(seq.tokens):
+                if (extended := self._go_on(seq)) is None:
+                    continue
+                new_blocks = extended
+            count = min(seq.num_to_prefill, left, seq.kv.capacity - start)
+            if self.pool.near is not None and (chunk := self.pool.near.chunk) is not None:
+                count = min(count, chunk - start % chunk)
             if self.checkpoints is not None and self.checkpoints.refs:
                 count = self._until_cut(seq, count)
                 save = self._keep(seq, start + count)

@@ -56,7 +56,10 @@ class Holding:
     """A sequence's part of the cache."""
 
     blocks: list[int] = field(default_factory=list)  # in the order of the positions they hold
-    capacity: int = 0  # positions that fit into them
+    # beside each of blocks[passed:], as far as the sequence has taken any (holdings.py)
+    near: list[tuple[int, ...]] = field(default_factory=list)
+    passed: int = 0  # blocks whose positions near layers see no more
+    capacity: int = 0  # positions that fit into all of them
     num_published: int = 0  # blocks, from the first, that are full and findable
     num_claimed: int = 0  # blocks, from the first, that others may wait for
     next_full: int = 0  # computed positions at which there is a block to publish

@@ -15,11 +15,12 @@ from quire.errors import InvalidRequest, QuireError
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.checkpoints import Checkpoints
 from quire.scheduler.lookups import Lookups
+from quire.scheduler.near import Near
 from quire.scheduler.plan import Emitted, Plan, Result
 from quire.scheduler.scheduler import NewSequence, Scheduler
 from quire.scheduler.sequence import SequenceStats
 
-VERSION = 2
+VERSION = 3
 SECRET = b"replay"  # plans depend on which keys are equal, not on their values
 
 
@@ -41,8 +42,17 @@ class Recorder:
         )  # a line at a time, so a crash keeps all but one
         pool = scheduler.pool
         sizes = {"num_blocks": pool.num_blocks, "block_size": pool.block_size, "caching": pool.caching}
+        near = None if pool.near is None else asdict(pool.near)
         rows = None if scheduler.checkpoints is None else list(scheduler.checkpoints.refs)
-        self._write({"version": VERSION, "pool": sizes, "rows": rows, "limits": asdict(scheduler.limits)})
+        self._write(
+            {
+                "version": VERSION,
+                "pool": sizes,
+                "near": near,
+                "rows": rows,
+                "limits": asdict(scheduler.limits),
+            }
+        )
 
     def close(self) -> None:
         """Finish the file."""
@@ -140,7 +150,9 @@ def replay(source: Path | Iterable[str]) -> int:
     if not isinstance(head, dict) or head.get("version") != VERSION:
         raise TraceError(f"the first line is not the head of a version {VERSION} trace; record it again")
     states = None if head["rows"] is None else Checkpoints(head["rows"])
-    scheduler = Scheduler(BlockPool(secret=SECRET, **head["pool"]), **head["limits"], checkpoints=states)
+    near = None if head["near"] is None else Near(**head["near"])
+    pool = BlockPool(secret=SECRET, **head["pool"], near=near)
+    scheduler = Scheduler(pool, **head["limits"], checkpoints=states)
     inflight: deque[Plan] = deque()
     plan = Plan(0, ())
     num_plans = 0
@@ -204,4 +216,4 @@ def _plan_to_json(plan: Plan) -> list[Any]:
         for w in plan.work
     ]
     starts = [(s.seq, s.slot, s.tokens, s.prompt_len, s.restore) for s in plan.starts]
-    return [plan.step, work, starts, plan.ends]
+    return [plan.step, work, starts, plan.ends, plan.beside]

@@ -2,16 +2,17 @@
 
 from collections import Counter
 
+from quire.scheduler.near import Near
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence, State
-from tests.scheduler.device import Device
+from tests.scheduler.device import Device, first_seen
 
 RUNNING = (State.PREFILLING, State.DECODING)
 
 
 def check_blocks(scheduler: Scheduler) -> None:
     pool = scheduler.pool
-    held = Counter(block for seq in scheduler.seqs.values() for block in seq.kv.blocks)
+    held = Counter(block for seq in scheduler.seqs.values() for block in scheduler.holdings.held(seq.kv))
     assert pool.refs == [held[block] for block in range(pool.num_blocks)], "blocks balance"
     assert set(pool.free) == {block for block, refs in enumerate(pool.refs) if not refs}
     assert {block: key for key, block in pool.by_key.items()} == pool.key_of
@@ -34,10 +35,19 @@ def check_states(scheduler: Scheduler, device: Device) -> None:
     device.check_states(kept)
 
 
-def check_sequence(seq: Sequence, size: int) -> None:
+def check_sequence(seq: Sequence, near: Near | None, size: int) -> None:
     kv, running = seq.kv, seq.state in RUNNING
     assert running or (not kv.blocks and not seq.planned and seq.slot < 0), "holds something without a seat"
-    assert kv.capacity == len(kv.blocks) * size >= seq.planned >= kv.num_published * size
+    parts = near.parts if near else 0
+    assert parts or not kv.near
+    assert all(len(beside) == parts for beside in kv.near)
+    end = kv.passed + len(kv.near) if parts else len(kv.blocks)
+    assert kv.capacity == end * size >= seq.planned >= kv.num_published * size
+    assert kv.passed <= kv.num_published, "gives up what nobody can find"
+    if near is not None and running:
+        assert kv.passed * size <= first_seen(near, min(seq.planned, len(seq.tokens) - 1)), (
+            "gives up what it needs"
+        )
     assert kv.num_published * size < len(seq.tokens), "claims KV of a token that is not known"
     assert kv.next_full == (kv.num_published + 1) * size or not running
     assert seq.planned <= seq.limit
@@ -81,6 +91,6 @@ def check(scheduler: Scheduler, device: Device) -> None:
     check_blocks(scheduler)
     check_places(scheduler)
     for seq in scheduler.seqs.values():
-        check_sequence(seq, scheduler.pool.block_size)
+        check_sequence(seq, scheduler.pool.near, scheduler.pool.block_size)
     device.check_findable(scheduler.pool)
     check_states(scheduler, device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.checkpoints import Checkpoints
 from quire.scheduler.limits import Limits
+from quire.scheduler.near import Near
 from quire.scheduler.plan import Plan, Result, Start, Work
 from quire.scheduler.sequence import NewSequence
 
@@ -30,6 +31,13 @@ class Prefix:
         if token not in self.children:
             self.children[token] = Prefix(self, token)
         return self.children[token]
+
+
+def first_seen(near: Near, position: int) -> int:
+    """The earliest position that one sees in near layers."""
+    window, chunk = near.window or 0, near.chunk or position + 1
+    in_chunk = 0 if near.chunk is None else position % chunk + 1
+    return min(position, position + 1 - max(min(window, position + 1), in_chunk))
 
 
 class Model:
@@ -91,6 +99,8 @@ class Device:
     busy_until: float = 0.0
     slots: dict[int, Slot] = field(default_factory=dict)
     memory: dict[tuple[int, int], tuple[Prefix, int]] = field(default_factory=dict)
+    near: Near | None = None  # how layers see that do not see all positions
+    beside: dict[int, tuple[int, ...]] = field(default_factory=dict)  # a block's, for those layers
     rows: dict[int, tuple[Prefix, int]] | None = None  # states that were kept; None: the network has none
     lose_every: int = 0  # steps, of which each such one loses a sequence's state
     num_committed: int = 0  # the latest step whose result was asked for
@@ -110,6 +120,7 @@ class Device:
             del self.slots[slot]
         for start in plan.starts:
             self._start(start)
+        self.beside |= {block: tuple(near) for block, *near in plan.beside}
         num_tokens = sum(w.count + w.drafts for w in plan.work)
         assert num_tokens <= self.limits.max_batched_tokens
         assert len({w.seq for w in plan.work}) == len(plan.work)
@@ -117,7 +128,10 @@ class Device:
         losing = self.lose_every and plan.step % self.lose_every == 0 and plan.step < LAST_LOSS
         if losing and plan.work:
             self.slots[plan.work[plan.step % len(plan.work)].slot].lost = True
+        self.computing: list[tuple[Slot, int, int]] = []
         self.sampled = tuple(tuple(self._run(w)) for w in plan.work)
+        for slot, start, end in self.computing:  # a step's sequences are computed at once
+            self._read(slot, start, end)
         if plan.work:
             self.busy_until = max(self.now, self.busy_until) + self.step_s(num_tokens)
 
@@ -167,16 +181,27 @@ class Device:
             slot.computed = end
             slot.tokens += [VOCAB] * w.samples
             return []
-        prefix = self.model.root(new.cache_root)
-        for p in range(start):
-            stored, _ = self.memory[slot.table[p // self.block_size], p % self.block_size]
-            assert stored is prefix.then(slot.tokens[p]), "wrong or overwritten KV"
-            prefix = stored
+        prefix = self._read(slot, start, start)
+        self.computing.append((slot, start, end))
         for p in range(start, end):
             prefix = self._write(slot, p, prefix.then(slot.tokens[p]))
         self._advance(w, slot, start, prefix)
         slot.computed = end
         return self._sample(w, slot, prefix) if w.samples else []
+
+    def _read(self, slot: Slot, start: int, end: int) -> Prefix:
+        """What positions start .. end - 1 see, and they themselves, is there; returns the prefix up to `end`."""
+        near, prefix = self.near, self.model.root(self.sequences[slot.seq].cache_root)
+        if near is not None and near.chunk is not None and end > start:
+            assert (end - 1) // near.chunk == start // near.chunk, "a step crosses the end of a chunk"
+        for p in range(end):
+            prefix, block = prefix.then(slot.tokens[p]), slot.table[p // self.block_size]
+            seen = [block] if near is None or near.parts else []
+            if near is not None and p >= first_seen(near, start):
+                seen += self.beside[block] if near.parts else [block]
+            for one in seen:
+                assert self.memory[one, p % self.block_size][0] is prefix, "wrong or overwritten KV"
+        return prefix
 
     def _advance(self, w: Work, slot: Slot, start: int, prefix: Prefix) -> None:
         """The state goes on from where it was, and is kept."""
@@ -217,7 +242,9 @@ class Device:
 
     def _write(self, slot: Slot, position: int, prefix: Prefix) -> Prefix:
         block = slot.table[position // self.block_size]
-        self.memory[block, position % self.block_size] = prefix, self.num_launched
+        beside = self.beside[block] if self.near is not None and self.near.parts else ()
+        for one in (block, *beside):
+            self.memory[one, position % self.block_size] = prefix, self.num_launched
         return prefix
 
     def check_findable(self, pool: BlockPool) -> None:
@@ -228,6 +255,11 @@ class Device:
             assert all(b.parent is a for (a, _), (b, _) in zip(entries, entries[1:], strict=False))
             last = entries[-1][0]
             assert self.meaning.setdefault(key, last) is last, "a key with two meanings"
+            for part in range(self.near.parts if self.near else 0):
+                beside = pool.by_key.get(key + bytes([part]))
+                assert beside is None or self.beside[block][part] == beside, (
+                    "beside another block of this key"
+                )
 
     def check_states(self, checkpoints: Checkpoints) -> None:
         """A findable state was kept by a committed plan, and is that of the blocks up to its key's."""

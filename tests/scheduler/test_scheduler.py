@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quire.scheduler.near import Near
 from tests.scheduler.device import EOS, STOP
 from tests.scheduler.workload import Case, Machine, run
 
@@ -55,6 +56,25 @@ stateful = st.builds(
     st.sampled_from((0, 1, 2, 3, 5, 9, 40)),
     st.sampled_from((0, 0, 0, 7, 11)),
 )
+nears = st.builds(Near, parts=st.sampled_from((0, 0, 1, 1, 2)), window=st.integers(1, 9))
+chunks = st.builds(
+    Near, parts=st.sampled_from((0, 1, 2)), window=st.sampled_from((None, 3)), chunk=st.integers(1, 9)
+)
+near = st.builds(
+    lambda machine, how, num_blocks, depth: replace(machine, near=how, num_blocks=num_blocks, depth=depth),
+    machines | stateful,
+    nears,
+    st.integers(8, 60),
+    st.sampled_from((1, 2)),
+) | st.builds(lambda machine, how: replace(machine, near=how, drafts=0, depth=2), machines | stateful, chunks)
+
+
+@settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(cases, min_size=2, max_size=8), near)
+def test_every_schedule_of_a_network_that_sees_near_positions_gives_the_sequential_answer(
+    todo: list[Case], machine: Machine
+) -> None:
+    run(todo, machine)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -73,6 +93,6 @@ def test_every_schedule_gives_the_sequential_answer(todo: list[Case], machine: M
 
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(cases, min_size=2, max_size=10), machines | stateful)
+@given(st.lists(cases, min_size=2, max_size=10), machines | stateful | near)
 def test_every_schedule_gives_the_sequential_answer_at_length(todo: list[Case], machine: Machine) -> None:
     run(todo, machine)

@@ -11,6 +11,7 @@ from quire.errors import InvalidRequest
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.checkpoints import Checkpoints
 from quire.scheduler.loop import Loop
+from quire.scheduler.near import Near
 from quire.scheduler.plan import Emitted, Plan, Result
 from quire.scheduler.scheduler import NewSequence, Scheduler, SequenceStats
 from quire.scheduler.trace import Recorder
@@ -51,6 +52,7 @@ class Machine:
     min_prefill: int = 16
     good_drafts: bool = True
     num_states: int | None = None  # rows for states beside the slots'; None: the network has none
+    near: Near | None = None  # how layers see that do not see all positions
     lose_every: int = 0  # steps, of which each such one loses a state
 
 
@@ -59,7 +61,8 @@ class Run:
 
     def __init__(self, todo: Sequence[Case], machine: Machine, trace: Path | None = None):
         self.machine, self.model = machine, Model(good_drafts=machine.good_drafts)
-        self.pool = BlockPool(machine.num_blocks, machine.block_size, secret=SECRET, caching=machine.caching)
+        how = {"caching": machine.caching, "near": machine.near}
+        self.pool = BlockPool(machine.num_blocks, machine.block_size, secret=SECRET, **how)
         first, states = machine.max_seqs + 1, machine.num_states
         self.scheduler = Scheduler(
             self.pool,
@@ -86,6 +89,7 @@ class Run:
         self.device = Device(
             self.model, self.scheduler.limits, machine.block_size, self.sequences, self.seeds, fails
         )
+        self.device.near = machine.near
         if states is not None:
             self.device.rows, self.device.lose_every = {}, machine.lose_every
         self.recorder = Recorder(self.scheduler, trace) if trace else None
@@ -152,7 +156,7 @@ class Run:
         decodes = sum(w.count + w.drafts for w in plan.work if decoding.get(w.seq) == w.epoch)
         prefills = scheduler.batched_tokens - decodes
         assert prefills == scheduler.prefill_tokens
-        assert prefills or not scheduler.seats.prefilling, "prefills starve"
+        assert prefills or not scheduler.seats.prefilling or self.machine.near, "prefills starve"
         assert not decodes or most is None or prefills <= max(most - decodes, limits.min_prefill_tokens)
         return plan
 
@@ -163,8 +167,8 @@ class Run:
         return emitted
 
     def _add(self, id: int) -> None:
-        new, capacity = self.sequences[id], self.machine.num_blocks * self.machine.block_size
-        fits = len(new.prompt) + new.max_tokens - 1 <= capacity
+        new, capacity = self.sequences[id], self.scheduler.holdings.room
+        fits = capacity is None or len(new.prompt) + new.max_tokens - 1 <= capacity
         if fits:
             self.got[id] = []
             self.stats[id] = self.planner.add(new, self.device.now)

@@ -416,8 +416,8 @@ class Triton:
         width = layout.dims["V0"] + layout.dims["V1"]
         sizes = {"ROWS": rows, "GROUPS": groups, "COUNT": count}
         sizes["AT_ONCE"] = max(1, MERGED_NUMBERS // (count * power_of_two(width)))
-        key = (num_programs, pairs, window, most, count, width, layout.tiles.decode_tile)
-        if any(share.step is not step for share in self._shares.values()):
+        key = (num_programs, pairs, window, most, count, width, layout.tiles.decode_tile, id(step.lengths))
+        if any(share.step.positions is not step.positions for share in self._shares.values()):
             self._shares.clear()
         found = self._shares.get(key)
         if found is not None and found.layer is not cache:

@@ -158,9 +158,10 @@ def _attend_tiles(
     last = (length - 1) // PAGE
     for tile in tl.range(first, stop, num_stages=STAGES):
         tokens = tile * TILE + tl.arange(0, TILE)
-        cached = (
-            tokens < length
-        )  # past it lies whatever was left there, not a number perhaps; it need not be read
+        # Past it, and before windows, lies whatever was left there, not a number perhaps; it need not be read.
+        cached = tokens < length
+        if WINDOWED:
+            cached = cached & (tokens > length - num_queries - window)
         at = token_pointers(k, pages, tile, k_stride, head, K_STORED, PAGE, TILE)
         k0, k1 = two_parts(at, cached, K0, K1, K_DIM)
         if V_IS_K0:

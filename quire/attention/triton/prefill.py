@@ -67,13 +67,16 @@ def _sweep(
 ):  # fmt: skip
     """The state after tiles first .. stop; where they are not MASKED, every row sees all of them."""
     last = (length - 1) // PAGE
+    oldest = tl.min(positions, 0) - window + 1
     following = page_ids(table, first, last, PAGE, TILE)
     for tile in tl.range(first, stop, num_stages=STAGES):
         pages = following
         following = page_ids(table, tile + 1, last, PAGE, TILE)
         tokens = tile * TILE + tl.arange(0, TILE)
-        # Past the length lies whatever was left there, not a number perhaps.
+        # Past the length, and before windows, lies whatever was left there, not a number perhaps.
         cached = tokens < length if MASKED else tl.full([TILE], True, tl.int1)
+        if MASKED and WINDOWED:
+            cached = cached & (tokens >= oldest)
         k0, k1 = _tile_of(
             k, k_described, pages, tile, cached, k_stride, head, K0, K1, K_DIM, K_STORED, PAGE, TILE, False
         )

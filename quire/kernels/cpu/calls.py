@@ -45,6 +45,7 @@ LAYOUTS = {
     "quire_attend": "3P2qP2fqP",
     "quire_gather": "10P6q",
     "quire_advance": "11P7q",
+    "quire_elsewhere": "7P6q",
     "quire_pick": "3P4q",
     "quire_copy": "2Pq",
     "quire_draw": "P3q8Pi",

@@ -35,6 +35,16 @@ struct Pick {
   int64_t num_rows, count, stride, itemsize;
 };
 
+struct Elsewhere {
+  const int32_t* tables;  // [count][tables_stride]
+  const int64_t* slots;   // [num_slots]
+  const int32_t *lengths, *beside;  // [count]; [num_blocks] or null
+  int32_t* new_tables;              // [count][width]
+  int64_t* new_slots;
+  int32_t* new_lengths;  // if there are chunks
+  int64_t count, width, tables_stride, num_slots, block_size, chunk;
+};
+
 struct Copy {
   void* to;
   const void* from;
@@ -99,4 +109,21 @@ extern "C" void quire_pick(const void* args) {
 extern "C" void quire_copy(const void* args) {
   const Copy& a = *(const Copy*)args;
   memcpy(a.to, a.from, a.bytes);
+}
+
+extern "C" void quire_elsewhere(const void* args) {
+  const Elsewhere& a = *(const Elsewhere*)args;
+  auto moved = [&](int64_t block) { return a.beside ? a.beside[block] : block; };
+  for (int64_t i = 0; i < a.count; i++) {
+    const int64_t length = a.lengths[i], begin = a.chunk && length ? (length - 1) / a.chunk * a.chunk : 0;
+    const int64_t first = begin / a.block_size, last = (length + a.block_size - 1) / a.block_size;
+    const int32_t* from = a.tables + i * a.tables_stride;
+    for (int64_t j = first; j < last; j++) a.new_tables[i * a.width + j - first] = moved(from[j]);
+    for (int64_t j = last - first; j < a.width; j++) a.new_tables[i * a.width + j] = 0;
+    if (a.chunk) a.new_lengths[i] = length - begin;
+  }
+  for (int64_t i = 0; i < a.num_slots; i++) {
+    const int64_t slot = a.slots[i];
+    a.new_slots[i] = slot < 0 ? slot : moved(slot / a.block_size) * a.block_size + slot % a.block_size;
+  }
 }

@@ -66,9 +66,10 @@ class Paged:
     def attend(self, call: Call) -> Tensor:
         cache = self.caches[self.number]
         self.number += 1
-        self.backend.write(cache, call.k, None if call.v_in_k else call.v, self.step)
+        step = self.step.seen_by(cache, None)
+        self.backend.write(cache, call.k, None if call.v_in_k else call.v, step)
         how: Any = {"scale": call.scale, "window": call.window, "softcap": call.softcap, "sinks": call.sinks}
-        return self.backend.attend(call.q, cache, self.step, **how)
+        return self.backend.attend(call.q, cache, step, **how)
 
 
 @dataclass(slots=True)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from quire.attention.base import Backend, Ragged, layer_caches
+from quire.attention.groups import Layout
 from quire.attention.reference import Reference
+from quire.attention.views import Place, places, seen_from
 from quire.checkpoint.dummy import DummyCheckpoint
 from quire.errors import CheckpointError
 from quire.kernels import ops
@@ -120,6 +122,7 @@ class Modules:
         self.model: Any = None
         self.body: Any = None
         self.first_position = 0
+        self.places = frozenset[Place]()  # of calls that see a step otherwise than as it is
 
     def load(self, tensors: Mapping[str, Any]) -> None:
         """Take weights by the checkpoint's names; each has its tensor when it is indexed with `...`.
@@ -190,17 +193,20 @@ class Modules:
             elif is_experts(module) and build.device.type == "cpu":
                 model.set_submodule(name, Experts(module, build, bits))
 
-    def caches(self, pool: Tensor, states: Tensor | None = None) -> list[Any]:
+    def caches(self, pool: Tensor, states: Tensor | None = None, layout: Layout | None = None) -> list[Any]:
         """Each attention call's view of the memory, then each state's; see `layer_caches`."""
-        return layer_caches(self.backend, self.spec, pool, states, self.build.dtype)
+        found = layer_caches(self.backend, self.spec, pool, states, self.build.dtype, layout)
+        self.places = places(found, [None] * len(found))
+        return found
 
     @torch.inference_mode()
     def __call__(self, token_ids: Tensor, step: Ragged, caches: Sequence[Any]) -> Tensor:
         """token_ids [T] int64 -> hidden [T, dim]."""
         if isinstance(self.backend, Reference) and self.spec.alone:
             return compute(self.body, token_ids, step, caches, self.backend, self.build.dtype)
+        seen = seen_from(step, self.places, self.backend.block_size) if self.places else step
         calls, kept = len(self.spec.attention), self.spec.states
-        paged = Paged(self.backend, caches[:calls], step)
+        paged = Paged(self.backend, caches[:calls], seen)
         own = {name: (parts, state) for (name, parts), state in zip(kept, caches[calls:], strict=True)}
         positions = step.positions[None] + self.first_position
         with running(paged), computing(Over(own, pieces(step) if own else ())):
