@@ -22,17 +22,9 @@ def zamba2(c: HF) -> tuple[Decoder, Names]:
     c.refuse(not (tied := tied_by_default(c)), "tie_word_embeddings=false, by which nothing would be shared,")
     for key in ("use_conv_bias", "use_shared_mlp_adapter"):
         c.refuse(not c.get(key, True), f"{key}=false")
-    dim, heads, bias = c.count("hidden_size"), c.count("num_attention_heads"), bool(c.add_bias_linear)
-    inner, num_blocks, rank = (
-        int(c.number("mamba_expand") * dim),
-        c.count("num_mem_blocks"),
-        c.count("adapter_rank"),
-    )
-    size, norm, adapts = (
-        2 * dim // heads,
-        Norm(eps=c.number("rms_norm_eps")),
-        bool(c.use_shared_attention_adapter),
-    )
+    dim, heads, num_blocks = c.count("hidden_size"), c.count("num_attention_heads"), c.count("num_mem_blocks")
+    rank, adapts = c.count("adapter_rank"), bool(c.use_shared_attention_adapter)
+    size, norm, states = 2 * dim // heads, Norm(eps=c.number("rms_norm_eps")), _states(c, dim)
     whole = attention(
         c,
         num_kv_heads=kv_heads(c),
@@ -42,17 +34,7 @@ def zamba2(c: HF) -> tuple[Decoder, Names]:
         scale=(size / 2) ** -0.5,
     )
     c.refuse(adapts and whole.num_kv_heads != heads, "use_shared_attention_adapter with groups of heads")
-    states = Mamba2(
-        num_heads=c.count("n_mamba_heads"),
-        head_dim=inner // c.count("n_mamba_heads"),
-        state_dim=c.count("mamba_d_state"),
-        groups=c.count("mamba_ngroups"),
-        width=c.count("mamba_d_conv"),
-        norm=Norm(eps=GATED_EPS),
-        bias=bias,
-        time_step=(c.number("time_step_min"), float("inf")),
-    )
-    feed_forward = mlp(c, hidden=c.intermediate_size or 4 * dim, bias=bias)
+    feed_forward = mlp(c, hidden=c.intermediate_size or 4 * dim, bias=states.bias)
     guided = _guided_layers(c)
 
     def block(i: int) -> Block:
@@ -70,6 +52,20 @@ def zamba2(c: HF) -> tuple[Decoder, Names]:
         return Block(mixer=mixer, mlp=None, attn_norm=None, mlp_norm=None)
 
     return decoder(c, block, norm, tied=tied), _names(guided, num_blocks, feed_forward.hidden)
+
+
+def _states(c: HF, dim: int) -> Mamba2:
+    heads = c.count("n_mamba_heads")
+    return Mamba2(
+        num_heads=heads,
+        head_dim=int(c.number("mamba_expand") * dim) // heads,
+        state_dim=c.count("mamba_d_state"),
+        groups=c.count("mamba_ngroups"),
+        width=c.count("mamba_d_conv"),
+        norm=Norm(eps=GATED_EPS),
+        bias=bool(c.add_bias_linear),
+        time_step=(c.number("time_step_min"), float("inf")),
+    )
 
 
 def _guided_layers(c: HF) -> list[int]:

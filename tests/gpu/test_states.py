@@ -21,7 +21,7 @@ pytestmark = [
 ]
 NAMES = (
     *("Lfm2", "Qwen3Next", "KimiLinear", "MiniMax", "Mamba2", "Jamba", "FalconH1", "RecurrentGemma"),
-    "BailingHybrid",
+    *("BailingHybrid", "Zamba2"),
 )
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 LARGE = (

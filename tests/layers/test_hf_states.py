@@ -10,6 +10,7 @@ from quire.attention.states import layer_states, state_bytes
 from quire.errors import UnsupportedModel
 from quire.layers.hf import states
 from quire.layers.hf.conformance import TOLERANCE, check
+from quire.layers.hf.shrink import shrink
 from quire.layers.hf.source import describe, hf_config
 from quire.layers.hf.states import Piece, StateCache, Stateful, pieces
 from quire.models.mamba import LONGEST
@@ -17,8 +18,16 @@ from quire.models.spec import Kept
 from tests.layers.test_hf import Pieces, installed, lose_states, lost
 from tests.models.foreign import config
 
-# Matrices and windows; Mamba, whose modules forget between chunks, beside attention; windows and values in attention.
-SOME = ("Qwen3NextForCausalLM", "JambaForCausalLM", "ZayaForCausalLM")
+# Matrices and windows; Mamba, whose modules forget between chunks, beside attention; windows and values in attention;
+# and those that have ways of their own.
+SOME = (
+    "Qwen3NextForCausalLM",
+    "JambaForCausalLM",
+    "ZayaForCausalLM",
+    "RecurrentGemmaForCausalLM",
+    "RwkvForCausalLM",
+    "xLSTMForCausalLM",
+)
 by_class = pytest.mark.parametrize("architecture", SOME)
 
 
@@ -49,10 +58,11 @@ def test_another_state_is_noticed(architecture: str, change: Pieces, monkeypatch
         check(config(installed(architecture)))
 
 
-def test_what_forgets_between_chunks_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "FORGETFUL", "nothing")
+@pytest.mark.parametrize("architecture", ["JambaForCausalLM", "RecurrentGemmaForCausalLM"])
+def test_what_forgets_between_chunks_is_noticed(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "FORGETFUL", set())
     with pytest.raises(UnsupportedModel, match="differ from Transformers"):
-        check(config("JambaForCausalLM"))
+        check(config(architecture))
 
 
 def test_newest_tokens_are_computed_together_and_others_alone() -> None:
@@ -122,3 +132,40 @@ def test_weights_that_modules_read_themselves_are_not_packed() -> None:
     spec = describe("MambaForCausalLM", hf_config(config("MambaForCausalLM")))
     mine = {name.removeprefix("backbone.layers.0.mixer.") for name in spec.products if ".0.mixer." in name}
     assert mine == {"in_proj.weight", "x_proj.weight", "out_proj.weight"}
+
+
+def test_shrinking_keeps_shares_of_heads_and_numbers_of_layers() -> None:
+    raw = {
+        "num_hidden_layers": 12,
+        "hidden_size": 2048,
+        "attention_hidden_size": 4096,
+        "attention_head_dim": 128,
+        "hybrid_layer_ids": [5, 11],
+        "hybrid_override_pattern": "M-M-M*M-M-M*",
+        "sliding_window_pattern": 4,
+        "attn_layer_period": 8,
+        "attn_layer_offset": 4,
+        "mamba_expand": 2,
+        "mamba_headdim": 64,
+        "n_mamba_heads": 64,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "hidden_act": "twelve signs",
+    }
+    assert shrink(raw) == {
+        "num_hidden_layers": 6,
+        "hidden_size": 64,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "hybrid_layer_ids": [2, 5],
+        "hybrid_override_pattern": "M-*M-*",
+        "sliding_window_pattern": 4,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "mamba_expand": 2,
+        "mamba_headdim": 32,
+        "n_mamba_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "hidden_act": "twelve signs",
+    }

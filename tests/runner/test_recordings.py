@@ -16,6 +16,7 @@ from quire.kernels import ops
 from quire.kernels.cpu import native
 from quire.kernels.cpu.calls import Memory, record
 from quire.runner.recordings import Recordings
+from quire.runner.states import StatesLost
 from quire.types import SamplingParams
 from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
 from tests.runner.test_fixed import run
@@ -28,11 +29,9 @@ RECORDED = (
     *("Qwen3-wide", "Helium-wide"),  # heads and gates that products finish
 )
 LEFT_ALONE = (
-    "GPT2",
-    "Cohere",
-    "Exaone4",
-    "Gemma4",
-)  # positions, layer norms, norms that do not turn, scalars
+    *("GPT2", "Cohere", "Exaone4", "Gemma4"),  # positions, layer norms, norms that do not turn, scalars
+    *("Lfm2", "Qwen3Next", "Mamba2"),  # gates of layers that keep states
+)
 KINDS = (
     {"temperature": 0.0},
     {"temperature": 0.8},
@@ -142,6 +141,15 @@ def test_what_fails_while_it_is_recorded_is_computed_otherwise(tmp_path: Path) -
     fixed.sampler.sample_fixed = fail_twice  # type: ignore[method-assign]
     assert run(engine, work) == run(other, work)
     assert [*recordings(engine).refused.values()] == ["RuntimeError"] * 2 and recordings(engine).steps
+
+
+def test_what_fails_with_states_cannot_be_computed_again() -> None:
+    def fail() -> None:
+        raise RuntimeError("no memory")
+
+    assert not Recordings().run("a kind", fail)
+    with pytest.raises(StatesLost):
+        Recordings(keeps_states=True).run("a kind", fail)
 
 
 def test_what_torch_computes_is_refused() -> None:

@@ -18,6 +18,7 @@ SIZES: Sequence[tuple[str, int]] = (
     (r"(mamba_)?n_?groups", 2),
     (r"(mamba_)?chunk_size|block_size", 4),
     (r"adapter_rank", 10),
+    (r"rescale_every", 2),
     (r"qk_head_dim|linear_value_head_dim", 24),
     (r"((global|swa|attention|linear(_key)?)_)?head_dim|kv_channels|qk_nope_head_dim", 16),
     (r"qk_rope_head_dim|rotary_dim", 8),
@@ -61,6 +62,8 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
     small = {key: _smaller(key, value, config, kept) for key, value in config.items()}
     if config.get("kv_lora_rank") and "head_dim" in config:  # that of the rotated part
         small["head_dim"] = small.get("qk_rope_head_dim")
+    if {"attention_hidden_size", "attention_head_dim"} <= small.keys():
+        small["attention_head_dim"] = small["attention_hidden_size"] // NUM_HEADS
     if expand := small.get("mamba_expand", small.get("expand")):
         inner = small.get("mamba_d_ssm") or int(expand * HIDDEN)
         sizes = {size: inner // small[heads] for size, heads in MIXERS.items() if heads in small}
@@ -83,7 +86,10 @@ def _kept(config: Mapping[str, Any], depth: int) -> list[int]:
 
 
 def _is_by_layer(key: str, value: Any, depth: int) -> bool:
-    return (isinstance(value, list) or key.endswith("_pattern")) and value and len(value) == depth
+    """Whether a value says something of each layer: a list, or letters."""
+    return (isinstance(value, list) or (isinstance(value, str) and key.endswith("_pattern"))) and len(
+        value
+    ) == depth
 
 
 def _smaller(key: str, value: Any, config: Mapping[str, Any], kept: list[int]) -> Any:

@@ -1,6 +1,7 @@
 """Transformers' classes: which one a config.json asks for, and its modules without weights. Runs no code of models."""
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -95,7 +96,13 @@ def empty(architecture: str, config: Any, alone: bool) -> Any:
 def calm(model: Any) -> Any:
     """Ready to compute: nothing is random, and no batch is searched for padding, which would wait for the device."""
     vars(model.config)["pad_token_id"] = None  # past the checks of those that must have one
-    return model.eval().requires_grad_(False)
+    if "max_inference_chunksize" in vars(model.config):  # xLSTM's, whose pieces have a cache of its own
+        model.config.max_inference_chunksize = sys.maxsize
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        if "layers_are_rescaled" in vars(module):  # RWKV's weights, at its first pass otherwise
+            module._rescale_layers()
+    return model
 
 
 def body_name(model: Any) -> str:

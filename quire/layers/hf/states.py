@@ -1,8 +1,8 @@
 """Transformers' modules that keep a state of each sequence, over our rows of states (attention/states.py).
 
-They find it in a cache that they are given, and leave it there. A step's batch is one row of positions of many
-sequences, so here such a module is called for each of them with a cache of its own, and once for all that compute their
-newest token.
+They find it in a cache that they are given, and leave it there, or elsewhere (ways.py). A step's batch is one row of
+positions of many sequences, so here such a module is called for each of them with a cache of its own, and once for all
+that compute their newest token.
 """
 
 import inspect
@@ -19,11 +19,13 @@ from torch.nn.functional import pad
 from quire.attention.base import Ragged
 from quire.attention.states import State
 from quire.errors import UnsupportedModel
+from quire.layers.hf.ways import WAYS
 from quire.models.spec import Kept
 
 WRITES = {"update_conv_state", "update_recurrent_state", "set_linear_cache"}
 CACHES = ("cache_params", "past_key_values")
-FORGETFUL = "mamba_selective_scan"  # what computes several positions begins at zero, whatever the state is
+# Where these are called, or in these classes, several positions begin at zeros whatever the state is.
+FORGETFUL = {"mamba_selective_scan", "RecurrentGemmaRecurrentBlock"}
 
 
 class StateCache:
@@ -145,29 +147,33 @@ class Stateful:
     """The forward pass of a module that keeps states, by its name in the model."""
 
     def __init__(self, name: str, module: nn.Module):
-        self.name, self.forward = name, module.forward
+        self.name, self.module, self.forward = name, module, module.forward
         self.parameters = [*inspect.signature(module.forward).parameters]
-        self.cache_name = next(name for name in CACHES if name in self.parameters)
-        self.forgetful = FORGETFUL in _names(module)
+        self.way = WAYS.get(type(module).__name__)
+        self.cache_name = next((name for name in CACHES if name in self.parameters), "")
+        self.forgetful = not FORGETFUL.isdisjoint(_names(module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _computing.get().compute(self, dict(zip(self.parameters, args, strict=False)) | kwargs)
 
     def call(self, inputs: Mapping[str, Any], cache: StateCache) -> Any:
         """The module's own, which reads and writes `cache`."""
+        if self.way is not None:
+            return self.way(self.module, self.forward, inputs, cache.parts)
         return self.forward(**{**inputs, self.cache_name: cache})
 
 
 def _names(module: nn.Module) -> set[str]:
-    """What a module's forward pass calls, by name."""
+    """A module's class, and what its forward pass calls."""
     code = inspect.unwrap(type(module).forward).__code__
-    return {*code.co_names, *code.co_freevars}
+    return {type(module).__name__, *code.co_names, *code.co_freevars}
 
 
 def wrap(model: nn.Module) -> list[str]:
     """Have calls of a model's modules that keep states go to who is `computing`; their names."""
+    keepers = WRITES | WAYS.keys()
     found = [
-        (name, module) for name, module in model.named_modules() if not WRITES.isdisjoint(_names(module))
+        (name, module) for name, module in model.named_modules() if not keepers.isdisjoint(_names(module))
     ]
     for name, module in found:
         vars(module)["forward"] = Stateful(name, module)
