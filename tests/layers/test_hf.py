@@ -32,6 +32,8 @@ SOME = (
     "Qwen2MoeForCausalLM",
     "BertLMHeadModel",
     "LongcatFlashForCausalLM",
+    "Gemma3nForCausalLM",
+    "JetMoeForCausalLM",
 )
 ALONE = (  # no attention function, positions by the cache's length, biases or masks of their own
     "FalconForCausalLM",

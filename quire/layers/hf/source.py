@@ -207,6 +207,8 @@ class Numberless(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten, kwargs = torch.ops.aten, kwargs or {}
+        if not (args and isinstance(args[0], torch.Tensor) and args[0].is_meta):
+            return func(*args, **kwargs)
         if func is aten.nonzero.default:
             return args[0].new_empty(0, args[0].ndim, dtype=torch.int64)
         if func is aten._local_scalar_dense.default:
