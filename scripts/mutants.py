@@ -97,7 +97,6 @@ SCHEDULER = [
         "min(seq.num_to_prefill, seq",
         "prefills exceed the step",
     ),
-    (", left, seq.kv.capacity - start)", ", left)", "prefills exceed their blocks"),
     ("samples = not seq.num_to_prefill", "samples = True", "every chunk of a prompt samples"),
     ("                return\n\n    # Seats", "\n    # Seats", "tokens after the last are handed out"),
     ("num >= seq.new.min_tokens", "num > seq.new.min_tokens", "min_tokens is one too many"),
@@ -307,7 +306,6 @@ WAYS = [
         "drafts count as computed",
     ),
     ("holdings.give_up(kv, seq.planned)\n", "pass\n", "a prefill gives nothing up"),
-    ("if work or ends else ()", "if work else ()", "news of blocks are lost"),
     (
         "if (victim := self.seats.prefilling[-1]) is seq:",
         "if (victim := self.seats.worst) is seq:",

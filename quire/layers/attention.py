@@ -51,7 +51,6 @@ class Attention(nn.Module):
     def __init__(self, s: spec.Attention, build: Build):
         super().__init__()
         self.spec, self.build = s, build
-        self._check_chunk()
         q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
         queries = {"q_a_proj": s.q_rank} if s.q_rank else {"q_proj": q}
         keys = {} if s.shares is not None else {"k_proj": kv}
@@ -137,18 +136,6 @@ class Attention(nn.Module):
             low, others = y.tensor_split((self.spec.q_rank,), -1)
             y = torch.cat((self.raised(low), others), -1)
         return (y if more is None else y + more).unflatten(-1, (-1, self.spec.head_dim))
-
-    def _check_chunk(self) -> None:
-        """
-        Raises:
-            ConfigError: a sequence may outgrow its first chunk.
-        """
-        chunk, length = self.spec.chunk, self.build.ropes.num_positions
-        if chunk is not None and chunk < length:
-            raise ConfigError(
-                f"sequences may have {length} tokens, and this network attends within chunks of {chunk}, which is not"
-                f" supported beyond the first; set max_model_len to {chunk} or less"
-            )
 
     def _slopes(self) -> Slopes | None:
         """

@@ -145,7 +145,7 @@ class Scheduler:
             self._num_steps += 1
         if work:
             self.cost.begin(self._num_steps, self.batched_tokens, now)
-        beside = self.holdings.collect() if work or ends else ()
+        beside = self.holdings.collect() if work else ()
         return Plan(self._num_steps, tuple(work), tuple(starts), ends, beside)
 
     def commit(self, plan: Plan, result: Result, now: float) -> list[Emitted]:

@@ -122,14 +122,13 @@ def test_longrope_within_the_original_length_takes_the_short_factors(tmp_path: P
     assert [o.outputs[0].token_ids for o in outputs] == [reference(model, p)[0] for p in prompts]
 
 
-def test_sequences_may_be_as_long_as_one_chunk(tmp_path: Path) -> None:
-    model = build_hf(BY_NAME["Llama4"], tmp_path)
+def test_sequences_of_one_chunk_need_no_blocks_of_its_size(tmp_path: Path) -> None:
+    model = build_hf(BY_NAME["Llama4-plain"], tmp_path)
     chunked = {"attention_chunk_size": 24}
     prompts = [p for p in make_prompts() if len(p) + NUM_OUTPUTS <= 24]
     greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
     with LLM(str(tmp_path), **ENGINE, hf_overrides=chunked, max_model_len=24) as llm:
         outputs = llm.generate(prompts, greedy, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in outputs] == [reference(model, p)[0] for p in prompts]
-    for length in (25, None):
-        with pytest.raises(ConfigError, match="chunks of 24.*max_model_len to 24"):
-            LLM(str(tmp_path), **ENGINE, hf_overrides=chunked, max_model_len=length)
+    with pytest.raises(ConfigError, match="block_size is 16; it must divide 24"):
+        LLM(str(tmp_path), **ENGINE, hf_overrides=chunked, block_size=16)

@@ -20,6 +20,7 @@ from quire.layers.decoder import Decoder
 from quire.models.parameters import parameter_shapes
 from quire.models.registry import decoder_spec
 from tests.models.cases import BY_NAME, build_hf, prompt
+from tests.models.test_controls import chunk_of
 
 NUM_BLOCKS = 64
 LENGTHS = (24, 9, 17)
@@ -112,6 +113,8 @@ def compute(decoder: Decoder, prompts: list[list[int]], chunks: Sequence[int]) -
     while any(d < len(p) for d, p in zip(done, prompts, strict=True)):
         chosen = [s for s, p in enumerate(prompts) if s <= step and done[s] < len(p)]
         counts = [min(chunks[(step - s) % len(chunks)], len(prompts[s]) - done[s]) for s in chosen]
+        if (chunk := chunk_of(decoder.spec)) is not None:
+            counts = [min(n, chunk - done[s] % chunk) for s, n in zip(chosen, counts, strict=True)]
         ids = [t for s, n in zip(chosen, counts, strict=True) for t in prompts[s][done[s] : done[s] + n]]
         layout = ragged([done[s] for s in chosen], counts, [tables[s] for s in chosen], size)
         logits = decoder.logits(decoder(torch.tensor(ids), layout, caches))

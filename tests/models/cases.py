@@ -392,7 +392,7 @@ CASES = (
         "InternLM", "Llama", BASE | {"attention_bias": True}, bias=True, attention_bias=None, mlp_bias=None
     ),
     alias("MiMo", "Qwen2", GROUPED, num_nextn_predict_layers=1, attention_bias=True),
-    Case("Llama4", BASE | LLAMA4, config="Llama4TextConfig"),
+    Case("Llama4", BASE | LLAMA4 | {"attention_chunk_size": 16}, config="Llama4TextConfig"),
     Case("Llama4-plain", BASE | LLAMA4_PLAIN, config="Llama4TextConfig"),
     Case("Ministral3", BASE | LOCAL | {"rope_parameters": GROWING}),
     Case("Mistral4", PLAIN | GROUPS | LATENT | ONE_GROUP | {"rope_parameters": GROWING | MSCALES}),

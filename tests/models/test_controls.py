@@ -18,6 +18,7 @@ from quire.checkpoint.reader import Checkpoint
 from quire.layers.decoder import Decoder
 from quire.models.names import Names
 from quire.models.registry import decoder_spec
+from quire.models.spec import Attention, attention_of
 from quire.models.spec import Decoder as Spec
 from tests.models.cases import CASES, Case, build_hf, prompt
 from tests.models.mutations import mutations
@@ -47,9 +48,20 @@ def logits(spec: Spec, names: Names, folder: Path, tokens: list[int]) -> Tensor:
     decoder.load(Checkpoint(folder, names))
     num_blocks = -(-len(tokens) // BLOCK_SIZE)
     pool = torch.zeros(num_blocks, block_bytes(spec, BLOCK_SIZE, torch.float32.itemsize), dtype=torch.uint8)
-    layout = ragged([0], [len(tokens)], [list(range(num_blocks))], BLOCK_SIZE)
     states = torch.zeros(1, state_bytes(spec, torch.float32.itemsize), dtype=torch.uint8)
-    return decoder.logits(decoder(torch.tensor(tokens), layout, decoder.caches(pool, states)))
+    caches, found = decoder.caches(pool, states), []
+    at_once = chunk_of(spec) or len(tokens)
+    for start in range(0, len(tokens), at_once):
+        some = torch.tensor(tokens[start : start + at_once])
+        step = ragged([start], [len(some)], [list(range(num_blocks))], BLOCK_SIZE)
+        found.append(decoder.logits(decoder(some, step, caches)))
+    return torch.cat(found)
+
+
+def chunk_of(spec: Spec) -> int | None:
+    """Positions within whose multiples a step stays."""
+    attention = [attention_of(block.mixer) for block in spec.blocks]
+    return next((a.chunk for a in attention if isinstance(a, Attention) and a.chunk), None)
 
 
 def far(ours: Tensor, theirs: Tensor) -> float:
