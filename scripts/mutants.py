@@ -297,7 +297,6 @@ HOLDINGS = [
         "kv.blocks)",
         "what was given up is released again",
     ),
-    ("        self.beside.clear()\n", "", "a device hears old news"),
 ]
 WAYS = [
     (

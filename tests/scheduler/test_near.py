@@ -124,3 +124,36 @@ def test_what_sees_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="drafts is 1"):
         pool = BlockPool(9, SIZE, secret=SECRET, near=Near(parts=1, chunk=8))
         Scheduler(pool, max_batched_tokens=8, max_seqs=2, drafts=1)
+
+
+def test_a_prefill_that_finds_no_blocks_has_later_ones_make_way_or_waits() -> None:
+    at = scheduler(Near(parts=1, window=9), num_blocks=300)
+    at.add(NewSequence(id=2, prompt=(4, 4, 4), max_tokens=60, priority=2), 0.0)
+    step(at)
+    at.add(NewSequence(id=1, prompt=(3, *PROMPT), max_tokens=30, priority=1), 0.0)
+    step(at)
+    at.add(sequence(0, PROMPT * 6), 0.0)
+    step(at)
+    first, last, decoding = at.seqs[0], at.seqs[1], at.seqs[2]
+    while not first.kv.passed or decoding.planned % SIZE != 1 or first.planned + 7 <= first.kv.capacity:
+        step(at)
+
+    def starve() -> list[int]:
+        """Nothing is free, and what the first gives up is not either, as somebody else reads it."""
+        kept = [block for near in first.kv.near for block in near]
+        at.pool.hold(kept)
+        return kept + at.pool.take(at.pool.num_free)
+
+    kept = starve()
+    assert {w.seq for w in step(at).work} == {2, 0}, "who decodes, and who came first"
+    assert (at.num_preemptions, last.stats.num_preemptions) == (1, 1)
+    at.abort(2)
+    at.abort(1)
+    while first.planned + 8 <= first.kv.capacity:
+        step(at)
+    kept += starve()
+    assert not step(at).work and first.kv.blocks, "nobody is left to make way"
+    at.pool.release(kept)
+    while not at.idle:
+        step(at)
+    assert at.num_preemptions == 1 and not any(at.pool.refs)
