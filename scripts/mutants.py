@@ -311,7 +311,6 @@ WAYS = [
         "who is planned already makes way",
     ),
     ("min(count, chunk - start % chunk)", "min(count, chunk)", "a step crosses the end of a chunk"),
-    ("                continue  # it made way\n", "                pass\n", "who made way is planned"),
 ]
 CHECKPOINTS = [
     ("range(len(keys), 0, -1)", "range(len(keys), len(keys) - 1, -1)", "only the whole beginning is found"),
