@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quire.attention.cpu import Cpu
-from quire.attention.shapes import block_bytes
+from quire.attention.groups import cache_layout
 from quire.attention.triton.backend import Triton
 from quire.config import Config
 from quire.engine.engine import Engine
@@ -75,14 +75,17 @@ def test_what_is_planned_is_what_is_allocated(folders: dict[str, str], name: str
     engine = make_engine(folders[name], attention_backend=backend, block_size=32, **INT8)
     runner, num_blocks = engine.core.runner, engine.core.stats().num_blocks
     num_bytes = engine.config.kv_cache_memory_bytes
-    pool = runner.caches[0].k.untyped_storage()
-    of_a_block = block_bytes(runner.model.spec, 32, 4, quantized=True)
-    assert pool.nbytes() == num_bytes == num_blocks * of_a_block
-    assert of_a_block < 0.4 * block_bytes(runner.model.spec, 32, 4)
+    num_allocated = runner.caches[0].k.untyped_storage().nbytes()
+    small, plain = (
+        cache_layout(runner.model.spec, 32, 4, kept, engine.config.max_model_len) for kept in (True, False)
+    )
+    of_a_block, num_groups = small.block_bytes, 1 + max(small.groups)
+    assert num_allocated == num_bytes == num_blocks * of_a_block
+    assert of_a_block < 0.4 * plain.block_bytes
     if backend == "cpu":  # whose views hold scales and padding too: nothing is between them but alignment
         views = [view for cache in runner.caches for view in {id(v): v for v in (cache.k, cache.v)}.values()]
         held = sum(view[0].numel() for view in views)
-        assert of_a_block - 64 * len(views) < held <= of_a_block
+        assert num_groups * of_a_block - 64 * len(views) < held <= num_groups * of_a_block
 
 
 @needs_cpu
