@@ -69,7 +69,7 @@ near = st.builds(
 ) | st.builds(lambda machine, how: replace(machine, near=how, drafts=0, depth=2), machines | stateful, chunks)
 
 
-@settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(cases, min_size=2, max_size=8), near)
 def test_every_schedule_of_a_network_that_sees_near_positions_gives_the_sequential_answer(
     todo: list[Case], machine: Machine
