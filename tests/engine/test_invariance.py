@@ -17,7 +17,10 @@ BLOCK_SIZE = 4
 
 
 def block_bytes(engine: Engine) -> int:
-    return engine.config.kv_cache_memory_bytes // engine.core.stats().num_blocks
+    """Of a block and those beside it."""
+    near = engine.core.scheduler.pool.near
+    parts = near.parts if near else 0
+    return engine.config.kv_cache_memory_bytes // engine.core.stats().num_blocks * (1 + parts)
 
 
 def make_engine(folder: str, **options: object) -> Engine:
