@@ -52,7 +52,8 @@ def test_company_pieces_and_cached_prompts_change_no_bit(
     name: str, quantization: str, dtype: str, tmp_path: Path
 ) -> None:
     build_hf(BY_NAME[name], tmp_path)
-    options: dict[str, Any] = {"quantization": quantization, "dtype": dtype}
+    whole = {"use_sliding_window": False}  # behind windows, there would be room for all
+    options: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "hf_overrides": whole}
     folder = str(tmp_path)
     want, _ = answers(folder, [[prompt] for prompt in PROMPTS], enable_prefix_caching=False, **options)
     preemptions = 0
