@@ -28,7 +28,7 @@ from quire.models.spec import (
     Spec,
     num_chosen,
 )
-from quire.scheduler.near import Near
+from quire.scheduler.near import Extent
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_SEQS = {"cpu": 256, "cuda": 1024}
@@ -72,28 +72,6 @@ class Machine:
     fast_dtypes: tuple[str, ...]
     block_size: int  # what the attention backend prefers
     asynchronous: bool  # the device computes while the host goes on
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a request takes of the cache."""
-
-    near: Near | None
-    block_size: int
-    max_batched_tokens: int
-
-    def num_blocks(self, num_tokens: int) -> int:
-        """Blocks of one of so many tokens, at most."""
-        num = -(-num_tokens // self.block_size)
-        return num if self.near is None else self.near.num_blocks(num, self._span(self.near))
-
-    def longest(self, num_blocks: int) -> int | None:
-        """Tokens of the longest one that has so many blocks; None for any number."""
-        longest = num_blocks if self.near is None else self.near.longest(num_blocks, self._span(self.near))
-        return None if longest is None else longest * self.block_size
-
-    def _span(self, near: Near) -> int:
-        return near.span(self.block_size, self.max_batched_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +141,7 @@ def resolve(
     weights = _weight_bytes(spec, ITEM_BYTES[dtype], BITS.get(config.quantization))
     work = _work_bytes(spec, batched, min(max_seqs, batched), length) + _choice_bytes(spec, batched, length)
     layout = cache_layout(spec, block_size, ITEM_BYTES[dtype], _quantizes_cache(config, machine), length)
-    request = Request(layout.near, block_size, batched)
+    request = Extent(layout.near, block_size, batched)
     budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, machine, weights, work)
     per_state = state_bytes(spec, ITEM_BYTES[dtype])
     max_seqs, num_states = _states(config, per_state, budget, max_seqs)
@@ -355,7 +333,7 @@ def _states(config: Config, per_state: int, budget: int, max_seqs: int) -> tuple
 
 
 def _fitting_length(
-    config: Config, length: int, request: Request, num_blocks: int, per_block: int
+    config: Config, length: int, request: Extent, num_blocks: int, per_block: int
 ) -> tuple[int, str]:
     room = request.longest(num_blocks)
     if room is None or length <= room:

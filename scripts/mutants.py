@@ -252,11 +252,11 @@ NEAR = [
     ("position - window + 1", "position - window + 2", "a window lacks its first position"),
     ("position // chunk * chunk)", "position)", "a chunk lacks its first positions"),
     (
-        "return None if span <= num_blocks else num_blocks",
-        "return None",
+        "not parts and self.span <= num:",
+        "not parts:",
         "windows that do not fit are accepted",
     ),
-    ("even if even < span else", "num_blocks if even < span else", "near blocks take no room"),
+    ("even if even < self.span else", "num if even < self.span else", "near blocks take no room"),
 ]
 HOLDINGS = [
     ("        self.pool.hold(self.held(hit))\n", "", "blocks found in the cache are not held"),

@@ -19,7 +19,7 @@ DIM_STEP = 16  # stored head dimensions are multiples of this, so that kernels n
 SCALE_BYTES = 4  # a float32
 CHOICE_BYTES = (
     2**28
-)  # positions take turns to choose whom they see, and to see them, in about so much memory each
+)  # in about so much memory each, positions take turns to choose whom they see, and to see them
 
 
 def round_up(value: int, step: int) -> int:

@@ -40,16 +40,8 @@ def _view(step: Ragged, group: int, chunk: int | None, block_size: int) -> Ragge
     tables, slots, lengths = elsewhere(
         step.block_tables, step.slot_mapping, step.lengths, beside, block_size, chunk or 0
     )
-    if not chunk:
-        return replace(step, block_tables=tables, slot_mapping=slots)
-    return replace(
-        *(step,),
-        block_tables=tables,
-        slot_mapping=slots,
-        lengths=lengths,
-        max_length=min(step.max_length, chunk),
-        shared=None,
-    )
+    seen = replace(step, block_tables=tables, slot_mapping=slots, lengths=lengths)
+    return replace(seen, max_length=min(step.max_length, chunk), shared=None) if chunk else seen
 
 
 @op

@@ -33,7 +33,7 @@ from quire.models.spec import Spec, num_chosen
 from quire.platforms.base import Platform
 from quire.platforms.cpu import return_memory
 from quire.platforms.detect import detect
-from quire.resolve import Machine, Request, Resolved, resolve, resolve_dtype
+from quire.resolve import Machine, Resolved, resolve, resolve_dtype
 from quire.runner.fixed import MOST_RECORDED, FixedSteps, why_not
 from quire.runner.graphs import Graphs
 from quire.runner.memory import allocate_cache
@@ -45,6 +45,7 @@ from quire.runner.states import StateRows
 from quire.sampling.sampler import Sampler
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.checkpoints import Checkpoints
+from quire.scheduler.near import Extent
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.trace import Recorder
 
@@ -276,7 +277,7 @@ def _core(
 def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platform) -> str:
     config, memory, gib = resolved.config, resolved.memory, 2**30
     length = config.max_model_len or 1
-    request = Request(memory.layout.near, config.block_size or 1, max_batched_tokens=1)  # that decodes
+    request = Extent(memory.layout.near, config.block_size or 1, max_batched_tokens=1)  # that decodes
     num_requests = memory.num_blocks // request.num_blocks(length)
     num_tokens = num_requests * length if memory.layout.near else memory.num_blocks * request.block_size
     quantized = "" if config.quantization == "auto" else f" with {config.quantization} weights"

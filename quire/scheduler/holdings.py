@@ -10,16 +10,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from quire.scheduler.blocks import BlockPool
+from quire.scheduler.near import Extent
 from quire.scheduler.sequence import Holding
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A chain's beginning that is there. `near` are those beside blocks[first:]; before that nobody looks."""
+    """A chain's beginning that is there. `near` are those beside blocks[passed:]; before that nobody looks."""
 
     blocks: Sequence[int] = ()
     near: Sequence[tuple[int, ...]] = ()
-    first: int = 0
+    passed: int = 0
 
 
 class Holdings:
@@ -33,15 +34,14 @@ class Holdings:
         self.pool, self.near = pool, pool.near
         self.parts = self.near.parts if self.near else 0
         self.whole = self.near is not None and not self.parts  # blocks themselves are near
-        self.span = self.near.span(pool.block_size, max_batched_tokens) if self.near else 0
+        self.extent = Extent(pool.near, pool.block_size, max_batched_tokens)
+        self.span = self.extent.span
         self.beside: dict[int, tuple[int, ...]] = {}
 
     @property
     def room(self) -> int | None:
         """Positions of a sequence that has the pool for itself; None for any number."""
-        num = self.pool.num_blocks
-        longest = num if self.near is None else self.near.longest(num, self.span)
-        return None if longest is None else longest * self.pool.block_size
+        return self.extent.longest(self.pool.num_blocks)
 
     def find(self, keys: Sequence[bytes]) -> Hit:
         """The longest beginning of a chain that can be taken over. Takes no hold."""
@@ -59,29 +59,24 @@ class Holdings:
 
     def num_needed(self, hit: Hit, num_tokens: int) -> int:
         """Free blocks that `seat` takes."""
-        found, total = len(hit.blocks), self.pool.blocks_for(num_tokens)
-        end = self._end(hit.first, total, found + 1)
-        new = (end if self.whole else total) - found + self.parts * (end - found if self.near else 0)
-        return new + self.pool.num_idle(self.held(hit))
+        return self.num_lacking(hit, num_tokens, self._next(hit)) + self.pool.num_idle(self.held(hit))
 
     def seat(self, kv: Holding, hit: Hit, num_tokens: int) -> None:
         """Hold what was found, and take the rest for so many tokens."""
         self.pool.hold(self.held(hit))
-        kv.blocks, kv.near, kv.passed = list(hit.blocks), list(hit.near), hit.first
-        self.extend(kv, num_tokens, len(hit.blocks) * self.pool.block_size + 1)
+        kv.blocks, kv.near, kv.passed = list(hit.blocks), list(hit.near), hit.passed
+        self.extend(kv, num_tokens, self._next(hit))
 
-    def num_lacking(self, kv: Holding, num_tokens: int, least: int) -> int:
+    def num_lacking(self, kv: Holding | Hit, num_tokens: int, least: int) -> int:
         """Free blocks that `extend` takes."""
-        total, held = self.pool.blocks_for(num_tokens), len(kv.blocks)
-        end = self._end(kv.passed, total, self.pool.blocks_for(least))
+        num, end = self._ends(kv, num_tokens, least)
         beside = self.parts * max(end - kv.passed - len(kv.near), 0)
-        return max((end if self.whole else total) - held, 0) + beside
+        return max(num - len(kv.blocks), 0) + beside
 
     def extend(self, kv: Holding, num_tokens: int, least: int) -> tuple[int, ...]:
         """Blocks for `num_tokens` positions, of near layers as far ahead as they may, and for `least` at least."""
-        pool, total = self.pool, self.pool.blocks_for(num_tokens)
-        end = self._end(kv.passed, total, pool.blocks_for(least))
-        new = pool.take(max((end if self.whole else total) - len(kv.blocks), 0))
+        pool, (num, end) = self.pool, self._ends(kv, num_tokens, least)
+        new = pool.take(max(num - len(kv.blocks), 0))
         kv.blocks += new
         if self.parts:
             for block in kv.blocks[kv.passed + len(kv.near) : end]:
@@ -127,8 +122,7 @@ class Holdings:
 
     def held(self, kv: Holding | Hit) -> Iterator[int]:
         """All blocks that belong to it."""
-        passed = kv.first if isinstance(kv, Hit) else kv.passed
-        yield from kv.blocks[passed:] if self.whole else kv.blocks
+        yield from kv.blocks[kv.passed :] if self.whole else kv.blocks
         for near in kv.near:
             yield from near
 
@@ -142,9 +136,15 @@ class Holdings:
         """The first block that near layers see from a position on."""
         return self.near.first(position) // self.pool.block_size if self.near else 0
 
-    def _end(self, passed: int, total: int, least: int) -> int:
-        """The first of `total` blocks, from the sequence's beginning on, that has no near ones beside it or is none."""
-        return min(total, max(passed + self.span, least)) if self.near else total
+    def _next(self, hit: Hit) -> int:
+        """Positions up to the first that was not found, itself included."""
+        return len(hit.blocks) * self.pool.block_size + 1
+
+    def _ends(self, kv: Holding | Hit, num_tokens: int, least: int) -> tuple[int, int]:
+        """Blocks that a sequence has after `extend`, from its beginning on, and those up to which it has near ones."""
+        total = self.pool.blocks_for(num_tokens)
+        end = min(total, max(kv.passed + self.span, self.pool.blocks_for(least)))
+        return end if self.whole else total, end
 
     def _keys(self, key: bytes) -> list[bytes]:
         """By which near blocks are found beside a block of this key."""

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from quire.errors import ConfigError
 
-STEPS_AHEAD = (
-    2  # for which a sequence takes near blocks: one that is planned, and one that nobody knows the outcome of
-)
+# For which a sequence takes near blocks: one that is planned, and one that nobody knows the outcome of.
+STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,19 +31,37 @@ class Near:
         in_window = position if window is None else max(position - window + 1, 0)
         return in_window if chunk is None else min(in_window, position // chunk * chunk)
 
-    def span(self, block_size: int, max_batched_tokens: int) -> int:
-        """Blocks of a sequence that near layers may need at once, if a step computes so many positions at most."""
-        seen = max(self.window or 1, self.chunk or 1)
-        return -(-(seen + STEPS_AHEAD * max_batched_tokens) // block_size) + 1
 
-    def num_blocks(self, num_far: int, span: int) -> int:
-        """Blocks of the pool that a sequence takes which has as many positions as `num_far` blocks have."""
-        near = min(num_far, span)
-        return num_far + self.parts * near if self.parts else near
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What one sequence takes of a pool, at most; `near` is None where all layers see all positions."""
 
-    def longest(self, num_blocks: int, span: int) -> int | None:
-        """The blocks' worth of positions of a sequence that has so many blocks of the pool; None for any number."""
-        if not self.parts:
-            return None if span <= num_blocks else num_blocks
-        even = num_blocks // (1 + self.parts)
-        return even if even < span else num_blocks - self.parts * span
+    near: Near | None
+    block_size: int
+    max_batched_tokens: int
+
+    @property
+    def span(self) -> int:
+        """Blocks that near layers may need at once."""
+        if self.near is None:
+            return 0
+        seen = max(self.near.window or 1, self.near.chunk or 1)
+        return -(-(seen + STEPS_AHEAD * self.max_batched_tokens) // self.block_size) + 1
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks of the pool for so many positions."""
+        num = -(-num_tokens // self.block_size)
+        if self.near is None:
+            return num
+        beside = min(num, self.span)
+        return num + self.near.parts * beside if self.near.parts else beside
+
+    def longest(self, num_blocks: int) -> int | None:
+        """Positions of a sequence that has so many blocks of the pool; None for any number."""
+        num, parts = num_blocks, self.near.parts if self.near else 0
+        if self.near is not None and not parts and self.span <= num:
+            return None
+        if parts:
+            even = num // (1 + parts)
+            num = even if even < self.span else num - parts * self.span
+        return num * self.block_size

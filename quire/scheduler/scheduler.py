@@ -54,11 +54,8 @@ class Scheduler:
             )
         if pool.near is not None and pool.near.chunk is not None and drafts:
             raise ConfigError(f"drafts is {drafts}; of a network that sees chunks of positions it must be 0")
-        self.holdings, self.checkpoints, self.cost = (
-            Holdings(pool, max_batched_tokens),
-            checkpoints,
-            StepCost(),
-        )
+        self.holdings = Holdings(pool, max_batched_tokens)
+        self.checkpoints, self.cost = checkpoints, StepCost()
         self.limits = Limits(
             max_batched_tokens=max_batched_tokens,
             max_seqs=max_seqs,

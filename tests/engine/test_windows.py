@@ -8,6 +8,7 @@ from quire import LLM, SamplingParams
 from quire.attention.groups import cache_layout
 from quire.checkpoint.files import read_config
 from quire.models.registry import decoder_spec
+from quire.scheduler.near import Extent
 from tests.engine.test_oracle import ENGINE, NUM_OUTPUTS, make_prompts, reference
 from tests.models.cases import BY_NAME, build_hf
 
@@ -46,7 +47,7 @@ def test_who_makes_way_ends_as_if_alone(name: str, overlap: bool, tmp_path: Path
     greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
     layout = cache_layout(decoder_spec(read_config(tmp_path))[0], 4, 4, max_length=60)
     assert layout.near is not None
-    num_blocks = layout.near.num_blocks(15, layout.near.span(4, 8))  # of a request of 60 tokens
+    num_blocks = Extent(layout.near, 4, 8).num_blocks(60)  # of a request
     room = {"kv_cache_memory_bytes": 2 * num_blocks * layout.block_bytes}
     options = SMALL | {"max_model_len": 60, "async_scheduling": overlap, **room}
     with LLM(str(tmp_path), **ENGINE, **options) as llm:

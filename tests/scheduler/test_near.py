@@ -5,7 +5,7 @@ import pytest
 from quire.errors import ConfigError, InvalidRequest
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.holdings import Holdings
-from quire.scheduler.near import Near
+from quire.scheduler.near import Extent, Near
 from quire.scheduler.plan import Plan, Result
 from quire.scheduler.scheduler import NewSequence, Scheduler
 from tests.scheduler.device import SECRET
@@ -44,7 +44,7 @@ def test_a_long_sequence_holds_what_its_window_needs(parts: int) -> None:
             most = max(most, held)
             if seq.planned > len(PROMPT) + SIZE:
                 assert held <= -(-9 // SIZE) + 2, "more than the window while it decodes"
-    assert most <= near.span(SIZE, 8) == (9 + 2 * 8 + 3) // 4 + 1
+    assert most <= Extent(near, SIZE, 8).span == (9 + 2 * 8 + 3) // 4 + 1
     assert not any(at.pool.refs)
 
 
@@ -105,7 +105,7 @@ def test_what_has_room_runs_alone_and_more_is_refused(parts: int, num_blocks: in
     pool = BlockPool(num_blocks, SIZE, secret=SECRET, near=near)
     room = Holdings(pool, batched).room
     if room is None:
-        assert parts == 0 and near.span(SIZE, batched) <= num_blocks
+        assert parts == 0 and Extent(near, SIZE, batched).span <= num_blocks
         room = 20 * SIZE
     else:
         at = scheduler(near, num_blocks, batched)
