@@ -142,6 +142,25 @@ def test_gates_are_multiplied_by_their_ups(outputs: int, inputs: int, level: int
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_row_among_more_than_the_second_cache_holds_is_the_same(kind: str) -> None:
+    """Products of so many rows are computed in another order, where there is AMX."""
+    case, rows, machine = Case(kind, 384, 2000), 720, Machine(native.isa(), 3)
+    x, residual = case.x.repeat(6, 1)[:rows], noise(rows, 384, dtype=case.dtype, seed=4)
+    scale, norm = row_scale(rows, 7), RmsNorm(None, 1e-5)
+    added = multiply_added(x, case.packed, case.bias, residual, norm, machine)
+    gated = multiply_gated(x, scale, case.packed, None, "silu", machine)
+    assert added is not None and gated is not None
+    for some in (slice(0, 5), slice(570, 600), slice(700, 720)):
+        part = multiply_added(x[some], case.packed, case.bias, residual[some], norm, machine)
+        assert part is not None
+        assert torch.equal(part[0], added[0][some]) and torch.equal(part[1], added[1][some])
+        assert torch.equal(part[2].squares, added[2].squares[some])
+        inverse = RowScale(scale.squares[some], scale.eps)
+        alone = multiply_gated(x[some], inverse, case.packed, None, "silu", machine)
+        assert alone is not None and torch.equal(alone, gated[some])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_norm_between_two_products_is_the_norm(kind: str) -> None:
     """Its parts, in the two products, make it whole."""
     first, second = Case(kind, 128, 352), Case(kind, 70, 128)

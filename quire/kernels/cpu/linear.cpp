@@ -23,6 +23,18 @@ constexpr int64_t PIECE_UNITS = 128;   // 32 KiB of the weight
 constexpr int64_t AHEAD_UNITS = 2048;  // 8 KiB
 constexpr int64_t SERIAL_ROWS = 16;    // which one thread copies sooner than others wake up
 
+// Of an x that does not fit into the second cache beside what else is there, tiles of rows follow each other in memory, and
+// are read once for several blocks: [units / PANEL_UNITS][padded_rows / 16][PANEL_UNITS / 16][16 rows][16 units]. The last
+// panel may have fewer units.
+constexpr int64_t PANEL_UNITS = 256;
+constexpr int64_t PANEL_ROWS = 6 * CHUNK_ROWS;  // computed together
+constexpr int64_t LEAST_PANEL_BYTES = 5 << 18;
+
+struct Panels {
+  const char *x, *weight;
+  int64_t padded_rows, units;
+};
+
 #define QUIRE_KERNELS "linear.inl"
 #include "isa.h"
 
@@ -67,6 +79,64 @@ const float* inverses(const Fused& fused, int64_t rows, int64_t size, Scratch& s
   return found;
 }
 
+#ifdef QUIRE_X86
+bool wants_panels(const LinearCall& a) {
+  return a.isa >= AMX && a.kind != FLOATS && a.groups == 1 && a.rows * a.units * 4 >= LEAST_PANEL_BYTES;
+}
+
+// Rows top .. top + 15 of x as panels have them, with zeros past the end of each; past the last row, that one again.
+void pack_tile(const LinearCall& a, char* packed, int64_t padded_rows, int64_t top) {
+  for (int64_t unit = 0; unit < a.units; unit += 16) {
+    const int64_t panel = unit / PANEL_UNITS * PANEL_UNITS;
+    const int64_t units = a.units - panel < PANEL_UNITS ? a.units - panel : PANEL_UNITS;
+    char* tile = packed + panel * 4 * padded_rows + top * units * 4 + (unit - panel) * 64;
+    const int64_t left = a.x_row_bytes - unit * 4, there = left < 0 ? 0 : left < 64 ? left : 64;
+    for (int64_t r = 0; r < 16; r++) {
+      const int64_t row = top + r < a.rows ? top + r : a.rows - 1;
+      memcpy(tile + r * 64, (const char*)a.x + row * a.x_stride_bytes + unit * 4, there);
+      memset(tile + r * 64 + there, 0, 64 - there);
+    }
+  }
+}
+
+// Items that are computed together: as many as there is room for, unless threads would share them unevenly.
+int64_t items_together(const Finish& finish, int64_t threads) {
+  int64_t count = MOST_PARTS / finish.parts();
+  while (count > 1 && finish.items() < 4 * count * threads) count /= 2;
+  return count;
+}
+
+void linear_by_panels(const LinearCall& a, const Finish& finish) {
+  static thread_local Scratch packed;
+  const int64_t padded_rows = (a.rows + 31) / 32 * 32, parts = finish.parts();
+  const Panels panels{packed.of(padded_rows * a.units * 4), (const char*)a.weight, padded_rows, a.units};
+  const int64_t together = items_together(finish, a.threads);
+  const int64_t stripes = (finish.items() + together - 1) / together, tops = (a.rows + PANEL_ROWS - 1) / PANEL_ROWS;
+#pragma omp parallel num_threads(a.threads)
+  {
+    static thread_local Scratch scratch;
+    float* sums = (float*)scratch.of(PANEL_ROWS / CHUNK_ROWS * MOST_SUMS * sizeof(float));
+#pragma omp for schedule(static)
+    for (int64_t top = 0; top < padded_rows; top += 16) pack_tile(a, (char*)panels.x, padded_rows, top);
+#pragma omp for schedule(guided)
+    for (int64_t i = 0; i < stripes * tops; i++) {
+      const int64_t first = i / tops * together, top = i % tops * PANEL_ROWS;
+      const int64_t last = first + together < finish.items() ? first + together : finish.items();
+      const int64_t rows = a.rows - top < PANEL_ROWS ? a.rows - top : PANEL_ROWS, num_blocks = (last - first) * parts;
+      int64_t blocks[MOST_PARTS];
+      for (int64_t b = 0; b < num_blocks; b++) blocks[b] = finish.block(first + b / parts, b % parts);
+      amx::sums_by_panels(panels, finish.kind, top, rows, blocks, num_blocks, sums);
+      for (int64_t row = 0; row < rows; row += CHUNK_ROWS)
+        for (int64_t item = first; item < last; item++) {
+          const int64_t set = row / CHUNK_ROWS * MOST_PARTS + (item - first) * parts;
+          const int64_t count = rows - row < CHUNK_ROWS ? rows - row : CHUNK_ROWS;
+          finish_rows(a.isa, finish, sums + set * CHUNK_ROWS * BLOCK, top + row, count, item);
+        }
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 void linear_item(int32_t isa, const Linear& a, int64_t item, float* sums) {
@@ -102,10 +172,18 @@ extern "C" void quire_linear(const void* args) {
   const bool widened = kind == BF16 && prepared_bytes(a.isa, BF16) > 2;
   static thread_local Scratch scratch;
   if (a.fused.squares) a.x_scales = inverses(a.fused, a.rows, a.x_row_bytes / size, scratch);
-  if (widened || a.x_row_bytes < a.units * 4) prepare(a);
+#ifdef QUIRE_X86
+  const bool by_panels = wants_panels(a);
+#else
+  const bool by_panels = false;
+#endif
+  if (!by_panels && (widened || a.x_row_bytes < a.units * 4)) prepare(a);
   const int64_t blocks = (a.outputs + BLOCK - 1) / BLOCK, out_bytes = a.out_bf16 ? 2 : 4;
   const Finish finish{a.out, a.bias, a.x_scales, a.weight_scales, a.x_sums, a.outputs,
                       a.groups * results_per_row(a.fused, a.outputs), kind, a.out_bf16 != 0, a.bias_bf16 != 0, a.fused};
+#ifdef QUIRE_X86
+  if (by_panels) return linear_by_panels(a, finish);
+#endif
 #pragma omp parallel num_threads(a.threads) if (a.groups * blocks > 1)
   {
     alignas(64) float sums[MOST_SUMS];

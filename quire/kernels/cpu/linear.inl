@@ -100,6 +100,38 @@ static void sums_by_tiles(const Linear& a, int64_t block, int64_t top, int64_t r
   }
   _tile_release();
 }
+
+// Sums of up to PANEL_ROWS rows and MOST_PARTS blocks (finish.h), a set of them for each CHUNK_ROWS. A panel of a block's
+// weight stays in the first cache while rows pass by, and one of x in the second while blocks do.
+template <Kind KIND>
+static void sums_of_kind(const Panels& a, int64_t top, int64_t rows, const int64_t* blocks, int64_t num_blocks,
+                           float* sums) {
+  configure_tiles(2 * TILE_ROWS);
+  for (int64_t unit = 0; unit < a.units; unit += PANEL_UNITS) {
+    const int64_t units = a.units - unit < PANEL_UNITS ? a.units - unit : PANEL_UNITS, steps = units / TILE_UNITS;
+    const char* x = a.x + unit * 4 * a.padded_rows + top * units * 4;
+    for (int64_t b = 0; b < num_blocks; b++)
+      for (int64_t half = 0; half < 2; half++) {
+        const char* weight = a.weight + (blocks[b] * a.units + unit) * BLOCK * 4 + half * 128;
+        for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS) {
+          const int64_t chunk = row / CHUNK_ROWS * MOST_PARTS + b;
+          float* to = sums + (chunk * CHUNK_ROWS + row % CHUNK_ROWS) * BLOCK + half * 32;
+          if (row == 0) {
+            panel_products<KIND, PANEL_UNITS * BLOCK * 4>(x, weight, steps, to, unit == 0);
+          } else {
+            panel_products<KIND, 0>(x + row * units * 4, weight, steps, to, unit == 0);
+          }
+        }
+      }
+  }
+  _tile_release();
+}
+
+static void sums_by_panels(const Panels& a, Kind kind, int64_t top, int64_t rows, const int64_t* blocks,
+                           int64_t num_blocks, float* sums) {
+  kind == BF16 ? sums_of_kind<BF16>(a, top, rows, blocks, num_blocks, sums)
+               : sums_of_kind<BYTES>(a, top, rows, blocks, num_blocks, sums);
+}
 #endif
 
 // A row of `count` numbers as products take it, with zeros up to `padded`.

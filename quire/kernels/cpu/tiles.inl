@@ -1,7 +1,7 @@
 // Products of AMX's tiles: up to 32 rows of x by 64 columns of a packed weight.
 
 #if QUIRE_ISA >= 4
-constexpr int64_t TILE_ROWS = 16, TILE_UNITS = 16;  // units of a row of x, rows of a weight
+constexpr int64_t TILE_ROWS = 16, TILE_UNITS = 16, TILE_BYTES = 1024;  // units of a row of x, rows of a weight
 
 // Tiles 0 to 3 are sums, 4 and 5 rows of x (16 and up to 16 more), 6 and 7 columns of the weight.
 static inline void configure_tiles(int64_t rows) {
@@ -63,6 +63,42 @@ static inline void tile_products(const char* x, int64_t x_stride, int64_t rows, 
     _tile_stored(2, rest, BLOCK * 4);
     _tile_stored(3, rest + 16, BLOCK * 4);
   }
+}
+
+// sums [32][64], 32 of each row's, of two tiles of packed rows (linear.cpp), `steps` times 16 units each, by the same of 32
+// columns, added to what is there unless it is the `first`; asks for the weight `AHEAD` bytes further on, if any.
+template <Kind KIND, int64_t AHEAD>
+static inline void panel_products(const char* x, const char* weight, int64_t steps, float* sums, bool first) {
+  float* rest = sums + TILE_ROWS * BLOCK;
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, BLOCK * 4);
+    _tile_loadd(1, sums + 16, BLOCK * 4);
+    _tile_loadd(2, rest, BLOCK * 4);
+    _tile_loadd(3, rest + 16, BLOCK * 4);
+  }
+  for (int64_t s = 0; s < steps; s++) {
+    const char* w = weight + s * TILE_UNITS * BLOCK * 4;
+    if (AHEAD)
+      for (int i = 0; i < TILE_UNITS; i++)
+        for (int line = 0; line < 2; line++) __builtin_prefetch(w + AHEAD + i * BLOCK * 4 + line * 64, 0, 2);
+    _tile_loadd(4, x + s * TILE_BYTES, 64);
+    _tile_loadd(6, w, BLOCK * 4);
+    QUIRE_TILES(0, 4, 6)
+    _tile_loadd(7, w + 64, BLOCK * 4);
+    QUIRE_TILES(1, 4, 7)
+    _tile_loadd(5, x + (steps + s) * TILE_BYTES, 64);
+    QUIRE_TILES(2, 5, 6)
+    QUIRE_TILES(3, 5, 7)
+  }
+  _tile_stored(0, sums, BLOCK * 4);
+  _tile_stored(1, sums + 16, BLOCK * 4);
+  _tile_stored(2, rest, BLOCK * 4);
+  _tile_stored(3, rest + 16, BLOCK * 4);
 }
 #undef QUIRE_TILES
 #endif
