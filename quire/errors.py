@@ -78,3 +78,7 @@ class Overloaded(QuireError):
 
 class EngineDead(QuireError):
     """The engine stopped; no request can be served until it is started again."""
+
+
+class PeerLost(QuireError):
+    """Another process of this one's group died or did not answer in time. The group has to be started again."""

@@ -1,0 +1,160 @@
+"""One dimension of a mesh, as layers see it: at size 1 every operation is the identity. Knows no transport.
+
+All ranks of an axis call the same operations in the same order, with tensors of the same shapes and dtypes.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Communicator(Protocol):
+    """A way to exchange contiguous tensors, which are not empty, among the ranks of one axis.
+
+    Raises:
+        PeerLost: (all operations) another rank died or did not answer in time; its results are not to be used.
+    """
+
+    size: int
+    rank: int
+
+    def all_reduce(self, x: Tensor) -> None:
+        """x becomes the sum, the same bits on all ranks."""
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """Everyone's x one after the other along a dimension."""
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """This rank's part [n / size, ...] of the sum of everyone's x [n, ...]."""
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
+        """x may be empty here."""
+
+    def send(self, x: Tensor, to: int) -> None:
+        """Need not wait for the other rank; x is not written to afterwards."""
+
+    def receive(self, x: Tensor, source: int) -> None:
+        """x becomes what was sent."""
+
+    def broadcast(self, x: Tensor, source: int) -> None:
+        """x becomes the source's."""
+
+    def barrier(self) -> None:
+        """Until all are here."""
+
+    def check(self) -> None:
+        """Raise what an operation found that could not raise it, being part of a recorded step."""
+
+
+class Axis:
+    """Ranks that compute something together. `Axis()` is one alone.
+
+    Attributes:
+        size: how many there are.
+        rank: which of them this process is; ranks in arguments count in the axis, too.
+    """
+
+    __slots__ = ("communicator", "rank", "size")
+
+    def __init__(self, communicator: Communicator | None = None):
+        self.communicator = communicator
+        self.size = 1 if communicator is None else communicator.size
+        self.rank = 0 if communicator is None else communicator.rank
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, the same bits on each. It is in x itself if that is contiguous."""
+        if self.communicator is None or not x.numel():
+            return x
+        x = x.contiguous()
+        self.communicator.all_reduce(x)
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
+        """[..., n, ...] -> [..., size * n, ...], in the order of ranks; contiguous."""
+        if self.communicator is None:
+            return x
+        dim %= x.dim()
+        if not x.numel():
+            return x.new_empty([n * self.size if i == dim else n for i, n in enumerate(x.shape)])
+        return self.communicator.all_gather(_movable(x), dim).view(x.dtype)
+
+    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
+        """[..., size * n, ...] -> [..., n, ...]: this rank's part of the sum.
+
+        Raises:
+            ValueError: the dimension cannot be cut into so many equal parts.
+        """
+        if self.communicator is None:
+            return x
+        if x.shape[dim] % self.size:
+            raise ValueError(f"{x.shape[dim]} rows cannot be cut into {self.size} equal parts; pad them")
+        if not x.numel():
+            return x.narrow(dim, 0, x.shape[dim] // self.size)
+        first = x.movedim(dim, 0).contiguous()
+        return self.communicator.reduce_scatter(first).movedim(0, dim)
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
+        """x's rows, `send[i]` of them to rank i, one after the other -> rows from all ranks, `recv[i]` from rank i.
+
+        Raises:
+            ValueError: the counts are not those of this axis, or of x.
+        """
+        if len(send) != self.size or len(recv) != self.size or sum(send) != len(x):
+            raise ValueError(
+                f"{len(x)} rows are sent as {list(send)}, received as {list(recv)} by {self.size} ranks"
+            )
+        if self.communicator is None:
+            return x
+        if not prod(x.shape[1:]):
+            return x.new_empty((sum(recv), *x.shape[1:]))
+        return self.communicator.all_to_all(_movable(x), send, recv).view(x.dtype)
+
+    def send(self, x: Tensor, to: int) -> None:
+        """Hand x, which must not be changed afterwards, to another rank; the same bytes are received in order."""
+        if x.numel():
+            self._other(to).send(_movable(x), to)
+
+    def receive(self, x: Tensor, source: int) -> Tensor:
+        """What another rank sent, which had x's shape and dtype: in x itself if that is contiguous."""
+        x = x.contiguous()
+        if x.numel():
+            self._other(source).receive(_movable(x), source)
+        return x
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """The source's x, in x itself if that is contiguous."""
+        if self.communicator is None or not x.numel():
+            return x
+        x = x.contiguous()
+        self.communicator.broadcast(_movable(x), source)
+        return x
+
+    def barrier(self) -> None:
+        """Until all ranks are here."""
+        if self.communicator is not None:
+            self.communicator.barrier()
+
+    def check(self) -> None:
+        """To be called before the results of a recorded step are used.
+
+        Raises:
+            PeerLost: another rank was lost meanwhile, and the step's results mean nothing.
+        """
+        if self.communicator is not None:
+            self.communicator.check()
+
+    def _other(self, rank: int) -> Communicator:
+        if self.communicator is None or rank == self.rank or not 0 <= rank < self.size:
+            raise ValueError(
+                f"rank {self.rank} of {self.size} has no other rank {rank} to exchange tensors with"
+            )
+        return self.communicator
+
+
+def _movable(x: Tensor) -> Tensor:
+    """x as transports take it, which know no numbers of 8 bits: those are moved as bytes."""
+    x = x.contiguous()
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 and x.is_floating_point() else x

@@ -1,0 +1,76 @@
+"""The axes of one process: which communicator each gets. The only place that knows all of them."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed import Store
+
+from quire.errors import ConfigError
+from quire.parallel.axis import Axis, Communicator
+from quire.parallel.mesh import SPANS, Mesh
+from quire.parallel.process_groups import gloo, nccl
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """A process's axes, by their names; of size 1 unless they were made."""
+
+    dp: Axis = field(default_factory=Axis)
+    pp: Axis = field(default_factory=Axis)
+    cp: Axis = field(default_factory=Axis)
+    tp: Axis = field(default_factory=Axis)
+    ep: Axis = field(default_factory=Axis)
+    world: Axis = field(default_factory=Axis)
+
+    def check(self) -> None:
+        """To be called before the results of a recorded step are used.
+
+        Raises:
+            PeerLost: another rank was lost meanwhile, and the step's results mean nothing.
+        """
+        for axis in (self.dp, self.pp, self.cp, self.tp, self.ep, self.world):
+            axis.check()
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """How the ranks of a group find each other.
+
+    Attributes:
+        store: any of torch's that all ranks reach; it may outlive the group.
+        generation: how often the group was started before: names in the store begin with it.
+        timeout_s: how long an operation waits for the other ranks.
+        host: the address of this machine at which gloo listens.
+    """
+
+    store: Store
+    generation: int = 0
+    timeout_s: float = 300.0
+    host: str = "127.0.0.1"
+
+
+def communicators(mesh: Mesh, rank: int, rendezvous: Rendezvous, device: torch.device) -> Axes:
+    """Connect this process, which is `rank`, with the others of the mesh; all of them call this at the same time.
+
+    Raises:
+        ConfigError: there is no such rank, or no way to exchange tensors on the device.
+        PeerLost: not all ranks came in time.
+    """
+    made: dict[tuple[int, ...], Axis] = {}  # axes along the same ranks are the same
+    for peers in (mesh.peers(name, rank) for name in SPANS):
+        if peers not in made:
+            alone = len(peers) == 1
+            made[peers] = Axis() if alone else Axis(_communicator(peers, rank, rendezvous, device))
+    return Axes(**{name: made[mesh.peers(name, rank)] for name in SPANS})
+
+
+def _communicator(
+    peers: tuple[int, ...], rank: int, rendezvous: Rendezvous, device: torch.device
+) -> Communicator:
+    name = f"{rendezvous.generation}/{'-'.join(map(str, peers))}"
+    place = (rendezvous.store, name, peers.index(rank), len(peers))
+    if device.type == "cpu":
+        return gloo(*place, timeout_s=rendezvous.timeout_s, host=rendezvous.host)
+    if device.type == "cuda":
+        return nccl(*place, timeout_s=rendezvous.timeout_s, device=device)
+    raise ConfigError(f"no way to exchange tensors between {device.type} devices; use cpu or cuda")
