@@ -1,6 +1,14 @@
 # What can be done here besides tests; see CONTRIBUTING.md.
 
-.PHONY: report
+.PHONY: report oracles
 
 report: ## lines per family, fields by number of users, lines that stand twice
 	python scripts/report.py
+
+EARLIEST = 5.17.0
+
+oracles: ## what is compared with Transformers, on the earliest version that is supported; the other tests have the latest
+	folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && \
+	python -m pip install -qq --no-deps --target "$$folder" transformers==$(EARLIEST) && \
+	PYTHONPATH="$$folder:$(CURDIR)" python -m pytest -n 2 -m "not slow and not gpu" \
+		tests/models tests/layers tests/engine/test_oracle.py tests/engine/test_model_impl.py

@@ -201,7 +201,8 @@ def rope(
     found = rope_parameters(c, local)
     if (found.get("rope_type") or found.get("type")) == "proportional":
         return _proportional(c, found, dim, default_theta, **changes)
-    factor = found.get("partial_rotary_factor") or c.partial_rotary_factor or partial or 1.0
+    beside = c.partial_rotary_factor  # which Transformers 5 wrote in both places at first
+    factor = found.get("partial_rotary_factor") or beside or partial or 1.0
     c.refuse(partial is None and factor != 1.0, f"partial_rotary_factor={factor}")
     c.refuse("mrope_section" in found and not sections, "rotary embedding by sections (mrope_section)")
     rotated = int(dim * factor)

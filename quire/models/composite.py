@@ -66,7 +66,7 @@ FAMILIES: Mapping[str, str] = {  # model_type of the network that computes text 
     "qwen3_vl_text": "qwen.qwen3",
     "smollm3": "llama.smollm3",
 }
-PREFIXES = (r"^(model\.)?(language_model|text_model)\.(model\.)?", "model.")
+PREFIXES = (r"^(model\.)?(language_model|text_model)\.(model\.)*", "model.")
 OTHERS = (
     r"^(model\.)?("
     + "|".join(

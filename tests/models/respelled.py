@@ -102,6 +102,7 @@ OWN_CHATGLM |= dict.fromkeys(
     )
 )
 OWN_CHATGLM |= dict.fromkeys(("max_position_embeddings", "attention_bias", "rope_parameters"))
+OWN_CHATGLM |= dict.fromkeys(("partial_rotary_factor",))  # of Transformers 5.17
 FIRST_CHATGLM = {"architectures": ["ChatGLMForConditionalGeneration"], "rope_ratio": None}
 FIRST_CHATGLM |= {"multi_query_attention": False, "add_qkv_bias": False}
 OWN_BAILING = {
