@@ -114,7 +114,7 @@ def take_road(raw: Mapping[str, Any], config: Config) -> Road:
     try:
         return Foreign(raw, config)
     except UnsupportedModel as error:
-        if raw["architectures"][0] not in registry.FAMILIES:
+        if not registry.is_native(raw["architectures"][0]):
             raise
         raise UnsupportedModel(f"{error}. It is native as well: leave out --model-impl") from error
 

@@ -174,7 +174,8 @@ def family(architecture: str) -> Family:
             f"{architecture} takes neither road: no family describes it (native), and the installed Transformers has no"
             f" class of this name that generates text (transformers).{hint} If the model computes the same as one of"
             f" the {len(FAMILIES)} that are described (`quire models` lists them), write that name into architectures"
-            " in its config.json; otherwise it needs a function in quire/models, or a newer Transformers"
+            " in its config.json; otherwise it needs a function in quire/models, or a newer Transformers. Code that"
+            " comes with a checkpoint is never run"
         )
     return _function(FAMILIES[architecture])
 
@@ -185,6 +186,11 @@ def _function(path: str) -> Family:
     return found
 
 
+def is_native(architecture: str) -> bool:
+    """Whether a family describes it, or the part of it that computes text."""
+    return architecture in FAMILIES or architecture in COMPOSITES
+
+
 def road(config: Mapping[str, object], wanted: str = "auto") -> str:
     """native or transformers: by what a network's config.json says, and the option model_impl.
 
@@ -192,15 +198,15 @@ def road(config: Mapping[str, object], wanted: str = "auto") -> str:
         UnsupportedModel: neither can be taken, or not the wanted one.
     """
     architecture = HF(config).architecture
-    native = architecture in FAMILIES or architecture in COMPOSITES
+    native = is_native(architecture)
     if wanted == "auto":
         wanted = TRANSFORMERS if not native and architecture in generating() else NATIVE
-    if wanted == NATIVE:
-        if not native:
-            family(architecture)  # which says why not
-    elif architecture not in generating():
+    if not native and (wanted == NATIVE or architecture not in generating()):
+        family(architecture)  # which says why not
+    if wanted == TRANSFORMERS and architecture not in generating():
         raise UnsupportedModel(
-            f"model_impl is transformers, and the installed Transformers has no {architecture} that generates text"
+            f"model_impl is transformers, and the installed Transformers has no {architecture} that generates text."
+            " It is native: leave out --model-impl"
         )
     refuse_quantized(HF(config))
     return wanted

@@ -11,8 +11,10 @@ import transformers
 from quire import LLM, SamplingParams
 from quire.errors import ConfigError, ModelError, UnsupportedModel
 from quire.models.spec import Decoder, Foreign
-from tests.engine.test_oracle import ENGINE, SETTINGS, prompts_of, reference
+from tests.engine.test_oracle import ENGINE, SETTINGS, check_who_makes_way, prompts_of, reference
 from tests.models.cases import BY_NAME, VOCAB_SIZE, Case, build_hf
+from tests.models.composites import CASES as COMPOSITES
+from tests.models.composites import build as build_composite
 
 NUM_OUTPUTS = 6
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
@@ -75,6 +77,11 @@ def test_engine_equals_hugging_face(case: Case, tmp_path: Path) -> None:
         assert any(o.num_cached_tokens for o in again) == caching
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_who_makes_way_ends_as_if_alone(case: Case, tmp_path: Path) -> None:
+    check_who_makes_way(case, tmp_path, model_impl="transformers")
+
+
 @pytest.mark.parametrize(("name", "cache_bytes"), [("Llama", 192 * 1024), ("Lfm2", 184 * 1024)])
 def test_preempted_requests_go_on(name: str, cache_bytes: int, tmp_path: Path) -> None:
     model = build_hf(BY_NAME[name], tmp_path)
@@ -92,6 +99,16 @@ def test_preempted_requests_go_on(name: str, cache_bytes: int, tmp_path: Path) -
     assert [o.outputs[0].token_ids for o in got] == want
 
 
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    build_hf(BY_NAME["Llama"], tmp_path)
+    named = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.LlamaForCausalLM"}
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"auto_map": named}))
+    (tmp_path / "code.py").write_text("raise SystemExit('the code of a model ran')")
+    with LLM(str(tmp_path), **ENGINE, model_impl="transformers") as llm:
+        assert isinstance(llm.spec, Foreign)
+
+
 def test_the_road_is_chosen_by_the_architecture_and_the_option(tmp_path: Path) -> None:
     build_hf(BY_NAME["Llama"], tmp_path)
     for wanted, kind in (("auto", Decoder), ("native", Decoder), ("transformers", Foreign)):
@@ -107,11 +124,24 @@ def test_a_class_without_a_family_takes_the_other_road(tmp_path: Path) -> None:
         LLM(str(tmp_path), **ENGINE, model_impl="native")
 
 
-def test_where_others_modules_cannot_run_the_native_road_is_named(tmp_path: Path) -> None:
-    build_hf(BY_NAME["DeepseekV32"], tmp_path)
-    with pytest.raises(
-        UnsupportedModel, match="do not run with another's attention.*native.*leave out --model-impl"
-    ):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("DeepseekV32", "do not run with another's attention"),
+        ("Xverse", "has no XverseForCausalLM that generates text"),
+    ],
+)
+def test_where_others_modules_cannot_run_the_native_road_is_named(
+    name: str, reason: str, tmp_path: Path
+) -> None:
+    build_hf(BY_NAME[name], tmp_path)
+    with pytest.raises(UnsupportedModel, match=f"{reason}.*native.*leave out --model-impl"):
+        LLM(str(tmp_path), **ENGINE, model_impl="transformers")
+
+
+def test_so_it_is_where_only_text_is_native(tmp_path: Path) -> None:
+    build_composite(next(case for case in COMPOSITES if case.id == "Gemma3"), tmp_path)
+    with pytest.raises(UnsupportedModel, match="several networks.*native.*leave out --model-impl"):
         LLM(str(tmp_path), **ENGINE, model_impl="transformers")
 
 
@@ -160,19 +190,25 @@ def test_one_that_fails_the_comparison_is_refused_unless_told_otherwise(
     assert any("nobody has checked" in message for message in caplog.messages)
 
 
-def test_one_on_neither_road_is_refused_without_torch(model_folder: Path, tmp_path: Path) -> None:
-    """Which takes seconds to import."""
+@pytest.mark.parametrize("wanted", ["auto", "native", "transformers"])
+def test_one_on_neither_road_is_refused_without_torch(
+    wanted: str, model_folder: Path, tmp_path: Path
+) -> None:
+    """Which takes seconds to import; and without the code that comes with it."""
     raw = json.loads((model_folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"architectures": ["NoSuchForCausalLM"]}))
+    named = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.NoSuchForCausalLM"}
+    changes = {"architectures": ["NoSuchForCausalLM"], "model_type": "no_such", "auto_map": named}
+    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+    (tmp_path / "code.py").write_text("raise SystemExit('the code of a model ran')")
     code = (
         "import sys; from quire import LLM\n"
-        "try: LLM(sys.argv[1])\n"
+        "try: LLM(sys.argv[1], model_impl=sys.argv[2])\n"
         "except Exception as error: print(type(error).__name__, error, *{'torch', 'transformers'} & sys.modules.keys())"
     )
     said = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(tmp_path), wanted], capture_output=True, text=True, check=True
     )
     assert "UnsupportedModel NoSuchForCausalLM takes neither road" in said.stdout
     assert "(native)" in said.stdout
     assert "(transformers)" in said.stdout
-    assert said.stdout.rstrip().endswith("Transformers")  # and no module's name
+    assert said.stdout.rstrip().endswith("is never run")  # and no module's name

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
+from quire.config import Config
+from quire.engine.engine import Engine
 from quire.errors import ConfigError
+from tests.models.case import comparable
 from tests.models.cases import BY_NAME, CASES, VOCAB_SIZE, Case, build_hf
 from tests.models.values import MAX_LENGTH
 
@@ -63,7 +66,7 @@ def scores(entries: list[dict], vocab_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_engine_equals_hugging_face(case: Case, tmp_path: Path) -> None:
-    model = build_hf(case, tmp_path)
+    model = build_hf(comparable(case), tmp_path)
     prompts = prompts_of(case)
     want = [reference(model, p) for p in prompts]
     greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
@@ -91,7 +94,7 @@ def test_engine_equals_hugging_face(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_log_probabilities_equal_hugging_face(case: Case, tmp_path: Path) -> None:
-    model = build_hf(case, tmp_path)
+    model = build_hf(comparable(case), tmp_path)
     prompts = prompts_of(case)
     params = SamplingParams(
         temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True, logprobs=-1, prompt_logprobs=-1
@@ -109,6 +112,31 @@ def test_log_probabilities_equal_hugging_face(case: Case, tmp_path: Path) -> Non
         torch.testing.assert_close(scores(got, VOCAB_SIZE), logprobs, rtol=TOLERANCE, atol=close)
         first = scores(hit.outputs[0].logprobs[:1], VOCAB_SIZE)
         torch.testing.assert_close(first[0], logprobs[len(prompt) - 1], rtol=TOLERANCE, atol=close)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_who_makes_way_ends_as_if_alone(case: Case, tmp_path: Path) -> None:
+    check_who_makes_way(case, tmp_path)
+
+
+def check_who_makes_way(case: Case, folder: Path, **options: object) -> None:
+    """For a more urgent request, in the middle of a prompt and behind it; blocks are found again, or computed again."""
+    model = build_hf(comparable(case), folder)
+    first, second = [p for p in prompts_of(case) if len(p) > 16][:2]
+    want = {"first": reference(model, first)[0], "second": reference(model, second)[0]}
+    greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
+    options = ENGINE | {"max_num_seqs": 1, "max_num_batched_tokens": 8, "block_size": 4} | options
+    for num_steps, caching in ((2, False), (6, True)):
+        config = Config.of(model=str(folder), **options, enable_prefix_caching=caching)
+        engine, got = Engine(config, offline=True), {}
+        engine.add(engine.inputs.request(first, greedy, request_id="first", priority=1))
+        for _ in range(num_steps):
+            engine.step()
+        engine.add(engine.inputs.request(second, greedy, request_id="second"))
+        while not engine.idle:
+            got.update({output.request_id: output for output in engine.step()})
+        assert {name: output.outputs[0].token_ids for name, output in got.items()} == want
+        assert [got[name].metrics.num_preemptions for name in want] == [1, 0]
 
 
 def test_longrope_within_the_original_length_takes_the_short_factors(tmp_path: Path) -> None:
