@@ -84,7 +84,7 @@ class Config:
     max_token_gap_ms: float | None = option(
         None,
         "Target for the time between two tokens of a stream: long prompts are computed in pieces that keep to"
-        " it. 0: no target.",
+        " it. 0: no target. The default lets prompts take twice the time of the tokens beside them, at least.",
     )
     async_scheduling: bool | None = option(
         None,

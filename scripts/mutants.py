@@ -173,6 +173,7 @@ SCHEDULER = [
         "the gap stops prefills",
     ),
     ("max(most - num_decodes, ", "max(most, ", "decodes are left out of the gap"),
+    ("self.cost.least(num_decodes)", "0.0", "prompts get what is left of the gap, however little"),
 ]
 BLOCKS = [
     ("keys[-1] if keys else root", 'keys[-1] if keys else b""', "cache roots are ignored"),
@@ -229,9 +230,16 @@ POLICY = [
     ("            self._priorities.remove(priority)\n", "", "a priority stays when nobody has it"),
 ]
 COST = [
+    ("max(self.num_steps - 1, 1)", "self.num_steps", "a cold first step counts like any other"),
+    ("min(slow, fast * high / low)", "slow", "a cold large step keeps steps small"),
+    ("* min(tokens / curve[0][0], 1.0)", "* 1.0", "few tokens take as long as the smallest step"),
     ("max(begun, self._last_end)", "begun", "overlapping steps count their waiting"),
     ("min(ceiling, group.seconds)", "group.seconds", "one slow step caps all larger ones"),
-    ("max(1 / self.num_steps, WEIGHT)", "1 / self.num_steps", "old steps are never forgotten"),
+    (
+        "max(1 / max(self.num_steps - 1, 1), WEIGHT)",
+        "1 / max(self.num_steps - 1, 1)",
+        "old steps are never forgotten",
+    ),
     ("return int(low * seconds / fast)", "return int(low)", "steps never grow beyond the largest one"),
     ("if seconds > 0:", "if True:", "a step may take no time"),
     ("self._begun.pop(step)", "self._begun[step]", "begun steps are kept for ever"),

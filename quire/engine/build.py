@@ -49,6 +49,8 @@ from quire.scheduler.near import Extent
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.trace import Recorder
 
+MIN_PREFILL_TIME = 2.0  # over that of decoding sequences (Limits), unless max_token_gap_ms was asked for
+
 
 @dataclass(frozen=True, slots=True)
 class CoreParts:
@@ -259,6 +261,7 @@ def _core(
         max_seqs=max_seqs,
         max_length=length,
         max_gap_s=config.max_token_gap_ms / 1000 if config.max_token_gap_ms else None,
+        min_prefill_time=MIN_PREFILL_TIME if "max_token_gap_ms" in resolved.reasons else 0.0,
         checkpoints=None if states is None else Checkpoints(range(max_seqs + 1, len(states))),
     )
     return EngineCore(

@@ -20,7 +20,7 @@ class Group:
     def add(self, tokens: int, seconds: float) -> None:
         """Move the averages towards one more step."""
         self.num_steps += 1
-        weight = max(1 / self.num_steps, WEIGHT)
+        weight = max(1 / max(self.num_steps - 1, 1), WEIGHT)
         self.tokens += weight * (tokens - self.tokens)
         self.seconds += weight * (seconds - self.seconds)
 
@@ -61,6 +61,11 @@ class StepCost:
             return fast
         return fast + (slow - fast) * (tokens - low) / (high - low)
 
+    def least(self, tokens: int) -> float:
+        """Seconds that a step takes at least: fewer tokens than any step had are in proportion. 0 if nothing is known."""
+        curve, predicted = self._curve(), self.predict(tokens)
+        return 0.0 if predicted is None else predicted * min(tokens / curve[0][0], 1.0)
+
     def most_tokens(self, seconds: float) -> int | None:
         """The largest step predicted to take no longer; None before the first one was measured.
 
@@ -90,4 +95,8 @@ class StepCost:
         for _, group in sorted(self._groups.items(), reverse=True):
             ceiling = min(ceiling, group.seconds)
             curve.append((group.tokens, ceiling))
-        return curve[::-1]
+        curve.reverse()
+        for at in range(1, len(curve)):
+            (low, fast), (high, slow) = curve[at - 1 : at + 1]
+            curve[at] = high, min(slow, fast * high / low)
+        return curve

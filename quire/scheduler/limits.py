@@ -21,6 +21,9 @@ class Limits:
     max_length: int | None = None  # prompt and output of a sequence
     max_gap_s: float | None = None  # between a sequence's tokens, as far as smaller prefills can help
     min_prefill_tokens: int = 16  # positions of prefill in a step, whatever the gap
+    min_prefill_time: float = (
+        0.0  # of prefill in a step, over that of its decoding sequences alone, whatever the gap
+    )
 
     def __post_init__(self) -> None:
         numbers = (
@@ -31,6 +34,10 @@ class Limits:
         for name, value, low in numbers:
             if value < low:
                 raise ConfigError(f"{name} is {value}; it must be at least {low}")
+        if not 0 <= self.min_prefill_time < inf:
+            raise ConfigError(
+                f"min_prefill_time is {self.min_prefill_time}; it must be 0 or more, and finite"
+            )
         if self.max_batched_tokens < self.max_seqs:
             raise ConfigError(
                 f"max_batched_tokens {self.max_batched_tokens} is below max_seqs {self.max_seqs}, so some "
@@ -38,6 +45,12 @@ class Limits:
             )
         if self.max_gap_s is not None and not self.max_gap_s > 0:
             raise ConfigError(f"max_gap_s is {self.max_gap_s}; it must be above 0, or None for no limit")
+
+    def step_s(self, decodes_s: float) -> float | None:
+        """Seconds that a step with prefills may take, if its decoding sequences alone take `decodes_s`; None: any."""
+        if self.max_gap_s is None:
+            return None
+        return max(self.max_gap_s, (1 + self.min_prefill_time) * decodes_s)
 
     def check(self, new: NewSequence, room: int | None) -> None:
         """Refuse a sequence that can never run; the cache has `room` for so many positions of one.

@@ -45,6 +45,7 @@ class Scheduler:
         max_length: int | None = None,
         max_gap_s: float | None = None,
         min_prefill_tokens: int = 16,
+        min_prefill_time: float = 0.0,
         checkpoints: Checkpoints | None = None,
     ):
         """`checkpoints`: where states are kept, if the network has recurrent layers."""
@@ -63,6 +64,7 @@ class Scheduler:
             max_length=max_length,
             max_gap_s=max_gap_s,
             min_prefill_tokens=min_prefill_tokens,
+            min_prefill_time=min_prefill_time,
         )
         self.seqs: dict[int, Sequence] = {}
         self.queue, self.tenants, self.sharing, self.seats = Queue(), Tenants(), Sharing(), Seats(max_seqs)
@@ -350,10 +352,9 @@ class Scheduler:
         """Positions of a step that prefills may have beside those of decoding sequences."""
         limits = self.limits
         left = limits.max_batched_tokens - num_decodes
-        if num_decodes and limits.max_gap_s is not None:
-            most = self.cost.most_tokens(limits.max_gap_s)
-            if most is not None:
-                left = min(left, max(most - num_decodes, limits.min_prefill_tokens))
+        seconds = limits.step_s(self.cost.least(num_decodes)) if num_decodes else None
+        if seconds is not None and (most := self.cost.most_tokens(seconds)) is not None:
+            left = min(left, max(most - num_decodes, limits.min_prefill_tokens))
         return left
 
     def _plan_decodes(self, work: list[Work]) -> int:

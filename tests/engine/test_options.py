@@ -112,5 +112,6 @@ def test_a_forced_backend_that_cannot_run_says_why(model_folder: Path) -> None:
 
 def test_the_gap_reaches_the_scheduler(model_folder: Path) -> None:
     with LLM(str(model_folder), **OPTIONS, max_token_gap_ms=30) as llm:
-        assert llm.engine.core.scheduler.limits.max_gap_s == pytest.approx(0.03)
+        limits = llm.engine.core.scheduler.limits
+        assert limits.max_gap_s == pytest.approx(0.03) and limits.min_prefill_time == 0
         assert len(tokens(llm)) == 8

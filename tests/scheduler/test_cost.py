@@ -44,11 +44,25 @@ def test_the_most_tokens_are_predicted_to_fit_and_one_more_is_not() -> None:
 
 
 def test_steps_of_a_size_are_averaged_and_later_ones_count_more() -> None:
-    cost = learned((8, 0.1), (8, 0.3))
-    assert cost.predict(8) == pytest.approx(0.2)
+    cost = learned((8, 9.9), (8, 0.1), (8, 0.3))
+    assert cost.predict(8) == pytest.approx(0.2), "the first one had cold caches"
     cost = learned(*[(8, 0.1)] * 50, *[(8, 0.2)] * 50)
     predicted = cost.predict(8)
     assert predicted is not None and 0.195 < predicted < 0.2
+
+
+def test_a_large_step_takes_at_most_in_proportion_to_a_small_one() -> None:
+    """A first prompt, while everything was cold, does not keep those that follow in small pieces."""
+    cost = learned((150, 30.0), (16, 0.1), (16, 0.1))
+    assert cost.predict(150) == pytest.approx(0.1 * 150 / 16)
+    assert cost.most_tokens(0.3) in (47, 48)  # it is rounded down
+
+
+def test_at_least_a_step_takes_in_proportion_to_the_smallest() -> None:
+    cost = learned(affine(60), affine(300))
+    assert cost.least(15) == pytest.approx(affine(60)[1] / 4)
+    assert cost.least(60) == pytest.approx(affine(60)[1]) and cost.least(180) == cost.predict(180)
+    assert StepCost().least(1) == 0.0
 
 
 def test_a_slow_small_step_does_not_make_large_ones_look_slow() -> None:
@@ -99,6 +113,14 @@ def test_prefills_are_cut_to_the_gap(depth: int) -> None:
     assert max(seconds for _, seconds in later) > 0.045, "the gap is made use of"
     free = mixed_steps(Machine(**{**vars(BIG), "depth": depth}))
     assert max(seconds for _, seconds in free) > 0.3
+
+
+def test_prefills_get_a_multiple_of_what_decoding_takes() -> None:
+    """Where decoding sequences take most of the gap."""
+    steps = mixed_steps(Machine(**{**vars(BIG), "max_gap_s": 0.014, "min_prefill": 1, "min_prefill_time": 3}))
+    alone = affine(3)[1]  # as the device computes
+    later = [seconds for _, seconds in steps[len(steps) // 2 :]]
+    assert max(later) <= 4 * alone + 1e-9 and max(later) > 3.5 * alone > 0.014
 
 
 def test_prefills_advance_whatever_the_gap() -> None:

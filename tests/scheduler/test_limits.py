@@ -81,6 +81,7 @@ def test_ids_are_unique() -> None:
         ({"max_batched_tokens": 3, "max_seqs": 1, "drafts": -1}, "drafts is -1"),
         ({"max_batched_tokens": 3, "max_seqs": 1, "min_prefill_tokens": 0}, "min_prefill_tokens is 0"),
         ({"max_batched_tokens": 3, "max_seqs": 1, "max_gap_s": 0.0}, "max_gap_s is 0.0"),
+        ({"max_batched_tokens": 3, "max_seqs": 1, "min_prefill_time": -0.1}, "min_prefill_time is -0.1"),
     ],
 )
 def test_impossible_limits_are_refused(settings: dict[str, float], message: str) -> None:

@@ -47,6 +47,7 @@ machines = st.builds(
     caching=st.booleans(),
     max_gap_s=st.sampled_from((None, None, 0.005, 0.014, 0.02)),
     min_prefill=st.integers(1, 4),
+    min_prefill_time=st.sampled_from((0.0, 0.0, 0.5, 2.0)),
 )
 stateful = st.builds(
     lambda machine, num_states, lose_every: replace(

@@ -50,6 +50,7 @@ class Machine:
     caching: bool = True
     max_gap_s: float | None = None
     min_prefill: int = 16
+    min_prefill_time: float = 0.0
     good_drafts: bool = True
     num_states: int | None = None  # rows for states beside the slots'; None: the network has none
     near: Near | None = None  # how layers see that do not see all positions
@@ -71,6 +72,7 @@ class Run:
             drafts=machine.drafts,
             max_gap_s=machine.max_gap_s,
             min_prefill_tokens=machine.min_prefill,
+            min_prefill_time=machine.min_prefill_time,
             checkpoints=None if states is None else Checkpoints(range(first, first + states)),
         )
         self.sequences: dict[int, NewSequence] = {}
@@ -145,7 +147,6 @@ class Run:
         """As the scheduler's, which is looked at closely."""
         scheduler, limits = self.scheduler, self.scheduler.limits
         decoding = {s.id: s.epoch for s in scheduler.seats.decoding if s.planned < s.limit}
-        most = scheduler.cost.most_tokens(limits.max_gap_s) if limits.max_gap_s else None
         plan = self.planner.schedule(now)
         check(scheduler, self.device)
         planned = {w.seq for w in plan.work}
@@ -157,7 +158,11 @@ class Run:
         prefills = scheduler.batched_tokens - decodes
         assert prefills == scheduler.prefill_tokens
         assert prefills or not scheduler.seats.prefilling or self.machine.near, "prefills starve"
-        assert not decodes or most is None or prefills <= max(most - decodes, limits.min_prefill_tokens)
+        if decodes and limits.max_gap_s:
+            decodes_s = scheduler.cost.least(decodes)
+            seconds = max(limits.max_gap_s, decodes_s + self.machine.min_prefill_time * decodes_s)
+            most = scheduler.cost.most_tokens(seconds)
+            assert most is None or prefills <= max(most - decodes, limits.min_prefill_tokens)
         return plan
 
     def commit(self, plan: Plan, result: Result, now: float) -> list[Emitted]:
