@@ -80,12 +80,21 @@ def _taking_over(block: Block) -> Block:
     return replace(block, mixer=replace(mixer, indexer=replace(mixer.indexer, own=False)))
 
 
+def _rotated_whole(attention: Attention) -> Attention:
+    """Of heads that are rotated in part, all dimensions; factors by dimension are for a part only."""
+    rope = attention.rope
+    if rope is None or rope.dim == attention.head_dim or "long_factor" in (rope.scaling or {}):
+        return attention
+    return replace(attention, rope=replace(rope, dim=attention.head_dim))
+
+
 def _unsaturated(act: str) -> str:
     return "relu" if act != "relu" else "silu"
 
 
 DROPS: dict[type, dict[str, Change]] = {
     Norm: {
+        "kind": lambda n: replace(n, kind="rms" if n.kind == "layer" else "layer", bias=False),
         "eps": _times("eps", 1e4),
         "bias": _set("bias", False),
         "weight": _set("weight", False),
@@ -98,6 +107,7 @@ DROPS: dict[type, dict[str, Change]] = {
     },
     Attention: {
         "rope": _set("rope", None),
+        "rope of a part": _rotated_whole,
         "bias": _set("bias", False),
         "out_bias": _set("out_bias", False),
         "qk_norm": _set("qk_norm", None),
@@ -179,6 +189,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "renorm": _flip("renorm"),
         "scale": _set("scale", 1.0),
         "groups": lambda m: replace(m, groups=1, top_groups=1),
+        "top_groups": lambda m: replace(m, top_groups=max(1, m.top_groups - 1)),
         "correction": _set("correction", False),
         "router_bias": _set("router_bias", False),
         "shared": lambda m: replace(m, shared=None, shared_gate=False),
@@ -205,6 +216,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "embed_scale": _set("embed_scale", 1.0),
         "embed_norm": _set("embed_norm", None),
         "sinusoids": _set("sinusoids", 0),
+        "num_positions": _set("num_positions", 0),
         "position_offset": _set("position_offset", 0),
         "head_bias": _set("head_bias", False),
         "logit_scale": _set("logit_scale", 1.0),

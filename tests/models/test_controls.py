@@ -3,7 +3,9 @@
 Without this, a window wider than the prompt or a norm of ones would leave its feature untested everywhere.
 """
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -22,13 +24,54 @@ from quire.models.spec import Attention, attention_of
 from quire.models.spec import Decoder as Spec
 from tests.models.case import comparable
 from tests.models.cases import CASES, Case, build_hf, prompt
-from tests.models.mutations import mutations
+from tests.models.mutations import DROPS, mutations
 
 BLOCK_SIZE, NUM_TOKENS = 4, 40
 SAME, VISIBLE = 2e-4, 2e-3  # the first is what oracle tests tolerate
+# Fields that say which parameters there are, or how large: no checkpoint fits a spec without them. And parts, whose own
+# fields have controls.
+SHAPES = {
+    "Rope": "dim",  # see "rope of a part"
+    "Growth": "rate length first",  # see "growth"
+    "Attention": "num_heads num_kv_heads head_dim inputs q_rank qk_norm_span keys_as_values gate_per_head",
+    "Indexer": "num_heads head_dim own",  # see "indexers of layers"
+    "MLA": "num_heads q_rank kv_rank nope_dim rope_dim v_dim norm",
+    "ShortConv": "width",
+    "DeltaNet": "num_k_heads num_v_heads k_dim v_dim width norm",
+    "KimiDelta": "num_heads head_dim width norm rank",
+    "Lightning": "num_heads head_dim norm",
+    "Mamba": "channels state_dim step_rank width",
+    "Mamba2": "num_heads head_dim state_dim groups width",
+    "RGLRU": "channels num_heads width",
+    "Both": "attention states",
+    "MLP": "hidden gated",
+    "Apart": "norm",
+    "MoE": "num_experts expert",
+    "Guided": "attention mlp states norm",
+    "LayerEmbedding": "dim norm",
+    "AltUp": "num rank norm",
+    "Block": "mixer mlp attn_norm mlp_norm altup",
+    "Decoder": "vocab_size dim max_length blocks norm layer_rows tied",
+}
 LARGE = (
     16.0  # logits beyond this have proportionally larger float32 rounding (Gemma's, by its scaled embedding)
 )
+
+
+def test_every_field_has_a_control() -> None:
+    controls = {(kind, name.split()[0].split("[")[0]) for kind, drops in DROPS.items() for name in drops}
+    left = {}
+    for kind in parts_of(Spec):
+        names = [field.name for field in fields(kind) if (kind, field.name) not in controls]
+        left |= {kind.__name__: " ".join(names)} if names else {}
+    assert left == SHAPES
+
+
+def parts_of(kind: object) -> set[type]:
+    """Every dataclass that a spec may hold."""
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return set().union(*map(parts_of, get_args(kind)))
+    return {kind}.union(*map(parts_of, get_type_hints(kind).values()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
