@@ -285,16 +285,13 @@ def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platfor
     num_tokens = num_requests * length if memory.layout.near else memory.num_blocks * request.block_size
     quantized = "" if config.quantization == "auto" else f" with {config.quantization} weights"
     cached = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
+    ends = f", at ends of blocks of {config.block_size} tokens" if memory.num_states else ""
+    kept = f", states of {memory.state_bytes / 2**20:.2f} MiB, {memory.num_states} kept{ends}"
     where = platform.name
     if where == "cpu":
         where += f" ({config.num_threads} threads, {platform.num_nodes} memory node{'s' * (platform.num_nodes > 1)})"
     return (
         f"{len(cache_shapes(spec))} layers in {config.dtype}{quantized} on {where}, attention {backend.name}, weights"
         f" {memory.weight_bytes / gib:.2f} GiB, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB ="
-        f" {num_tokens} tokens ({num_requests} requests of {length})"
-        + (
-            f", states of {memory.state_bytes / 2**20:.2f} MiB, {memory.num_states} kept"
-            if memory.state_bytes
-            else ""
-        )
+        f" {num_tokens} tokens ({num_requests} requests of {length})" + (kept if memory.state_bytes else "")
     )

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.config import Config
+from quire.engine.build import build_core
 from quire.engine.engine import Engine
 from quire.errors import ConfigError
 from quire.types import OutputKind, SamplingParams
@@ -192,6 +193,14 @@ def test_tokens_of_a_network_that_keeps_states_do_not_depend_on_company(
         got.update({output.request_id: tokens_of(output) for output in engine.step()})
     assert [got[str(i)] for i in range(len(work))] == want
     assert engine.core.stats().used_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("caching", "words"), [(True, "kept, at ends of blocks of 4 tokens"), (False, ", 0 kept")]
+)
+def test_it_says_where_states_are_kept(hybrid: str, caching: bool, words: str) -> None:
+    config = make_engine(hybrid, enable_prefix_caching=caching).config
+    assert build_core(config, offline=True).summary.endswith(words)
 
 
 def test_a_conversation_goes_on_from_the_state_of_its_last_turn(hybrid: str) -> None:
