@@ -62,7 +62,7 @@ class StepCost:
         return fast + (slow - fast) * (tokens - low) / (high - low)
 
     def least(self, tokens: int) -> float:
-        """Seconds that a step takes at least: fewer tokens than any step had count in proportion. 0: nothing is known."""
+        """Seconds of a step, at least: fewer tokens than any step had count in proportion. 0: nothing is known."""
         curve, predicted = self._curve(), self.predict(tokens)
         return 0.0 if predicted is None else predicted * min(tokens / curve[0][0], 1.0)
 
