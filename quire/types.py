@@ -250,6 +250,10 @@ class Request:
     tenant: str = ""  # shares the machine fairly with other tenants
     cache_salt: str = ""  # requests with different salts never share cached blocks
     arrival_s: float = 0.0
+    outputs: tuple[
+        tuple[int, ...], ...
+    ] = ()  # tokens of each sequence, of a request that another engine began
+    ended: frozenset[int] = frozenset()  # which of those are complete
 
 
 @dataclass(slots=True)

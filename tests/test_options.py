@@ -11,6 +11,7 @@ import pytest
 from quire.cli.options import add_config_options, add_flags, config_from, config_options
 from quire.config import Config
 from quire.errors import ConfigError
+from quire.server.router.settings import RouterSettings
 from quire.server.settings import ServerSettings
 from tests.tree import ROOT
 
@@ -73,8 +74,26 @@ SERVER_OPTIONS = {
     "otlp_traces_endpoint",
     "disable_access_log",
 }
+ROUTER_OPTIONS = {
+    "backend",
+    "host",
+    "port",
+    "api_key",
+    "api_key_file",
+    "backend_key_file",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "max_request_bytes",
+    "max_num_reqs",
+    "max_queue_seconds",
+    "cache_tokens",
+    "request_timeout",
+    "drain_timeout",
+    "disable_access_log",
+}
 FIELDS = dataclasses.fields(Config)
 SERVER_FIELDS = dataclasses.fields(ServerSettings)
+ROUTER_FIELDS = dataclasses.fields(RouterSettings)
 
 
 @pytest.fixture
@@ -87,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
 def test_options_are_the_agreed_ones() -> None:
     assert {f.name for f in FIELDS} == OPTIONS
     assert {f.name for f in SERVER_FIELDS} == SERVER_OPTIONS
+    assert {f.name for f in ROUTER_FIELDS} == ROUTER_OPTIONS
     assert not OPTIONS & SERVER_OPTIONS
     limit = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["budget"]["options"]
     assert len(FIELDS) + len(SERVER_FIELDS) <= limit
@@ -94,7 +114,7 @@ def test_options_are_the_agreed_ones() -> None:
 
 
 def test_every_option_says_what_it_is_for() -> None:
-    for f in (*FIELDS, *SERVER_FIELDS):
+    for f in (*FIELDS, *SERVER_FIELDS, *ROUTER_FIELDS):
         assert len(f.metadata["help"]) > 10, f.name
         assert f.metadata["help"].endswith("."), f.name
 
@@ -147,6 +167,31 @@ def test_each_flag_of_the_server_sets_its_option_only(f: "dataclasses.Field[Any]
     given = config_options(parser.parse_args(words), ServerSettings)
     assert given == {f.name: value}
     assert config_options(parser.parse_args([]), ServerSettings) == {}
+
+
+@pytest.mark.parametrize("f", ROUTER_FIELDS, ids=lambda f: f.name)
+def test_each_flag_of_the_router_sets_its_option_only(f: "dataclasses.Field[Any]") -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser, RouterSettings, "router options")
+    words, value = another(f)
+    assert config_options(parser.parse_args(words), RouterSettings) == {f.name: value}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("backend", ()),
+        ("backend", ("127.0.0.1:8000",)),
+        ("backend", ("http://user@host",)),
+        ("backend", ("http://host:port",)),
+        ("backend", ("http://a", "http://a/")),
+        ("max_num_reqs", 0),
+        ("port", -1),
+    ],
+)
+def test_values_that_no_router_can_have(name: str, value: object) -> None:
+    with pytest.raises(ConfigError):
+        RouterSettings(**{"backend": ("http://127.0.0.1:8001",), name: value})
 
 
 def test_whole_numbers_may_have_a_suffix(parser: argparse.ArgumentParser) -> None:

@@ -33,6 +33,7 @@ def test_import_loads_nothing_heavy() -> None:
     [
         [],
         ["serve"],
+        ["router"],
         ["run"],
         ["chat"],
         ["demo"],

@@ -13,6 +13,7 @@ from quire.errors import EngineDead, QuireError, RequestFailed
 
 COMMANDS = {
     "serve": "Serve a model over HTTP, with OpenAI's API.",
+    "router": "Forward requests to several servers of a model, each to where it begins first.",
     "run": "Complete one prompt, streamed to the terminal.",
     "chat": "Talk to a model.",
     "demo": "Talk to the small model that comes with Quire.",

@@ -8,13 +8,24 @@ import os
 import shlex
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from quire.cli.options import add_config_options, add_flags, config_from, config_options
 from quire.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from quire.engine.wire import Facts
+
+
+class Secured(Protocol):
+    """Where a server listens, and whether by HTTPS."""
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def ssl_certfile(self) -> str | None: ...
+
 
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 QUESTION = "What is the capital of France?"
@@ -81,7 +92,7 @@ def keys_of_environment() -> tuple[str, ...]:
     return tuple(os.environ.pop("QUIRE_API_KEY", "").split())
 
 
-def url_of(settings: ServerSettings, listener: socket.socket) -> str:
+def url_of(settings: "Secured", listener: socket.socket) -> str:
     """Where this machine's programs reach the server."""
     host = EVERYWHERE.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)
     scheme = "https" if settings.ssl_certfile else "http"

@@ -1,5 +1,6 @@
 """From what users send to requests of token ids: tokenize, fill in defaults, refuse what cannot work."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,7 +79,26 @@ class InputProcessor:
             priority=request.priority,
             tenant=request.tenant,
             cache_salt=request.cache_salt,
+            outputs=tuple(None if i in request.ended else t for i, t in enumerate(request.outputs)),
         )
+
+    def resumed(
+        self, request: Request, outputs: tuple[tuple[int, ...], ...], ended: frozenset[int]
+    ) -> Request:
+        """A request that goes on where another engine left it, with the tokens of each of its sequences.
+
+        Raises:
+            InvalidRequest: they are not this model's, or leave no room for another one.
+        """
+        room = self.submission(request).max_tokens
+        for index, tokens in enumerate(outputs):
+            self._check_tokens(tokens)
+            if index not in ended and len(tokens) >= room:
+                raise InvalidRequest(
+                    f"output {index} has {len(tokens)} tokens already, and may have at most {room}",
+                    param="resume",
+                )
+        return dataclasses.replace(request, outputs=outputs, ended=ended)
 
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], template: ChatTemplate | None, **options: Any

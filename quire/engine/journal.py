@@ -52,7 +52,8 @@ class Journal:
 
     def add(self, submission: Submission, now: float = 0.0) -> None:
         """Take in a request; it fails only if its id is open, which the caller checks."""
-        outputs: list[list[int] | None] = [[] for _ in range(submission.params.n)]
+        had = submission.outputs or ((),) * submission.params.n
+        outputs = [None if tokens is None else list(tokens) for tokens in had]
         self.entries[submission.request_id] = Entry(submission, outputs, added_s=now)
         self.unsent[submission.request_id] = None
 

@@ -119,6 +119,7 @@ class Metrics:
         families: by name; whoever has more to count adds families of its own.
         requests: what happens to requests.
         totals: the latest step's.
+        num_cache_tokens: that the KV cache holds; 0 if nobody said.
     """
 
     def __init__(self, model: str, *, log_stats: bool):
@@ -128,6 +129,7 @@ class Metrics:
         self.requests = RequestCounts(self.families)
         self.steps = StepCounts(self.families)
         self.totals, self.window = NOTHING, Window()
+        self.num_cache_tokens = 0
 
     def rename(self, model: str) -> None:
         """The name under which the model is served."""
@@ -167,6 +169,7 @@ class Metrics:
 
     def configured(self, config: Config, num_blocks: int) -> None:
         """Facts about the cache, as labels of `vllm:cache_config_info`."""
+        self.num_cache_tokens = (config.block_size or 0) * num_blocks
         facts = {
             "block_size": config.block_size,
             "num_gpu_blocks": num_blocks,

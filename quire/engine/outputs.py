@@ -63,6 +63,8 @@ class RequestState:
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self.num_cached_tokens = 0
         self.sequences = [self._sequence(i) for i in range(params.n)]
+        for sequence, tokens in zip(self.sequences, request.outputs, strict=False):
+            self._restore(sequence, tokens)
 
     def _sequence(self, index: int) -> SequenceOutput:
         params, detokenizer = self.request.params, None
@@ -150,6 +152,16 @@ class RequestState:
         if sequence.detokenizer is not None:
             ended_by_token = event.finish == STOP
             sequence.text += sequence.detokenizer.push([token], ended_by_token=ended_by_token)
+
+    def _restore(self, sequence: SequenceOutput, tokens: Sequence[int]) -> None:
+        """Take in what another engine computed. Its log probabilities are there no more; nobody asks for them again."""
+        sequence.token_ids += tokens
+        if sequence.detokenizer is not None:
+            sequence.text += sequence.detokenizer.push(tokens)
+        if sequence.logprobs is not None:
+            sequence.logprobs += [{token: Logprob(0.0, 1, None)} for token in tokens]
+        if sequence.index in self.request.ended:
+            sequence.finish = STOP
 
     def _end(self, sequence: SequenceOutput, reason: str) -> None:
         sequence.finish = reason

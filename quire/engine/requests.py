@@ -31,6 +31,8 @@ class Requests:
             raise InvalidRequest(f"request id {request.id!r} is in use; choose another", param="request_id")
         name = self.names[request.id] = request.id if name is None else name
         state = self.open[name] = RequestState(request, self.tokenizer)
+        if request.outputs:
+            state.output()  # its owner has that
         return state
 
     def push(self, event: TokenEvent, now: float) -> RequestState | None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -31,6 +31,16 @@ class Holder:
     tenant: str
     key: str = field(repr=False)
     limits: TenantLimits | None = None
+
+
+class WithKeys(Protocol):
+    """Settings that have keys."""
+
+    @property
+    def api_key(self) -> tuple[str, ...]: ...
+
+    @property
+    def api_key_file(self) -> str | None: ...
 
 
 class Keys:
@@ -56,7 +66,7 @@ class Keys:
                     )
 
     @classmethod
-    def of(cls, settings: ServerSettings) -> Self:
+    def of(cls, settings: WithKeys) -> Self:
         """The keys of the command line and of the file.
 
         Raises:

@@ -44,7 +44,7 @@ async def read_body(request: Request, model: type[Body], *, max_bytes: int) -> B
         )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise bad_request("compressed bodies are not accepted; send it without content-encoding")
-    text = await _receive(request, max_bytes)
+    text = await read_bytes(request, max_bytes)
 
     def read() -> Body:
         check_structure(text)
@@ -53,7 +53,13 @@ async def read_body(request: Request, model: type[Body], *, max_bytes: int) -> B
     return await asyncio.to_thread(read) if len(text) > LARGE_BYTES else read()
 
 
-async def _receive(request: Request, max_bytes: int) -> bytes:
+async def read_bytes(request: Request, max_bytes: int) -> bytes:
+    """The body of a request, whatever it is.
+
+    Raises:
+        ApiError: it is too large, or does not arrive.
+        ClientGone: the client closed the connection.
+    """
     too_large = ApiError(
         413,
         f"the body is larger than {max_bytes} bytes, this server's limit",

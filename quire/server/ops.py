@@ -8,6 +8,7 @@ from starlette.responses import PlainTextResponse, Response
 from quire import __version__
 from quire.engine.service import Status
 from quire.server.frontend import frontend_of, json_response
+from quire.server.load import HEADER, Load
 
 router = APIRouter()
 
@@ -49,9 +50,11 @@ async def version() -> Response:
 
 @router.get("/load")
 async def load(http: HttpRequest) -> Response:
-    """How many calls wait for the engine, in all frontends at this port."""
-    _, num_calls = await frontend_of(http).scrape()
-    return json_response({"server_load": num_calls})
+    """How many calls wait for the engine, in all frontends at this port; in a header, how busy it is."""
+    collector, num_calls = await frontend_of(http).scrape()
+    response = json_response({"server_load": num_calls})
+    response.headers[HEADER] = str(Load.collected(collector))
+    return response
 
 
 @router.get("/metrics")

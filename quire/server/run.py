@@ -36,7 +36,17 @@ class Engine(Service, Protocol):
     def shutdown(self) -> None: ...
 
 
-def listen(settings: ServerSettings) -> socket.socket:
+class Address(Protocol):
+    """Where to listen."""
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def port(self) -> int: ...
+
+
+def listen(settings: Address) -> socket.socket:
     """The listening socket, before anything slow begins.
 
     Raises:
@@ -68,7 +78,7 @@ def listen_several(settings: ServerSettings) -> list[socket.socket]:
     return listeners
 
 
-def _bound(settings: ServerSettings, port: int, *, shared: bool) -> socket.socket:
+def _bound(settings: Address, port: int, *, shared: bool) -> socket.socket:
     with ExitStack() as opened:
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
@@ -213,12 +223,15 @@ async def _serve(
         async with AsyncExitStack() as stack:
             if isinstance(keeper, Keeper):
                 await stack.enter_async_context(administered(Control(keeper, settings, signals.ask)))
-            return await _run(make(), signals, settings.drain_timeout, announce)
+            return await run_site(make(), signals, settings.drain_timeout, announce)
     finally:
         signals.close()
 
 
-async def _run(site: Site, signals: "Signals", drain_timeout_s: float, announce: Callable[[], None]) -> int:
+async def run_site(
+    site: Site, signals: "Signals", drain_timeout_s: float, announce: Callable[[], None]
+) -> int:
+    """Serve until a signal comes or nothing can be served any more; returns the exit code."""
     end = asyncio.create_task(site.end())
     try:
         starting = asyncio.create_task(site.start())

@@ -56,46 +56,47 @@ class ServerSettings:
     disable_access_log: bool = option(False, "Do not log a line for each request. Prompts are never logged.")
 
     def __post_init__(self) -> None:
-        _check(0 <= self.port < 1 << 16, "port", self.port, "from 0 to 65535")
-        _check(
+        check(0 <= self.port < 1 << 16, "port", self.port, "from 0 to 65535")
+        check(
             not self.root_path or (self.root_path.startswith("/") and not self.root_path.endswith("/")),
             "root_path",
             self.root_path,
             "empty, or a path with a slash at its beginning and none at its end",
         )
-        _check(
+        check(
             self.ssl_keyfile is None or self.ssl_certfile is not None,
             "ssl_certfile",
             self.ssl_certfile,
             "given when ssl_keyfile is",
         )
         for name in ("max_request_bytes", "max_n", "max_queue_seconds", "request_timeout"):
-            _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+            check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(0 < self.api_server_count <= 64, "api_server_count", self.api_server_count, "from 1 to 64")
-        _check(self.drain_timeout >= 0, "drain_timeout", self.drain_timeout, "at least 0")
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check(0 < self.api_server_count <= 64, "api_server_count", self.api_server_count, "from 1 to 64")
+        check(self.drain_timeout >= 0, "drain_timeout", self.drain_timeout, "at least 0")
         port = self.admin_port
-        _check(port is None or 0 <= port < 1 << 16, "admin_port", port, "from 0 to 65535")
-        _check(
+        check(port is None or 0 <= port < 1 << 16, "admin_port", port, "from 0 to 65535")
+        check(
             port is None or self.admin_key_file is not None,
             "admin_key_file",
             self.admin_key_file,
             "a file with a key, because admin_port is given: every local user can reach a port",
         )
-        _check(port is None or port != self.port or not port, "admin_port", port, "another one than port")
+        check(port is None or port != self.port or not port, "admin_port", port, "another one than port")
         traces = self.otlp_traces_endpoint
-        _check(
+        check(
             traces is None or traces.startswith(("http://", "https://")),
             "otlp_traces_endpoint",
             traces,
             "a URL that begins with http:// or https://",
         )
-        _check(all(self.served_model_name), "served_model_name", self.served_model_name, "names, none empty")
-        _check(all(map(is_key, self.api_key)), "api_key", "***", "printable ASCII without spaces, not empty")
+        check(all(self.served_model_name), "served_model_name", self.served_model_name, "names, none empty")
+        check(all(map(is_key, self.api_key)), "api_key", "***", "printable ASCII without spaces, not empty")
 
 
-def _check(ok: bool, name: str, value: object, rule: str) -> None:
+def check(ok: bool, name: str, value: object, rule: str) -> None:
+    """Raises ConfigError unless `ok`."""
     if not ok:
         raise ConfigError(f"{name} is {value!r}; it must be {rule}")
 

@@ -76,7 +76,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(ClientGone):
-            await unless_gone(self._send(send), _gone(receive), self._stalled())
+            await unless_gone(self._send(send), gone(receive), self._stalled())
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self.pieces) as pieces:
@@ -134,9 +134,10 @@ async def answered(receive: Receive, work: Coroutine[Any, Any, T], timeout_s: fl
         ClientGone, TimeoutError
     """
     async with asyncio.timeout(timeout_s):
-        return await unless_gone(work, _gone(receive))
+        return await unless_gone(work, gone(receive))
 
 
-async def _gone(receive: Receive) -> None:
+async def gone(receive: Receive) -> None:
+    """Wait until the client closes the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

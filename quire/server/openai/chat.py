@@ -65,7 +65,12 @@ def _prepare(front: Frontend, call: Call, ask: ChatRequest) -> "tuple[Writer, li
     prompt = render(ask, inputs, **names)
     params = chat_params(ask, inputs.defaults)
     requests = call.requests(
-        front, [prompt], params, salt=ask.cache_salt, add_special_tokens=ask.add_special_tokens
+        front,
+        [prompt],
+        params,
+        salt=ask.cache_salt,
+        add_special_tokens=ask.add_special_tokens,
+        resume=ask.resume,
     )
     as_ids = ask.return_tokens_as_token_ids
     return Writer(call, ask, LogprobWriter(inputs.tokenizer, as_ids=as_ids)), requests

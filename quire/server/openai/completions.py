@@ -33,7 +33,12 @@ def _prepare(front: Frontend, call: Call, ask: CompletionRequest) -> "tuple[Writ
     prompts = prompts_of(ask.prompt)
     params = completion_params(ask, inputs.defaults)
     requests = call.requests(
-        front, prompts, params, salt=ask.cache_salt, add_special_tokens=ask.add_special_tokens
+        front,
+        prompts,
+        params,
+        salt=ask.cache_salt,
+        add_special_tokens=ask.add_special_tokens,
+        resume=ask.resume,
     )
     echoes = [""] * len(requests)
     if ask.echo and inputs.tokenizer is not None:

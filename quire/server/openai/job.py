@@ -1,6 +1,8 @@
 """One call of an endpoint on its way through the engine: its requests, names, and what all answers share."""
 
 import asyncio
+import dataclasses
+import hashlib
 import re
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -16,8 +18,11 @@ from quire.errors import InvalidRequest
 from quire.server.errors import bad_request
 from quire.server.frontend import Frontend, Numbered, frontend_of
 from quire.server.limits import MAX_PROMPT_SCORES, MAX_SEQUENCES
+from quire.server.load import HEADER as LOAD
+from quire.server.load import Load
 from quire.server.openai.params import usage
 from quire.server.openai.protocol import GenerationRequest
+from quire.server.resume import ASKED, Pieces, Resume, begun, going_on, is_over, numbered, resumed, told
 from quire.server.timing import Timing
 from quire.types import Prompt, Request, RequestOutput, SamplingParams
 
@@ -52,7 +57,7 @@ class Call:
             model=name,
             tenant=http.scope["tenant"],
             priority=_priority(http, ask),
-            created_s=int(time.time()),
+            created_s=int(time.time()) if ask.resume is None else ask.resume.created,
             warnings=warnings,
         )
 
@@ -79,6 +84,11 @@ class Call:
             fields["timing"] = self.timing.body()
         return fields
 
+    def headers(self, front: Frontend) -> dict[str, str]:
+        """What is known by now of the call's time, and of the engine."""
+        load = Load.of(front.service.metrics)
+        return {**self.timing.header(), **({} if load is None else {LOAD: str(load)})}
+
     def requests(
         self,
         front: Frontend,
@@ -87,6 +97,7 @@ class Call:
         *,
         salt: str | None,
         add_special_tokens: bool,
+        resume: Resume | None,
     ) -> list[Request]:
         """Tokenize; call it off the event loop.
 
@@ -111,6 +122,8 @@ class Call:
             for prompt in prompts
         ]
         _check_scores(front.service.inputs, made, params)
+        if resume is not None:
+            made = resumed(front.service.inputs, made, resume)
         self.timing.requests += made
         return made
 
@@ -142,7 +155,7 @@ async def run_call(
     writer, requests = await asyncio.to_thread(lambda: prepare(front, call, ask))
     http.scope["timing"] = call.timing  # for whoever traces
     if ask.stream:
-        return front.stream(http, requests, writer.stream, call.timing.header)
+        return await _stream(front, http, call, writer)
 
     def whole(outputs: list[RequestOutput]) -> dict[str, Any]:
         call.timing.latest.update(enumerate(outputs))
@@ -150,8 +163,36 @@ async def run_call(
         return {**body, "timing": call.timing.body()} if ask.return_timing else body
 
     response = await front.answer(http, requests, whole)
-    response.headers.update(call.timing.header())
+    response.headers.update(call.headers(front))
     return response
+
+
+async def _stream(front: Frontend, http: HttpRequest, call: Call, writer: Writer) -> Response:
+    """A stream: perhaps one that another server began, perhaps one that another may have to end."""
+    requests, resumable = call.timing.requests, ASKED in http.headers
+    write: Pieces = writer.stream
+    if resumable:
+        requests = [_seeded(request, f"{call.id} {number}") for number, request in enumerate(requests)]
+    inputs, numbers = front.service.inputs, [n for n, request in enumerate(requests) if not is_over(request)]
+    if sent := await asyncio.to_thread(lambda: begun(inputs, requests)):
+        write = going_on(write, sent)
+    if resumable:
+        write = told(write, requests[0].params.n, len(numbers))
+    if len(numbers) < len(requests):
+        write = numbered(write, numbers)
+
+    def headers() -> dict[str, str]:
+        return {**call.headers(front), **({ASKED: str(call.created_s)} if resumable else {})}
+
+    return front.stream(http, [requests[number] for number in numbers], write, headers)
+
+
+def _seeded(request: Request, name: str) -> Request:
+    """With a seed, so that another server draws what this one would have drawn."""
+    if request.params.seed is not None:
+        return request
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
+    return dataclasses.replace(request, params=dataclasses.replace(request.params, seed=seed))
 
 
 def _prompt(prompt: str | list[int], salt: str | None) -> Prompt:

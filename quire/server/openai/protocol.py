@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from quire.server.errors import bad_request, not_supported
 from quire.server.limits import MAX_MESSAGES
+from quire.server.resume import Resume
 
 MOST = (1 << 31) - 1
 
@@ -215,6 +216,9 @@ class GenerationRequest(Ask):
         False, description="Tokens of log probabilities as token_id:7 instead of text."
     )
     user: str | None = None
+    resume: Resume | None = Field(
+        None, description="Of a stream that broke off: where it goes on. For routers (docs/router.md)."
+    )
 
     def check(self) -> list[str]:
         """Refuse what cannot be done; returns a warning for each field that is not known.
@@ -229,6 +233,8 @@ class GenerationRequest(Ask):
             )
         if self.prompt_logprobs is not None and self.stream:
             raise bad_request("prompt_logprobs cannot be streamed; set stream to false", "prompt_logprobs")
+        if self.resume is not None and not self.stream:
+            raise bad_request("only streams go on; set stream to true, or leave resume out", "resume")
         return warnings
 
     @property

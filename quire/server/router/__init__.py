@@ -1,0 +1,1 @@
+"""A server in front of others: forwards each request to the replica that is expected to begin first."""
