@@ -31,12 +31,18 @@ def _spec(model: str, args: argparse.Namespace) -> "Decoder":
     from quire.checkpoint.files import read_config
     from quire.checkpoint.source import resolve
     from quire.errors import UnsupportedModel
+    from quire.models.catalog import refused
     from quire.models.registry import TRANSFORMERS, decoder_spec, road
 
     folder = resolve(model, args.revision, weights=False).folder
     raw = read_config(folder)
     if road(raw) == TRANSFORMERS:
+        name = raw["architectures"][0]
+        if why := refused().get(name):
+            raise UnsupportedModel(
+                f"{name} is not native, and not served through Transformers' modules: {why}"
+            )
         raise UnsupportedModel(
-            f"{raw['architectures'][0]} runs through Transformers' modules, whose layers Quire does not describe"
+            f"{name} runs through Transformers' modules, whose layers Quire does not describe"
         )
     return decoder_spec(raw)[0]

@@ -237,6 +237,12 @@ def decoder_spec(config: Mapping[str, object]) -> tuple[Decoder, Names]:
     refuse_quantized(c)
     try:
         spec, names = describe(c)
+    except UnsupportedModel as error:
+        if part is not None or c.architecture not in generating():
+            raise
+        raise UnsupportedModel(
+            f"{error}. Transformers' modules may compute it: --model-impl transformers"
+        ) from error
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"config.json: {c.architecture} cannot be described: {error}") from error
     if ignored := ", ".join(f"{key}={value!r:.60}" for key, value in c.unread()):

@@ -86,6 +86,18 @@ def test_inspect_compares(quire: Quire, tiny: str, folder: Path) -> None:
     assert quire("inspect", tiny, str(folder)).stdout not in ("", "no difference\n")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ("DiffLlamaForCausalLM", "DiffLlamaForCausalLM runs through Transformers' modules"),
+        ("XLMWithLMHeadModel", "not served through Transformers' modules: its config cannot be shrunk"),
+    ],
+)
+def test_inspect_names_the_other_road(quire: Quire, architecture: str, words: str, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    assert words in quire("inspect", str(folder)).stderr
+
+
 def test_dashes_and_underscores_are_equal() -> None:
     words = ["--max_tokens=a_b", "--top-p", "a_b", "-x_y", "--", "--not_touched"]
     assert same_dashes(words) == ["--max-tokens=a_b", "--top-p", "a_b", "-x_y", "--", "--not_touched"]

@@ -139,6 +139,16 @@ def test_where_others_modules_cannot_run_the_native_road_is_named(
         LLM(str(tmp_path), **ENGINE, model_impl="transformers")
 
 
+def test_where_a_family_refuses_a_value_the_other_road_is_named(tmp_path: Path) -> None:
+    case = Case("StableLm", {**BY_NAME["StableLm"].values, "qk_layernorm": True})
+    model, prompts = build_hf(case, tmp_path), prompts_of(case)
+    with pytest.raises(UnsupportedModel, match="qk_layernorm=True.*not supported.*--model-impl transformers"):
+        LLM(str(tmp_path), **ENGINE)
+    with LLM(str(tmp_path), **ENGINE, model_impl="transformers") as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == [reference(model, p)[0] for p in prompts]
+
+
 def test_so_it_is_where_only_text_is_native(tmp_path: Path) -> None:
     build_composite(next(case for case in COMPOSITES if case.id == "Gemma3"), tmp_path)
     with pytest.raises(UnsupportedModel, match="several networks.*native.*leave out --model-impl"):

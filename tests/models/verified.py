@@ -14,10 +14,11 @@ import transformers
 
 from quire.models.catalog import VERIFIED, refused, rows
 from quire.models.foreign import generating
-from quire.models.registry import decoder_spec
-from tests.models.cases import CASES, config_of
+from quire.models.registry import decoder_spec, is_native
+from tests.models.cases import BY_NAME, CASES, config_of
 from tests.models.foreign import outcome
 from tests.models.mutations import mutations
+from tests.models.refusals import UNSUPPORTED
 
 ROADS = ("native", "transformers")
 NO_FEATURES = {"Attention.rope", "Norm.eps", "Rope.theta"}
@@ -31,12 +32,25 @@ tests.models.verified` writes this page from the tests, with Transformers {versi
 ## Native
 
 {natives} architectures whose layers are Quire's own. Each is compared with Hugging Face Transformers on small random
-weights, with the listed features forced on; for each feature there is a control, which leaves it out and must then
-differ.
+weights, with the listed features (fields of `quire/models/spec.py`) forced on; for each feature there is a control,
+which leaves it out and must then differ. Rotary embedding and norms have controls, too, and are not listed: with
+nothing else, the list is empty. Where Transformers has no class of an architecture, the comparison is with another's
+that computes the same, or with a plain network from the published description (`tests/models/networks.py`). With
+`text only`, a network sees or hears as well, and parts of messages that are no text are refused.
 
 | architecture | verified with |
 |---|---|
 {native}
+### What native families refuse
+
+The same architectures with such values in config.json ask for what their families do not compute. They are refused
+before weights are read, and the message names the value; so are a `rope_type` and an activation that nobody knows, and
+checkpoints whose weights are quantized (`quantization_config`). Keys that a family does not know are named in a
+warning. What is refused here `--model-impl transformers` may compute.
+
+| architecture | refused |
+|---|---|
+{values}
 ## Through Transformers
 
 {foreigns} classes of Transformers compute over Quire's cache what they compute by themselves: with its default config,
@@ -45,18 +59,20 @@ takes this road where there is no native one. Attention, linear layers and exper
 PyTorch's, and steps are launched operation by operation, so native architectures are faster. The same comparison is
 made for a model's own config before it is served; it takes well under a second, and `--skip-conformance` leaves it out.
 Code that comes with a model is never run. With `alone`, sequences of a step are computed one after another, by the
-class's own attention, since it takes no other; with `attention.v_in_k`, the cache holds latents (MLA); with
-`is_decoder`, config.json must say so.
+class's own attention, since it takes no other; with `attention.v_dim`, keys and values differ in size; with
+`attention.v_in_k`, the cache holds latents (MLA); with `states`, layers keep a state of each sequence, and with
+`experts`, these are Quire's; with `is_decoder`, config.json must say so.
 
 | architecture | verified with |
 |---|---|
 {foreign}
 ## Not through Transformers
 
-{refusals} more of its classes generate text. These are refused:
+{refusals} more of its classes generate text, and are refused. Those that are native, or whose text is, are served all
+the same, unless `--model-impl transformers` asks for Transformers' modules.
 
-| class | why |
-|---|---|
+| class | native | why not |
+|---|---|---|
 {refused}"""
 
 
@@ -82,6 +98,24 @@ def unusual_fields(part: Any) -> Iterator[str]:
             if value != field.default:
                 yield f"{type(part).__name__}.{field.name}"
             yield from unusual_fields(value)
+
+
+def refused_values() -> dict[str, list[str]]:
+    """By architecture, what of config.json is refused, and what the message names if that is something else."""
+    found = defaultdict(list)
+    for name, changes, word in UNSUPPORTED:
+        for key, value in changes.items():
+            shown = f"{key}={json.dumps(_short(value))}"
+            found[BY_NAME[name].described].append(f"`{shown}`" + ("" if word in shown else f" ({word})"))
+    return dict(sorted(found.items()))
+
+
+def _short(value: Any) -> Any:
+    """Of rotary embeddings, the kind or what is unusual."""
+    if not isinstance(value, dict):
+        return value
+    kept = {key: one for key, one in value.items() if key != "rope_theta"}
+    return {"rope_type": kept["rope_type"]} if "rope_type" in kept else kept
 
 
 def as_json(foreign: Mapping[str, Any]) -> str:
@@ -118,7 +152,11 @@ def as_page() -> str:
         natives=len(tables["native"]),
         foreign=foreign,
         foreigns=len(tables["transformers"]),
-        refused="".join(f"| {name} | {reason} |\n" for name, reason in refused().items()),
+        values="".join(f"| {name} | {', '.join(words)} |\n" for name, words in refused_values().items()),
+        refused="".join(
+            f"| {name} | {'yes' if is_native(name) else ''} | {reason} |\n"
+            for name, reason in refused().items()
+        ),
         refusals=len(refused()),
     )
 
