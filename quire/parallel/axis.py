@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+SUMMED = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64))
+
 
 class Communicator(Protocol):
     """A way to exchange contiguous tensors, which are not empty, among the ranks of one axis.
@@ -65,7 +67,12 @@ class Axis:
         self.rank = 0 if communicator is None else communicator.rank
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, the same bits on each. It is in x itself if that is contiguous."""
+        """The sum over all ranks, the same bits on each. It is in x itself if that is contiguous.
+
+        Raises:
+            TypeError: sums of this dtype are not made; SUMMED has those that are.
+        """
+        _check_sum(x)
         if self.communicator is None or not x.numel():
             return x
         x = x.contiguous()
@@ -85,8 +92,10 @@ class Axis:
         """[..., size * n, ...] -> [..., n, ...]: this rank's part of the sum.
 
         Raises:
+            TypeError: sums of this dtype are not made; SUMMED has those that are.
             ValueError: the dimension cannot be cut into so many equal parts.
         """
+        _check_sum(x)
         if self.communicator is None:
             return x
         if x.shape[dim] % self.size:
@@ -152,6 +161,11 @@ class Axis:
                 f"rank {self.rank} of {self.size} has no other rank {rank} to exchange tensors with"
             )
         return self.communicator
+
+
+def _check_sum(x: Tensor) -> None:
+    if x.dtype not in SUMMED:
+        raise TypeError(f"sums of {x.dtype} are not made; use one of {', '.join(sorted(map(str, SUMMED)))}")
 
 
 def _movable(x: Tensor) -> Tensor:

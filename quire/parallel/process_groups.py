@@ -23,31 +23,46 @@ from torch.distributed import (
     Store,
     Work,
 )
+from torch.nn.functional import pad
 
 from quire.errors import PeerLost
 
 MOST_PENDING = 8  # tensors that gloo is still sending
+ONE_ROUND_BYTES = 1 << 16  # of a sum that all ranks make; of larger ones each makes a part
 
 
 class ProcessGroup:
-    """One of torch's, whose types say little about it. `device` is where tensors for barriers are."""
+    """One of torch's, whose types say little about it. `device` is where tensors for barriers are.
 
-    def __init__(self, group: Any, device: torch.device):
+    Gloo adds up numbers in an order that depends on where in a tensor they are, and rounds each time. So what it would
+    sum is moved instead, and added here `in_order` of the ranks, in float32: results do not depend on the batch.
+    """
+
+    def __init__(self, group: Any, device: torch.device, *, in_order: bool):
         self.size, self.rank = group.size(), group.rank()
-        self._group, self._device = group, device
+        self._group, self._device, self._in_order = group, device, in_order
         self._pending: deque[tuple[Work, Tensor]] = deque()
 
     def all_reduce(self, x: Tensor) -> None:
-        with _peers():
-            self._group.allreduce([x], AllreduceOptions()).wait()
+        if not (self._in_order and x.is_floating_point()):
+            with _peers():
+                self._group.allreduce([x], AllreduceOptions()).wait()
+        elif x.nbytes <= ONE_ROUND_BYTES:
+            x.copy_(_added(self.all_gather(x.view(1, -1), 0)).view_as(x))
+        else:
+            even = pad(x.view(-1), (0, -x.numel() % self.size))
+            x.copy_(self.all_gather(self.reduce_scatter(even), 0)[: x.numel()].view_as(x))
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         found = x.new_empty((self.size, *x.shape))
         with _peers():
             self._group._allgather_base(found.view(-1), x.view(-1)).wait()
-        return found.movedim(0, dim).flatten(dim, dim + 1)
+        return found.movedim(0, dim).flatten(dim, dim + 1).contiguous()
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
+        if self._in_order and x.is_floating_point():
+            counts = [len(x) // self.size] * self.size
+            return _added(self.all_to_all(x, counts, counts).unflatten(0, (self.size, -1)))
         out = x.new_empty((len(x) // self.size, *x.shape[1:]))
         with _peers():
             self._group._reduce_scatter_base(out, x, ReduceScatterOptions()).wait()
@@ -89,6 +104,14 @@ class ProcessGroup:
         """Operations raise what they find, or, on GPUs, NCCL's watchdog ends the process."""
 
 
+def _added(parts: Tensor) -> Tensor:
+    """[ranks, ...] -> [...]"""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts.dtype)
+
+
 @contextmanager
 def _peers() -> Iterator[None]:
     try:
@@ -111,7 +134,7 @@ def gloo(store: Store, name: str, rank: int, size: int, *, timeout_s: float, hos
     options._devices = [kind.create_device(hostname=host)]
     with _peers():
         group = kind(PrefixStore(name, store), rank, size, options)
-    return ProcessGroup(group, torch.device("cpu"))
+    return ProcessGroup(group, torch.device("cpu"), in_order=True)
 
 
 def nccl(
@@ -128,6 +151,6 @@ def nccl(
     options._timeout = timedelta(seconds=timeout_s)
     with _peers(), torch.cuda.device(device):
         group = ProcessGroupNCCL(PrefixStore(name, store), rank, size, options)
-        found = ProcessGroup(group, device)
+        found = ProcessGroup(group, device, in_order=False)
         found.barrier()  # NCCL connects at the first operation, which no recording of a step may have to do
     return found

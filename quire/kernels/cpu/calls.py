@@ -50,6 +50,9 @@ LAYOUTS = {
     "quire_copy": "2Pq",
     "quire_draw": "P3q8Pi",
     "quire_penalise": "P2qPqPi",
+    "quire_all_reduce": "5iP3q2P3q",
+    "quire_all_gather": "2iP3q2P2q",
+    "quire_exchange": "2iP3q4P",
 }
 LOOKS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 ALIGNED = 8  # bytes
