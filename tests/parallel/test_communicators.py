@@ -50,7 +50,9 @@ def test_every_half(ranks: Ranks, way: str) -> None:
 
 @pytest.mark.skipif(shared_memory.why_not(Mesh(tp=2)) is not None, reason="needs memory to share")
 def test_recorded_steps(ranks: Ranks) -> None:
-    expect(ranks.run("replay", 3, way="shared memory", mesh={"tp": 3}), "well")
+    found = ranks.run("replay", 3, way="shared memory", mesh={"tp": 3})
+    expect(found[:2], "well")
+    assert found[2] == "ended with -9"
 
 
 @pytest.mark.parametrize("operation", ["all_reduce", "receive"])
