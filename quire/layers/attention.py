@@ -15,6 +15,7 @@ from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
 from quire.layers.rope import grown
 from quire.models import spec
+from quire.parallel.axis import Axis
 
 
 class Raised(nn.Module):
@@ -48,9 +49,10 @@ class Attention(nn.Module):
     RMS norms per head directly before a rotation are one operation with it; other norms run by themselves.
     """
 
-    def __init__(self, s: spec.Attention, build: Build):
+    def __init__(self, s: spec.Attention, build: Build, axis: Axis | None = None):
+        """`axis`: whose ranks have heads each."""
         super().__init__()
-        self.spec, self.build = s, build
+        self.spec, self.build, self.axis = s, build, axis
         q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
         queries = {"q_a_proj": s.q_rank} if s.q_rank else {"q_proj": q}
         keys = {} if s.shares is not None else {"k_proj": kv}
@@ -58,7 +60,7 @@ class Attention(nn.Module):
         inputs = s.inputs or build.dim
         self.qkv = Linear(inputs, queries | keys | values, build, bias=s.bias)
         self.raised = Raised(s.q_rank, q, s.q_rank_norm, build) if s.q_rank else None
-        self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias)
+        self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias, axis=axis)
         self.q_norm = self._qk_norm(s.num_heads)
         self.k_norm = self._qk_norm(s.num_kv_heads) if keys else None
         self.v_norm = Norm(s.v_norm, (s.head_dim,), build) if s.v_norm else None
@@ -198,7 +200,8 @@ class Attention(nn.Module):
             "full": (num_heads * s.head_dim,),
             "heads": (num_heads, s.head_dim),
         }
-        return Norm(s.qk_norm, spans[s.qk_norm_span], self.build)
+        axis = self.axis if s.qk_norm_span == "full" else None
+        return Norm(s.qk_norm, spans[s.qk_norm_span], self.build, axis)
 
 
 def _head_weights(norm: Norm, num_heads: int) -> Tensor:

@@ -1,7 +1,7 @@
 """One layer of a decoder: a mixer, a feed-forward part, and the norms around them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,8 +21,9 @@ from quire.layers.mlp import MLP
 from quire.layers.moe import MoE
 from quire.layers.norm import Norm, Normed, add, normed
 from quire.models import spec
+from quire.parallel.axis import Axis
 
-MIXERS: dict[type, Callable[[Any, Build], Any]] = {
+MIXERS: dict[type, Callable[..., Any]] = {
     spec.Attention: Attention,
     spec.MLA: MLA,
     spec.ShortConv: ShortConv,
@@ -37,16 +38,25 @@ MIXERS: dict[type, Callable[[Any, Build], Any]] = {
 }
 
 
-def mixer(s: spec.Mixer | None, build: Build) -> Any:
+class Axes(NamedTuple):
+    """Whose ranks have parts of a block's mixer, and of its feed-forward part."""
+
+    mixer: Axis = Axis()
+    mlp: Axis = Axis()
+
+
+def mixer(s: spec.Mixer | None, build: Build, axis: Axis) -> Any:
     """The layer that computes it: `load`, `heads`, and `out`, the product that follows `heads`."""
-    return None if s is None else MIXERS[type(s)](s, build)
+    if s is None:
+        return None
+    return MIXERS[type(s)](s, build) if axis.size == 1 else MIXERS[type(s)](s, build, axis)
 
 
-def feed_forward(s: spec.MLP | spec.MoE | None, build: Build) -> MLP | MoE | None:
+def feed_forward(s: spec.MLP | spec.MoE | None, build: Build, axis: Axis) -> MLP | MoE | None:
     """The layer that computes it."""
     if s is None:
         return None
-    return MoE(s, build) if isinstance(s, spec.MoE) else MLP(s, build)
+    return MoE(s, build, axis) if isinstance(s, spec.MoE) else MLP(s, build, axis)
 
 
 class Block(nn.Module):
@@ -56,11 +66,11 @@ class Block(nn.Module):
     embedding is added, and all multiplied by its scalar, where it has these.
     """
 
-    def __init__(self, s: spec.Block, build: Build):
+    def __init__(self, s: spec.Block, build: Build, axes: Axes):
         super().__init__()
         self.spec = s
-        self.mixer = mixer(s.mixer, build)
-        self.mlp: Any = feed_forward(s.mlp, build)
+        self.mixer = mixer(s.mixer, build, axes.mixer)
+        self.mlp: Any = feed_forward(s.mlp, build, axes.mlp)
 
         def norm(n: spec.Norm | None) -> Norm | None:
             return Norm(n, (build.dim,), build) if n else None

@@ -13,12 +13,15 @@ from quire.kernels import ops
 from quire.layers.altup import AltUpBlock, Streams
 from quire.layers.attention import chunk_of
 from quire.layers.base import Build, Weights
-from quire.layers.block import Block
+from quire.layers.block import Axes, Block
 from quire.layers.embeddings import LayerEmbeddings
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed, normed
 from quire.layers.rope import RopeTables
+from quire.layers.shards import Shards
 from quire.models import spec
+from quire.models.shard import is_cut, shard
+from quire.parallel.axis import Axis
 
 
 class Decoder(nn.Module):
@@ -34,40 +37,46 @@ class Decoder(nn.Module):
         max_length: int | None = None,
         invariant: bool = False,
         bits: int | None = None,
+        axis: Axis | None = None,
     ):
         """Of an `invariant` network and backend, a sequence's results do not depend on its company, to the bit.
 
         `max_length`: the longest sequence that will come; None for the model's own limit. `bits`: those that weights
-        of products are quantized to while they load, the head's to 8 at least.
+        of products are quantized to while they load, the head's to 8 at least. `axis`: whose ranks compute it together,
+        each its `share` of it.
+
+        Raises:
+            ConfigError: it cannot be shared out evenly.
         """
         super().__init__()
-        self.spec, self.backend = s, backend
+        self.axis = axis or Axis()
+        self.spec, self.backend, self.share = s, backend, shard(s, self.axis.size, self.axis.rank)
         device = torch.device(device)
         ropes = RopeTables(max_length or s.max_length, device)
         self.build = Build(s.dim, dtype, device, backend, ropes, invariant, bits)
         self.embed_scale = torch.tensor(s.embed_scale, dtype=dtype).item()  # Gemma's is rounded so
-        self.layers = nn.ModuleList(
-            AltUpBlock(b.altup, b, self.build) if b.altup else Block(b, self.build) for b in s.blocks
-        )
+        self.layers = nn.ModuleList(map(self._layer, s.blocks, self.share.blocks))
         altup = s.blocks[0].altup
         self.streams = Streams(altup, self.build) if altup else None
         self.norm = Norm(s.norm, (s.dim,), self.build)
         self.embed_norm = Norm(s.embed_norm, (s.dim,), self.build) if s.embed_norm else None
         parts = [block.embedding for block in s.blocks if block.embedding]
         self.layer_embeddings = LayerEmbeddings(parts, s.layer_rows, self.build) if parts else None
-        self.head = Linear(s.dim, {"lm_head": s.vocab_size}, self.build, bias=s.head_bias, least_bits=8)
-        self.embedding: Any = None  # once loaded, what `ops.embed` takes, [vocab_size, dim]
+        self.num_rows = self.share.vocab_size  # of the vocabulary, that are here
+        self.head = Linear(s.dim, {"lm_head": self.num_rows}, self.build, bias=s.head_bias, least_bits=8)
+        self.embedding: Any = None  # once loaded, what `ops.embed` takes, [num_rows, dim]
         self.positions: Tensor | None = None  # [num_positions, dim]
         self.places = frozenset[Place]()  # of layers that see a step otherwise than as it is
 
     def load(self, weights: Weights) -> None:
         """Pull every weight, layer by layer, so that at most one layer is held twice."""
+        axis = self.axis
         with self.build.upload:
-            self._load(weights)
+            self._load(weights if axis.size == 1 else Shards(weights, self.spec, axis.size, axis.rank))
 
     def _load(self, weights: Weights) -> None:
         s, build = self.spec, self.build
-        self.embedding = build.pull(weights, "embed_tokens.weight", s.vocab_size, s.dim)
+        self.embedding = build.pull(weights, "embed_tokens.weight", self.num_rows, s.dim)
         if s.num_positions:
             self.positions = build.pull(weights, "embed_positions.weight", s.num_positions, s.dim)
         if self.embed_norm is not None:
@@ -87,7 +96,7 @@ class Decoder(nn.Module):
 
     def caches(self, pool: Tensor, states: Tensor | None = None, layout: Layout | None = None) -> list[Cache]:
         """Each layer's view of the memory; see `layer_caches`."""
-        found = layer_caches(self.backend, self.spec, pool, states, self.build.dtype, layout)
+        found = layer_caches(self.backend, self.share, pool, states, self.build.dtype, layout)
         self.places = places(found, (chunk_of(block.mixer, self.build) for block in self.spec.blocks))
         return found
 
@@ -95,7 +104,7 @@ class Decoder(nn.Module):
     def forward(self, token_ids: Tensor, step: Ragged, caches: Sequence[Cache]) -> Tensor:
         """token_ids [T] int64 -> hidden [T, dim], the final norm applied."""
         step = seen_from(step, self.places, self.backend.block_size) if self.places else step
-        x = ops.embed(token_ids, self.embedding, self.embed_scale)
+        x = self._embed(token_ids)
         if self.positions is not None:
             x = x + ops.embed(step.positions + self.spec.position_offset, self.positions)
         if self.embed_norm is not None:
@@ -112,10 +121,28 @@ class Decoder(nn.Module):
             x, y = layer(x, y, step, cache, following, None if own is None else own[i])
         return y.tensor() if self.streams is None else cast(Tensor, self.norm(self.streams.joined(x)))
 
+    def _layer(self, whole: spec.Block, part: spec.Block) -> nn.Module:
+        axes = Axes(*(self.axis if cut else Axis() for cut in is_cut(whole, part)))
+        if part.altup:
+            return AltUpBlock(part.altup, part, self.build, axes)
+        return Block(part, self.build, axes)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids [T] -> [T, dim]; each is in one rank's rows."""
+        if self.axis.size == 1:
+            return ops.embed(token_ids, self.embedding, self.embed_scale)
+        local = token_ids - self.axis.rank * self.num_rows
+        here = (local >= 0) & (local < self.num_rows)
+        found = ops.embed(torch.where(here, local, 0), self.embedding, self.embed_scale)
+        return self.axis.all_reduce(torch.where(here[:, None], found, 0))
+
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, dim] -> [R, vocab_size] float32."""
-        s, y = self.spec, self.head(hidden, torch.float32)
+        s, y = (
+            self.spec,
+            self.axis.all_gather(self.head(hidden, torch.float32), -1)[:, : self.spec.vocab_size],
+        )
         if s.logit_scale != 1.0:
             y = y * s.logit_scale
         return y if s.logit_softcap is None else s.logit_softcap * torch.tanh(y / s.logit_softcap)

@@ -15,6 +15,7 @@ from quire.layers.linear import EXACT, Linear
 from quire.layers.norm import Norm, Normed
 from quire.models import spec
 from quire.models.parameters import a_log_shape
+from quire.parallel.axis import Axis
 
 L2_EPS = 1e-6
 
@@ -50,7 +51,7 @@ class Directions(nn.Module):
 class DeltaNet(nn.Module):
     """q, k, v and the gate in one product; convolve; recur; norm, gate; output."""
 
-    def __init__(self, s: spec.DeltaNet, build: Build):
+    def __init__(self, s: spec.DeltaNet, build: Build, axis: Axis | None = None):
         super().__init__()
         self.spec, self.build = s, build
         keys, values = s.num_k_heads * s.k_dim, s.num_v_heads * s.v_dim
@@ -62,7 +63,7 @@ class DeltaNet(nn.Module):
         )
         self.directions = Directions(parts, s.k_dim, s.width, build)
         self.norm = Norm(s.norm, (s.v_dim,), build)
-        self.out = Linear(values, {"o_proj": build.dim}, build)
+        self.out = Linear(values, {"o_proj": build.dim}, build, axis=axis)
         self.speed: Any = None  # once loaded, [Hv] float32, negative
         self.dt_bias: Any = None  # [Hv] float32
 
@@ -92,7 +93,7 @@ class DeltaNet(nn.Module):
 class KimiDelta(nn.Module):
     """As DeltaNet, but a rate for each dimension of a key; rates and gate in one product or two each."""
 
-    def __init__(self, s: spec.KimiDelta, build: Build):
+    def __init__(self, s: spec.KimiDelta, build: Build, axis: Axis | None = None):
         super().__init__()
         self.spec, self.build = s, build
         self.size, inner = s.num_heads * s.head_dim, "_a" if s.rank else ""
@@ -108,7 +109,7 @@ class KimiDelta(nn.Module):
         self.rate_up = Linear(s.rank, {"f_b_proj": self.size}, build, least_bits=EXACT) if s.rank else None
         self.directions = Directions(parts, s.head_dim, s.width, build)
         self.norm = Norm(s.norm, (s.head_dim,), build)
-        self.out = Linear(self.size, {"o_proj": build.dim}, build)
+        self.out = Linear(self.size, {"o_proj": build.dim}, build, axis=axis)
         self.speed: Any = None  # once loaded, [H, 1] float32, negative
         self.dt_bias: Any = None  # [H * D] float32
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.layers.norm import Norm, Normed, add, rms_of
+from quire.parallel.axis import Axis
 
 EXACT = 16  # bits: a weight that is left as it is
 
@@ -21,9 +22,20 @@ class Linear(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, parts: Mapping[str, int], build: Build, *, bias: bool = False, least_bits: int = 4
+        self,
+        inputs: int,
+        parts: Mapping[str, int],
+        build: Build,
+        *,
+        bias: bool = False,
+        least_bits: int = 4,
+        axis: Axis | None = None,
+        partial: bool = False,
     ):
+        """`axis`: whose ranks have inputs each; results are added up, unless they are to be left `partial`."""
         super().__init__()
+        self.axis = axis or Axis()
+        self.adds_up = self.axis.size > 1 and not partial
         self.bits = None if build.bits is None or least_bits == EXACT else max(build.bits, least_bits)
         self.inputs, self.parts, self.build, self.has_bias = inputs, dict(parts), build, bias
         self.weight: Any = None  # a tensor, or what `ops.pack_linear` made of it
@@ -43,7 +55,8 @@ class Linear(nn.Module):
         if not self.has_bias:
             return None
         parts = self.parts.items()
-        return torch.cat([self.build.pull(weights, _join(name, p, "bias"), n) for p, n in parts])
+        bias = torch.cat([self.build.pull(weights, _join(name, p, "bias"), n) for p, n in parts])
+        return bias if self.axis.rank == 0 else bias.zero_()  # it is added once
 
     def pull_weight(self, weights: Weights, name: str) -> Tensor:
         """`{name}.{part}.weight` of every part, [sum of parts, inputs]."""
@@ -57,7 +70,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x [T, inputs] -> [T, sum of parts], as `dtype` or x's."""
-        return ops.linear(x, self.weight, self.bias, dtype)
+        y = ops.linear(x, self.weight, self.bias, dtype)
+        return self.axis.all_reduce(y) if self.adds_up else y
 
     def of(self, y: Normed, dtype: torch.dtype | None = None) -> Tensor:
         """The same of a norm's result."""
@@ -68,7 +82,7 @@ class Linear(nn.Module):
     ) -> tuple[Tensor, Normed]:
         """(residual + post(this of x), its norm): one operation where that is all RMS norm and no post."""
         norm = rms_of(following)
-        if norm is None or post is not None:
+        if norm is None or post is not None or self.adds_up:
             return add(self(x), residual, post, following)
         total, values, scale = ops.linear_add_norm(x, self.weight, self.bias, residual, norm)
         return total, Normed(values, scale)

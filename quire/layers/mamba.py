@@ -16,6 +16,7 @@ from quire.layers.conv import Conv
 from quire.layers.linear import EXACT, Linear
 from quire.layers.norm import Norm, Normed
 from quire.models import spec
+from quire.parallel.axis import Axis
 
 
 class Mamba(nn.Module):
@@ -64,12 +65,12 @@ class Mamba(nn.Module):
 class Mamba2(nn.Module):
     """Gate, values, keys (B), queries (C) and time steps in one product; convolve; recurrence; gate; norm; output."""
 
-    def __init__(self, s: spec.Mamba2, build: Build):
+    def __init__(self, s: spec.Mamba2, build: Build, axis: Axis | None = None):
         super().__init__()
         self.spec, self.build = s, build
         self.into = Linear(build.dim, {"in_proj": s.inner + s.convolved + s.num_heads}, build, bias=s.bias)
         self.conv = Conv(s.convolved, s.width, build, bias=s.conv_bias, silu=True)
-        self.out = Linear(s.inner, {"out_proj": build.dim}, build, bias=s.bias)
+        self.out = Linear(s.inner, {"out_proj": build.dim}, build, bias=s.bias, axis=axis)
         self.rate: Any = None  # [num_heads, 1], A: negative
         self.skip: Any = None  # [num_heads, 1], D
         self.step_bias: Any = None  # [num_heads]

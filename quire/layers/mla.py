@@ -18,12 +18,14 @@ from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
 from quire.layers.rope import grown
 from quire.models import spec
+from quire.parallel.axis import Axis
 
 
 class MLA(nn.Module):
     """Attends with one key head of kv_rank + rope_dim shared by all heads."""
 
-    def __init__(self, s: spec.MLA, build: Build):
+    def __init__(self, s: spec.MLA, build: Build, axis: Axis | None = None):
+        """`axis`: whose ranks have heads each, and all of the latents."""
         super().__init__()
         self.spec, self.build = s, build
         q = s.num_heads * (s.nope_dim + s.rope_dim)
@@ -39,7 +41,7 @@ class MLA(nn.Module):
         self.gate = Linear(build.dim, {"g_proj": s.num_heads}, build) if s.gate else None
         own = s.indexer is not None and s.indexer.own
         self.indexer = Indexer(s.indexer, s.q_rank or 0, build) if s.indexer and own else None
-        self.out = Linear(s.num_heads * s.v_dim, {"o_proj": build.dim}, build)
+        self.out = Linear(s.num_heads * s.v_dim, {"o_proj": build.dim}, build, axis=axis)
         self.table = build.ropes.table(s.rope) if s.rope else None
         self.scale = (s.nope_dim + s.rope_dim) ** -0.5 if s.scale is None else s.scale
         self.up_k: Any = None  # [H, kv_rank, nope_dim], or packed

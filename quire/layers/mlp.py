@@ -11,6 +11,7 @@ from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed, add, mean
 from quire.models import spec
+from quire.parallel.axis import Axis
 
 
 class XIELU(nn.Module):
@@ -37,12 +38,14 @@ class XIELU(nn.Module):
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)), gate and up in one product; or down(act(up(x)))."""
 
-    def __init__(self, s: spec.MLP, build: Build):
+    def __init__(self, s: spec.MLP, build: Build, axis: Axis | None = None, *, partial: bool = False):
+        """`axis`: whose ranks have hidden numbers each; the caller adds up what is left `partial`."""
         super().__init__()
         self.spec = s
         gate = {"gate_proj": s.hidden} if s.gated else {}
         self.up = Linear(build.dim, gate | {"up_proj": s.hidden}, build, bias=s.bias)
-        self.down = Linear(s.hidden, {"down_proj": build.dim}, build, bias=s.bias)
+        down = {"down_proj": build.dim}
+        self.down = Linear(s.hidden, down, build, bias=s.bias, axis=axis, partial=partial)
         self.curve = XIELU(build) if s.act == "xielu" else None
         deviations = NormalDist().inv_cdf(s.sparsity) if s.sparsity else 0.0  # rounded as Hugging Face's
         self.cutoff = torch.tensor(deviations, dtype=build.dtype).item()

@@ -11,6 +11,7 @@ from quire.layers.linear import EXACT, Linear
 from quire.layers.mlp import MLP
 from quire.layers.norm import Norm, Normed, add, rms_of
 from quire.models import spec
+from quire.parallel.axis import Axis
 
 
 class Router(nn.Module):
@@ -37,10 +38,10 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All experts of a layer, their weights side by side."""
 
-    def __init__(self, s: spec.MoE, build: Build):
+    def __init__(self, s: spec.MoE, build: Build, axis: Axis):
         super().__init__()
         self.spec, self.build = s, build
-        self.one = MLP(s.expert, build)  # holds no weights: how one expert's are named and shaped
+        self.one = MLP(s.expert, build, axis)  # holds no weights: how one expert's are named and shaped
         self.stack: ops.Experts | None = None
 
     def load(self, weights: Weights, name: str) -> None:
@@ -69,9 +70,9 @@ class Experts(nn.Module):
 class Apart(nn.Module):
     """Routed experts that see the stream through norms of their own, beside a shared one."""
 
-    def __init__(self, s: spec.Apart, num_experts: int, build: Build):
+    def __init__(self, s: spec.Apart, num_experts: int, build: Build, axis: Axis):
         super().__init__()
-        self.spec, self.num_experts, self.build = s, num_experts, build
+        self.spec, self.num_experts, self.build, self.axis = s, num_experts, build, axis
         names = "router_norm", "experts_norm", "experts_post_norm", "shared_post_norm"
         self.norms = nn.ModuleDict({name: Norm(s.norm, (build.dim,), build) for name in names})
         self.scale: Tensor | None = None
@@ -88,21 +89,22 @@ class Apart(nn.Module):
         routes = router(Normed(self.norms["router_norm"](x) * self.spec.router_scale))
         if self.scale is not None:
             routes = routes._replace(weights=routes.weights * self.scale[routes.experts.long()])
-        found = ops.experts(self.norms["experts_norm"](x), None, routes, stack, None)
+        found = self.axis.all_reduce(ops.experts(self.norms["experts_norm"](x), None, routes, stack, None))
         return ops.add(self.norms["experts_post_norm"](found), self.norms["shared_post_norm"](shared))
 
 
 class MoE(nn.Module):
     """Routed experts, and a shared one where the spec has it."""
 
-    def __init__(self, s: spec.MoE, build: Build):
+    def __init__(self, s: spec.MoE, build: Build, axis: Axis | None = None):
+        """`axis`: whose ranks have hidden numbers of each expert."""
         super().__init__()
-        self.spec = s
+        self.spec, self.axis = s, axis or Axis()
         self.router = Router(s, build)
-        self.experts = Experts(s, build)
-        self.shared = MLP(s.shared, build) if s.shared else None
+        self.experts = Experts(s, build, self.axis)
+        self.shared = MLP(s.shared, build, self.axis, partial=True) if s.shared else None
         self.shared_gate: Linear | None = None
-        self.apart = Apart(s.apart, s.num_experts, build) if s.apart else None
+        self.apart = Apart(s.apart, s.num_experts, build, self.axis) if s.apart else None
         if s.shared_gate:
             self.shared_gate = Linear(build.dim, {"shared_expert_gate": 1}, build, least_bits=EXACT)
 
@@ -119,7 +121,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, dim] -> [T, dim]."""
         y = Normed(x)
-        return ops.experts(*self._routed(y), self.experts.stack, self._shared(y))
+        return self.axis.all_reduce(ops.experts(*self._routed(y), self.experts.stack, self._shared(y)))
 
     def added(
         self, y: Normed, residual: Tensor, post: Norm | None, following: Norm | None
@@ -127,13 +129,13 @@ class MoE(nn.Module):
         """(residual + post(this of y), its norm): one operation where that is all RMS norm and no post."""
         if self.apart is not None and self.shared is not None:
             stream = residual.to(y.values.dtype)
-            seen = self.shared.down(self.shared.hidden(y))
+            seen = self.axis.all_reduce(self.shared.down(self.shared.hidden(y)))
             made = self.apart(stream, self.router, self.experts.stack, seen)
             return add(made, residual, post, following)
         norm, shared = rms_of(following), self._shared(y)
         inputs = *self._routed(y), self.experts.stack, shared
-        if norm is None or post is not None:
-            return add(ops.experts(*inputs), residual, post, following)
+        if norm is None or post is not None or self.axis.size > 1:
+            return add(self.axis.all_reduce(ops.experts(*inputs)), residual, post, following)
         total, values, scale = ops.experts_add_norm(*inputs, residual, norm)
         return total, Normed(values, scale)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
 from quire.models import spec
+from quire.parallel.axis import Axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +23,11 @@ class Normed:
 
 
 class Norm(nn.Module):
-    """Normalises the last dimension; its weight may have a row per head."""
+    """Normalises the last dimension; its weight may have a row per head. Of an `axis`, each rank has a part of it."""
 
-    def __init__(self, s: spec.Norm, shape: tuple[int, ...], build: Build):
+    def __init__(self, s: spec.Norm, shape: tuple[int, ...], build: Build, axis: Axis | None = None):
         super().__init__()
-        self.spec, self.shape, self.build = s, shape, build
+        self.spec, self.shape, self.build, self.axis = s, shape, build, axis or Axis()
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
@@ -39,10 +40,22 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D], or [..., H, D] with a weight per head."""
         s = self.spec
+        if self.axis.size > 1:
+            return self._spread(x)
         if s.kind == "layer":
             return ops.layer_norm(x, self.weight, self.bias, s.eps, s.offset)
         y = ops.rms_norm(x, self.weight, s.eps, s.offset)
         return y if self.bias is None else y + self.bias
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """x [..., D], of which every rank has as many."""
+        s, total, y = self.spec, x.shape[-1] * self.axis.size, x.float()
+        if s.kind == "layer":
+            y = y - self.axis.all_reduce(y.sum(-1, keepdim=True)) / total
+        y = y * torch.rsqrt(self.axis.all_reduce(y.square().sum(-1, keepdim=True)) / total + s.eps)
+        if self.weight is not None:
+            y = y * (self.weight.float() + s.offset)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     @property
     def rms(self) -> ops.RmsNorm | None:

@@ -1,0 +1,98 @@
+"""A network's part that one of several ranks computes: some of its heads, hidden numbers and rows of vocabulary.
+
+What cannot be cut is computed by every rank: mixers whose norm or recurrence sees all of their channels, and sparse
+gates. Parameters of a part are those of the whole, each cut along one dimension (`layers/shards.py` reads them).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from quire.errors import ConfigError
+from quire.models.spec import (
+    MLA,
+    MLP,
+    Attention,
+    Block,
+    Decoder,
+    DeltaNet,
+    KimiDelta,
+    Mamba2,
+    Mixer,
+    MoE,
+)
+
+
+def shard(spec: Decoder, size: int, rank: int) -> Decoder:
+    """The part that `rank` of `size` computes. Its vocabulary is rounded up, so that all parts have as many rows.
+
+    Raises:
+        ConfigError: heads or hidden numbers cannot be shared out evenly.
+    """
+    if size == 1:
+        return spec
+    blocks = tuple(
+        replace(b, mixer=_mixer(b.mixer, size, rank), mlp=_feed_forward(b.mlp, size)) for b in spec.blocks
+    )
+    return replace(spec, blocks=blocks, vocab_size=-(-spec.vocab_size // size))
+
+
+def pieces(spec: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Parameters of several parts one after the other, by name, with the rows of each: every part is cut by itself."""
+    for i, block in enumerate(spec.blocks):
+        if isinstance(s := block.mixer, Mamba2):
+            written = s.groups * s.state_dim
+            for kind in ("weight", "bias"):
+                convolved = (s.inner, written, written)
+                yield f"layers.{i}.mixer.in_proj.{kind}", (s.inner, *convolved, s.num_heads)
+                yield f"layers.{i}.mixer.conv1d.{kind}", convolved
+
+
+def _mixer(s: Mixer | None, size: int, rank: int) -> Mixer | None:
+    match s:
+        case Attention():
+            return _attention(s, size, rank)
+        case MLA():
+            return replace(s, num_heads=_share("attention heads", s.num_heads, size))
+        case DeltaNet() if not s.num_k_heads % size:
+            return replace(s, num_k_heads=s.num_k_heads // size, num_v_heads=s.num_v_heads // size)
+        case KimiDelta() if not s.num_heads % size:
+            return replace(s, num_heads=s.num_heads // size)
+        case Mamba2() if not s.groups % size:
+            return replace(s, num_heads=s.num_heads // size, groups=s.groups // size)
+    return s
+
+
+def _attention(s: Attention, size: int, rank: int) -> Attention:
+    """Where there are fewer heads of keys than ranks, several ranks have the same one."""
+    heads = _share("attention heads", s.num_heads, size)
+    if s.num_kv_heads % size and size % s.num_kv_heads:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, and this network has layers of {s.num_kv_heads} heads of keys and"
+            " values, of which neither is a multiple of the other; take a size that is"
+        )
+    slopes = s.slopes and s.slopes[rank * heads : (rank + 1) * heads]
+    return replace(s, num_heads=heads, num_kv_heads=max(s.num_kv_heads // size, 1), slopes=slopes)
+
+
+def _feed_forward(s: MLP | MoE | None, size: int) -> MLP | MoE | None:
+    if isinstance(s, MoE):
+        return replace(s, expert=_mlp(s.expert, size), shared=s.shared and _mlp(s.shared, size))
+    return None if s is None else _mlp(s, size)
+
+
+def _mlp(s: MLP, size: int) -> MLP:
+    return s if s.sparsity else replace(s, hidden=_share("hidden numbers", s.hidden, size))
+
+
+def _share(what: str, count: int, size: int) -> int:
+    if count % size:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, and this network has layers of {count} {what}, which cannot be shared"
+            " out evenly; take a divisor of that"
+        )
+    return count // size
+
+
+def is_cut(whole: Block, part: Block) -> tuple[bool, bool]:
+    """Whether what a block's mixer, and what its feed-forward part, makes has to be added up over the ranks."""
+    return whole.mixer != part.mixer, whole.mlp != part.mlp

@@ -1,0 +1,125 @@
+"""Networks that several ranks compute, each a part: the same logits as by one, the same bits on all ranks."""
+
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quire.attention.reference import Reference
+from quire.checkpoint.files import read_config
+from quire.checkpoint.reader import Checkpoint
+from quire.errors import ConfigError
+from quire.layers.decoder import Decoder
+from quire.layers.shards import Shards
+from quire.models.parameters import num_parameters, parameter_shapes
+from quire.models.registry import decoder_spec
+from quire.models.shard import shard
+from quire.parallel.axis import Axis
+from tests.layers.test_chunks import LENGTHS, compute
+from tests.models.cases import BY_NAME, build_hf, config_of, prompt
+from tests.parallel.threads import in_ranks
+
+NEAR = 1e-4
+NAMES = (  # every way to share a layer out, and every mixer that cannot be
+    *("Llama-3.1", "Llama-tied", "Qwen3", "Gemma2", "Falcon-7b", "GPT2", "OPT", "Mpt", "Cohere"),
+    *(
+        "Olmo2",
+        "MiniMaxM2",
+        "Gemma3n",
+        "Gemma4",
+        "PhiMoE",
+        "GptOss",
+    ),  # norms of all heads, sparse gates, biases
+    *("Mixtral", "Qwen2Moe", "Gemma4-experts", "DeepseekV3", "DeepseekV32", "Step3Text"),
+    *(
+        "Qwen3Next",
+        "KimiLinear",
+        "Bamba",
+        "NemotronH",
+        "Zamba2",
+        "FalconH1",
+        "Mamba",
+        "MiniMax",
+        "RecurrentGemma",
+    ),
+)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("network")
+    build_hf(BY_NAME[request.param], folder)
+    return folder
+
+
+def logits(folder: Path, axis: Axis | None = None) -> list[Tensor]:
+    spec, names = decoder_spec(read_config(folder))
+    decoder = Decoder(spec, backend=Reference(4), dtype=torch.float32, axis=axis)
+    checkpoint = Checkpoint(folder, names)
+    decoder.load(checkpoint)
+    assert checkpoint.unused() == []
+    return compute(decoder, [prompt(n, seed=n) for n in LENGTHS], 1, 9)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_logits_are_those_of_one(folder: Path, size: int) -> None:
+    alone = logits(folder)
+    ranks = in_ranks(size, lambda axis: logits(folder, axis))
+    for own in ranks:
+        for got, want, first in zip(own, alone, ranks[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=NEAR * want.abs().max().item())
+            assert torch.equal(got, first)
+
+
+def test_a_part_is_about_as_small_as_its_share(tmp_path: Path) -> None:
+    build_hf(BY_NAME["Llama-3.1"], tmp_path)
+    spec, _ = decoder_spec(read_config(tmp_path))
+    norms = sum(prod(shape) for name, shape in parameter_shapes(spec) if "norm" in name)
+    whole, part = num_parameters(spec).total - norms, num_parameters(shard(spec, 2, 0)).total - norms
+    assert whole / 2 <= part <= whole / 2 + 2 * spec.dim  # a row beyond the vocabulary
+
+
+class Numbered:
+    """Weights of which every number is different."""
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def tensor(self, name: str, *, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
+        whole = torch.arange(prod(shape)).view(shape)
+        return whole if rows is None else whole[rows]
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1", "Bamba", "KimiLinear", "DeepseekV3", "Qwen3Next"])
+def test_every_number_is_some_ranks(name: str, tmp_path: Path) -> None:
+    build_hf(BY_NAME[name], tmp_path)
+    whole, size = decoder_spec(read_config(tmp_path))[0], 2
+    shapes, num_cut = dict(parameter_shapes(whole)), 0
+    parts = [dict(parameter_shapes(shard(whole, size, rank))) for rank in range(size)]
+    for param, shape in shapes.items():
+        found = [
+            Shards(Numbered(), whole, size, rank).tensor(param, shape=parts[rank][param])
+            for rank in range(size)
+        ]
+        numbers = torch.cat([part.flatten() for part in found])
+        assert set(range(prod(shape))) <= set(numbers.tolist()), param
+        num_cut += found[0].numel() < prod(shape)
+        some = Shards(Numbered(), whole, size, 1).tensor(param, shape=parts[1][param], rows=slice(0, 1))
+        assert torch.equal(some, found[1][:1])
+    assert num_cut > len(shapes) / 4
+
+
+def test_what_cannot_be_shared_out_is_refused() -> None:
+    spec, _ = decoder_spec(config_of(BY_NAME["Llama-3.1"]))
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 3.* 4 attention heads"):
+        shard(spec, 3, 0)
+    block = spec.blocks[0]
+    odd = replace(block, mixer=replace(block.mixer, num_heads=12, num_kv_heads=6))
+    with pytest.raises(ConfigError, match=r"is 4.* 6 heads of keys"):
+        shard(replace(spec, blocks=(odd,)), 4, 0)
+    odd = replace(block, mlp=replace(block.mlp, hidden=30))
+    with pytest.raises(ConfigError, match=r"is 4.* 30 hidden numbers"):
+        shard(replace(spec, blocks=(odd,)), 4, 0)

@@ -1,0 +1,77 @@
+"""Ranks as threads of one process: the least that a communicator can be."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.parallel.axis import Axis
+
+PATIENCE_S = 60
+
+
+class Together:
+    """What the threads have in common."""
+
+    def __init__(self, size: int):
+        self.size, self.given = size, [torch.empty(0)] * size
+        self.barrier = threading.Barrier(size, timeout=PATIENCE_S)
+
+
+class Thread:
+    """A communicator. What everyone gives lies in a list until all have taken it."""
+
+    def __init__(self, together: Together, rank: int):
+        self.together, self.size, self.rank = together, together.size, rank
+
+    def _all(self, x: Tensor) -> list[Tensor]:
+        self.together.given[self.rank] = x.clone()
+        self.together.barrier.wait()
+        found = list(self.together.given)
+        self.together.barrier.wait()
+        return found
+
+    def all_reduce(self, x: Tensor) -> None:
+        x.copy_(torch.stack(self._all(x)).sum(0))
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return torch.cat(self._all(x), dim)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return torch.stack(self._all(x)).sum(0).chunk(self.size)[self.rank]
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
+        raise NotImplementedError("no test needs it")
+
+    def send(self, x: Tensor, to: int) -> None:
+        raise NotImplementedError("no test needs it")
+
+    def receive(self, x: Tensor, source: int) -> None:
+        raise NotImplementedError("no test needs it")
+
+    def broadcast(self, x: Tensor, source: int) -> None:
+        x.copy_(self._all(x)[source])
+
+    def barrier(self) -> None:
+        self.together.barrier.wait()
+
+    def check(self) -> None:
+        """Nobody is ever lost."""
+
+
+def in_ranks(size: int, compute: Callable[[Axis], Any]) -> list[Any]:
+    """What each of `size` ranks computes."""
+    together = Together(size)
+
+    def one(rank: int) -> Any:
+        try:
+            return compute(Axis(Thread(together, rank)))
+        except BaseException:
+            together.barrier.abort()  # the others wait for this one
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
