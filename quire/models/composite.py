@@ -16,6 +16,9 @@ COMPOSITES = (  # Hugging Face's class names
     "Cohere2VisionForConditionalGeneration",
     "Exaone4_5_ForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
+    "Gemma3nForConditionalGeneration",
+    "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedForConditionalGeneration",
     "Glm4vForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration",
     "GotOcr2ForConditionalGeneration",
@@ -43,6 +46,9 @@ FAMILIES: Mapping[str, str] = {  # model_type of the network that computes text 
     "deepseek_v3": "deepseek.deepseek_v3",
     "exaone4": "olmo.exaone4",
     "gemma3_text": "gemma.gemma3",
+    "gemma3n_text": "gemma3n.gemma3n",
+    "gemma4_text": "gemma4.gemma4",
+    "gemma4_unified_text": "gemma4.gemma4",
     "glm4v_moe_text": "glm.glm4_moe",
     "glm4v_text": "glm.glm4v",
     "kimi_k2": "deepseek.deepseek_v3",
@@ -80,7 +86,7 @@ OTHERS = (
                 "image_newline",
             ),
             *("mm_projector", "multi_modal_projector", "vision_model", "vision_tower", "visual"),
-            "visual_embeddings_table",
+            *("vision_embedder", "visual_embeddings_table"),
         )
     )
     + r")\b"
@@ -153,6 +159,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # Hugging Face's, for keys that p
         "rms_norm_eps": 1e-6,
         "query_pre_attn_scalar": 256,
     },
+    "gemma4_unified_text": {"hidden_size_per_layer_input": 0},
     "llama": LLAMA_7B | {"num_key_value_heads": None},
     "mistral": LLAMA_7B | {"intermediate_size": 14336, "num_key_value_heads": 8},
     "glm4v_moe_text": {"attention_bias": True},

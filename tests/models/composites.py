@@ -15,6 +15,9 @@ from tests.models.values import (
     BASE,
     DELTA,
     EXPERTS,
+    GEMMA3N,
+    GEMMA4,
+    GEMMA4_EXPERTS,
     GROUPED,
     GROUPS,
     LATENT,
@@ -25,7 +28,9 @@ from tests.models.values import (
     PER_TYPE,
     PLAIN,
     SHARED_EXPERT,
+    SHARING,
     theta,
+    without,
 )
 
 SMALL = {  # of what sees or hears
@@ -49,7 +54,23 @@ SMALL = {  # of what sees or hears
 }
 SECTIONS = {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 500.0}
 HALF = SECTIONS | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+UNIFIED = without(GEMMA4, "hidden_size_per_layer_input", "vocab_size_per_layer_input")
 Stored = dict[str, Tensor]
+
+
+class Eyes(transformers.Gemma3nVisionConfig):
+    """Gemma 3n's, whose tower is of the library timm."""
+
+
+class Tower(transformers.PreTrainedModel):
+    config_class = Eyes
+
+    def __init__(self, config: Eyes):
+        super().__init__(config)
+        self.stem = torch.nn.Linear(3, config.hidden_size)
+
+
+transformers.AutoModel.register(Eyes, Tower)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +83,9 @@ class Composite:
     whole: Mapping[str, Any] = field(default_factory=dict)
     published: Callable[[Stored], Stored] = dict  # from the tensors that Hugging Face saves
     is_flat: bool = False  # config.json has the keys of the text beside the others
+    tower: type | None = (
+        None  # the config of what sees, if Hugging Face's needs a library that is not installed
+    )
 
     id: str = ""  # where a class has several
 
@@ -93,6 +117,10 @@ CASES = (
         "gemma3_text",
         BASE | LOCAL | MIXED | {"query_pre_attn_scalar": 24, "rope_parameters": PER_TYPE},
     ),
+    Composite("Gemma3n", "gemma3n_text", GEMMA3N, tower=Eyes),
+    Composite("Gemma4", "gemma4_text", GEMMA4 | SHARING),
+    Composite("Gemma4", "gemma4_text", GEMMA4 | GEMMA4_EXPERTS, id="Gemma4-experts"),
+    Composite("Gemma4Unified", "gemma4_unified_text", UNIFIED),
     Composite(
         "Glm4v", "glm4v_text", GROUPED | {"rope_parameters": SECTIONS | {"partial_rotary_factor": 0.5}}
     ),
@@ -153,6 +181,8 @@ def config_of(case: Composite) -> Any:
     }
     text = {"model_type": case.kind, **case.text}
     config = kind(text_config=text, **others, **case.whole)
+    if case.tower is not None:
+        config.vision_config = case.tower(**others["vision_config"])
     config._attn_implementation = "eager"
     return config
 
