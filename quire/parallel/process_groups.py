@@ -118,7 +118,8 @@ def _peers() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PeerLost(
-            f"another process of the group died or did not answer in time ({error}); start the group again"
+            f"another process of the group died or did not answer in time ({error}); the group has to be "
+            "started again"
         ) from error
 
 
