@@ -52,7 +52,7 @@ class Attention(nn.Module):
     def __init__(self, s: spec.Attention, build: Build, axis: Axis | None = None):
         """`axis`: whose ranks have heads each."""
         super().__init__()
-        self.spec, self.build, self.axis = s, build, axis
+        self.spec, self.build = s, build
         q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
         queries = {"q_a_proj": s.q_rank} if s.q_rank else {"q_proj": q}
         keys = {} if s.shares is not None else {"k_proj": kv}
@@ -61,8 +61,8 @@ class Attention(nn.Module):
         self.qkv = Linear(inputs, queries | keys | values, build, bias=s.bias)
         self.raised = Raised(s.q_rank, q, s.q_rank_norm, build) if s.q_rank else None
         self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias, axis=axis)
-        self.q_norm = self._qk_norm(s.num_heads)
-        self.k_norm = self._qk_norm(s.num_kv_heads) if keys else None
+        self.q_norm = self._qk_norm(s.num_heads, axis)
+        self.k_norm = self._qk_norm(s.num_kv_heads, axis) if keys else None
         self.v_norm = Norm(s.v_norm, (s.head_dim,), build) if s.v_norm else None
         self.table = build.ropes.table(s.rope) if s.rope else None
         self.scale = s.head_dim**-0.5 if s.scale is None else s.scale
@@ -191,7 +191,7 @@ class Attention(nn.Module):
                 parts.append(x.view(len(qk), -1, s.head_dim))
         return torch.cat(parts, 1) if parts else qk
 
-    def _qk_norm(self, num_heads: int) -> Norm | None:
+    def _qk_norm(self, num_heads: int, axis: Axis | None) -> Norm | None:
         s = self.spec
         if s.qk_norm is None:
             return None
@@ -200,8 +200,8 @@ class Attention(nn.Module):
             "full": (num_heads * s.head_dim,),
             "heads": (num_heads, s.head_dim),
         }
-        axis = self.axis if s.qk_norm_span == "full" else None
-        return Norm(s.qk_norm, spans[s.qk_norm_span], self.build, axis)
+        spread = axis if s.qk_norm_span == "full" else None
+        return Norm(s.qk_norm, spans[s.qk_norm_span], self.build, spread)
 
 
 def _head_weights(norm: Norm, num_heads: int) -> Tensor:

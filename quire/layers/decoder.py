@@ -62,9 +62,9 @@ class Decoder(nn.Module):
         self.embed_norm = Norm(s.embed_norm, (s.dim,), self.build) if s.embed_norm else None
         parts = [block.embedding for block in s.blocks if block.embedding]
         self.layer_embeddings = LayerEmbeddings(parts, s.layer_rows, self.build) if parts else None
-        self.num_rows = self.share.vocab_size  # of the vocabulary, that are here
-        self.head = Linear(s.dim, {"lm_head": self.num_rows}, self.build, bias=s.head_bias, least_bits=8)
-        self.embedding: Any = None  # once loaded, what `ops.embed` takes, [num_rows, dim]
+        head = {"lm_head": self.share.vocab_size}
+        self.head = Linear(s.dim, head, self.build, bias=s.head_bias, least_bits=8)
+        self.embedding: Any = None  # once loaded, what `ops.embed` takes: this rank's rows [R, dim]
         self.positions: Tensor | None = None  # [num_positions, dim]
         self.places = frozenset[Place]()  # of layers that see a step otherwise than as it is
 
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
     def _load(self, weights: Weights) -> None:
         s, build = self.spec, self.build
-        self.embedding = build.pull(weights, "embed_tokens.weight", self.num_rows, s.dim)
+        self.embedding = build.pull(weights, "embed_tokens.weight", self.share.vocab_size, s.dim)
         if s.num_positions:
             self.positions = build.pull(weights, "embed_positions.weight", s.num_positions, s.dim)
         if self.embed_norm is not None:
@@ -131,8 +131,9 @@ class Decoder(nn.Module):
         """token_ids [T] -> [T, dim]; each is in one rank's rows."""
         if self.axis.size == 1:
             return ops.embed(token_ids, self.embedding, self.embed_scale)
-        local = token_ids - self.axis.rank * self.num_rows
-        here = (local >= 0) & (local < self.num_rows)
+        num_rows = self.share.vocab_size
+        local = token_ids - self.axis.rank * num_rows
+        here = (local >= 0) & (local < num_rows)
         found = ops.embed(torch.where(here, local, 0), self.embedding, self.embed_scale)
         return self.axis.all_reduce(torch.where(here[:, None], found, 0))
 
