@@ -14,6 +14,8 @@ from quire.errors import CheckpointError, ModelError, UnsupportedModel
 from quire.layers.hf import alone, attention, conformance, network
 from quire.layers.hf.attention import Call, Paged
 from quire.layers.hf.conformance import TOLERANCE, check, difference, prepare
+from quire.layers.hf.experts import Experts
+from quire.layers.hf.latent import Latent
 from quire.layers.hf.shrink import shrink
 from quire.layers.hf.source import describe, hf_config
 from quire.layers.hf.states import Piece, pieces
@@ -136,6 +138,29 @@ def test_a_lost_feature_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -
     architecture, change = CONTROLS[name]
     lose(change, monkeypatch)
     assert difference(prepare(config(installed(architecture)))) > TOLERANCE
+
+
+def test_experts_that_count_alike_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Experts.forward
+    monkeypatch.setattr(
+        Experts, "forward", lambda self, x, chosen, w: whole(self, x, chosen, w.mean() + 0 * w)
+    )
+    assert difference(prepare(config(installed("DeepseekV3ForCausalLM")))) > TOLERANCE
+
+
+def test_latents_that_are_no_values_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Latent.expand
+    monkeypatch.setattr(Latent, "expand", lambda self, found: whole(self, found.flip(-1)))
+    assert difference(prepare(config(installed("DeepseekV3ForCausalLM")))) > TOLERANCE
+
+
+def test_positions_that_start_elsewhere_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "first_position", lambda model: 0)
+    assert difference(prepare(config(installed("RobertaForCausalLM")))) > TOLERANCE
+
+
+def test_a_type_of_its_authors_own_is_what_the_class_is_for() -> None:
+    assert check(config_of(BY_NAME["DeepseekV3-kimi_k2"])).difference <= TOLERANCE
 
 
 def lose(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from quire.layers.hf.alone import EAGER, kept_heads
 from quire.layers.hf.attention import Shapes, running
 from quire.layers.hf.latent import keep_latents
 from quire.layers.hf.states import Parts, computing, wrap
+from quire.models.foreign import generating
 from quire.models.mamba import LONGEST
 from quire.models.spec import Foreign, Heads
 
@@ -42,6 +43,8 @@ def hf_config(raw: Mapping[str, Any], max_length: int | None = None) -> Any:
     from transformers import CONFIG_MAPPING
 
     architecture, kind = raw["architectures"][0], raw.get("model_type")
+    if kind not in CONFIG_MAPPING:  # a name of its authors' own, kimi_k2 for one: what the class is for
+        kind = generating().get(architecture)
     if kind not in CONFIG_MAPPING:
         raise UnsupportedModel(f"{architecture}: this version of Transformers knows no model_type {kind!r}")
     try:
