@@ -13,11 +13,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-CASES = ("Llama", "Qwen3", "Gemma2", "Qwen3Moe", "DeepseekV3", "GPT2")
+BOTH = ("Llama", "Qwen3", "Gemma2", "Qwen3Moe", "DeepseekV3", "GPT2")
+NATIVE = ("Llama4", "Gemma3n", "Gemma4", "Gemma4-experts", "DeepseekV32", "GlmMoeDsa", "Step3Text", "GptOss")
+CASES = [(name, road) for name in BOTH for road in ("native", "transformers")]
 
 
-@pytest.mark.parametrize("road", ["native", "transformers"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "road"), [*CASES, *((name, "native") for name in NATIVE)])
 def test_engine_equals_hugging_face(name: str, road: str, tmp_path: Path) -> None:
     model = build_hf(BY_NAME[name], tmp_path)
     prompts = make_prompts(VOCAB_SIZE)
