@@ -14,6 +14,8 @@ from quire.models.names import Names
 COMPOSITES = (  # Hugging Face's class names
     "AyaVisionForConditionalGeneration",
     "Cohere2VisionForConditionalGeneration",
+    "DeepseekOCRForCausalLM",
+    "DeepseekOcr2ForConditionalGeneration",
     "Exaone4_5_ForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
     "Gemma3nForConditionalGeneration",
@@ -43,7 +45,9 @@ COMPOSITES = (  # Hugging Face's class names
 )
 FAMILIES: Mapping[str, str] = {  # model_type of the network that computes text -> module.function
     "cohere2": "cohere.cohere2",
+    "deepseek_ocr2_text": "deepseek.deepseek",
     "deepseek_v3": "deepseek.deepseek_v3",
+    "deepseek_vl_v2": "deepseek.deepseek",
     "exaone4": "olmo.exaone4",
     "gemma3_text": "gemma.gemma3",
     "gemma3n_text": "gemma3n.gemma3n",
@@ -85,12 +89,17 @@ OTHERS = (
                 "embed_vision",
                 "image_newline",
             ),
+            *("projector", "qwen2_model", "sam_model", "view_seperator"),
             *("mm_projector", "multi_modal_projector", "vision_model", "vision_tower", "visual"),
             *("vision_embedder", "visual_embeddings_table"),
         )
     )
     + r")\b"
 )
+BESIDE = {  # keys that are not the text's, where those are not by themselves
+    *("vision_config", "language_config", "projector_config"),
+    *("candidate_resolutions", "global_view_pos", "tile_tag", "lm_head"),
+}
 WHOLE = "tie_word_embeddings", "quantization_config"  # keys of the whole that hold for the part
 
 
@@ -116,8 +125,8 @@ def text_part(config: Mapping[str, Any]) -> Part | None:
     if not isinstance(names, list) or not names or names[0] not in COMPOSITES:
         return None
     inner = config.get("text_config")
-    if not isinstance(inner, Mapping):  # early Qwens have both in one
-        inner = {key: value for key, value in config.items() if key != "vision_config"}
+    if not isinstance(inner, Mapping):  # early Qwens have both in one, and DeepSeek-OCR has the text's twice
+        inner = {key: value for key, value in config.items() if key not in BESIDE}
     kind = str(inner.get("model_type"))
     if kind not in FAMILIES:
         raise UnsupportedModel(
@@ -149,6 +158,7 @@ LLAMA_7B = {
     "rms_norm_eps": 1e-6,
 }
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # Hugging Face's, for keys that published checkpoints leave out
+    "deepseek_vl_v2": {"use_mla": True, "hidden_act": "silu", "rms_norm_eps": 1e-6},
     "gemma3_text": {
         "vocab_size": 262_208,
         "num_attention_heads": 8,

@@ -34,7 +34,7 @@ def deepseek(c: HF) -> tuple[Decoder, Names]:
     """DeepSeek-MoE (Dai et al. 2024): usual attention, softmax scores."""
     for key, known in (("scoring_func", "softmax"), ("topk_method", "greedy")):
         c.refuse((value := c.get(key, known)) != known, f"{key}={value!r}")
-    c.refuse_if_set("mlp_bias")
+    c.refuse_if_set("mlp_bias", "use_mla")  # the latter, of DeepSeek-OCR
     c.skip("n_group", "topk_group", "head_dim")
     moe = MoE(
         num_experts=c.count("n_routed_experts", "num_experts"),

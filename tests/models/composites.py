@@ -55,6 +55,17 @@ SMALL = {  # of what sees or hears
 SECTIONS = {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 500.0}
 HALF = SECTIONS | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
 UNIFIED = without(GEMMA4, "hidden_size_per_layer_input", "vocab_size_per_layer_input")
+OCR = PLAIN | EXPERTS | {"n_shared_experts": 2, "mlp_layer_types": ["dense"] + ["sparse"] * 3}
+OCR_1 = {
+    "architectures": ["DeepseekOCRForCausalLM"],
+    "model_type": "deepseek_vl_v2",
+    "mlp_layer_types": None,
+    "first_k_dense_replace": 1,
+    "use_mla": False,
+    "projector_config": {"n_embed": 128},
+    "language_config": {"hidden_size": 128},
+    "lm_head": True,
+}
 Stored = dict[str, Tensor]
 
 
@@ -83,6 +94,7 @@ class Composite:
     whole: Mapping[str, Any] = field(default_factory=dict)
     published: Callable[[Stored], Stored] = dict  # from the tensors that Hugging Face saves
     is_flat: bool = False  # config.json has the keys of the text beside the others
+    legacy: Mapping[str, Any] = field(default_factory=dict)  # other values in config.json
     tower: type | None = (
         None  # the config of what sees, if Hugging Face's needs a library that is not installed
     )
@@ -95,6 +107,12 @@ class Composite:
     @property
     def architecture(self) -> str:
         return f"{self.name}ForConditionalGeneration"
+
+    @property
+    def described(self) -> str:
+        """The architecture in config.json."""
+        names: list[str] = self.legacy.get("architectures", [self.architecture])
+        return names[0]
 
 
 def _kimi(stored: Stored) -> Stored:
@@ -111,6 +129,8 @@ def _transposed(stored: Stored) -> Stored:
 CASES = (
     Composite("AyaVision", "cohere2", GROUPED | LOCAL | {"logit_scale": 1.0}),
     Composite("Cohere2Vision", "cohere2", GROUPED | LOCAL | {"logit_scale": 1.0}),
+    Composite("DeepseekOcr2", "deepseek_ocr2_text", OCR),
+    Composite("DeepseekOcr2", "deepseek_ocr2_text", OCR, is_flat=True, legacy=OCR_1, id="DeepseekOCR"),
     Composite("Exaone4_5_", "exaone4", BASE | LOCAL),
     Composite(
         "Gemma3",
@@ -171,11 +191,20 @@ CASES = (
 )
 
 
+def _small(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What sees or hears, and networks within it, without what would follow from their sizes."""
+    return {
+        key: _small(value) if isinstance(value, dict) else SMALL.get(key, value)
+        for key, value in config.items()
+        if key != "layer_types"
+    }
+
+
 def config_of(case: Composite) -> Any:
     kind = vars(transformers).get(f"{case.name}Config") or getattr(transformers, f"{case.name}Config")
     usual = kind().to_dict()
     others = {
-        key: {name: SMALL.get(name, value) for name, value in inner.items()}
+        key: _small(inner)
         for key, inner in usual.items()
         if key in ("vision_config", "audio_config") and isinstance(inner, dict)
     }
@@ -203,5 +232,5 @@ def build(case: Composite, folder: Path) -> torch.nn.Module:
     config = json.loads(path.read_text())
     if case.is_flat:
         config = {**config.pop("text_config"), **config}
-        path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config | dict(case.legacy)))
     return model

@@ -18,6 +18,7 @@ from quire.models.registry import decoder_spec
 from tests.engine.test_oracle import ENGINE, NUM_OUTPUTS, reference
 from tests.models.cases import prompt
 from tests.models.composites import CASES, Composite, build, config_of
+from tests.models.published_composites import DEEPSEEK_OCR
 from tests.models.test_controls import SAME, far, logits
 from tests.models.values import without
 
@@ -25,7 +26,7 @@ by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
 def test_every_composite_has_a_case() -> None:
-    assert {case.architecture for case in CASES} == set(COMPOSITES)
+    assert {case.described for case in CASES} == set(COMPOSITES)
 
 
 @by_case
@@ -67,6 +68,13 @@ def test_an_engine_serves_the_text(name: str, tmp_path: Path, caplog: pytest.Log
         outputs = llm.generate(prompts, greedy, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in outputs] == [reference(model, p)[0] for p in prompts]
     assert sum("only its text is served" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("change", [{"use_mla": True}, {"use_mla": None}])
+def test_latent_attention_is_not_what_reads_pages(change: dict[str, bool | None]) -> None:
+    config = {key: value for key, value in (DEEPSEEK_OCR | change).items() if value is not None}
+    with pytest.raises(UnsupportedModel, match="use_mla=True"):
+        decoder_spec(config)
 
 
 def test_a_text_that_no_family_describes() -> None:
