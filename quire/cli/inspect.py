@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from quire.models.names import Names
     from quire.models.spec import Decoder
 
 
@@ -17,17 +18,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from quire.models.composite import COMPOSITES
     from quire.models.describe import describe, difference
 
+    name, spec, names = _native(args.model, args)
     if args.other is None:
-        text = describe(_spec(args.model, args))
+        text = f"{name}, native{', text only' * (name in COMPOSITES)}\n{describe(spec, names)}"
     else:
-        text = "\n".join(difference(_spec(args.model, args), _spec(args.other, args))) or "no difference"
+        text = "\n".join(difference(spec, _native(args.other, args)[1])) or "no difference"
     sys.stdout.write(text.rstrip("\n") + "\n")
     return 0
 
 
-def _spec(model: str, args: argparse.Namespace) -> "Decoder":
+def _native(model: str, args: argparse.Namespace) -> "tuple[str, Decoder, Names]":
+    """The architecture, what it is, and how its checkpoint is spelled."""
     from quire.checkpoint.files import read_config
     from quire.checkpoint.source import resolve
     from quire.errors import UnsupportedModel
@@ -36,8 +40,8 @@ def _spec(model: str, args: argparse.Namespace) -> "Decoder":
 
     folder = resolve(model, args.revision, weights=False).folder
     raw = read_config(folder)
-    if road(raw) == TRANSFORMERS:
-        name = raw["architectures"][0]
+    taken, name = road(raw), raw["architectures"][0]
+    if taken == TRANSFORMERS:
         if why := refused().get(name):
             raise UnsupportedModel(
                 f"{name} is not native, and not served through Transformers' modules: {why}"
@@ -45,4 +49,4 @@ def _spec(model: str, args: argparse.Namespace) -> "Decoder":
         raise UnsupportedModel(
             f"{name} runs through Transformers' modules, whose layers Quire does not describe"
         )
-    return decoder_spec(raw)[0]
+    return name, *decoder_spec(raw)

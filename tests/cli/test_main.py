@@ -75,6 +75,7 @@ def test_models_are_listed(quire: Quire) -> None:
 
 def test_inspect_prints_a_network(quire: Quire, tiny: str) -> None:
     text = quire("inspect", tiny).stdout
+    assert text.startswith("Qwen3ForCausalLM, native\n")
     assert "512" in text
     assert "64" in text
 
