@@ -312,6 +312,8 @@ def _lightning(s: Lightning, dim: int) -> Named:
     size = s.num_heads * s.head_dim
     for part in "qkvg":
         yield from _linear(f"{part}_proj", size, dim)
+    for part in "qk":
+        yield from _within(f"{part}_norm", _norm(s.qk_norm, (s.head_dim,)))
     yield from _within("o_norm", _norm(s.norm, (size,)))
     yield from _linear("o_proj", dim, size)
 

@@ -20,6 +20,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "ArceeForCausalLM": "llama.arcee",
     "BailingHybridForCausalLM": "kimi.bailing_hybrid",
     "BailingMoeForCausalLM": "bailing.bailing_moe",
+    "BailingMoeLinearV2ForCausalLM": "bailing.bailing_moe_linear_v2",
     "BailingMoeV2ForCausalLM": "bailing.bailing_moe_v2",
     "BambaForCausalLM": "mamba.bamba",
     "BioGptForCausalLM": "opt.biogpt",

@@ -167,16 +167,21 @@ class KimiDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class Lightning:
-    """Linear attention that forgets at a fixed rate (MiniMax-Text-01). Parameters: {q,k,v,g,o}_proj, o_norm.
+    """Linear attention that forgets at a fixed rate (MiniMax-Text-01). Parameters: {q,k,v,g,o}_proj, {q,k,o}_norm.
 
-    q, k and v are activated by silu. Head h of n forgets by exp(-rate * 2 ** (-8 * (h + 1) / n)) at each position. The
-    norm is of all heads together; the sigmoid of g is a gate on its result.
+    Head h of n forgets by exp(-rate * 2 ** (-8 * (h + 1) / n)) at each position. What heads found is normalised, each
+    of `groups` of its dimensions by itself; the sigmoid of g is a gate on the result.
     """
 
     num_heads: int
     head_dim: int
     rate: float
     norm: Norm
+    groups: int = 1
+    activated: bool = True  # q, k and v, by silu
+    qk_norm: Norm | None = None  # of a head
+    rope: Rope | None = None
+    scale: float = 1.0  # of q
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ NAMES = (
     "Qwen3Next",
     "KimiLinear",
     "BailingHybrid",
+    "BailingMoeLinearV2",
     "MiniMax",
     "Mamba2",
     "Jamba",

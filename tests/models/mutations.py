@@ -150,7 +150,14 @@ DROPS: dict[type, dict[str, Change]] = {
     },
     DeltaNet: {"beta_scale": _set("beta_scale", 1.0)},
     KimiDelta: {"floor": lambda d: replace(d, floor=d.floor / 2) if d.floor else d},
-    Lightning: {"rate": _times("rate", 2.0)},
+    Lightning: {
+        "rate": _times("rate", 2.0),
+        "groups": _set("groups", 1),
+        "activated": _flip("activated"),
+        "qk_norm": _set("qk_norm", None),
+        "rope": _set("rope", None),
+        "scale": _set("scale", 1.0),
+    },
     Mamba: {
         "bias": _set("bias", False),
         "conv_bias": _set("conv_bias", False),

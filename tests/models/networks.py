@@ -182,11 +182,14 @@ class BailingExperts(nn.Module):
             self.shared_experts = Gated(c.hidden_size, c.moe_intermediate_size * c.num_shared_experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = routed(self.gate(x), self.top_k, self.renorm)
+        weights, chosen = self.routed(x)
         each = torch.stack([expert(x) for expert in self.experts], 1)
         return combined(each, weights, chosen) + (
             self.shared_experts(x) if hasattr(self, "shared_experts") else 0
         )
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return routed(self.gate(x), self.top_k, self.renorm)
 
 
 class BailingLayer(nn.Module):
@@ -209,6 +212,106 @@ class BailingMoeForCausalLM(Network):
     config_class = BailingMoeConfig
     embedding = "word_embeddings"
     layer = BailingLayer
+
+
+@strict
+class BailingMoeLinearV2Config(BailingMoeConfig):
+    """Of layers, the last of each `layer_group_size` has usual attention."""
+
+    model_type = "bailing_moe_linear"
+    use_qk_norm: bool = False
+    partial_rotary_factor: float = 1.0
+    layer_group_size: int = 1
+    group_norm_size: int = 1
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 1.0
+    score_function: str = "sigmoid"
+    moe_router_enable_expert_bias: bool = True
+
+
+class RingHeads(nn.Module):
+    """Queries, keys and values; the first two are normalised and rotated in part."""
+
+    def __init__(self, c: BailingMoeLinearV2Config, num_kv_heads: int):
+        super().__init__()
+        self.heads, self.size = (c.num_attention_heads, num_kv_heads, num_kv_heads), c.head_dim
+        self.theta, self.turning = c.rope_theta, int(c.head_dim * c.partial_rotary_factor)
+        self.query_key_value = nn.Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=False)
+        self.query_layernorm = RmsNorm(c.head_dim, c.rms_norm_eps)
+        self.key_layernorm = RmsNorm(c.head_dim, c.rms_norm_eps)
+        self.dense = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def made(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.query_key_value(x).unflatten(-1, (-1, self.size)).split(self.heads, 1)
+        return self.placed(self.query_layernorm(q)), self.placed(self.key_layernorm(k)), v
+
+    def placed(self, x: Tensor) -> Tensor:
+        return torch.cat((turned(x[..., : self.turning], self.theta), x[..., self.turning :]), -1)
+
+
+class RingAttention(RingHeads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense(attended(*self.made(x)))
+
+
+class RingLinear(RingHeads):
+    """Lightning attention (Qin et al. 2024), position by position; heads forget more slowly from layer to layer."""
+
+    def __init__(self, c: BailingMoeLinearV2Config, i: int):
+        super().__init__(c, c.num_attention_heads)
+        self.groups = c.group_norm_size
+        self.g_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.g_norm = RmsNorm(c.num_attention_heads * c.head_dim, c.rms_norm_eps)
+        slopes = 2.0 ** (-8 * torch.arange(1, c.num_attention_heads + 1) / c.num_attention_heads)
+        self.slopes = slopes * (1 - (i - 1) / (c.num_hidden_layers - 1) + 1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.made(x)
+        state, found = 0.0, []
+        for now in range(len(x)):
+            state = state * torch.exp(-self.slopes)[:, None, None] + k[now][:, :, None] * v[now][:, None, :]
+            found.append(torch.einsum("hd,hde->he", q[now] * self.size**-0.5, state).flatten())
+        y = torch.stack(found).unflatten(-1, (self.groups, -1))
+        y = (y * (y.square().mean(-1, keepdim=True) + self.g_norm.eps).rsqrt()).flatten(1)
+        return self.dense(y * self.g_norm.weight * self.g_proj(x).sigmoid())
+
+
+class RingExperts(BailingExperts):
+    """The highest sigmoids with their corrections, in the groups whose two best add up to most."""
+
+    def __init__(self, c: BailingMoeLinearV2Config):
+        super().__init__(c)
+        self.gate.expert_bias = nn.Parameter(torch.zeros(c.num_experts))
+        self.groups, self.top_groups, self.scale = c.n_group, c.topk_group, c.routed_scaling_factor
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.gate(x).sigmoid()
+        corrected = (scores + self.gate.expert_bias).unflatten(-1, (self.groups, -1))
+        best = corrected.topk(2, -1).values.sum(-1).topk(self.top_groups, -1).indices
+        left = torch.full_like(corrected, -torch.inf)
+        left.scatter_(1, best[..., None].expand(-1, -1, left.shape[-1]), 0.0)
+        chosen = (corrected + left).flatten(1).topk(self.top_k, -1).indices
+        weights = scores.gather(1, chosen)
+        return weights / (weights.sum(-1, keepdim=True) if self.renorm else 1.0) * self.scale, chosen
+
+
+class RingLayer(BailingLayer):
+    def __init__(self, c: BailingMoeLinearV2Config, i: int):
+        super().__init__(c, i)
+        period = c.layer_group_size
+        is_whole = (i + 1) % period == 0 or i >= c.num_hidden_layers // period * period
+        self.attention = RingAttention(c, c.num_key_value_heads) if is_whole else RingLinear(c, i)
+        if i >= c.first_k_dense_replace:
+            self.mlp = RingExperts(c)
+
+
+class BailingMoeLinearV2ForCausalLM(Network):
+    """Ring-linear, from inclusionAI's report (Han et al. 2025) and their modeling_bailing_moe_linear_v2.py."""
+
+    config_class = BailingMoeLinearV2Config
+    embedding = "word_embeddings"
+    layer = RingLayer
 
 
 @strict

@@ -120,6 +120,19 @@ OWN_BAILING = {
 OWN_BAILING |= dict.fromkeys(
     ("n_routed_experts", "n_shared_experts", "attention_bias", "rope_parameters", "num_mtp_layers")
 )
+RING = {
+    **{key: GROUPS[key] for key in ("n_group", "topk_group", "num_experts_per_tok", "moe_intermediate_size")},
+    "num_experts": 8,
+    "num_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "layer_group_size": 2,
+    "group_norm_size": 2,
+    "use_qk_norm": True,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 500.0,
+    "rms_norm_eps": 0.2,  # else nothing shows how queries are scaled
+}
 ROUTED = {key: GROUPS[key] for key in ("n_routed_experts", "num_experts_per_tok", "n_shared_experts")}
 ROUTED |= {"moe_intermediate_size": 40}
 
@@ -171,6 +184,8 @@ RESPELLED = (
         OWN_BAILING,
         BAILING,
     ),
+    Case("BailingMoeLinearV2", BASE | RING),
+    Case("BailingMoeLinearV2-rest", BASE | RING | {"num_hidden_layers": 5, "first_k_dense_replace": 0}),
     Case("BailingMoe", BASE | EXPERTS | {"num_shared_experts": 2, "use_qkv_bias": True, "rope_theta": 500.0}),
     Case(
         "BailingMoe-dense",
