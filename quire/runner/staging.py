@@ -8,17 +8,14 @@ from torch import Tensor
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays of integers as int64 tensors on the device, slices of one.
+    """The one-dimensional arrays of integers as int64 tensors on the device, slices of one.
 
     A copy from pageable memory would make the host wait for the steps in flight. Pinned memory is torch's, which
     gives none away again before the device has read it.
     """
     sizes = [len(array) for array in arrays]
-    if device.type == "cpu":
-        host = torch.from_numpy(np.concatenate(arrays, dtype=np.int64))
-    else:
-        host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=True)
-        np.concatenate(arrays, out=host.numpy())
+    host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type != "cpu")
+    np.concatenate(arrays, out=host.numpy())
     return list(host.to(device, non_blocking=True).split(sizes))
 
 

@@ -50,7 +50,8 @@ class SlotState:
     def apply(self, plan: Plan) -> None:
         """Take over the plan's new sequences and new blocks."""
         if plan.beside and self.beside is not None:
-            (told,) = upload((np.array(plan.beside),), self.beside.device)
+            rows = np.array(plan.beside)
+            told = upload((rows.ravel(),), self.beside.device)[0].view(rows.shape)
             self.beside[:, told[:, 0]] = told[:, 1:].T.int()
         width = self.numbers.shape[1]
         places: list[int] = []  # in `numbers`, flat; none twice
