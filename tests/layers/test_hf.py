@@ -44,9 +44,14 @@ ALONE = (  # no attention function, positions by the cache's length, biases or m
     "DogeForCausalLM",
     "RoFormerForCausalLM",
 )
-UNLIKE = {
-    ("5.17.0", "AriaTextForCausalLM"),  # it computes its experts in a way that has no shape without numbers
-    ("5.17.0", "RoFormerForCausalLM"),  # it is no decoder, whatever config.json says
+UNLIKE = {  # what runs otherwise in an earlier version, or not at all
+    # no decoders, whatever config.json says
+    *(
+        ("5.17.0", f"{name}ForCausalLM")
+        for name in ("BigBird", "MegatronBert", "Moshi", "RemBert", "RoFormer")
+    ),
+    # experts that have no shape without numbers; no small network; its own config; no attention function and no cache
+    *(("5.17.0", f"{name}ForCausalLM") for name in ("AriaText", "CohereCompass", "Dbrx", "Git")),
 }
 Change = Callable[[Call], Call]
 Pieces = Callable[[list[Piece]], list[Piece]]
