@@ -23,8 +23,8 @@ class Communicator(Protocol):
     size: int
     rank: int
 
-    def all_reduce(self, x: Tensor) -> None:
-        """x becomes the sum, the same bits on all ranks."""
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum, the same bits on all ranks, perhaps in x itself."""
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         """Everyone's x one after the other along a dimension."""
@@ -67,7 +67,7 @@ class Axis:
         self.rank = 0 if communicator is None else communicator.rank
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, the same bits on each. It is in x itself if that is contiguous.
+        """The sum over all ranks, the same bits on each. x is used up: the sum may be in it.
 
         Raises:
             TypeError: sums of this dtype are not made; SUMMED has those that are.
@@ -75,9 +75,7 @@ class Axis:
         _check_sum(x)
         if self.communicator is None or not x.numel():
             return x
-        x = x.contiguous()
-        self.communicator.all_reduce(x)
-        return x
+        return self.communicator.all_reduce(x.contiguous())
 
     def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
         """[..., n, ...] -> [..., size * n, ...], in the order of ranks; contiguous."""

@@ -12,6 +12,7 @@ from quire.parallel.axis import Axis, Communicator
 from quire.parallel.mesh import SPANS, Mesh
 from quire.parallel.process_groups import gloo, nccl
 from quire.parallel.shared_memory import Segment, SharedMemory
+from quire.parallel.symmetric import symmetric
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Rendezvous:
         timeout_s: how long an operation waits for the other ranks.
         host: the address of this machine at which gloo listens.
         segment: a descriptor of `shared_memory.make_segment`, made anew for each generation.
-        local: the ranks that have it, those of this machine; None for all.
+        local: the ranks of this machine, which all have the segment if one has; None for all.
     """
 
     store: Store | None = None
@@ -59,7 +60,8 @@ class Rendezvous:
 def communicators(mesh: Mesh, rank: int, rendezvous: Rendezvous, device: torch.device) -> Axes:
     """Connect this process, which is `rank`, with the others of the mesh; all of them call this at the same time.
 
-    CPUs of one machine exchange tensors through memory, others through gloo; GPUs do through NCCL.
+    CPUs of one machine exchange tensors through memory, others through gloo; GPUs do through
+    NCCL, and small sums, on one machine, through memory that they map.
 
     Raises:
         ConfigError: there is no such rank, or no way to exchange tensors on the device.
@@ -99,5 +101,11 @@ def _group(peers: tuple[int, ...], rank: int, rendezvous: Rendezvous, device: to
     if device.type == "cpu":
         return gloo(*place, timeout_s=rendezvous.timeout_s, host=rendezvous.host)
     if device.type == "cuda":
-        return nccl(*place, timeout_s=rendezvous.timeout_s, device=device)
+        group = nccl(*place, timeout_s=rendezvous.timeout_s, device=device)
+        local = peers if rendezvous.local is None else rendezvous.local
+        together = set(peers) <= set(local)
+        found, reason = symmetric(group, rendezvous.store, name, device, one_machine=together)
+        if found is None:
+            logger.info("symmetric memory is not used between ranks %s: %s", name, reason)
+        return found or group
     raise ConfigError(f"no way to exchange tensors between {device.type} devices; use cpu or cuda")

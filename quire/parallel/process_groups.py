@@ -5,6 +5,7 @@ ranks find each other, under a prefix that names the group's generation, so that
 meets what is left of the one before. No objects travel, only tensors.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,15 +44,15 @@ class ProcessGroup:
         self._group, self._device, self._in_order = group, device, in_order
         self._pending: deque[tuple[Work, Tensor]] = deque()
 
-    def all_reduce(self, x: Tensor) -> None:
+    def all_reduce(self, x: Tensor) -> Tensor:
         if not (self._in_order and x.is_floating_point()):
             with _peers():
                 self._group.allreduce([x], AllreduceOptions()).wait()
-        elif x.nbytes <= ONE_ROUND_BYTES:
-            x.copy_(_added(self.all_gather(x.view(1, -1), 0)).view_as(x))
-        else:
-            even = pad(x.view(-1), (0, -x.numel() % self.size))
-            x.copy_(self.all_gather(self.reduce_scatter(even), 0)[: x.numel()].view_as(x))
+            return x
+        if x.nbytes <= ONE_ROUND_BYTES:
+            return x.copy_(_added(self.all_gather(x.view(1, -1), 0)).view_as(x))
+        even = pad(x.view(-1), (0, -x.numel() % self.size))
+        return x.copy_(self.all_gather(self.reduce_scatter(even), 0)[: x.numel()].view_as(x))
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         found = x.new_empty((self.size, *x.shape))
@@ -148,6 +149,7 @@ def nccl(
     """
     from torch.distributed import ProcessGroupNCCL  # only in builds for GPUs
 
+    os.environ["NCCL_NVLS_ENABLE"] = "0"  # no multicast, which can put GPUs that others share out of service
     options: Any = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)
     with _peers(), torch.cuda.device(device):

@@ -13,8 +13,9 @@ from quire.kernels.cpu.calls import Memory, record
 from quire.parallel.axis import Axis
 from quire.parallel.factory import Axes, Rendezvous, communicators
 from quire.parallel.mesh import SPANS, Mesh
-from quire.parallel.process_groups import ProcessGroup
+from quire.parallel.process_groups import ProcessGroup, nccl
 from quire.parallel.shared_memory import SLOT_BYTES, Segment, SharedMemory
+from quire.parallel.symmetric import symmetric
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64)
 MOVED = (*DTYPES, torch.float8_e4m3fn, torch.uint8, torch.bool)
@@ -33,7 +34,8 @@ def connect(rank: int, args: dict[str, Any], timeout_s: float = 30.0) -> tuple[M
 
 def tensor(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What a rank brings along; every rank can tell what the others do."""
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(1000 + rank)) * 100
+    chance = torch.Generator("cpu").manual_seed(1000 + rank)
+    numbers = (torch.randn(shape, generator=chance, device="cpu") * 100).to(torch.get_default_device())
     return numbers.bool() if dtype is torch.bool else numbers.to(dtype)
 
 
@@ -78,7 +80,6 @@ def sums(axis: Axis, peers: tuple[int, ...], number: int) -> None:
         wanted = added([tensor(p, (number, 3), dtype) for p in peers])
         x = tensor(peers[axis.rank], (number, 3), dtype)
         found = axis.all_reduce(x)
-        assert found is x
         assert found.dtype is dtype and torch.equal(found, wanted)
         all_alike(found, axis)
         across = tensor(peers[axis.rank], (number, 3), dtype).T
@@ -143,6 +144,40 @@ def neighbours(axis: Axis, peers: tuple[int, ...], number: int) -> None:
             found = axis.receive(torch.empty(shape), axis.rank - 1)
             assert torch.equal(found, tensor(peers[axis.rank - 1], shape, torch.float32))
     axis.barrier()
+
+
+def on_gpus(rank: int, args: dict[str, Any]) -> str:
+    """NCCL, and memory that GPUs map: all operations, and sums in a graph that is replayed."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    torch.set_default_device(device)
+    size = args["size"]
+    store = FileStore(args["store"], size)
+    ranks = tuple(range(size))
+    group = nccl(store, "1/tp", rank, size, timeout_s=60, device=device)
+    axes = [Axis(group)]
+    if size > 1:
+        fast, reason = symmetric(group, store, "1/tp", device, one_machine=True)
+        assert fast is not None, reason
+        axes.append(Axis(fast))
+    for axis in axes:
+        for number in (1, 7, 1000, 30_000, LARGE):
+            sums(axis, ranks, number)
+            moves(axis, ranks, number)
+        rows_to_all(axis, ranks)
+        nothing(axis)
+        neighbours(axis, ranks, LARGE)
+        for number in (64, 1 << 15, 1 << 18, 1 << 21):
+            x = torch.ones(number, dtype=torch.bfloat16)
+            axis.all_reduce(x.clone())
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                total = axis.all_reduce(x * 1)
+            for turn in range(3):
+                x.fill_(turn + rank)
+                graph.replay()
+                assert torch.equal(total, torch.full_like(x, sum(turn + r for r in ranks)))
+    return "well"
 
 
 def special(rank: int, args: dict[str, Any]) -> str:
