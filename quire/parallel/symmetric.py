@@ -37,10 +37,27 @@ def symmetric(
     """The same ranks with fast small sums; or None, on all of them, and one's reason."""
     devices = group.all_gather(torch.tensor([device.index], device=device), 0).tolist()
     reason = why_not(device, devices, one_machine=one_machine)
-    able = torch.tensor([int(reason is None)], device=device)
-    if int(group.all_reduce(able)) < group.size:
+    if not _all(group, reason is None, device):
         return None, reason or "another rank cannot"
-    return Symmetric(group, store, name, device), ""
+    try:
+        found = Symmetric(group, store, name, device)
+        reason = _error(found, device)
+    except RuntimeError as error:
+        reason = str(error)
+    return (found, "") if _all(group, reason is None, device) else (None, reason or "another rank cannot")
+
+
+def _all(group: ProcessGroup, able: bool, device: torch.device) -> bool:
+    return int(group.all_reduce(torch.tensor([int(able)], device=device))) == group.size
+
+
+def _error(found: "Symmetric", device: torch.device) -> str | None:
+    """What is wrong with sums of either kind, which are tried once."""
+    for num_bytes in (ONE_SHOT_BYTES, TWO_SHOT_BYTES):
+        mine = torch.full((num_bytes // 2,), found.rank + 1.0, dtype=torch.bfloat16, device=device)
+        if not (found.all_reduce(mine) == found.size * (found.size + 1) / 2).all():
+            return f"a sum of {num_bytes} bytes is wrong"
+    return None
 
 
 class Symmetric:
