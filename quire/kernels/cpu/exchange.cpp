@@ -30,7 +30,7 @@ constexpr int64_t PAGE_BYTES = 4096;
 constexpr int64_t PART_BYTES = 1 << 18;  // of a ring, after which the other rank may begin to read
 constexpr int64_t BLOCK = 8192;          // elements that one thread adds up
 constexpr int MOST_RANKS = 64;           // of a line, as in parallel/shared_memory.py
-constexpr int NUM_PAUSES = 100, NUM_YIELDS = 3000, SLEEP_NS = 50000;
+constexpr int NUM_PAUSES = 20, NUM_YIELDS = 3000, SLEEP_NS = 50000;
 
 // Arguments as calls.py lays them out.
 struct AllReduce {
