@@ -16,7 +16,9 @@ COMPOSITES = (  # Hugging Face's class names
     "Cohere2VisionForConditionalGeneration",
     "DeepseekOCRForCausalLM",
     "DeepseekOcr2ForConditionalGeneration",
+    "Emu3ForConditionalGeneration",
     "Exaone4_5_ForConditionalGeneration",
+    "FuyuForCausalLM",
     "Gemma3ForConditionalGeneration",
     "Gemma3nForConditionalGeneration",
     "Gemma4ForConditionalGeneration",
@@ -48,6 +50,7 @@ FAMILIES: Mapping[str, str] = {  # model_type of the network that computes text 
     "deepseek_ocr2_text": "deepseek.deepseek",
     "deepseek_v3": "deepseek.deepseek_v3",
     "deepseek_vl_v2": "deepseek.deepseek",
+    "emu3_text_model": "llama.emu3",
     "exaone4": "olmo.exaone4",
     "gemma3_text": "gemma.gemma3",
     "gemma3n_text": "gemma3n.gemma3n",
@@ -63,6 +66,7 @@ FAMILIES: Mapping[str, str] = {  # model_type of the network that computes text 
     "ministral3": "llama.ministral3",
     "mistral": "llama.mistral",
     "mistral4": "deepseek.mistral4",
+    "persimmon": "gpt.persimmon",
     "qwen2": "qwen.qwen2",
     "qwen2_5_vl": "qwen.qwen2",
     "qwen2_5_vl_text": "qwen.qwen2",
@@ -91,7 +95,7 @@ OTHERS = (
             ),
             *("projector", "qwen2_model", "sam_model", "view_seperator"),
             *("mm_projector", "multi_modal_projector", "vision_model", "vision_tower", "visual"),
-            *("vision_embedder", "visual_embeddings_table"),
+            *("vision_embed_tokens", "vision_embedder", "visual_embeddings_table", "vqmodel"),
         )
     )
     + r")\b"

@@ -31,11 +31,18 @@ CWM_SCALING = {
 }
 
 
-def llama(c: HF) -> tuple[Decoder, Names]:
-    norm = Norm(eps=c.number("rms_norm_eps"))
-    attn = attention(c, num_kv_heads=kv_heads(c), **biases(c))
+def llama(c: HF, theta: float = 10_000.0) -> tuple[Decoder, Names]:
+    """`theta` is that of configs that do not say."""
+    norm, rotary = Norm(eps=c.number("rms_norm_eps")), rope(c, head_dim(c), theta=theta)
+    attn = attention(c, num_kv_heads=kv_heads(c), rope=rotary, **biases(c))
     block = pre_norm(attn, mlp(c, bias=bool(c.mlp_bias)), norm)
     return decoder(c, block, norm), Names(renames=LLAMA)
+
+
+def emu3(c: HF) -> tuple[Decoder, Names]:
+    """Of a network that also draws, the text."""
+    c.count("num_key_value_heads")  # Hugging Face's default is that of one model
+    return llama(c, theta=1_000_000.0)
 
 
 def internlm3(c: HF) -> tuple[Decoder, Names]:

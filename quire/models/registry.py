@@ -38,6 +38,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "DeepseekV32ForCausalLM": "deepseek.deepseek_v32",
     "DeepseekV3ForCausalLM": "deepseek.deepseek_v3",
     "Dots1ForCausalLM": "deepseek.dots1",
+    "Emu3ForCausalLM": "llama.emu3",
     "Ernie4_5ForCausalLM": "llama.ernie",
     "Ernie4_5_MoeForCausalLM": "ernie.ernie_moe",
     "Exaone4ForCausalLM": "olmo.exaone4",

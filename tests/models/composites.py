@@ -52,6 +52,7 @@ SMALL = {  # of what sees or hears
     "fullatt_block_indexes": [0],
     "projector_output_dim": 32,
 }
+SMALL_VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "attn_resolutions": [1], "hidden_size": 32}
 SECTIONS = {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 500.0}
 HALF = SECTIONS | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
 UNIFIED = without(GEMMA4, "hidden_size_per_layer_input", "vocab_size_per_layer_input")
@@ -88,7 +89,7 @@ transformers.AutoModel.register(Eyes, Tower)
 class Composite:
     """`text` is the text's model_type and values; `whole` those of the config around it."""
 
-    name: str  # of classes: {}ForConditionalGeneration and {}Config
+    name: str  # of classes: {}ForConditionalGeneration, or {}{model}, and {}Config
     kind: str
     text: Mapping[str, Any]
     whole: Mapping[str, Any] = field(default_factory=dict)
@@ -99,6 +100,7 @@ class Composite:
         None  # the config of what sees, if Hugging Face's needs a library that is not installed
     )
 
+    model: str = "ForConditionalGeneration"
     id: str = ""  # where a class has several
 
     def __post_init__(self) -> None:
@@ -106,7 +108,7 @@ class Composite:
 
     @property
     def architecture(self) -> str:
-        return f"{self.name}ForConditionalGeneration"
+        return f"{self.name}{self.model}"
 
     @property
     def described(self) -> str:
@@ -131,7 +133,9 @@ CASES = (
     Composite("Cohere2Vision", "cohere2", GROUPED | LOCAL | {"logit_scale": 1.0}),
     Composite("DeepseekOcr2", "deepseek_ocr2_text", OCR),
     Composite("DeepseekOcr2", "deepseek_ocr2_text", OCR, is_flat=True, legacy=OCR_1, id="DeepseekOCR"),
+    Composite("Emu3", "emu3_text_model", GROUPED, {"vocabulary_map": {"<image>": 1}, "vq_config": SMALL_VQ}),
     Composite("Exaone4_5_", "exaone4", BASE | LOCAL),
+    Composite("Fuyu", "persimmon", PLAIN | theta(500.0, partial_rotary_factor=0.5), model="ForCausalLM"),
     Composite(
         "Gemma3",
         "gemma3_text",

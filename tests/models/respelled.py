@@ -184,6 +184,7 @@ RESPELLED = (
         OWN_BAILING,
         BAILING,
     ),
+    Case("Emu3", GROUPED | theta(500.0), config="Emu3TextConfig"),
     Case("BailingMoeLinearV2", BASE | RING),
     Case("BailingMoeLinearV2-rest", BASE | RING | {"num_hidden_layers": 5, "first_k_dense_replace": 0}),
     Case("BailingMoe", BASE | EXPERTS | {"num_shared_experts": 2, "use_qkv_bias": True, "rope_theta": 500.0}),
