@@ -14,7 +14,7 @@ from quire.parallel.axis import Axis
 from quire.parallel.factory import Axes, Rendezvous, communicators
 from quire.parallel.mesh import SPANS, Mesh
 from quire.parallel.process_groups import ProcessGroup, nccl
-from quire.parallel.shared_memory import SLOT_BYTES, Segment, SharedMemory
+from quire.parallel.shared_memory import RING_BYTES, SLOT_BYTES, Segment, SharedMemory
 from quire.parallel.symmetric import symmetric
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64)
@@ -144,6 +144,33 @@ def neighbours(axis: Axis, peers: tuple[int, ...], number: int) -> None:
             found = axis.receive(torch.empty(shape), axis.rank - 1)
             assert torch.equal(found, tensor(peers[axis.rank - 1], shape, torch.float32))
     axis.barrier()
+
+
+def around(rank: int, args: dict[str, Any]) -> str:
+    """More than a ring holds: both ranks write and read while it goes round, and what comes after it is whole."""
+    _, axes = connect(rank, args)
+    number = RING_BYTES // 8 * 3 // 2
+    for turn in range(2):
+        x = torch.arange(2 * number) * (rank + 1 + turn)
+        found = axes.tp.all_to_all(x, [number, number], [number, number])
+        mine = torch.arange(number) + rank * number
+        assert torch.equal(found, torch.cat([mine * (r + 1 + turn) for r in range(2)]))
+        small = torch.tensor([rank, turn])
+        assert axes.tp.all_to_all(small, [1, 1], [1, 1]).tolist() == [(0, turn)[rank], (1, turn)[rank]]
+    return "well"
+
+
+def two_machines(rank: int, args: dict[str, Any]) -> str:
+    """Ranks 0 and 1 share memory, and so do 2 and 3, but not with them: one axis goes through it, the other by gloo."""
+    mesh, here = Mesh(pp=2, tp=2), rank // 2
+    segment, local = args["other" if here else "segment"], (2 * here, 2 * here + 1)
+    rendezvous = Rendezvous(FileStore(args["store"], 4), timeout_s=30, segment=segment, local=local)
+    axes = communicators(mesh, rank, rendezvous, CPU)
+    assert type(axes.tp.communicator) is SharedMemory and axes.ep is axes.tp
+    assert type(axes.pp.communicator) is type(axes.world.communicator) is ProcessGroup
+    for name, axis in (("tp", axes.tp), ("pp", axes.pp), ("world", axes.world)):
+        sums(axis, mesh.peers(name, rank), 100)
+    return "well"
 
 
 def on_gpus(rank: int, args: dict[str, Any]) -> str:

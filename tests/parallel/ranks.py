@@ -24,7 +24,10 @@ class Ranks:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, name: str, size: int, **args: Any) -> list[str]:
-        """What each of `size` ranks said that did entry.name(rank, {"store", "segment", **args}); or how it ended."""
+        """What each of `size` ranks said that did entry.name(rank, args), or how it ended.
+
+        These arguments are given to them with their number, a store's file, and the descriptors of two segments.
+        """
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
         stdin.write(json.dumps([name, size, args]) + "\n")
@@ -51,10 +54,12 @@ def main(entry: str) -> None:
     for line in sys.stdin:
         name, size, args = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:
-            args |= {"store": f"{folder}/store", "segment": make_segment(), "size": size}
+            segments = [make_segment(), make_segment()]
+            args |= {"store": f"{folder}/store", "segment": segments[0], "other": segments[1], "size": size}
             watch = getattr(module, f"watch_{name}", None)
             found = run(getattr(module, name), args, watch)
-            os.close(args["segment"])
+            for segment in segments:
+                os.close(segment)
         print(json.dumps(found), flush=True)
 
 

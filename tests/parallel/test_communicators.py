@@ -44,8 +44,17 @@ def test_eight_ranks(ranks: Ranks, way: str, mesh: dict[str, int]) -> None:
     expect(ranks.run("exchange", 8, way=way, mesh=mesh, axes=["tp", "ep"], large=LARGE), "well")
 
 
+def test_large_exchanges(ranks: Ranks, way: str) -> None:
+    expect(ranks.run("around", 2, way=way, mesh={"tp": 2}), "well")
+
+
 def test_every_half(ranks: Ranks, way: str) -> None:
     expect(ranks.run("special", 2, way=way, mesh={"tp": 2}), "well")
+
+
+@pytest.mark.skipif(shared_memory.why_not(Mesh(tp=2)) is not None, reason="needs memory to share")
+def test_two_machines(ranks: Ranks) -> None:
+    expect(ranks.run("two_machines", 4), "well")
 
 
 @pytest.mark.skipif(shared_memory.why_not(Mesh(tp=2)) is not None, reason="needs memory to share")
