@@ -43,6 +43,7 @@ NAMES = (  # every way to share a layer out, and every mixer that cannot be
         "FalconH1",
         "Mamba",
         "MiniMax",
+        "BailingMoeLinearV2",
         "RecurrentGemma",
     ),
 )
