@@ -8,6 +8,8 @@ from typing import Any
 
 from quire.errors import ConfigError
 
+MAX_GROUPS = 64
+
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
     """A field with its documentation; the command line and the docs are generated from these."""
@@ -77,7 +79,14 @@ class Config:
         "How attention over the paged cache is computed.",
         choices=("auto", "cpu", "triton", "reference"),
     )
-    num_threads: int | None = option(None, "CPU threads for tensor work; None takes one per physical core.")
+    num_threads: int | None = option(
+        None, "CPU threads for tensor work, of each engine group; None takes one per physical core in all."
+    )
+    data_parallel_size: int = option(
+        1,
+        "Engine groups with the whole network and a cache each, among which quire serve divides requests; on a CPU. The"
+        " machine's cores and memory are shared out among them.",
+    )
     max_model_len: int | None = option(None, "Most tokens of a request, prompt and output together.")
     max_num_seqs: int | None = option(None, "Most sequences that run at once.")
     max_num_batched_tokens: int | None = option(None, "Most tokens that one step computes.")
@@ -120,6 +129,15 @@ class Config:
         self._at_least("max_num_seqs", 1)
         self._at_least("max_num_batched_tokens", 1)
         self._at_least("num_threads", 1)
+        self._at_least("data_parallel_size", 1)
+        if self.data_parallel_size > MAX_GROUPS:
+            raise ConfigError(
+                f"data_parallel_size is {self.data_parallel_size}; it must be at most {MAX_GROUPS}"
+            )
+        if self.data_parallel_size > 1 and self.trace_file is not None:
+            raise ConfigError(
+                "trace_file records one engine group; leave it out, or set data_parallel_size to 1"
+            )
         self._at_least("block_size", 1)
         self._at_least("kv_cache_memory_bytes", 1)
         self._at_least("max_token_gap_ms", 0)

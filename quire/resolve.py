@@ -73,6 +73,15 @@ class Machine:
     block_size: int  # what the attention backend prefers
     asynchronous: bool  # the device computes while the host goes on
 
+    def part(self, num_groups: int) -> "Machine":
+        """What one of several engine groups may have of it."""
+        return dataclasses.replace(
+            self,
+            total_bytes=self.total_bytes // num_groups,
+            available_bytes=self.available_bytes // num_groups,
+            num_cores=max(self.num_cores // num_groups, 1),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:

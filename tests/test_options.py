@@ -34,6 +34,7 @@ OPTIONS = {
     "kv_cache_dtype",
     "attention_backend",
     "num_threads",
+    "data_parallel_size",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",

@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
 
     import uvloop
 
-    from quire.engine.keeper import Keeper
+    from quire.engine.groups import keeper_of
     from quire.engine.metrics import Metrics
     from quire.engine.remote import RemoteEngine
     from quire.server.auth import admission_of
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
 
         if several:
             metrics = Metrics(config.model, log_stats=not config.disable_log_stats)
-            keeper = Keeper(config, metrics, admission=admission)
+            keeper = keeper_of(config, metrics, admission=admission)
             return runner.run(serve_several(keeper, config, settings, listeners, announce))
         engine = RemoteEngine(config, admission=admission)
 

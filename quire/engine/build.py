@@ -107,7 +107,12 @@ def build_core(
     road = take_road(raw, config)
     spec = road.spec
     platform = detect(config.device)
-    machine, stored = machine_of(platform), dtype_of(raw)
+    if config.data_parallel_size > 1 and platform.name != "cpu":
+        raise ConfigError(
+            f"data_parallel_size is {config.data_parallel_size}, and all groups would be at one {platform.name} device;"
+            " start a server for each device (CUDA_VISIBLE_DEVICES), and quire router in front of them"
+        )
+    machine, stored = machine_of(platform).part(config.data_parallel_size), dtype_of(raw)
     backend = _backend(config, platform, resolve_dtype(config, stored, machine)[0])
     machine = dataclasses.replace(machine, block_size=backend.block_size)
     resolved = resolve(config, spec, machine, checkpoint_dtype=stored, offline=offline)

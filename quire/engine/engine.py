@@ -8,7 +8,7 @@ from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestState
 from quire.engine.requests import Requests
 from quire.engine.text import read_text
-from quire.errors import EngineDead, QuireError
+from quire.errors import ConfigError, EngineDead, QuireError
 from quire.types import Request, RequestOutput
 
 
@@ -20,6 +20,11 @@ class Engine:
     """
 
     def __init__(self, config: Config, *, offline: bool, clock: Callable[[], float] = time.monotonic):
+        if config.data_parallel_size > 1:
+            raise ConfigError(
+                f"data_parallel_size is {config.data_parallel_size}, and in the caller's process there is one engine;"
+                " leave it out, or use quire serve"
+            )
         text = read_text(config)  # first: what is wrong with it shows before torch and the weights are loaded
         from quire.engine.build import build
 

@@ -89,10 +89,12 @@ class Families(Collector):
 
     Attributes:
         shared: labels of all families that do not say otherwise; may be changed at any time.
+        others: whose samples are read with these, under the same names.
     """
 
     def __init__(self, shared: Mapping[str, str]):
         self.shared = dict(shared)
+        self.others: list[Families] = []
         self._found: dict[str, tuple[Family, frozenset[str] | None]] = {}
 
     def counter(self, name: str, help: str, *labels: str, only: frozenset[str] | None = None) -> Family:
@@ -116,9 +118,17 @@ class Families(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """See `prometheus_client.registry.Collector`."""
-        for family, only in list(self._found.values()):
-            shared = {k: v for k, v in self.shared.items() if only is None or k in only}
-            yield family.read(shared)
+        for name in list(self._found):
+            metric = self.read(name)
+            for other in self.others:
+                if name in other._found:
+                    metric.samples += other.read(name).samples
+            yield metric
+
+    def read(self, name: str) -> Metric:
+        """One family, as prometheus_client has it."""
+        family, only = self._found[name]
+        return family.read({k: v for k, v in self.shared.items() if only is None or k in only})
 
     def _family(self, family: Family, only: frozenset[str] | None) -> Family:
         return self._found.setdefault(family.name, (family, only))[0]

@@ -39,6 +39,13 @@ class Entry:
         pairs = zip(self.outputs, self.marks, strict=True)
         return all(tokens is None or len(tokens) >= mark for tokens, mark in pairs)
 
+    def resumed(self) -> Submission:
+        """The request as it goes on from here."""
+        if not any(tokens is None or tokens for tokens in self.outputs):
+            return self.submission
+        outputs = tuple(None if tokens is None else tuple(tokens) for tokens in self.outputs)
+        return dataclasses.replace(self.submission, outputs=outputs)
+
 
 class Journal:
     """Open requests by id, in order of arrival."""
@@ -129,16 +136,19 @@ class Journal:
         self.unsent = dict.fromkeys(self.entries)
         return failed
 
+    def surrender(self) -> list[Submission]:
+        """Let go of all requests; as somebody else can go on with them."""
+        found = [entry.resumed() for entry in self.entries.values()]
+        for submission in found:
+            self.end(submission.request_id)
+        return found
+
     def _send(self, name: str) -> Submission:
         entry = self.entries[name]
         del self.unsent[name]
         self.num_replays += entry.num_sent > 0
         entry.sent, entry.num_sent = True, entry.num_sent + 1
-        submission = entry.submission
-        if any(tokens is None or tokens for tokens in entry.outputs):
-            outputs = tuple(None if tokens is None else tuple(tokens) for tokens in entry.outputs)
-            submission = dataclasses.replace(submission, outputs=outputs)
-        return submission
+        return entry.resumed()
 
     def _try(self, name: str) -> Submission:
         """Cut off where it is beyond: so the engine lets go of it by itself, and nothing of it is on its way then."""

@@ -7,13 +7,13 @@ refused, which are suspected of killing the group is decided here, for all front
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from quire.config import Config
-from quire.engine.admission import Admission
+from quire.engine.admission import Saturation
 from quire.engine.events import Submission, TokenEvent
-from quire.engine.journal import Journal
+from quire.engine.journal import Entry, Journal
 from quire.engine.metrics import Metrics, StepStats
 from quire.engine.service import Status
 from quire.engine.supervisor import GROUP, HANG_S, Supervisor
@@ -34,8 +34,13 @@ class Client(Protocol):
 class Keeping(Protocol):
     """What a client has of a keeper, wherever that runs."""
 
-    status: Status
-    dead: EngineDead | None
+    @property
+    def status(self) -> Status: ...
+
+    @property
+    def dead(self) -> EngineDead | None:
+        """Why there is no engine, and will be none."""
+
     prefix: str  # what the names of the client's requests begin with, so that no two clients' meet
 
     async def start(self) -> Facts:
@@ -56,6 +61,67 @@ class Keeping(Protocol):
         """Fail what is open, and let go of everything."""
 
 
+class Keepers(Keeping, Protocol):
+    """What the main process has of a keeper besides: of one engine group, or of several."""
+
+    metrics: Metrics
+    clock: Callable[[], float]
+    changed: asyncio.Event  # set whenever the status of a group changes; whoever waits clears it
+
+    def cancel(self, label: str, error: QuireError) -> int:
+        """Fail the requests of the call that users call so; returns how many there were."""
+
+    def reset_prefix_cache(self) -> None:
+        """Requests that come from now on find nothing of what was computed before."""
+
+    def replace(self) -> bool:
+        """Replace the engine's processes; requests go on in the next ones. False: none is ready for that."""
+
+    def forget(self, client: Client) -> None:
+        """A client is gone, and wants nothing any more."""
+
+    def entries(self) -> Iterator[tuple[str, Entry, bool]]:
+        """Open requests: name, what is known, and whether it takes part in the latest step."""
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Of `Config`, as they were resolved."""
+
+    @property
+    def pids(self) -> list[int]:
+        """The engine's processes."""
+
+    @property
+    def num_restarts(self) -> int:
+        """How many times a process was replaced."""
+
+    @property
+    def num_replayed(self) -> int:
+        """How many times a request went on in a new process."""
+
+
+class Admits(Protocol):
+    """What a keeper needs of `Admission`."""
+
+    def admit(
+        self, name: str, tenant: str, num_prompt_tokens: int, num_sequences: int, now: float
+    ) -> None: ...
+
+    def entered(self, name: str, now: float) -> None: ...
+
+    def generated(self, name: str, num_tokens: int = 1) -> None: ...
+
+    def left(self, name: str, now: float) -> None: ...
+
+    def computed(self, stats: StepStats, now: float) -> None: ...
+
+    def restarted(self, now: float) -> None: ...
+
+    def share(self, tenant: str) -> float: ...
+
+    def saturation(self, now: float) -> Saturation: ...
+
+
 class Keeper:
     """One engine group for many clients. All calls come from one event loop; `start` comes first.
 
@@ -65,6 +131,8 @@ class Keeper:
         admission: refuses requests that would wait for too long; None refuses nobody.
         hang_s: how long the process may be silent before it counts as hung; more if its steps take long.
         entry: a module whose `main(socket)` is the life of that process.
+        changed: of all groups, if there are others.
+        abandon: told when there will be no process any more, and before requests fail of it; they may be surrendered.
     """
 
     prefix = ""
@@ -74,19 +142,21 @@ class Keeper:
         config: Config,
         metrics: Metrics,
         *,
-        admission: Admission | None = None,
+        admission: Admits | None = None,
         hang_s: float = HANG_S,
         entry: str = GROUP,
         clock: Callable[[], float] = time.monotonic,
+        changed: asyncio.Event | None = None,
+        abandon: Callable[[], None] | None = None,
     ):
-        self.metrics, self.admission, self.clock = metrics, admission, clock
+        self.metrics, self.admission, self.clock, self.abandon = metrics, admission, clock, abandon
         self.journal = Journal()
         self.clients: dict[str, Client] = {}  # by the name of an open request
         options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         self.supervisor = Supervisor(options, self, hang_s=hang_s, entry=entry, clock=clock)
         self.status, self.replacing = Status.STARTING, False
         self.dead: EngineDead | None = None
-        self.changed = asyncio.Event()  # set whenever `status` changes; whoever waits clears it
+        self.changed = changed or asyncio.Event()
 
     async def start(self) -> Facts:
         """See `Keeping`."""
@@ -108,10 +178,13 @@ class Keeper:
                 self.metrics.rejected(error.reason)
                 return client.failed(name, error)
             submission = dataclasses.replace(submission, share=self.admission.share(tenant))
-        self.clients[name] = client
+        return self.adopt(submission, client)
+
+    def adopt(self, submission: Submission, client: Client) -> None:
+        """As `add`, of a request that was admitted already."""
+        self.clients[submission.request_id] = client
         self.journal.add(submission, self.clock())
         self._send_due()
-        return None
 
     def abort(self, name: str, index: int | None = None) -> None:
         """See `Keeping`."""
@@ -121,7 +194,7 @@ class Keeper:
             self._send_due()
 
     def cancel(self, label: str, error: QuireError) -> int:
-        """Fail the requests of the call that users call so; returns how many there were."""
+        """See `Keepers`."""
         found = [n for n, e in self.journal.entries.items() if label in _labels(e.submission.label)]
         for name in found:
             self.supervisor.send(Abort(name))
@@ -130,11 +203,11 @@ class Keeper:
         return len(found)
 
     def reset_prefix_cache(self) -> None:
-        """Requests that come from now on find nothing of what was computed before."""
+        """See `Keepers`."""
         self.supervisor.send(Reset())  # while there is no process, there is no cache
 
     def replace(self) -> bool:
-        """Replace the engine's process; its requests go on in the next. False: it is not ready for that."""
+        """See `Keepers`."""
         if self.status is not Status.READY:
             return False
         self.replacing = True
@@ -143,7 +216,7 @@ class Keeper:
         return True
 
     def forget(self, client: Client) -> None:
-        """A client is gone, and wants nothing any more."""
+        """See `Keepers`."""
         for name in [name for name, owner in self.clients.items() if owner is client]:
             self.abort(name)
 
@@ -152,14 +225,33 @@ class Keeper:
         self.gave_up(error)
         self.supervisor.kill()
 
+    def entries(self) -> Iterator[tuple[str, Entry, bool]]:
+        """See `Keepers`."""
+        return ((name, entry, name in self.journal.batch) for name, entry in self.journal.entries.items())
+
+    def surrender(self) -> list[Submission]:
+        """Let go of all requests, with what they have, for another keeper to adopt; nobody is told."""
+        self.clients.clear()
+        return self.journal.surrender()
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """See `Keepers`."""
+        return self.supervisor.options
+
+    @property
+    def pids(self) -> list[int]:
+        """See `Keepers`."""
+        return [self.supervisor.pid]
+
     @property
     def num_restarts(self) -> int:
-        """How many times the process was replaced."""
+        """See `Keepers`."""
         return self.supervisor.num_restarts
 
     @property
     def num_replayed(self) -> int:
-        """How many times a request went on in a new process."""
+        """See `Keepers`."""
         return self.journal.num_replays
 
     def heard(self, messages: Sequence[Message]) -> bool:
@@ -215,6 +307,8 @@ class Keeper:
         """See `Owner`: nothing can go on."""
         self.dead = self.dead or error
         self._turn(Status.DEAD)
+        if self.abandon is not None:
+            self.abandon()
         for name in list(self.clients):
             self._fail(name, error)
 

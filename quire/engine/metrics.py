@@ -5,7 +5,7 @@ are different processes, each with a `Metrics` of its own, and a scrape adds the
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Metric
@@ -111,6 +111,12 @@ class StepStats:
 NOTHING = StepStats(*[0] * 8)
 
 
+def added(stats: Iterable[StepStats]) -> StepStats:
+    """How several engines stand together."""
+    rows = [dataclasses.astuple(each) for each in stats]
+    return StepStats(*map(sum, zip(*rows, strict=True))) if rows else NOTHING
+
+
 class Metrics:
     """Observes steps and requests; `snapshot` reads everything back.
 
@@ -119,21 +125,32 @@ class Metrics:
         families: by name; whoever has more to count adds families of its own.
         requests: what happens to requests.
         totals: the latest step's.
+        engines: those of all engine groups, this one's first.
         num_cache_tokens: that the KV cache holds; 0 if nobody said.
     """
 
-    def __init__(self, model: str, *, log_stats: bool):
-        self.registry, self.log_stats = CollectorRegistry(), log_stats
-        self.families = Families({"model_name": model, "engine": "0"})
-        self.registry.register(self.families)
-        self.requests = RequestCounts(self.families)
+    def __init__(self, model: str, *, log_stats: bool, first: "Metrics | None" = None):
+        """`first`: those of the first engine group, if this is about steps of another one."""
+        self.log_stats = log_stats
+        number = 0 if first is None else len(first.engines)
+        self.families = Families({"model_name": model, "engine": str(number)})
         self.steps = StepCounts(self.families)
+        self.engines: list[Metrics] = [self]
+        if first is None:
+            self.registry, self.requests = CollectorRegistry(), RequestCounts(self.families)
+            self.registry.register(self.families)
+        else:
+            self.registry, self.requests = first.registry, first.requests
+            self.steps.saturation, self.steps.rejections = first.steps.saturation, first.steps.rejections
+            first.families.others.append(self.families)
+            first.engines.append(self)
         self.totals, self.window = NOTHING, Window()
         self.num_cache_tokens = 0
 
     def rename(self, model: str) -> None:
         """The name under which the model is served."""
-        self.families.shared["model_name"] = model
+        for each in self.engines:
+            each.families.shared["model_name"] = model
 
     def step(self, stats: StepStats, now: float) -> None:
         """Observe one step."""

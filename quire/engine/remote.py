@@ -17,8 +17,9 @@ from quire.config import Config
 from quire.engine.admission import Admission
 from quire.engine.calls import Calls
 from quire.engine.events import TokenEvent
+from quire.engine.groups import keeper_of
 from quire.engine.inputs import InputProcessor
-from quire.engine.keeper import Keeper, Keeping
+from quire.engine.keeper import Keeping
 from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestState
 from quire.engine.requests import Requests
@@ -79,7 +80,7 @@ class RemoteEngine:
         self.metrics = Metrics(config.model, log_stats=not config.disable_log_stats)
         self.readers: dict[str, Reader] = {}  # by name, which no two requests ever share
         self.numbers = itertools.count()
-        self.keeper: Keeping = keeper or Keeper(
+        self.keeper: Keeping = keeper or keeper_of(
             config, self.metrics, admission=admission, hang_s=hang_s, entry=entry, clock=clock
         )
         self.started = False

@@ -154,14 +154,22 @@ class Router:
         piece_tokens: that a piece of a prompt has.
         capacity: pieces that a replica is taken to have cached.
         most_s: the longest wait that a request may be expected to have.
+        waits: a request may wait at a replica that is down, if none is up.
     """
 
     def __init__(
-        self, names: Sequence[str], *, piece_tokens: int, capacity: int, most_s: float = 30.0, seed: int = 0
+        self,
+        names: Sequence[str],
+        *,
+        piece_tokens: int,
+        capacity: int,
+        most_s: float = 30.0,
+        waits: bool = False,
+        seed: int = 0,
     ):
         self.replicas = [Replica(name) for name in names]
         self.index = Index(len(names), capacity)
-        self.piece_tokens, self.most_s = piece_tokens, most_s
+        self.piece_tokens, self.most_s, self.waits = piece_tokens, most_s, waits
         self.chance = random.Random(seed)
         self.retries = RETRY_RESERVE
         self.num_cached_tokens = self.num_prompt_tokens = 0
@@ -181,6 +189,8 @@ class Router:
             Overloaded: nobody takes requests (reason `no_replica`), or all would take too long.
         """
         able = [i for i, r in enumerate(self.replicas) if self._allows(r, now) and i not in without]
+        if not able and self.waits:
+            able = [i for i, r in enumerate(self.replicas) if r.state is State.DOWN]
         if not able:
             raise self._nobody(now)
         hits = self.index.hits(chain)

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire import __version__
 from quire.engine.journal import Entry
-from quire.engine.keeper import Keeper
+from quire.engine.keeper import Keepers
 from quire.errors import ConfigError, QuireError, RequestCancelled
 from quire.log import LEVELS, logger
 from quire.server.errors import ApiError, error_of
@@ -69,18 +69,18 @@ class Control:
         stop: begins to drain, as the first SIGTERM does; False if the server stops already.
     """
 
-    def __init__(self, keeper: Keeper, settings: ServerSettings, stop: Callable[[], bool]):
+    def __init__(self, keeper: Keepers, settings: ServerSettings, stop: Callable[[], bool]):
         self.keeper, self.settings, self.stop = keeper, settings, stop
         self.begin_s = time.monotonic()
 
     def requests(self) -> Iterator[dict[str, Any]]:
         """Every open request, the oldest first."""
-        now, journal = self.keeper.clock(), self.keeper.journal
-        for name, entry in journal.entries.items():
+        now = self.keeper.clock()
+        for name, entry, is_running in self.keeper.entries():
             yield {
                 "id": entry.submission.label or name,
                 "tenant": entry.submission.tenant,
-                "state": self._state(name, entry),
+                "state": _state(entry, is_running),
                 "prompt_tokens": len(entry.submission.prompt_token_ids),
                 "tokens": sum(len(tokens) for tokens in entry.outputs if tokens),
                 "age_s": round(now - entry.added_s, 3),
@@ -96,19 +96,20 @@ class Control:
             "status": self.keeper.status.value,
             "uptime_s": round(time.monotonic() - self.begin_s, 3),
             "pid": os.getpid(),
-            "engine_pid": self.keeper.supervisor.pid,
-            "num_requests": len(self.keeper.journal.entries),
+            "engine_pids": self.keeper.pids,
+            "num_requests": sum(1 for _ in self.keeper.entries()),
             "num_restarts": self.keeper.num_restarts,
             "num_replays": self.keeper.num_replayed,
             "server_options": settings,
-            "engine_options": dict(self.keeper.supervisor.options),
+            "engine_options": dict(self.keeper.options),
         }
 
-    def _state(self, name: str, entry: Entry) -> str:
-        """running: in the latest step; queued: the engine has it; waiting: it does not, or there is none."""
-        if not entry.sent:
-            return "waiting"
-        return "running" if name in self.keeper.journal.batch else "queued"
+
+def _state(entry: Entry, is_running: bool) -> str:
+    """running: in the latest step; queued: the engine has it; waiting: it does not, or there is none."""
+    if not entry.sent:
+        return "waiting"
+    return "running" if is_running else "queued"
 
 
 def admin_app(control: Control) -> ASGIApp:

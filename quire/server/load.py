@@ -5,7 +5,7 @@ from typing import Self
 
 from prometheus_client.registry import Collector
 
-from quire.engine.metrics import Metrics
+from quire.engine.metrics import Metrics, added
 
 HEADER = "x-engine-load"
 GAUGES = {
@@ -55,22 +55,23 @@ class Load:
     @classmethod
     def of(cls, metrics: Metrics) -> Self | None:
         """An engine's, if its steps are observed here; no number that another process has."""
-        totals = metrics.totals
+        totals = added(each.totals for each in metrics.engines)
         if not totals.num_blocks:
             return None
         queued = int(metrics.steps.saturation["tokens"].value)
-        use = totals.used_blocks / totals.num_blocks
-        return cls(queued, totals.num_running, round(use, 4), metrics.num_cache_tokens)
+        tokens = sum(each.num_cache_tokens for each in metrics.engines)
+        return cls(queued, totals.num_running, round(totals.used_blocks / totals.num_blocks, 4), tokens)
 
     @classmethod
     def collected(cls, collector: Collector) -> Self:
         """That of all engines whose metrics these are."""
-        sums, tokens = dict.fromkeys(GAUGES.values(), 0.0), 0
+        sums, tokens, num_engines = dict.fromkeys(GAUGES.values(), 0.0), 0, 0
         for metric in collector.collect():
             for sample in metric.samples:
                 if sample.name in sums:
                     sums[sample.name] += sample.value
                 elif sample.name == FACTS:
                     tokens += int(sample.labels["block_size"]) * int(sample.labels["num_gpu_blocks"])
+                    num_engines += 1
         queued, running, use = (sums[name] for name in GAUGES.values())
-        return cls(int(queued), int(running), round(use, 4), tokens)
+        return cls(int(queued), int(running), round(use / max(num_engines, 1), 4), tokens)

@@ -9,7 +9,8 @@ from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Protocol
 
 from quire.config import Config
-from quire.engine.keeper import Keeper, Keeping
+from quire.engine.groups import Groups
+from quire.engine.keeper import Keeper, Keepers, Keeping
 from quire.engine.remote import RemoteEngine
 from quire.engine.service import Service, Status
 from quire.engine.wire import Facts
@@ -155,7 +156,7 @@ class Several:
     """HTTP and text in processes of their own; here are the requests and the engine."""
 
     def __init__(
-        self, keeper: Keeper, config: Config, settings: ServerSettings, listeners: Sequence[socket.socket]
+        self, keeper: Keepers, config: Config, settings: ServerSettings, listeners: Sequence[socket.socket]
     ):
         of_server(keeper.metrics, settings)
         self.keeper, self.workers = keeper, Workers(keeper, config, settings, listeners)
@@ -194,7 +195,7 @@ async def serve(
 
 
 async def serve_several(
-    keeper: Keeper,
+    keeper: Keepers,
     config: Config,
     settings: ServerSettings,
     listeners: Sequence[socket.socket],
@@ -221,7 +222,7 @@ async def _serve(
     signals = Signals()
     try:
         async with AsyncExitStack() as stack:
-            if isinstance(keeper, Keeper):
+            if isinstance(keeper, Keeper | Groups):
                 await stack.enter_async_context(administered(Control(keeper, settings, signals.ask)))
             return await run_site(make(), signals, settings.drain_timeout, announce)
     finally:

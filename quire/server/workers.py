@@ -19,7 +19,7 @@ import msgspec
 
 from quire.config import Config
 from quire.engine.events import TokenEvent
-from quire.engine.keeper import Keeper
+from quire.engine.keeper import Keepers
 from quire.engine.link import Link
 from quire.engine.merge import kept, merged, samples_of
 from quire.engine.nursery import Nursery
@@ -154,7 +154,7 @@ class Workers:
 
     def __init__(
         self,
-        keeper: Keeper,
+        keeper: Keepers,
         config: Config,
         settings: ServerSettings,
         listeners: Sequence[socket.socket],
