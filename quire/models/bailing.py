@@ -39,7 +39,7 @@ def bailing_moe_v2(c: HF) -> tuple[Decoder, Names]:
 
 
 def bailing_moe_linear_v2(c: HF) -> tuple[Decoder, Names]:
-    """Ring-linear: Ring 2 with lightning attention in all but the last of each group of layers (Han et al. 2025)."""
+    """Ring-linear: Ring 2 with lightning attention in all but the last of each group of layers."""
     c.refuse_if_set("use_qkv_bias", "use_bias", "linear_silu", "use_linear_silu")
     c.refuse(not c.use_qk_norm, "use_qk_norm=false")
     c.refuse(not c.get("linear_rope", True), "linear_rope=false")

@@ -307,7 +307,10 @@ class RingLayer(BailingLayer):
 
 
 class BailingMoeLinearV2ForCausalLM(Network):
-    """Ring-linear, from inclusionAI's report (Han et al. 2025) and their modeling_bailing_moe_linear_v2.py."""
+    """Ring-linear (inclusionAI 2025), from what engines that serve it compute and quote of its authors' code.
+
+    These differ in the decays: here they are those that are quoted, in which layers count from minus one.
+    """
 
     config_class = BailingMoeLinearV2Config
     embedding = "word_embeddings"
