@@ -45,11 +45,11 @@ class Axes(NamedTuple):
     mlp: Axis = Axis()
 
 
-def mixer(s: spec.Mixer | None, build: Build, axis: Axis) -> Any:
+def mixer(s: spec.Mixer | None, build: Build, axis: Axis | None = None) -> Any:
     """The layer that computes it: `load`, `heads`, and `out`, the product that follows `heads`."""
     if s is None:
         return None
-    return MIXERS[type(s)](s, build) if axis.size == 1 else MIXERS[type(s)](s, build, axis)
+    return MIXERS[type(s)](s, build, axis) if axis and axis.size > 1 else MIXERS[type(s)](s, build)
 
 
 def feed_forward(s: spec.MLP | spec.MoE | None, build: Build, axis: Axis) -> MLP | MoE | None:
