@@ -295,8 +295,9 @@ def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platfor
     where = platform.name
     if where == "cpu":
         where += f" ({config.num_threads} threads, {platform.num_nodes} memory node{'s' * (platform.num_nodes > 1)})"
+    groups = "" if (n := config.data_parallel_size) == 1 else f"{n} engine groups, each with "
     return (
-        f"{len(cache_shapes(spec))} layers in {config.dtype}{quantized} on {where}, attention {backend.name}, weights"
-        f" {memory.weight_bytes / gib:.2f} GiB, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB ="
+        f"{groups}{len(cache_shapes(spec))} layers in {config.dtype}{quantized} on {where}, attention {backend.name},"
+        f" weights {memory.weight_bytes / gib:.2f} GiB, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB ="
         f" {num_tokens} tokens ({num_requests} requests of {length})" + (kept if memory.state_bytes else "")
     )

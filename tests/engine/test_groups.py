@@ -97,6 +97,7 @@ def expected() -> list[list[int]]:
 def test_two_groups_say_what_one_says_and_share_the_work(expected: list[list[int]]) -> None:
     async def work() -> None:
         async with running() as site:
+            assert site.engine.facts.summary.startswith("2 engine groups, each with 8 layers")
             tasks = site.streams()
             await site.until(lambda: len(site.pieces) == NUM)
             assert min(map(len, site.places().values())) >= 2
