@@ -9,6 +9,7 @@ from typing import Any
 from quire.errors import ConfigError
 
 MAX_GROUPS = 64
+MAX_RANKS = 64  # of a group
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -80,7 +81,14 @@ class Config:
         choices=("auto", "cpu", "triton", "reference"),
     )
     num_threads: int | None = option(
-        None, "CPU threads for tensor work, of each engine group; None takes one per physical core in all."
+        None,
+        "CPU threads for tensor work, of each engine group, whose ranks share them; None takes one per physical core in"
+        " all.",
+    )
+    tensor_parallel_size: int = option(
+        1,
+        "Processes (ranks) of an engine group that compute the network together: each has its part of every layer's"
+        " weights and of the cache, and a GPU of its own or its share of the CPU's cores and memory.",
     )
     data_parallel_size: int = option(
         1,
@@ -102,7 +110,9 @@ class Config:
     gpu_memory_utilization: float = option(
         0.9, "Share of the device's memory (RAM on a CPU) that weights, cache and work space may fill."
     )
-    kv_cache_memory_bytes: int | None = option(None, "Bytes of the KV cache; replaces the share above.")
+    kv_cache_memory_bytes: int | None = option(
+        None, "Bytes of the KV cache, of each rank; replaces the share above."
+    )
     block_size: int | None = option(None, "Tokens of a KV block; None is the attention backend's choice.")
     enable_prefix_caching: bool = option(
         True, "Keep the KV of finished requests for prompts that begin alike."
@@ -130,10 +140,9 @@ class Config:
         self._at_least("max_num_batched_tokens", 1)
         self._at_least("num_threads", 1)
         self._at_least("data_parallel_size", 1)
-        if self.data_parallel_size > MAX_GROUPS:
-            raise ConfigError(
-                f"data_parallel_size is {self.data_parallel_size}; it must be at most {MAX_GROUPS}"
-            )
+        self._at_least("tensor_parallel_size", 1)
+        self._at_most("data_parallel_size", MAX_GROUPS)
+        self._at_most("tensor_parallel_size", MAX_RANKS)
         if self.data_parallel_size > 1 and self.trace_file is not None:
             raise ConfigError(
                 "trace_file records one engine group; leave it out, or set data_parallel_size to 1"
@@ -153,6 +162,10 @@ class Config:
             return
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
             raise ConfigError(f"{name} is {value!r}; it must be at least {low}")
+
+    def _at_most(self, name: str, high: int) -> None:
+        if (value := getattr(self, name)) > high:
+            raise ConfigError(f"{name} is {value}; it must be at most {high}")
 
     @classmethod
     def of(cls, **options: Any) -> "Config":

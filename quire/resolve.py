@@ -11,6 +11,7 @@ from quire.attention.states import state_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import layer_dims, num_parameters, parameter_shapes
+from quire.models.shard import shard
 from quire.models.spec import (
     MLP,
     RGLRU,
@@ -73,19 +74,19 @@ class Machine:
     block_size: int  # what the attention backend prefers
     asynchronous: bool  # the device computes while the host goes on
 
-    def part(self, num_groups: int) -> "Machine":
-        """What one of several engine groups may have of it."""
+    def part(self, num_parts: int) -> "Machine":
+        """What one of several engine groups, or ranks, may have of it."""
         return dataclasses.replace(
             self,
-            total_bytes=self.total_bytes // num_groups,
-            available_bytes=self.available_bytes // num_groups,
-            num_cores=max(self.num_cores // num_groups, 1),
+            total_bytes=self.total_bytes // num_parts,
+            available_bytes=self.available_bytes // num_parts,
+            num_cores=max(self.num_cores // num_parts, 1),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Where the memory goes, in bytes."""
+    """Where the memory of a rank goes, in bytes."""
 
     weight_bytes: int
     work_bytes: int
@@ -147,12 +148,14 @@ def resolve(
     length = _length(config, spec)
     if config.quantization != "auto":
         _check_quantization(config, dtype, machine)
-    weights = _weight_bytes(spec, ITEM_BYTES[dtype], BITS.get(config.quantization))
-    work = _work_bytes(spec, batched, min(max_seqs, batched), length) + _choice_bytes(spec, batched, length)
-    layout = cache_layout(spec, block_size, ITEM_BYTES[dtype], _quantizes_cache(config, machine), length)
+    part, own = _part(config, spec, machine)
+    weights = _weight_bytes(part, ITEM_BYTES[dtype], BITS.get(config.quantization))
+    work = _work_bytes(part, spec.vocab_size, batched, min(max_seqs, batched), length)
+    work += _choice_bytes(spec, batched, length)
+    layout = cache_layout(part, block_size, ITEM_BYTES[dtype], _quantizes_cache(config, machine), length)
     request = Extent(layout.near, block_size, batched)
-    budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, machine, weights, work)
-    per_state = state_bytes(spec, ITEM_BYTES[dtype])
+    budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, own, weights, work)
+    per_state = state_bytes(part, ITEM_BYTES[dtype])
     max_seqs, num_states = _states(config, per_state, budget, max_seqs)
     of_states = (max_seqs + 1 + num_states) * per_state if per_state else 0
     wanted = max_seqs * request.num_blocks(length) + (SPARE_BLOCKS if config.enable_prefix_caching else 0)
@@ -181,6 +184,13 @@ def resolve(
     )
     memory = Memory(weights, work, cache_bytes, layout, num_blocks, per_state, num_states)
     return Resolved(resolved, memory, reasons)
+
+
+def _part(config: Config, spec: Spec, machine: Machine) -> tuple[Spec, Machine]:
+    """What one rank computes, and has for it; all ranks have as much."""
+    size = config.tensor_parallel_size
+    part = shard(spec, size, 0) if isinstance(spec, Decoder) else spec
+    return part, machine.part(size) if machine.device == "cpu" else machine
 
 
 def _check_quantization(config: Config, dtype: str, machine: Machine) -> None:
@@ -251,8 +261,8 @@ def _length(config: Config, spec: Spec) -> int:
     return config.max_model_len
 
 
-def _work_bytes(spec: Spec, batched_tokens: int, num_rows: int, length: int) -> int:
-    """Activations of the largest step and its logits, in float32 to be on the safe side."""
+def _work_bytes(spec: Spec, vocab_size: int, batched_tokens: int, num_rows: int, length: int) -> int:
+    """Activations of the largest step and its logits, all of them, in float32 to be on the safe side."""
     if isinstance(spec, Foreign):
         num_heads = max((call.num_heads for call in spec.attention), default=0)
         beside = SCORES * num_heads * min(batched_tokens, length) * length if spec.alone else 0
@@ -263,7 +273,7 @@ def _work_bytes(spec: Spec, batched_tokens: int, num_rows: int, length: int) -> 
             3 * spec.dim, *(_widest(part, spec.dim) for b in spec.blocks for part in (b.mixer, b.mlp))
         )
         beside = batched_tokens * (3 * layer_dims(spec) + _streams(spec))
-    return 4 * (batched_tokens * (2 * spec.dim + 2 * widest) + beside + 3 * num_rows * spec.vocab_size)
+    return 4 * (batched_tokens * (2 * spec.dim + 2 * widest) + beside + 3 * num_rows * vocab_size)
 
 
 def _streams(spec: Decoder) -> int:

@@ -34,6 +34,7 @@ OPTIONS = {
     "kv_cache_dtype",
     "attention_backend",
     "num_threads",
+    "tensor_parallel_size",
     "data_parallel_size",
     "max_model_len",
     "max_num_seqs",

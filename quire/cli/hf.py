@@ -13,7 +13,7 @@ from quire.checkpoint.files import read_config
 from quire.checkpoint.source import resolve
 from quire.cli.workload import Workload
 from quire.config import Config
-from quire.engine.build import dtype_of, machine_of
+from quire.engine.device import dtype_of, machine_of
 from quire.errors import ConfigError
 from quire.models.registry import decoder_spec
 from quire.models.spec import Spec
@@ -38,6 +38,10 @@ class Transformers:
             raise ConfigError(
                 f"kv_cache_dtype is {config.kv_cache_dtype}; the backend hf keeps keys and values in the model's dtype,"
                 " auto: leave it out"
+            )
+        if config.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size is {config.tensor_parallel_size}; the backend hf is one process: leave it out"
             )
         folder = resolve(config.model, config.revision).folder
         platform = detect(config.device)

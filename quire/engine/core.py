@@ -8,6 +8,7 @@ from collections.abc import Callable
 from quire.engine.announce import Announce, Announcer
 from quire.engine.events import Submission, TokenEvent
 from quire.engine.metrics import StepStats
+from quire.engine.ranks import Team
 from quire.errors import InvalidRequest
 from quire.runner.runner import Runner, Sampling
 from quire.sampling.philox import fold
@@ -25,7 +26,7 @@ class EngineCore:
     def __init__(
         self,
         scheduler: Scheduler | Recorder,
-        runner: Runner,
+        runner: Runner | Team,
         *,
         depth: int,
         seed: int,

@@ -8,7 +8,7 @@ from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestState
 from quire.engine.requests import Requests
 from quire.engine.text import read_text
-from quire.errors import ConfigError, EngineDead, QuireError
+from quire.errors import ConfigError, EngineDead, PeerLost, QuireError
 from quire.types import Request, RequestOutput
 
 
@@ -59,8 +59,15 @@ class Engine:
         return self.core.idle
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; return an output for each request that has news and wants them now."""
-        events = self.core.step()
+        """Compute one step; return an output for each request that has news and wants them now.
+
+        Raises:
+            EngineDead: another process that computes the network is gone.
+        """
+        try:
+            events = self.core.step()
+        except PeerLost as error:
+            raise EngineDead(f"{error}; make a new engine") from error
         now = self.clock()
         touched: dict[str, RequestState] = {}
         for event in events:

@@ -8,7 +8,6 @@ frontend's to handle: a group goes on while its frontend drains, and dies with i
 import dataclasses
 import faulthandler
 import os
-import select
 import signal
 import socket
 import threading
@@ -18,6 +17,8 @@ from quire.config import Config
 from quire.engine.build import CoreParts, build_core
 from quire.engine.core import EngineCore
 from quire.engine.events import Submission, TokenEvent
+from quire.engine.processes import hang_up
+from quire.engine.ranks import Ranks, fork
 from quire.engine.wire import (
     Abort,
     Add,
@@ -50,7 +51,6 @@ def main(sock: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    threading.Thread(target=_end_with, args=(sock.fileno(),), name="quire-watch", daemon=True).start()
     channel = Channel(sock)
     try:
         parts = _launch(channel)
@@ -67,9 +67,7 @@ def main(sock: socket.socket) -> None:
 
 def _end_with(descriptor: int) -> None:
     """Wait until the other end of the socket closes, and end the process at once."""
-    poll = select.poll()
-    poll.register(descriptor, 0)  # hang-ups are always reported
-    poll.poll()
+    hang_up([descriptor])
     os._exit(0)
 
 
@@ -82,8 +80,18 @@ def _launch(channel: Channel) -> CoreParts | None:
         raise WireError(f"the first message is a {type(message).__name__}; it must be a Launch")
     try:
         config = Config.of(**message.options)
+        ranks = fork(
+            config.tensor_parallel_size, channel.sock
+        )  # before there are threads, or anything is computed
+        watch = threading.Thread(
+            target=_end_with, args=(channel.sock.fileno(),), name="quire-watch", daemon=True
+        )
+        watch.start()
         parts = build_core(
-            config, offline=False, announce=lambda entered, left: channel.send(Batch(entered, left))
+            config,
+            offline=False,
+            announce=lambda entered, left: channel.send(Batch(entered, left)),
+            ranks=ranks,
         )
     except QuireError as error:
         channel.send(Failed(type(error).__name__, str(error)))
@@ -92,11 +100,11 @@ def _launch(channel: Channel) -> CoreParts | None:
         logger.exception("the engine group could not start")
         channel.send(Failed("EngineDead", f"the engine could not start: {type(error).__name__}: {error}"))
         return None
-    channel.send(Ready(_facts(parts)))
+    channel.send(Ready(_facts(parts, ranks)))
     return parts
 
 
-def _facts(parts: CoreParts) -> Facts:
+def _facts(parts: CoreParts, ranks: Ranks | None) -> Facts:
     config = parts.config
     return Facts(
         options={f.name: getattr(config, f.name) for f in dataclasses.fields(config)},
@@ -107,6 +115,7 @@ def _facts(parts: CoreParts) -> Facts:
         block_size=config.block_size or 0,
         summary=parts.summary,
         start_s=parts.start_s,
+        ranks=[] if ranks is None else list(ranks.pids),
     )
 
 

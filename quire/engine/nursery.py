@@ -2,31 +2,27 @@
 
 Python's own forkserver listens at a named socket, sends pickles and runs the caller's main module again in each child;
 this one has a socket pair and gets a file descriptor. It ends, and kills its children, when the other end closes.
+
+A group may fork processes itself (ranks). They are in a process group of its first one's number, and end with that.
 """
 
 import asyncio
 import contextlib
 import importlib
-import json
 import os
 import select
 import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable
 
+from quire.engine.processes import adopt, command, live
 from quire.errors import EngineDead
 
 PACKET = struct.Struct("!cii")
 FORK, KILL, BORN, DIED = b"f", b"k", b"b", b"d"
-BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[3])\n"
-    "from quire.engine.nursery import main; main(int(sys.argv[1]), sys.argv[2])"
-)
 PATIENCE_S = 5.0  # for processes that were killed, which only the kernel can hold up
 
 
@@ -40,8 +36,9 @@ class Nursery:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             number = theirs.fileno()
-            command = [sys.executable, "-P", "-c", BOOT, str(number), entry, json.dumps(sys.path)]
-            self.process = subprocess.Popen(command, pass_fds=[number], stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                command(__name__, str(number), entry), pass_fds=[number], stdin=subprocess.DEVNULL
+            )
         self.control.setblocking(False)
         self.loop = asyncio.get_running_loop()
         self.loop.add_reader(self.control, self._read)
@@ -117,8 +114,7 @@ class Nursery:
         if not data:
             for pid, death in self.deaths.items():
                 if not death.done():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                    _signal(pid, signal.SIGKILL)
             self._lose()
             return
         kind, pid, status = PACKET.unpack(data)
@@ -130,68 +126,77 @@ class Nursery:
             self.deaths[pid].set_result(status)
 
 
-def main(control_fd: int, entry: str) -> None:
+def main(control_fd: str, entry: str) -> None:
     """The nursery's own life; does not return."""
+    adopt()
     for number in (signal.SIGINT, signal.SIGTERM):  # the frontend's to handle
         signal.signal(number, signal.SIG_IGN)
-    control = socket.socket(fileno=control_fd)
+    control = socket.socket(fileno=int(control_fd))
     life: Callable[[socket.socket], None] = importlib.import_module(entry).main
     woken, waker = socket.socketpair()
     for end in (woken, waker):
         end.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-    children: set[int] = set()
+    groups: dict[
+        int, int | None
+    ] = {}  # those of which any process is left: the first one's id, its exit status
     while True:
         ready, _, _ = select.select([control, woken], [], [])
         if woken in ready:
             with contextlib.suppress(BlockingIOError):
                 woken.recv(4096)
-            _reap(control, children)
+            _reap(control, groups)
         if control not in ready:
             continue
         data, fds, _, _ = socket.recv_fds(control, PACKET.size, 1)
         if not data:
             break
         kind, pid, number = PACKET.unpack(data)
-        if kind == KILL and pid in children:  # not reaped yet, so the number is still its own
-            os.kill(pid, number)
+        if kind == KILL and pid in groups:  # not reaped yet, so the number is still its own
+            _signal(pid, number)
         elif kind == FORK:
             child = os.fork()
             if child == 0:
+                os.setpgid(0, 0)
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for end in (control, woken, waker):
                     end.close()
-                _live(life, socket.socket(fileno=fds[0]))
+                live(life, socket.socket(fileno=fds[0]))
+            with contextlib.suppress(OSError):  # whoever is first; it may have ended, too
+                os.setpgid(child, child)
             os.close(fds[0])
-            children.add(child)
+            groups[child] = None
             control.send(PACKET.pack(BORN, child, 0))
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-    for child in children:
-        os.waitpid(child, 0)
+    for pid in groups:
+        _signal(pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
     os._exit(0)  # taking apart the modules it has loaded would take longer than all of this
 
 
-def _reap(control: socket.socket, children: set[int]) -> None:
-    for child in list(children):
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            children.discard(child)
-            with contextlib.suppress(OSError):  # who closed the other end does not wait for it
-                control.send(PACKET.pack(DIED, child, os.waitstatus_to_exitcode(status)))
-
-
-def _live(life: Callable[[socket.socket], None], sock: socket.socket) -> None:
-    """The child: nothing of the nursery's may run after it."""
-    status = 1
+def _signal(group: int, number: int) -> bool:
+    """Send a signal to a group's processes; False if there are none."""
     try:
-        life(sock)
-        status = 0
-    except BaseException:  # also SystemExit: what it means is said by the status
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _reap(control: socket.socket, groups: dict[int, int | None]) -> None:
+    """Take note of processes that ended. A group whose first one did is ended, and told of when all are gone."""
+    with contextlib.suppress(ChildProcessError):
+        while (pid := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if pid.si_pid in groups:
+                _signal(pid.si_pid, signal.SIGKILL)  # before its number can be another's
+            child, status = os.waitpid(pid.si_pid, 0)
+            if child in groups:
+                groups[child] = os.waitstatus_to_exitcode(status)
+    for first, code in list(groups.items()):
+        if code is not None and not _signal(first, signal.SIGKILL):
+            del groups[first]
+            with contextlib.suppress(OSError):  # who closed the other end does not wait for it
+                control.send(PACKET.pack(DIED, first, code))

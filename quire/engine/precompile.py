@@ -31,6 +31,7 @@ from quire.attention.shapes import block_bytes
 from quire.attention.states import state_bytes
 from quire.attention.triton.backend import Triton
 from quire.checkpoint.dummy import MetaWeights
+from quire.engine.processes import command
 from quire.kernels.gpu import Gpu
 from quire.layers.decoder import Decoder
 from quire.log import logger
@@ -45,10 +46,6 @@ from quire.sampling.slots import Uses
 
 MAX_PROCESSES = 16
 NICENESS = 10  # weights come first
-BOOT = (  # as in the nursery: the same modules as here, and none of the folder that somebody is in
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from quire.engine.precompile import main; main()"
-)
 KERNELS = ("quire.attention.triton", "quire.kernels.triton", "quire.runner.triton", "quire.sampling.triton")
 ANY_DRAW = Uses.RANDOM | Uses.FILTERS
 DRAWS = (Uses(0), Uses.RANDOM, ANY_DRAW, ANY_DRAW | EXTRAS | Uses.LOGPROBS)  # every kernel that draws
@@ -68,11 +65,6 @@ class Job:
     invariant: bool = False
     share: int = 0  # of `num_shares`
     num_shares: int = 1
-
-
-def command() -> list[str]:
-    """Starts a process that is `main`."""
-    return [sys.executable, "-P", "-c", BOOT, json.dumps(sys.path)]
 
 
 def compiled(job: Job, folder: Path) -> Path:
@@ -96,7 +88,7 @@ class Precompiler:
             work = json.dumps({**asdict(job), "share": share, "num_shares": count})
             try:
                 process = subprocess.Popen(
-                    command(),
+                    command(__name__),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
                     stderr=None if share == 0 else subprocess.DEVNULL,  # all would say the same

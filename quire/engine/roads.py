@@ -18,6 +18,7 @@ from quire.models import registry
 from quire.models.composite import COMPOSITES
 from quire.models.parameters import parameter_shapes
 from quire.models.spec import Spec
+from quire.parallel.axis import Axis
 from quire.resolve import BITS
 
 
@@ -27,8 +28,8 @@ class Road(Protocol):
     @property
     def spec(self) -> Spec: ...
 
-    def network(self, config: Config, backend: Backend, device: torch.device) -> Network:
-        """Without weights; `config` is resolved."""
+    def network(self, config: Config, backend: Backend, device: torch.device, axis: Axis) -> Network:
+        """Without weights; `config` is resolved. What this rank of the axis computes of it."""
 
     def load(self, network: Any, config: Config, folder: Path) -> None:
         """Fill in the weights. Raises CheckpointError if they are not this network's."""
@@ -46,8 +47,8 @@ class Native:
                 architecture,
             )
 
-    def network(self, config: Config, backend: Backend, device: torch.device) -> Decoder:
-        return Decoder(self.spec, **_how(config, backend, device))
+    def network(self, config: Config, backend: Backend, device: torch.device, axis: Axis) -> Decoder:
+        return Decoder(self.spec, axis=axis, **_how(config, backend, device))
 
     def load(self, network: Decoder, config: Config, folder: Path) -> None:
         if config.load_format == "dummy":
@@ -85,7 +86,7 @@ class Foreign:
         self.hf_config = source.hf_config(raw, config.max_model_len)
         self.spec = source.describe(architecture, self.hf_config, alone)
 
-    def network(self, config: Config, backend: Backend, device: torch.device) -> Any:
+    def network(self, config: Config, backend: Backend, device: torch.device, axis: Axis) -> Any:
         from quire.layers.hf.network import Modules
 
         return Modules(self.spec, self.hf_config, **_how(config, backend, device))
@@ -106,6 +107,11 @@ def take_road(raw: Mapping[str, Any], config: Config) -> Road:
     """
     if registry.road(raw, config.model_impl) == registry.NATIVE:
         return Native(raw)
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, and Transformers' modules are computed by one"
+            " process; leave it out, or take a native architecture (`quire models`)"
+        )
     if config.deterministic:
         raise ConfigError(
             "deterministic is set, and Transformers' modules add up in an order that depends on the batch; it needs a"

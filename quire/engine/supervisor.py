@@ -64,6 +64,7 @@ class Supervisor:
         self.nursery: Nursery | None = None
         self.link: Link | None = None
         self.pid = 0
+        self.ranks: list[int] = []  # process ids of the group's others
         self.ready: asyncio.Future[Facts] | None = None
         self.heard_s, self.asked_s, self.slowest_s = 0.0, 0.0, 0.0
         self.restarts: deque[float] = deque()
@@ -145,6 +146,7 @@ class Supervisor:
         if self.ready is not None and not self.ready.done() and messages:
             first, *messages = messages
             if isinstance(first, Ready):
+                self.ranks = first.facts.ranks
                 self.ready.set_result(first.facts)
             elif isinstance(first, Failed):
                 self.ready.set_exception(error_of(first.kind, first.message))
@@ -170,16 +172,20 @@ class Supervisor:
 
     async def _end(self) -> str:
         """Wait until the group hangs, and say so, or is gone, which says nothing. Nothing comes from it after that."""
-        link, cpu_s, number = cast(Link, self.link), 0.0, 0
+        link, cpu_s, number = cast(Link, self.link), list[float](), 0
+        pids = [self.pid, *self.ranks]
         while True:
             if self.heard_s >= self.asked_s:  # it answered
-                self.asked_s, cpu_s = self.clock(), _cpu_s(self.pid)
+                self.asked_s, cpu_s = self.clock(), list(map(_cpu_s, pids))
             link.send(Ping(number := number + 1))
             await asyncio.wait([link.closed], timeout=min(1.0, self.hang_s / 4))
             if link.closed.done():
                 return ""
             silent_s = self.clock() - self.asked_s if self.heard_s < self.asked_s else 0.0
-            busy = self.options["device"] == "cpu" and _cpu_s(self.pid) - cpu_s > silent_s * BUSY_SHARE
+            least_s = min(now_s - then_s for now_s, then_s in zip(map(_cpu_s, pids), cpu_s, strict=True))
+            busy = (
+                self.options["device"] == "cpu" and least_s > silent_s * BUSY_SHARE
+            )  # all: none waits for another
             limit_s = max(self.hang_s, SLOW_STEPS * self.slowest_s) * (BUSY_FACTOR if busy else 1)
             if silent_s > limit_s:
                 cast(Nursery, self.nursery).kill(self.pid, signal.SIGUSR1)  # its stacks, for the log

@@ -82,6 +82,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     summary: str
     start_s: float
+    ranks: list[int]  # process ids of all ranks but the first
 
 
 class Ready(Message, frozen=True):

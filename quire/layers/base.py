@@ -13,6 +13,7 @@ from quire.checkpoint.upload import Upload
 from quire.kernels import ops
 from quire.layers.rope import RopeTables
 from quire.models.spec import Spec
+from quire.parallel.axis import Axis
 
 
 class Weights(Protocol):
@@ -35,6 +36,10 @@ class Network(Protocol):
 
     @property
     def build(self) -> "Build": ...
+
+    @property
+    def axis(self) -> Axis:
+        """Whose ranks compute it together."""
 
     def caches(self, pool: Tensor, states: Tensor | None = None, layout: Layout | None = None) -> list[Cache]:
         """Each layer's view of the memory; see `layer_caches`."""

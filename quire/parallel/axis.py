@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quire.errors import PeerLost
+
 SUMMED = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64))
 
 
@@ -143,6 +145,10 @@ class Axis:
         """Until all ranks are here."""
         if self.communicator is not None:
             self.communicator.barrier()
+
+    def splits(self, error: Exception) -> bool:
+        """Whether other ranks may not have met this error, as of memory: then no rank may go on as if all had."""
+        return self.size > 1 and isinstance(error, RuntimeError | MemoryError | PeerLost)
 
     def check(self) -> None:
         """To be called before the results of a recorded step are used.

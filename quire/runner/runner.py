@@ -3,7 +3,8 @@
 When memory runs out in a forward pass, the step is computed in halves, and so are the steps after it for a while: a
 step only writes the blocks that its plan gave it, so it can be done again. Not so if layers keep states: then its
 sequences begin again. What fails for one row of the sampler fails that row's sequence. Only what fails for all, or for
-a single position, is the engine's own end.
+a single position, is the engine's own end. Where several ranks compute a step, so is whatever one of them may have met
+alone: they would no longer do the same.
 """
 
 from collections import deque
@@ -156,9 +157,9 @@ class Runner:
                 batch = make_batch(piece, self.state, self.block_size)
                 self.launched.append((batch, self.model(batch.token_ids, batch.ragged, self.caches)))
                 continue
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 num_positions = sum(w.count for w in piece)
-                if num_positions == 1:
+                if num_positions == 1 or self.model.axis.splits(error):
                     raise
                 self.pieces.ran_out(num_positions)
             # Outside the handler, which holds on to the tensors of the attempt.
@@ -182,6 +183,8 @@ class Runner:
             self.state.append(batch.slots, batch.sample_positions, sampled.token_ids)
             return [(rows, to_host(sampled))]
         except Exception as error:
+            if self.model.axis.splits(error):
+                raise
             if len(rows) == 1:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -208,6 +211,8 @@ class Runner:
                 bad_words=sampling.bad_words,
             )
         except Exception as error:  # one request's parameters never stop a step
+            if self.model.axis.splits(error):
+                raise
             logger.exception("sequence %d could not be set up", start.seq)
             self.failed[start.seq] = f"sampling could not be set up: {type(error).__name__}"
 
@@ -225,6 +230,8 @@ class Runner:
                     scores = prompt_logprobs(logits, targets, num_logprobs)
                     self.prompt_logprobs[work.seq] += scores.to_lists()
             except RuntimeError as error:  # of memory, say: the others need no scores
+                if self.model.axis.splits(error):
+                    raise
                 logger.exception("the prompt of sequence %d could not be scored", work.seq)
                 self.failed[work.seq] = f"the prompt could not be scored: {type(error).__name__}"
 

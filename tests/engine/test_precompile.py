@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 from benchmarks.gpu.shapes import SHAPES  # noqa: E402
 from quire.checkpoint.dummy import DummyCheckpoint, MetaWeights  # noqa: E402
 from quire.engine import precompile  # noqa: E402
-from quire.engine.precompile import Job, Precompiler, command, compiled, distinct_layers  # noqa: E402
+from quire.engine.precompile import Job, Precompiler, compiled, distinct_layers  # noqa: E402
+from quire.engine.processes import command  # noqa: E402
 from quire.log import logger  # noqa: E402
 from quire.models.registry import decoder_spec  # noqa: E402
 from tests.models.cases import BY_NAME, config_of  # noqa: E402
@@ -41,7 +42,12 @@ def outcome(work: Job, cache: Path) -> dict[str, Any]:
     """What a process says at its end."""
     env = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        command(), input=json.dumps(asdict(work)), env=env, capture_output=True, text=True, check=False
+        command("quire.engine.precompile"),
+        input=json.dumps(asdict(work)),
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr
     found: dict[str, Any] = json.loads(ended.stdout)
@@ -152,7 +158,9 @@ def test_kernels_that_keep_states_are_found(model: str, kernels: set[str], tmp_p
 
 
 def test_a_process_without_a_job_fails() -> None:
-    ended = subprocess.run(command(), input="{}", capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command("quire.engine.precompile"), input="{}", capture_output=True, text=True, check=False
+    )
     assert ended.returncode > 0 and "raw" in ended.stderr
 
 

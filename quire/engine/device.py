@@ -1,0 +1,223 @@
+"""One rank's half of an engine: from the model's files to a runner of this process's share. Knows no scheduler."""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quire.attention.base import Backend, Cache
+from quire.attention.select import select
+from quire.checkpoint.source import resolve as find_model
+from quire.config import Config
+from quire.engine.precompile import Job, Precompiler, compiled, fix_keys
+from quire.engine.roads import Road, take_road
+from quire.engine.text import model_config
+from quire.errors import ConfigError
+from quire.kernels import ops
+from quire.kernels.gpu import gpu_of
+from quire.layers.base import Network
+from quire.layers.decoder import Decoder
+from quire.log import logger
+from quire.models.spec import Spec, num_chosen
+from quire.parallel.axis import Axis
+from quire.platforms.base import Platform
+from quire.platforms.cpu import return_memory
+from quire.platforms.detect import detect
+from quire.resolve import Machine, Memory
+from quire.runner.fixed import MOST_RECORDED, FixedSteps, why_not
+from quire.runner.graphs import Graphs
+from quire.runner.memory import allocate_cache
+from quire.runner.mixed import MixedSteps, worthwhile
+from quire.runner.recordings import Recordings
+from quire.runner.runner import Runner
+from quire.runner.state import SlotState
+from quire.runner.states import StateRows
+from quire.sampling.sampler import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model's files, and the road to its network."""
+
+    folder: Path
+    raw: Mapping[str, Any]  # config.json
+    road: Road
+
+    @property
+    def spec(self) -> Spec:
+        return self.road.spec
+
+
+def find(config: Config) -> Found:
+    """Read what the model is.
+
+    Raises:
+        ConfigError, ModelError: it is unknown, or not to be had as asked.
+    """
+    folder = find_model(
+        config.model,
+        config.revision,
+        weights=config.load_format != "dummy",
+        download_dir=config.download_dir,
+    ).folder
+    raw = model_config(config, folder)
+    return Found(folder, raw, take_road(raw, config))
+
+
+def platform_of(config: Config, rank: int = 0) -> Platform:
+    """This rank's device: the GPU of its number, or the CPU that all share.
+
+    Raises:
+        ConfigError: there is none for every rank.
+    """
+    size = config.tensor_parallel_size
+    if size == 1 or config.device == "cpu" or not torch.cuda.is_available():
+        return detect(config.device)
+    if (count := torch.cuda.device_count()) < size:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, and this machine has {count} GPUs, one for each rank; lower it, or"
+            " use device cpu"
+        )
+    return detect(f"cuda:{rank}")
+
+
+def dtype_of(raw: Mapping[str, Any]) -> str | None:
+    """What config.json says the weights are, at the top or in the text model's part."""
+    for part in (raw, raw.get("text_config") or {}):
+        if dtype := part.get("dtype") or part.get("torch_dtype"):
+            return str(dtype)
+    return None
+
+
+def machine_of(platform: Platform) -> Machine:
+    """The facts that options follow from, before the attention backend has named its block size."""
+    best = str(platform.default_dtype).removeprefix("torch.")
+    asynchronous = platform.name == "cuda"
+    return Machine(
+        device=platform.name,
+        total_bytes=platform.total_bytes,
+        available_bytes=platform.available_bytes,
+        num_cores=platform.num_threads,
+        fast_dtypes=tuple(dict.fromkeys((best, "float16" if asynchronous else "float32"))),
+        block_size=1,
+        asynchronous=asynchronous,
+    )
+
+
+def backend_of(config: Config, platform: Platform, dtype: str) -> Backend:
+    """How attention is computed there."""
+    return select(
+        platform.attention_order,
+        getattr(torch, dtype),
+        platform.device,
+        forced=None if config.attention_backend == "auto" else config.attention_backend,
+        block_size=config.block_size,
+        invariant=config.deterministic,
+        quantized=config.kv_cache_dtype == "int8",
+    )
+
+
+def _check_deterministic(config: Config, device: torch.device) -> None:
+    if config.deterministic and (reason := ops.why_not_invariant(device, getattr(torch, config.dtype))):
+        raise ConfigError(f"deterministic cannot be had here: {reason}")
+
+
+def _compile_ahead(config: Config, raw: Mapping[str, Any], model: Network) -> Precompiler | None:
+    """Have the kernels of steps compiled by processes that run beside what follows, unless an engine has before."""
+    build = model.build
+    gpu = gpu_of(build.device)
+    if gpu is None or model.axis.size > 1 or model.backend.name != "triton" or not isinstance(model, Decoder):
+        return None
+    from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
+
+    kernels = keep_kernels()
+    fix_keys()
+    length = config.max_model_len or model.spec.max_length
+    if why_not(model, build.device) is not None or num_chosen(model.spec, length):
+        return None
+    job = Job(
+        raw=raw,
+        dtype=config.dtype,
+        block_size=model.backend.block_size,
+        max_seqs=config.max_num_seqs or 1,
+        max_length=length,
+        max_batched_tokens=config.max_num_batched_tokens or 1,
+        gpu=gpu,
+        invariant=config.deterministic,
+    )
+    done = compiled(job, kernels)
+    return None if done.exists() else Precompiler(job, done)
+
+
+def _repeated(
+    parts: tuple[Network, list[Cache], SlotState, Sampler], config: Config, *, keeps_states: bool
+) -> tuple[FixedSteps | None, MixedSteps | None]:
+    """How steps of newest tokens, and small ones of any, are computed again by one call; None if they are not."""
+    model, _, state, _ = parts
+    block_size, device = config.block_size or 1, state.tokens.device
+    if not isinstance(model, Decoder):
+        logger.info("steps are computed operation by operation: others' modules are not recorded")
+    elif num_chosen(model.spec, state.max_length):  # each step's scores are as wide as its longest sequence
+        logger.info(
+            "steps are computed operation by operation: attention to chosen positions is not recorded"
+        )
+    elif model.backend.name == "cpu":
+        sizes, recordings = range(1, MOST_RECORDED + 1), Recordings(model.axis, keeps_states=keeps_states)
+        return FixedSteps(*parts, block_size=block_size, graphs=recordings, sizes=sizes), None
+    elif device.type == "cuda" and model.axis.size > 1:
+        logger.info("steps are computed operation by operation: those of several ranks are no CUDA graphs")
+    elif (reason := why_not(model, device)) is None:
+        fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs(keeps_states=keeps_states))
+        return fixed, MixedSteps(fixed, min(config.max_num_batched_tokens or 1, worthwhile(model.spec)))
+    elif device.type == "cuda":
+        logger.info("decode steps are no CUDA graphs: %s", reason)
+    return None, None
+
+
+def make_runner(
+    found: Found, config: Config, memory: Memory, platform: Platform, backend: Backend, axis: Axis
+) -> Runner:
+    """Load the weights of this rank and allocate its cache; `config` is resolved.
+
+    Raises:
+        ConfigError, CheckpointError: the network cannot be had as asked, or not from these files.
+    """
+    device = platform.device
+    torch.set_num_threads(max((config.num_threads or 1) // config.tensor_parallel_size, 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _check_deterministic(config, device)
+    model = found.road.network(config, backend, device, axis)
+    ahead = _compile_ahead(config, found.raw, model)
+    found.road.load(model, config, found.folder)
+    return_memory()
+    runner = _runner(config, memory, model, device)
+    if ahead is not None:
+        weakref.finalize(runner, ahead.close)
+    return runner
+
+
+def _runner(config: Config, memory: Memory, model: Network, device: torch.device) -> Runner:
+    max_seqs, length, block_size = config.max_num_seqs, config.max_model_len, config.block_size
+    if max_seqs is None or length is None or block_size is None:
+        raise ConfigError("the options are not resolved")
+    cache = allocate_cache(memory.num_blocks, memory.block_bytes, device)
+    near, beside = memory.layout.near, None
+    if near is not None and near.parts:
+        beside = torch.zeros(near.parts, memory.num_blocks, dtype=torch.int32, device=device)
+    state = SlotState(max_seqs, length, block_size, device, beside)
+    states = None
+    if memory.state_bytes:
+        states = allocate_cache(max_seqs + 1 + memory.num_states, memory.state_bytes, device)
+    parts = (
+        model,
+        model.caches(cache, states, memory.layout),
+        state,
+        Sampler(model.spec.vocab_size, state.tokens),
+    )
+    fixed, mixed = _repeated(parts, config, keeps_states=states is not None)
+    rows = None if states is None else StateRows(states)
+    return Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed, states=rows)

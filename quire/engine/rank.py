@@ -1,0 +1,122 @@
+"""The life of a rank other than the first: it computes its part of every step that it is told, and plans nothing.
+
+It answers once, when it is ready, and ends when rank 0's end of the socket closes. What it samples nobody needs to
+hear: all ranks have the same logits, and draw the same tokens from them.
+"""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore
+
+from quire.config import Config
+from quire.engine.device import backend_of, find, make_runner, platform_of
+from quire.engine.processes import hang_up
+from quire.engine.wire import Channel, Failed, Message, WireError
+from quire.errors import EngineDead, QuireError
+from quire.log import logger
+from quire.parallel.factory import Rendezvous, communicators
+from quire.parallel.mesh import Mesh
+from quire.resolve import Memory
+from quire.runner.runner import Runner, Sampling
+from quire.scheduler.plan import Plan
+
+CONNECT_S = 60.0
+LOOPBACK = "127.0.0.1"
+
+
+class Join(Message, frozen=True):
+    """First to a rank: which one it is, and what rank 0 decided for all."""
+
+    rank: int
+    options: dict[str, Any]  # every field of `Config`, derived ones filled in
+    memory: Memory
+    port: int | None  # of rank 0's store, at this machine's own address; None if none is needed
+
+
+class Joined(Message, frozen=True):
+    """The rank has its weights and its cache."""
+
+
+class Step(Message, frozen=True):
+    """What to do, in this order: sequences to know, sequences to forget, a plan to carry out."""
+
+    new: list[tuple[int, Sampling]]
+    gone: list[int]
+    plan: Plan
+
+
+ToRank = Join | Step
+FromRank = Joined | Failed
+
+
+def main(sock: str, segment: str = "") -> None:
+    """The life of a process that is started for it; both are numbers of descriptors."""
+    serve(socket.socket(fileno=int(sock)), int(segment) if segment else None)
+
+
+def serve(sock: socket.socket, segment: int | None) -> None:
+    """Join rank 0, then obey it. `segment`: memory that all ranks share, if there is any."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # rank 0's to handle
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(sock.fileno(),), name="quire-watch", daemon=True).start()
+    if logger.level == logging.INFO:  # rank 0 says the same
+        logger.setLevel(logging.WARNING)
+    channel = Channel(sock, incoming=ToRank)
+    try:
+        runner = _join(channel, segment)
+        while runner is not None:
+            _carry_out(runner, channel.receive(None))
+    except EngineDead:
+        pass  # rank 0 is gone
+    except Exception:
+        logger.exception("a rank stopped")
+        os._exit(1)  # at once: rank 0 sees that
+
+
+def _end_with(descriptor: int) -> None:
+    hang_up([descriptor])
+    os._exit(0)
+
+
+def _join(channel: Channel, segment: int | None) -> Runner | None:
+    """Get ready; None if that is not possible, which rank 0 has been told."""
+    message = channel.receive(None)
+    if not isinstance(message, Join):
+        raise WireError(f"the first message is a {type(message).__name__}; it must be a Join")
+    try:
+        runner = _runner(message, segment)
+    except QuireError as error:
+        channel.send(Failed(type(error).__name__, f"rank {message.rank}: {error}"))
+        return None
+    except torch.OutOfMemoryError as error:
+        channel.send(Failed("CapacityError", f"rank {message.rank} has less memory than rank 0: {error}"))
+        return None
+    channel.send(Joined())
+    return runner
+
+
+def _runner(join: Join, segment: int | None) -> Runner:
+    config = Config.of(**join.options)
+    found, platform = find(config), platform_of(config, join.rank)
+    store = join.port and TCPStore(LOOPBACK, join.port, None, False, timedelta(seconds=CONNECT_S))
+    place = Rendezvous(store or None, segment=segment)
+    axes = communicators(Mesh(tp=config.tensor_parallel_size), join.rank, place, platform.device)
+    backend = backend_of(config, platform, config.dtype)
+    return make_runner(found, config, join.memory, platform, backend, axes.tp)
+
+
+def _carry_out(runner: Runner, step: Step) -> None:
+    for seq, sampling in step.new:
+        runner.register(seq, sampling)
+    for seq in step.gone:
+        runner.forget(seq)
+    runner.launch(step.plan)
+    if step.plan.work:
+        runner.sample(step.plan)
