@@ -151,7 +151,6 @@ def resolve(
     part, own = _part(config, spec, machine)
     weights = _weight_bytes(part, ITEM_BYTES[dtype], BITS.get(config.quantization))
     work = _work_bytes(part, spec.vocab_size, batched, min(max_seqs, batched), length)
-    work += _choice_bytes(spec, batched, length)
     layout = cache_layout(part, block_size, ITEM_BYTES[dtype], _quantizes_cache(config, machine), length)
     request = Extent(layout.near, block_size, batched)
     budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, own, weights, work)
@@ -273,7 +272,8 @@ def _work_bytes(spec: Spec, vocab_size: int, batched_tokens: int, num_rows: int,
             3 * spec.dim, *(_widest(part, spec.dim) for b in spec.blocks for part in (b.mixer, b.mlp))
         )
         beside = batched_tokens * (3 * layer_dims(spec) + _streams(spec))
-    return 4 * (batched_tokens * (2 * spec.dim + 2 * widest) + beside + 3 * num_rows * vocab_size)
+    numbers = batched_tokens * (2 * spec.dim + 2 * widest) + beside + 3 * num_rows * vocab_size
+    return 4 * numbers + _choice_bytes(spec, batched_tokens, length)
 
 
 def _streams(spec: Decoder) -> int:

@@ -170,12 +170,14 @@ def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platfor
     cached = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     ends = f", at ends of blocks of {config.block_size} tokens" if memory.num_states else ""
     kept = f", states of {memory.state_bytes / 2**20:.2f} MiB, {memory.num_states} kept{ends}"
-    where = platform.name
+    where, size, each = platform.name, config.tensor_parallel_size, ""
     if where == "cpu":
         where += f" ({config.num_threads} threads, {platform.num_nodes} memory node{'s' * (platform.num_nodes > 1)})"
+    if size > 1:
+        where, each = f"{where} by {size} ranks", " a rank"
     groups = "" if (n := config.data_parallel_size) == 1 else f"{n} engine groups, each with "
     return (
         f"{groups}{len(cache_shapes(spec))} layers in {config.dtype}{quantized} on {where}, attention {backend.name},"
-        f" weights {memory.weight_bytes / gib:.2f} GiB, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB ="
+        f" weights {memory.weight_bytes / gib:.2f} GiB{each}, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB{each} ="
         f" {num_tokens} tokens ({num_requests} requests of {length})" + (kept if memory.state_bytes else "")
     )

@@ -119,6 +119,8 @@ class Ranks:
         if self.segment is not None:
             os.close(self.segment)
         for process in self.processes:
+            if self.watcher is None:  # it may be loading modules still, and would notice only after that
+                process.kill()
             try:
                 process.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:

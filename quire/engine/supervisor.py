@@ -64,7 +64,6 @@ class Supervisor:
         self.nursery: Nursery | None = None
         self.link: Link | None = None
         self.pid = 0
-        self.ranks: list[int] = []  # process ids of the group's others
         self.ready: asyncio.Future[Facts] | None = None
         self.heard_s, self.asked_s, self.slowest_s = 0.0, 0.0, 0.0
         self.restarts: deque[float] = deque()
@@ -146,7 +145,6 @@ class Supervisor:
         if self.ready is not None and not self.ready.done() and messages:
             first, *messages = messages
             if isinstance(first, Ready):
-                self.ranks = first.facts.ranks
                 self.ready.set_result(first.facts)
             elif isinstance(first, Failed):
                 self.ready.set_exception(error_of(first.kind, first.message))
@@ -173,7 +171,7 @@ class Supervisor:
     async def _end(self) -> str:
         """Wait until the group hangs, and say so, or is gone, which says nothing. Nothing comes from it after that."""
         link, cpu_s, number = cast(Link, self.link), list[float](), 0
-        pids = [self.pid, *self.ranks]
+        pids = [self.pid, *cast(asyncio.Future[Facts], self.ready).result().ranks]
         while True:
             if self.heard_s >= self.asked_s:  # it answered
                 self.asked_s, cpu_s = self.clock(), list(map(_cpu_s, pids))

@@ -183,7 +183,7 @@ def test_what_is_compiled_is_not_looked_for_again(tmp_path: Path, monkeypatch: p
     assert done != compiled(job("8B", max_seqs=8), tmp_path)
     for code in ("import sys; sys.stdin.read(); sys.exit(1)", "import sys; sys.stdin.read()"):
         assert not done.exists()
-        monkeypatch.setattr(precompile, "command", lambda code=code: [sys.executable, "-c", code])
+        monkeypatch.setattr(precompile, "command", lambda _, code=code: [sys.executable, "-c", code])
         processes = Precompiler(job("8B"), done, num_processes=2)
         processes.wait()
         processes.watcher.join()
