@@ -178,6 +178,6 @@ def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platfor
     groups = "" if (n := config.data_parallel_size) == 1 else f"{n} engine groups, each with "
     return (
         f"{groups}{len(cache_shapes(spec))} layers in {config.dtype}{quantized} on {where}, attention {backend.name},"
-        f" weights {memory.weight_bytes / gib:.2f} GiB{each}, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB{each} ="
-        f" {num_tokens} tokens ({num_requests} requests of {length})" + (kept if memory.state_bytes else "")
+        f" weights {memory.weight_bytes / gib:.2f} GiB{each}, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB{each}"
+        f" = {num_tokens} tokens ({num_requests} requests of {length})" + (kept if memory.state_bytes else "")
     )

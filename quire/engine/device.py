@@ -121,6 +121,11 @@ def backend_of(config: Config, platform: Platform, dtype: str) -> Backend:
 
 
 def _check_deterministic(config: Config, device: torch.device) -> None:
+    if config.deterministic and config.tensor_parallel_size > 1 and device.type != "cpu":
+        raise ConfigError(
+            f"deterministic is set, and tensor_parallel_size is {config.tensor_parallel_size} on"
+            f" {device.type} devices, whose sums over ranks may differ with the batch; leave one of them out"
+        )
     if config.deterministic and (reason := ops.why_not_invariant(device, getattr(torch, config.dtype))):
         raise ConfigError(f"deterministic cannot be had here: {reason}")
 
