@@ -97,6 +97,7 @@ facts = st.builds(
     block_size=counts,
     summary=texts,
     start_s=st.floats(0, 1e6),
+    ranks=st.lists(counts, max_size=3),
 )
 names = st.lists(texts, max_size=4)
 to_group = st.one_of(
