@@ -48,23 +48,12 @@ class StepCost:
     def predict(self, tokens: int) -> float | None:
         """Seconds that a step takes; None before the first one was measured."""
         curve = self._curve()
-        if not curve:
-            return None
-        (low, fast), *rest = curve
-        for high, slow in rest:
-            if tokens <= high:
-                break
-            low, fast = high, slow
-        else:
-            return fast * max(tokens / low, 1.0)
-        if tokens <= low:
-            return fast
-        return fast + (slow - fast) * (tokens - low) / (high - low)
+        return _seconds(curve, tokens) if curve else None
 
     def least(self, tokens: int) -> float:
         """Seconds of a step, at least: fewer tokens than any step had count in proportion. 0: nothing is known."""
-        curve, predicted = self._curve(), self.predict(tokens)
-        return 0.0 if predicted is None else predicted * min(tokens / curve[0][0], 1.0)
+        curve = self._curve()
+        return _seconds(curve, tokens) * min(tokens / curve[0][0], 1.0) if curve else 0.0
 
     def most_tokens(self, seconds: float) -> int | None:
         """The largest step predicted to take no longer; None before the first one was measured.
@@ -100,3 +89,17 @@ class StepCost:
             (low, fast), (high, slow) = curve[at - 1 : at + 1]
             curve[at] = high, min(slow, fast * high / low)
         return curve
+
+
+def _seconds(curve: list[tuple[float, float]], tokens: int) -> float:
+    """By the line between the two groups around; beyond the largest in proportion."""
+    (low, fast), *rest = curve
+    for high, slow in rest:
+        if tokens <= high:
+            break
+        low, fast = high, slow
+    else:
+        return fast * max(tokens / low, 1.0)
+    if tokens <= low:
+        return fast
+    return fast + (slow - fast) * (tokens - low) / (high - low)

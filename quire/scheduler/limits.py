@@ -46,12 +46,6 @@ class Limits:
         if self.max_gap_s is not None and not self.max_gap_s > 0:
             raise ConfigError(f"max_gap_s is {self.max_gap_s}; it must be above 0, or None for no limit")
 
-    def step_s(self, decodes_s: float) -> float | None:
-        """Seconds that a step with prefills may take, if its decoding sequences alone take `decodes_s`; None: any."""
-        if self.max_gap_s is None:
-            return None
-        return max(self.max_gap_s, (1 + self.min_prefill_time) * decodes_s)
-
     def check(self, new: NewSequence, room: int | None) -> None:
         """Refuse a sequence that can never run; the cache has `room` for so many positions of one.
 

@@ -352,9 +352,11 @@ class Scheduler:
         """Positions of a step that prefills may have beside those of decoding sequences."""
         limits = self.limits
         left = limits.max_batched_tokens - num_decodes
-        seconds = limits.step_s(self.cost.least(num_decodes)) if num_decodes else None
-        if seconds is not None and (most := self.cost.most_tokens(seconds)) is not None:
-            left = min(left, max(most - num_decodes, limits.min_prefill_tokens))
+        if num_decodes and limits.max_gap_s is not None:
+            seconds = (1 + limits.min_prefill_time) * self.cost.least(num_decodes)
+            most = self.cost.most_tokens(max(limits.max_gap_s, seconds))
+            if most is not None:
+                left = min(left, max(most - num_decodes, limits.min_prefill_tokens))
         return left
 
     def _plan_decodes(self, work: list[Work]) -> int:
