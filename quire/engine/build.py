@@ -13,14 +13,14 @@ from quire.attention.shapes import cache_shapes
 from quire.config import Config
 from quire.engine.announce import Announce
 from quire.engine.core import EngineCore
-from quire.engine.device import backend_of, dtype_of, find, machine_of, make_runner, platform_of
+from quire.engine.device import backend_of, dtype_of, find, machine_of, make_runner, mesh_of, platform_of
 from quire.engine.inputs import InputProcessor
 from quire.engine.ranks import Ranks, Team, spawn
 from quire.engine.text import Text
 from quire.errors import ConfigError
 from quire.log import logger
 from quire.models.spec import Spec
-from quire.parallel.axis import Axis
+from quire.parallel.axis import Axes
 from quire.platforms.base import Platform
 from quire.resolve import Memory, Resolved, resolve, resolve_dtype
 from quire.runner.runner import Runner
@@ -54,7 +54,7 @@ def build(
     Raises:
         ConfigError, ModelError, CapacityError: naming the option, the file or the bytes that do not fit.
     """
-    ranks = spawn(config.tensor_parallel_size)
+    ranks = spawn(mesh_of(config))
     try:
         parts = build_core(config, offline=offline, clock=clock, ranks=ranks)
     except BaseException:
@@ -97,8 +97,8 @@ def build_core(
     machine = dataclasses.replace(machine, block_size=backend.block_size)
     resolved = resolve(config, found.spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config
-    axis = ranks.join(config, resolved.memory, platform.device) if ranks else Axis()
-    runner = make_runner(found, config, resolved.memory, platform, backend, axis)
+    axes = ranks.join(config, resolved.memory, platform.device) if ranks else Axes()
+    runner = make_runner(found, config, resolved.memory, platform, backend, axes)
     if ranks:
         ranks.wait()
     core = _core(resolved, found.spec, Team(runner, ranks) if ranks else runner, clock, announce)
@@ -170,7 +170,7 @@ def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platfor
     cached = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     ends = f", at ends of blocks of {config.block_size} tokens" if memory.num_states else ""
     kept = f", states of {memory.state_bytes / 2**20:.2f} MiB, {memory.num_states} kept{ends}"
-    where, size, each = platform.name, config.tensor_parallel_size, ""
+    where, size, each = platform.name, mesh_of(config).size, ""
     if where == "cpu":
         where += f" ({config.num_threads} threads, {platform.num_nodes} memory node{'s' * (platform.num_nodes > 1)})"
     if size > 1:

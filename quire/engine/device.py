@@ -22,7 +22,8 @@ from quire.layers.base import Network
 from quire.layers.decoder import Decoder
 from quire.log import logger
 from quire.models.spec import Spec, num_chosen
-from quire.parallel.axis import Axis
+from quire.parallel.axis import Axes
+from quire.parallel.mesh import Mesh
 from quire.platforms.base import Platform
 from quire.platforms.cpu import return_memory
 from quire.platforms.detect import detect
@@ -67,19 +68,24 @@ def find(config: Config) -> Found:
     return Found(folder, raw, take_road(raw, config))
 
 
+def mesh_of(config: Config) -> Mesh:
+    """The ranks of an engine group."""
+    return Mesh(tp=config.tensor_parallel_size)
+
+
 def platform_of(config: Config, rank: int = 0) -> Platform:
     """This rank's device: the GPU of its number, or the CPU that all share.
 
     Raises:
         ConfigError: there is none for every rank.
     """
-    size = config.tensor_parallel_size
+    size = mesh_of(config).size
     if size == 1 or config.device == "cpu" or not torch.cuda.is_available():
         return detect(config.device)
     if (count := torch.cuda.device_count()) < size:
         raise ConfigError(
-            f"tensor_parallel_size is {size}, and this machine has {count} GPUs, one for each rank; lower it, or"
-            " use device cpu"
+            f"an engine group has {size} ranks, and this machine {count} GPUs, of which each needs one; lower the sizes"
+            " of its axes (tensor_parallel_size), or use device cpu"
         )
     return detect(f"cuda:{rank}")
 
@@ -134,7 +140,12 @@ def _compile_ahead(config: Config, raw: Mapping[str, Any], model: Network) -> Pr
     """Have the kernels of steps compiled by processes that run beside what follows, unless an engine has before."""
     build = model.build
     gpu = gpu_of(build.device)
-    if gpu is None or model.axis.size > 1 or model.backend.name != "triton" or not isinstance(model, Decoder):
+    if (
+        gpu is None
+        or model.axes.world.size > 1
+        or model.backend.name != "triton"
+        or not isinstance(model, Decoder)
+    ):
         return None
     from quire.kernels.triton.cache import keep_kernels  # Triton is only where there are GPUs
 
@@ -170,9 +181,9 @@ def _repeated(
             "steps are computed operation by operation: attention to chosen positions is not recorded"
         )
     elif model.backend.name == "cpu":
-        sizes, recordings = range(1, MOST_RECORDED + 1), Recordings(model.axis, keeps_states=keeps_states)
+        sizes, recordings = range(1, MOST_RECORDED + 1), Recordings(model.axes, keeps_states=keeps_states)
         return FixedSteps(*parts, block_size=block_size, graphs=recordings, sizes=sizes), None
-    elif device.type == "cuda" and model.axis.size > 1:
+    elif device.type == "cuda" and model.axes.world.size > 1:
         logger.info("steps are computed operation by operation: those of several ranks are no CUDA graphs")
     elif (reason := why_not(model, device)) is None:
         fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs(keeps_states=keeps_states))
@@ -183,7 +194,7 @@ def _repeated(
 
 
 def make_runner(
-    found: Found, config: Config, memory: Memory, platform: Platform, backend: Backend, axis: Axis
+    found: Found, config: Config, memory: Memory, platform: Platform, backend: Backend, axes: Axes
 ) -> Runner:
     """Load the weights of this rank and allocate its cache; `config` is resolved.
 
@@ -191,11 +202,11 @@ def make_runner(
         ConfigError, CheckpointError: the network cannot be had as asked, or not from these files.
     """
     device = platform.device
-    torch.set_num_threads(max((config.num_threads or 1) // config.tensor_parallel_size, 1))
+    torch.set_num_threads(max((config.num_threads or 1) // mesh_of(config).size, 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _check_deterministic(config, device)
-    model = found.road.network(config, backend, device, axis)
+    model = found.road.network(config, backend, device, axes)
     ahead = _compile_ahead(config, found.raw, model)
     found.road.load(model, config, found.folder)
     return_memory()

@@ -16,13 +16,12 @@ import torch
 from torch.distributed import TCPStore
 
 from quire.config import Config
-from quire.engine.device import backend_of, find, make_runner, platform_of
+from quire.engine.device import backend_of, find, make_runner, mesh_of, platform_of
 from quire.engine.processes import hang_up
 from quire.engine.wire import Channel, Failed, Message, WireError
 from quire.errors import EngineDead, QuireError
 from quire.log import logger
 from quire.parallel.factory import Rendezvous, communicators
-from quire.parallel.mesh import Mesh
 from quire.resolve import Memory
 from quire.runner.runner import Runner, Sampling
 from quire.scheduler.plan import Plan
@@ -107,9 +106,9 @@ def _runner(join: Join, segment: int | None) -> Runner:
     found, platform = find(config), platform_of(config, join.rank)
     store = join.port and TCPStore(LOOPBACK, join.port, None, False, timedelta(seconds=CONNECT_S))
     place = Rendezvous(store or None, segment=segment)
-    axes = communicators(Mesh(tp=config.tensor_parallel_size), join.rank, place, platform.device)
+    axes = communicators(mesh_of(config), join.rank, place, platform.device)
     backend = backend_of(config, platform, config.dtype)
-    return make_runner(found, config, join.memory, platform, backend, axes.tp)
+    return make_runner(found, config, join.memory, platform, backend, axes)
 
 
 def _carry_out(runner: Runner, step: Step) -> None:

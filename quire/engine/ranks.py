@@ -25,7 +25,7 @@ from quire.engine.wire import Channel, Failed, error_of
 from quire.errors import EngineDead, PeerLost
 from quire.log import logger
 from quire.parallel import shared_memory
-from quire.parallel.axis import Axis
+from quire.parallel.axis import Axes
 from quire.parallel.factory import Rendezvous, communicators
 from quire.parallel.mesh import Mesh
 from quire.resolve import Memory
@@ -46,6 +46,7 @@ class Ranks:
 
     def __init__(
         self,
+        mesh: Mesh,
         channels: Sequence[Channel],
         segment: int | None,
         pids: Sequence[int],
@@ -55,14 +56,14 @@ class Ranks:
         sees to them, and a lost one is the end of this one.
         """
         self.channels, self.segment, self.pids, self.processes = channels, segment, pids, processes
-        self.mesh = Mesh(tp=len(channels) + 1)
+        self.mesh = mesh
         self.store: TCPStore | None = None
         self.poison: Callable[[], None] = lambda: None
         self.watcher: threading.Thread | None = None
         self.closed = False
 
-    def join(self, config: Config, memory: Memory, device: torch.device) -> Axis:
-        """Tell all ranks what was decided, and connect with them; returns the axis that they share."""
+    def join(self, config: Config, memory: Memory, device: torch.device) -> Axes:
+        """Tell all ranks what was decided, and connect with them; returns what they share."""
         port = None
         if device.type != "cpu" or self.segment is None or shared_memory.why_not(self.mesh) is not None:
             port = self._open_store()
@@ -70,7 +71,7 @@ class Ranks:
             self.poison = shared_memory.Segment(self.segment, self.mesh, range(self.mesh.size)).poison
         for rank, channel in enumerate(self.channels, 1):
             channel.send(Join(rank, dict(vars(config)), memory, port))
-        return communicators(self.mesh, 0, Rendezvous(self.store, segment=self.segment), device).tp
+        return communicators(self.mesh, 0, Rendezvous(self.store, segment=self.segment), device)
 
     def wait(self) -> None:
         """Until all are ready; from then on they are watched.
@@ -152,15 +153,15 @@ class Ranks:
         self.poison()
 
 
-def fork(size: int, *others: socket.socket) -> Ranks | None:
-    """Ranks 1 .. size - 1 of this process, which has done nothing yet that a fork would not survive.
+def fork(mesh: Mesh, *others: socket.socket) -> Ranks | None:
+    """All other ranks of this process's mesh, which has done nothing yet that a fork would not survive.
 
     `others`: its open sockets, which are not for them.
     """
-    if size == 1:
+    if mesh.size == 1:
         return None
     segment, pids, channels = _segment(), list[int](), list[Channel]()
-    for _ in range(1, size):
+    for _ in range(1, mesh.size):
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if not pid:
@@ -170,22 +171,22 @@ def fork(size: int, *others: socket.socket) -> Ranks | None:
         theirs.close()
         pids.append(pid)
         channels.append(Channel(ours, incoming=FromRank))
-    return Ranks(channels, segment, pids)
+    return Ranks(mesh, channels, segment, pids)
 
 
-def spawn(size: int) -> Ranks | None:
-    """Ranks 1 .. size - 1 as processes of their own, whatever this one is like."""
-    if size == 1:
+def spawn(mesh: Mesh) -> Ranks | None:
+    """All other ranks as processes of their own, whatever this one is like."""
+    if mesh.size == 1:
         return None
     segment, processes, channels = _segment(), list["subprocess.Popen[bytes]"](), list[Channel]()
-    for _ in range(1, size):
+    for _ in range(1, mesh.size):
         ours, theirs = socket.socketpair()
         channels.append(Channel(ours, incoming=FromRank))
         with theirs:
             given = [theirs.fileno()] if segment is None else [theirs.fileno(), segment]
             words = command(RANK, *map(str, given))
             processes.append(subprocess.Popen(words, pass_fds=given, stdin=subprocess.DEVNULL))
-    return Ranks(channels, segment, [process.pid for process in processes], processes)
+    return Ranks(mesh, channels, segment, [process.pid for process in processes], processes)
 
 
 def _segment() -> int | None:

@@ -18,7 +18,7 @@ from quire.models import registry
 from quire.models.composite import COMPOSITES
 from quire.models.parameters import parameter_shapes
 from quire.models.spec import Spec
-from quire.parallel.axis import Axis
+from quire.parallel.axis import Axes
 from quire.resolve import BITS
 
 
@@ -28,8 +28,8 @@ class Road(Protocol):
     @property
     def spec(self) -> Spec: ...
 
-    def network(self, config: Config, backend: Backend, device: torch.device, axis: Axis) -> Network:
-        """Without weights; `config` is resolved. What this rank of the axis computes of it."""
+    def network(self, config: Config, backend: Backend, device: torch.device, axes: Axes) -> Network:
+        """Without weights; `config` is resolved. What this rank computes of it."""
 
     def load(self, network: Any, config: Config, folder: Path) -> None:
         """Fill in the weights. Raises CheckpointError if they are not this network's."""
@@ -47,8 +47,8 @@ class Native:
                 architecture,
             )
 
-    def network(self, config: Config, backend: Backend, device: torch.device, axis: Axis) -> Decoder:
-        return Decoder(self.spec, axis=axis, **_how(config, backend, device))
+    def network(self, config: Config, backend: Backend, device: torch.device, axes: Axes) -> Decoder:
+        return Decoder(self.spec, axes=axes, **_how(config, backend, device))
 
     def load(self, network: Decoder, config: Config, folder: Path) -> None:
         if config.load_format == "dummy":
@@ -86,7 +86,7 @@ class Foreign:
         self.hf_config = source.hf_config(raw, config.max_model_len)
         self.spec = source.describe(architecture, self.hf_config, alone)
 
-    def network(self, config: Config, backend: Backend, device: torch.device, axis: Axis) -> Any:
+    def network(self, config: Config, backend: Backend, device: torch.device, axes: Axes) -> Any:
         from quire.layers.hf.network import Modules
 
         return Modules(self.spec, self.hf_config, **_how(config, backend, device))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from quire.attention.base import LayerCache, Ragged
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
-from quire.layers.block import Axes, Block
+from quire.layers.block import Block, Spread
 from quire.layers.linear import EXACT, Linear
 from quire.layers.norm import Norm, Normed, add, mean, normed
 from quire.models import spec
@@ -99,9 +99,9 @@ class AltUpBlock(nn.Module):
 
     attn_norm = None  # is for the predicted stream, so nobody before can compute it
 
-    def __init__(self, s: spec.AltUp, block: spec.Block, build: Build, axes: Axes):
+    def __init__(self, s: spec.AltUp, block: spec.Block, build: Build, spread: Spread):
         super().__init__()
-        self.spec, self.block, self.altup = block, Block(block, build, axes), AltUp(s, build)
+        self.spec, self.block, self.altup = block, Block(block, build, spread), AltUp(s, build)
         self.left = Linear(build.dim, {"linear_left": s.rank}, build)
         self.right = Linear(s.rank, {"linear_right": build.dim}, build)
         self.norm = Norm(s.norm, (build.dim,), build)

@@ -13,7 +13,7 @@ from quire.checkpoint.upload import Upload
 from quire.kernels import ops
 from quire.layers.rope import RopeTables
 from quire.models.spec import Spec
-from quire.parallel.axis import Axis
+from quire.parallel.axis import Axes
 
 
 class Weights(Protocol):
@@ -38,7 +38,7 @@ class Network(Protocol):
     def build(self) -> "Build": ...
 
     @property
-    def axis(self) -> Axis:
+    def axes(self) -> Axes:
         """Whose ranks compute it together."""
 
     def caches(self, pool: Tensor, states: Tensor | None = None, layout: Layout | None = None) -> list[Cache]:

@@ -38,7 +38,7 @@ MIXERS: dict[type, Callable[..., Any]] = {
 }
 
 
-class Axes(NamedTuple):
+class Spread(NamedTuple):
     """Whose ranks have parts of a block's mixer, and of its feed-forward part."""
 
     mixer: Axis = Axis()
@@ -66,11 +66,11 @@ class Block(nn.Module):
     embedding is added, and all multiplied by its scalar, where it has these.
     """
 
-    def __init__(self, s: spec.Block, build: Build, axes: Axes):
+    def __init__(self, s: spec.Block, build: Build, spread: Spread):
         super().__init__()
         self.spec = s
-        self.mixer = mixer(s.mixer, build, axes.mixer)
-        self.mlp: Any = feed_forward(s.mlp, build, axes.mlp)
+        self.mixer = mixer(s.mixer, build, spread.mixer)
+        self.mlp: Any = feed_forward(s.mlp, build, spread.mlp)
 
         def norm(n: spec.Norm | None) -> Norm | None:
             return Norm(n, (build.dim,), build) if n else None

@@ -13,7 +13,7 @@ from quire.kernels import ops
 from quire.layers.altup import AltUpBlock, Streams
 from quire.layers.attention import chunk_of
 from quire.layers.base import Build, Weights
-from quire.layers.block import Axes, Block
+from quire.layers.block import Block, Spread
 from quire.layers.embeddings import LayerEmbeddings
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed, normed
@@ -21,7 +21,7 @@ from quire.layers.rope import RopeTables
 from quire.layers.shards import Shards
 from quire.models import spec
 from quire.models.shard import is_cut, shard
-from quire.parallel.axis import Axis
+from quire.parallel.axis import Axes, Axis
 
 
 class Decoder(nn.Module):
@@ -37,20 +37,20 @@ class Decoder(nn.Module):
         max_length: int | None = None,
         invariant: bool = False,
         bits: int | None = None,
-        axis: Axis | None = None,
+        axes: Axes | None = None,
     ):
         """Of an `invariant` network and backend, a sequence's results do not depend on its company, to the bit.
 
         `max_length`: the longest sequence that will come; None for the model's own limit. `bits`: those that weights
-        of products are quantized to while they load, the head's to 8 at least. `axis`: whose ranks compute it together,
+        of products are quantized to while they load, the head's to 8 at least. `axes`: whose ranks compute it together,
         each its `share` of it.
 
         Raises:
             ConfigError: it cannot be shared out evenly.
         """
         super().__init__()
-        self.axis = axis or Axis()
-        self.spec, self.backend, self.share = s, backend, shard(s, self.axis.size, self.axis.rank)
+        self.axes = axes or Axes()
+        self.spec, self.backend, self.share = s, backend, shard(s, self.axes.tp.size, self.axes.tp.rank)
         device = torch.device(device)
         ropes = RopeTables(max_length or s.max_length, device)
         self.build = Build(s.dim, dtype, device, backend, ropes, invariant, bits)
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
 
     def load(self, weights: Weights) -> None:
         """Pull every weight, layer by layer, so that at most one layer is held twice."""
-        axis = self.axis
+        axis = self.axes.tp
         with self.build.upload:
             self._load(weights if axis.size == 1 else Shards(weights, self.spec, axis.size, axis.rank))
 
@@ -122,27 +122,27 @@ class Decoder(nn.Module):
         return y.tensor() if self.streams is None else cast(Tensor, self.norm(self.streams.joined(x)))
 
     def _layer(self, whole: spec.Block, part: spec.Block) -> nn.Module:
-        axes = Axes(*(self.axis if cut else Axis() for cut in is_cut(whole, part)))
+        spread = Spread(*(self.axes.tp if cut else Axis() for cut in is_cut(whole, part)))
         if part.altup:
-            return AltUpBlock(part.altup, part, self.build, axes)
-        return Block(part, self.build, axes)
+            return AltUpBlock(part.altup, part, self.build, spread)
+        return Block(part, self.build, spread)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [T] -> [T, dim]; each is in one rank's rows."""
-        if self.axis.size == 1:
+        if self.axes.tp.size == 1:
             return ops.embed(token_ids, self.embedding, self.embed_scale)
         num_rows = self.share.vocab_size
-        local = token_ids - self.axis.rank * num_rows
+        local = token_ids - self.axes.tp.rank * num_rows
         here = (local >= 0) & (local < num_rows)
         found = ops.embed(torch.where(here, local, 0), self.embedding, self.embed_scale)
-        return self.axis.all_reduce(torch.where(here[:, None], found, 0))
+        return self.axes.tp.all_reduce(torch.where(here[:, None], found, 0))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, dim] -> [R, vocab_size] float32."""
         s, y = (
             self.spec,
-            self.axis.all_gather(self.head(hidden, torch.float32), -1)[:, : self.spec.vocab_size],
+            self.axes.tp.all_gather(self.head(hidden, torch.float32), -1)[:, : self.spec.vocab_size],
         )
         if s.logit_scale != 1.0:
             y = y * s.logit_scale

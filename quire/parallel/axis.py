@@ -4,6 +4,7 @@ All ranks of an axis call the same operations in the same order, with tensors of
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
 
@@ -146,10 +147,6 @@ class Axis:
         if self.communicator is not None:
             self.communicator.barrier()
 
-    def splits(self, error: Exception) -> bool:
-        """Whether other ranks may not have met this error, as of memory: then no rank may go on as if all had."""
-        return self.size > 1 and isinstance(error, RuntimeError | MemoryError | PeerLost)
-
     def check(self) -> None:
         """To be called before the results of a recorded step are used.
 
@@ -165,6 +162,31 @@ class Axis:
                 f"rank {self.rank} of {self.size} has no other rank {rank} to exchange tensors with"
             )
         return self.communicator
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """A process's axes, by their names (`Mesh`); of size 1 unless they were made. Equal ones are one object."""
+
+    dp: Axis = field(default_factory=Axis)
+    pp: Axis = field(default_factory=Axis)
+    cp: Axis = field(default_factory=Axis)
+    tp: Axis = field(default_factory=Axis)
+    ep: Axis = field(default_factory=Axis)
+    world: Axis = field(default_factory=Axis)
+
+    def check(self) -> None:
+        """To be called before the results of a recorded step are used.
+
+        Raises:
+            PeerLost: another rank was lost meanwhile, and the step's results mean nothing.
+        """
+        for axis in (self.dp, self.pp, self.cp, self.tp, self.ep, self.world):
+            axis.check()
+
+    def splits(self, error: Exception) -> bool:
+        """Whether other ranks may not have met this error, as of memory: then no rank may go on as if all had."""
+        return self.world.size > 1 and isinstance(error, RuntimeError | MemoryError | PeerLost)
 
 
 def _check_sum(x: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The axes of one process: which communicator each gets. The only place that knows all of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.distributed import Store
@@ -8,32 +8,11 @@ from torch.distributed import Store
 from quire.errors import ConfigError
 from quire.log import logger
 from quire.parallel import shared_memory
-from quire.parallel.axis import Axis, Communicator
+from quire.parallel.axis import Axes, Axis, Communicator
 from quire.parallel.mesh import SPANS, Mesh
 from quire.parallel.process_groups import gloo, nccl
 from quire.parallel.shared_memory import Segment, SharedMemory
 from quire.parallel.symmetric import symmetric
-
-
-@dataclass(frozen=True, slots=True)
-class Axes:
-    """A process's axes, by their names; of size 1 unless they were made."""
-
-    dp: Axis = field(default_factory=Axis)
-    pp: Axis = field(default_factory=Axis)
-    cp: Axis = field(default_factory=Axis)
-    tp: Axis = field(default_factory=Axis)
-    ep: Axis = field(default_factory=Axis)
-    world: Axis = field(default_factory=Axis)
-
-    def check(self) -> None:
-        """To be called before the results of a recorded step are used.
-
-        Raises:
-            PeerLost: another rank was lost meanwhile, and the step's results mean nothing.
-        """
-        for axis in (self.dp, self.pp, self.cp, self.tp, self.ep, self.world):
-            axis.check()
 
 
 @dataclass(frozen=True, slots=True)

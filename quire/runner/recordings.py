@@ -10,7 +10,7 @@ import torch
 
 from quire.kernels.cpu.calls import Memory, Step, record
 from quire.log import logger
-from quire.parallel.axis import Axis
+from quire.parallel.axis import Axes
 from quire.runner.states import StatesLost
 
 
@@ -19,9 +19,9 @@ class Recordings:
 
     with_logprobs = False  # torch computes them, and of equally likely tokens others for another k
 
-    def __init__(self, axis: Axis, *, keeps_states: bool = False) -> None:
-        """`axis`: whose ranks compute the steps. `keeps_states`: a step that fails cannot be computed again."""
-        self.axis, self.keeps_states = axis, keeps_states
+    def __init__(self, axes: Axes, *, keeps_states: bool = False) -> None:
+        """`axes`: whose ranks compute the steps. `keeps_states`: a step that fails cannot be computed again."""
+        self.axes, self.keeps_states = axes, keeps_states
         self.memory = Memory()
         self.steps: dict[Hashable, Step] = {}
         self.refused: dict[Hashable, str] = {}  # kinds, and what torch computes in them, or an exception
@@ -36,7 +36,7 @@ class Recordings:
         kind = kind, torch.get_num_threads()
         if kind in self.steps:
             self.steps[kind].replay()
-            self.axis.check()
+            self.axes.check()
             return True
         if kind in self.refused:
             return False
@@ -44,7 +44,7 @@ class Recordings:
             with record(self.memory) as step:
                 compute()
         except Exception as error:  # of one row perhaps: the ordinary path finds out which
-            if self.axis.splits(error):
+            if self.axes.splits(error):
                 raise
             logger.warning("steps of kind %s are not recorded", kind[0], exc_info=True)
             self.refused[kind] = type(error).__name__

@@ -159,7 +159,7 @@ class Runner:
                 continue
             except torch.OutOfMemoryError as error:
                 num_positions = sum(w.count for w in piece)
-                if num_positions == 1 or self.model.axis.splits(error):
+                if num_positions == 1 or self.model.axes.splits(error):
                     raise
                 self.pieces.ran_out(num_positions)
             # Outside the handler, which holds on to the tensors of the attempt.
@@ -183,7 +183,7 @@ class Runner:
             self.state.append(batch.slots, batch.sample_positions, sampled.token_ids)
             return [(rows, to_host(sampled))]
         except Exception as error:
-            if self.model.axis.splits(error):
+            if self.model.axes.splits(error):
                 raise
             if len(rows) == 1:
                 if isinstance(error, torch.OutOfMemoryError):
@@ -211,7 +211,7 @@ class Runner:
                 bad_words=sampling.bad_words,
             )
         except Exception as error:  # one request's parameters never stop a step
-            if self.model.axis.splits(error):
+            if self.model.axes.splits(error):
                 raise
             logger.exception("sequence %d could not be set up", start.seq)
             self.failed[start.seq] = f"sampling could not be set up: {type(error).__name__}"
@@ -230,7 +230,7 @@ class Runner:
                     scores = prompt_logprobs(logits, targets, num_logprobs)
                     self.prompt_logprobs[work.seq] += scores.to_lists()
             except RuntimeError as error:  # of memory, say: the others need no scores
-                if self.model.axis.splits(error):
+                if self.model.axes.splits(error):
                     raise
                 logger.exception("the prompt of sequence %d could not be scored", work.seq)
                 self.failed[work.seq] = f"the prompt could not be scored: {type(error).__name__}"

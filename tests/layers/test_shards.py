@@ -17,7 +17,7 @@ from quire.layers.shards import Shards
 from quire.models.parameters import num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec
 from quire.models.shard import shard
-from quire.parallel.axis import Axis
+from quire.parallel.axis import Axes
 from tests.layers.test_chunks import LENGTHS, compute
 from tests.models.cases import BY_NAME, build_hf, config_of, prompt
 from tests.parallel.threads import in_ranks
@@ -56,9 +56,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def logits(folder: Path, axis: Axis | None = None) -> list[Tensor]:
+def logits(folder: Path, axes: Axes | None = None) -> list[Tensor]:
     spec, names = decoder_spec(read_config(folder))
-    decoder = Decoder(spec, backend=Reference(4), dtype=torch.float32, axis=axis)
+    decoder = Decoder(spec, backend=Reference(4), dtype=torch.float32, axes=axes)
     checkpoint = Checkpoint(folder, names)
     decoder.load(checkpoint)
     assert checkpoint.unused() == []
@@ -68,7 +68,7 @@ def logits(folder: Path, axis: Axis | None = None) -> list[Tensor]:
 @pytest.mark.parametrize("size", [2, 4])
 def test_logits_are_those_of_one(folder: Path, size: int) -> None:
     alone = logits(folder)
-    ranks = in_ranks(size, lambda axis: logits(folder, axis))
+    ranks = in_ranks(size, lambda axis: logits(folder, Axes(tp=axis, world=axis)))
     for own in ranks:
         for got, want, first in zip(own, alone, ranks[0], strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=NEAR * want.abs().max().item())

@@ -15,7 +15,7 @@ from quire.engine.engine import Engine
 from quire.kernels import ops
 from quire.kernels.cpu import native
 from quire.kernels.cpu.calls import Memory, record
-from quire.parallel.axis import Axis
+from quire.parallel.axis import Axes
 from quire.runner.recordings import Recordings
 from quire.runner.states import StatesLost
 from quire.types import SamplingParams
@@ -148,9 +148,9 @@ def test_what_fails_with_states_cannot_be_computed_again() -> None:
     def fail() -> None:
         raise RuntimeError("no memory")
 
-    assert not Recordings(Axis()).run("a kind", fail)
+    assert not Recordings(Axes()).run("a kind", fail)
     with pytest.raises(StatesLost):
-        Recordings(Axis(), keeps_states=True).run("a kind", fail)
+        Recordings(Axes(), keeps_states=True).run("a kind", fail)
 
 
 def test_what_torch_computes_is_refused() -> None:

@@ -81,7 +81,7 @@ static inline V magnitude(V x) {
 
 static inline Floats load(const Bf16* p) { return (Floats)(as_words(*(const HalvesAt*)p) << 16); }
 
-// Rounds to nearest even; NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN. AVX512-BF16 makes 0 of numbers below 2^-126.
 static inline Halves to_bf16(Floats x) {
 #if QUIRE_ISA >= 3
   return (Halves)_mm512_cvtneps_pbh((__m512)x);

@@ -31,7 +31,7 @@ from quire.layers.hf.source import (
 from quire.layers.hf.states import Over, computing, pieces, wrap
 from quire.layers.rope import RopeTables
 from quire.models.spec import Foreign
-from quire.parallel.axis import Axis
+from quire.parallel.axis import Axes
 
 NUM_SHOWN = 5
 ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
@@ -116,7 +116,7 @@ class Modules:
         """`config`: Transformers'; the rest as for layers.decoder."""
         if s.alone:  # modules attend themselves, so the cache has the layout that can be read
             backend = Reference(backend.block_size, quantized=backend.quantized)
-        self.spec, self.config, self.backend, self.axis = s, config, backend, Axis()
+        self.spec, self.config, self.backend, self.axes = s, config, backend, Axes()
         device = torch.device(device)
         ropes = RopeTables(max_length or s.max_length, device)
         self.build = Build(s.dim, dtype, device, backend, ropes, invariant, bits)
