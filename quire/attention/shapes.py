@@ -88,7 +88,7 @@ def cache_shape(mixer: Mixer | None) -> CacheShape:
     if mixer is None or mixer.shares is not None:
         return NOTHING
     more = ALIBI_DIMS if mixer.slopes else 0
-    return CacheShape(mixer.num_kv_heads, mixer.head_dim + more, mixer.head_dim)
+    return CacheShape(mixer.num_kv_heads, mixer.head_dim + more, mixer.value_dim)
 
 
 def cache_shapes(spec: Spec) -> tuple[CacheShape, ...]:

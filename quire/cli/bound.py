@@ -90,7 +90,7 @@ class Layer:
             pair_dims = mixer.num_heads * (mixer.nope_dim + mixer.rope_dim + mixer.v_dim)
             window = mixer.indexer.top_k if mixer.indexer else None
         elif mixer is not None:
-            pair_dims, window = mixer.num_heads * 2 * mixer.head_dim, mixer.window
+            pair_dims, window = mixer.num_heads * (mixer.head_dim + mixer.value_dim), mixer.window
         return cls(
             always=always,
             expert=experts // max(num_experts, 1),

@@ -53,14 +53,14 @@ class Attention(nn.Module):
         """`axis`: whose ranks have heads each."""
         super().__init__()
         self.spec, self.build = s, build
-        q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        q, found = s.num_heads * s.head_dim, s.num_heads * s.value_dim
         queries = {"q_a_proj": s.q_rank} if s.q_rank else {"q_proj": q}
-        keys = {} if s.shares is not None else {"k_proj": kv}
-        values = {} if s.shares is not None or s.keys_as_values else {"v_proj": kv}
+        keys = {} if s.shares is not None else {"k_proj": s.num_kv_heads * s.head_dim}
+        values = {"v_proj": s.num_kv_heads * s.value_dim} if keys and not s.keys_as_values else {}
         inputs = s.inputs or build.dim
         self.qkv = Linear(inputs, queries | keys | values, build, bias=s.bias)
         self.raised = Raised(s.q_rank, q, s.q_rank_norm, build) if s.q_rank else None
-        self.out = Linear(q, {"o_proj": build.dim}, build, bias=s.out_bias, axis=axis)
+        self.out = Linear(found, {"o_proj": build.dim}, build, bias=s.out_bias, axis=axis)
         self.q_norm = self._qk_norm(s.num_heads, axis)
         self.k_norm = self._qk_norm(s.num_kv_heads, axis) if keys else None
         self.v_norm = Norm(s.v_norm, (s.head_dim,), build) if s.v_norm else None
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.slopes = self._slopes()
         self.chunk = chunk_of(s, build)
         self.sinks: Tensor | None = None
-        rows = s.num_heads if s.gate_per_head else q
+        rows = s.num_heads if s.gate_per_head else found
         self.gate = Linear(inputs, {"gate_proj": rows}, build, bias=s.gate_bias) if s.gate else None
         self.turn = self._turn()
 
@@ -108,36 +108,45 @@ class Attention(nn.Module):
         """x [T, dim] -> [T, H, D]."""
         s, backend, step = self.spec, self.build.backend, step.seen_by(cache, self.chunk)
         how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
-        is_usual = s.v_norm is None and not s.keys_as_values and s.shares is None and self.raised is None
-        if self.turn is not None and is_usual and more is None:
+        if self.turn is not None and self._is_one_product() and more is None:
             product = Product(x.values, x.scale, self.qkv.weight, self.qkv.bias, s.head_dim)
             return backend.attend_product(product, cache, self.turn, step, **how)
-        heads = self._heads(x, more)
+        qk, v = self._heads(x, more)
         if s.shares is not None:
-            q, _ = self._place(heads, step.positions)
+            q, _ = self._place(qk, step.positions)
         else:
-            v = self._values(heads)  # before keys that are values are turned, perhaps in place
-            q, k = self._place(heads.narrow(1, 0, s.num_heads + s.num_kv_heads), step.positions)
+            # Before keys are turned, perhaps in place.
+            v = self._values(qk[:, s.num_heads :] if s.keys_as_values else v)
+            q, k = self._place(qk, step.positions)
             if self.slopes is not None:
                 q, k = self.slopes.queries(q), self.slopes.keys(k, step.positions)
             backend.write(cache, k, v, step)
         return backend.attend(grown(q, s.growth, step.positions), cache, step, **how)
 
-    def _values(self, heads: Tensor) -> Tensor:
-        """Those of heads [T, H + Hkv or H + 2 * Hkv, D], as they are cached [T, Hkv, D]."""
+    def _is_one_product(self) -> bool:
+        """Whether queries, keys and values are heads of one size, which are cached as the product makes them."""
         s = self.spec
-        v = heads[:, -s.num_kv_heads :]
-        if self.v_norm is not None:
-            return self._clip(self.v_norm(v))
-        return self._clip(v.clone() if s.keys_as_values else v)
+        is_value = s.v_dim is None and s.v_scale == 1.0 and s.v_norm is None and not s.keys_as_values
+        return is_value and s.shares is None and self.raised is None
 
-    def _heads(self, x: Normed, more: Tensor | None) -> Tensor:
-        """x [T, dim] -> queries, and keys and values if it has any [T, H .. H + 2 * Hkv, D]."""
-        y = self.qkv.of(x)
-        if self.raised is not None and self.spec.q_rank:
-            low, others = y.tensor_split((self.spec.q_rank,), -1)
+    def _values(self, v: Tensor) -> Tensor:
+        """v [T, Hkv, Dv], which may be keys, as they are cached."""
+        s = self.spec
+        if self.v_norm is not None:
+            v = self.v_norm(v)
+        elif s.keys_as_values:
+            v = v.clone()
+        return self._clip(v if s.v_scale == 1.0 else v * s.v_scale)
+
+    def _heads(self, x: Normed, more: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [T, dim] -> queries, and keys if it has any [T, H or H + Hkv, D]; and values [T, Hkv or 0, Dv]."""
+        s, y = self.spec, self.qkv.of(x)
+        if self.raised is not None and s.q_rank:
+            low, others = y.tensor_split((s.q_rank,), -1)
             y = torch.cat((self.raised(low), others), -1)
-        return (y if more is None else y + more).unflatten(-1, (-1, self.spec.head_dim))
+        y = y if more is None else y + more
+        qk, v = y.tensor_split((y.shape[-1] - self.qkv.parts.get("v_proj", 0),), -1)
+        return qk.unflatten(-1, (-1, s.head_dim)), v.unflatten(-1, (-1, s.value_dim))
 
     def _slopes(self) -> Slopes | None:
         """

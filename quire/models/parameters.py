@@ -141,7 +141,7 @@ def kv_values_read(block: Block) -> int:
         return mixer.kv_rank + mixer.rope_dim
     if mixer is None:
         return 0
-    return mixer.num_kv_heads * (2 * mixer.head_dim + (ALIBI_DIMS if mixer.slopes else 0))
+    return mixer.num_kv_heads * (mixer.head_dim + mixer.value_dim + (ALIBI_DIMS if mixer.slopes else 0))
 
 
 def kv_bytes_per_token(spec: Decoder, value_bytes: int = 2) -> int:
@@ -225,9 +225,10 @@ def _attention(s: Attention, dim: int) -> Named:
     else:
         yield from _linear("q_proj", s.num_heads * s.head_dim, inputs, s.bias)
     keys = () if s.shares is not None else ("k",)
-    values = () if s.shares is not None or s.keys_as_values else ("v",)
-    for name in (*keys, *values):
-        yield from _linear(f"{name}_proj", s.num_kv_heads * s.head_dim, inputs, s.bias)
+    if keys:
+        yield from _linear("k_proj", s.num_kv_heads * s.head_dim, inputs, s.bias)
+    if keys and not s.keys_as_values:
+        yield from _linear("v_proj", s.num_kv_heads * s.value_dim, inputs, s.bias)
     for name in ("q", *keys):
         heads = s.num_heads if name == "q" else s.num_kv_heads
         spans = {"head": (s.head_dim,), "full": (heads * s.head_dim,), "heads": (heads, s.head_dim)}
@@ -236,9 +237,9 @@ def _attention(s: Attention, dim: int) -> Named:
         yield "sinks", (s.num_heads,)
     if s.gate:
         yield from _linear(
-            "gate_proj", s.num_heads * (1 if s.gate_per_head else s.head_dim), inputs, s.gate_bias
+            "gate_proj", s.num_heads * (1 if s.gate_per_head else s.value_dim), inputs, s.gate_bias
         )
-    yield from _linear("o_proj", dim, s.num_heads * s.head_dim, s.out_bias)
+    yield from _linear("o_proj", dim, s.num_heads * s.value_dim, s.out_bias)
 
 
 def _mla(s: MLA, dim: int) -> Named:

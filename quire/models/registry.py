@@ -97,6 +97,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "MambaForCausalLM": "mamba.mamba",
     "MellumForCausalLM": "qwen.mellum",
     "MiMoForCausalLM": "qwen.mimo",
+    "MiMoV2FlashForCausalLM": "mimo.mimo_v2",
     "MiniCPM3ForCausalLM": "deepseek.minicpm3",
     "MiniMaxForCausalLM": "mixtral.minimax",
     "MiniMaxM1ForCausalLM": "mixtral.minimax_text_01",

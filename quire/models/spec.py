@@ -66,6 +66,8 @@ class Attention:
         "head"  # what one norm sees: head | full (all heads) | heads (a head; a weight per head)
     )
     norm_after_rope: bool = False
+    v_dim: int | None = None  # of a head's value; None: head_dim
+    v_scale: float = 1.0  # of values
     v_norm: Norm | None = None  # of a head's value; has no weight
     keys_as_values: bool = False  # not yet normalised nor rotated; there is no v_proj
     shares: int | None = (
@@ -83,6 +85,10 @@ class Attention:
     gate: str | None = None
     gate_per_head: bool = False
     gate_bias: bool = False
+
+    @property
+    def value_dim(self) -> int:
+        return self.v_dim or self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)

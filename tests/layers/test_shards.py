@@ -33,7 +33,7 @@ NAMES = (  # every way to share a layer out, and every mixer that cannot be
         "PhiMoE",
         "GptOss",
     ),  # norms of all heads, sparse gates, biases
-    *("Mixtral", "Qwen2Moe", "Gemma4-experts", "DeepseekV3", "DeepseekV32", "Step3Text"),
+    *("Mixtral", "Qwen2Moe", "Gemma4-experts", "DeepseekV3", "DeepseekV32", "Step3Text", "MiMoV2Flash"),
     *(
         "Qwen3Next",
         "KimiLinear",

@@ -133,6 +133,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "sinks": _set("sinks", False),
         "gate_bias": _set("gate_bias", False),
         "v_norm": _set("v_norm", None),
+        "v_scale": _set("v_scale", 1.0),
         "shares": lambda a: replace(a, shares=a.shares - 2) if a.shares else a,  # another one of its shape
     },
     MLA: {

@@ -7,12 +7,18 @@ from tests.models.values import (
     GROUPED,
     GROUPS,
     LLAMA3,
+    LOCAL,
     MAX_LENGTH,
+    MIMO_V2,
+    MIMO_V2_PUBLISHED,
+    MIXED,
     PLAIN,
     SIZES,
+    SOME_DENSE,
     STEP3,
     STEP3_VL,
     theta,
+    without,
 )
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -137,6 +143,12 @@ ROUTED = {key: GROUPS[key] for key in ("n_routed_experts", "num_experts_per_tok"
 ROUTED |= {"moe_intermediate_size": 40}
 
 RESPELLED = (
+    Case("MiMoV2Flash", BASE | LOCAL | MIXED | MIMO_V2 | SOME_DENSE | {"attention_bias": True}),
+    Case(
+        "MiMoV2Flash-published",
+        BASE | without(MIMO_V2, "rope_parameters") | {"sliding_window": 6, "norm_topk_prob": False},
+        legacy=MIMO_V2_PUBLISHED,
+    ),
     Case("Step3Text", STEP3 | {"moe_layers_enum": "0,2", "rope_theta": 500.0}),
     alias("Step3VL", "Step3Text", STEP3 | {"norm_expert_weight": True}, "", architectures=[STEP3_VL]),
     Case(

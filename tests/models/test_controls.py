@@ -33,7 +33,7 @@ SAME, VISIBLE = 2e-4, 2e-3  # the first is what oracle tests tolerate
 SHAPES = {
     "Rope": "dim",  # see "rope of a part"
     "Growth": "rate length first",  # see "growth"
-    "Attention": "num_heads num_kv_heads head_dim inputs q_rank qk_norm_span keys_as_values gate_per_head",
+    "Attention": "num_heads num_kv_heads head_dim inputs q_rank qk_norm_span v_dim keys_as_values gate_per_head",
     "Indexer": "num_heads head_dim own",  # see "indexers of layers"
     "MLA": "num_heads q_rank kv_rank nope_dim rope_dim v_dim norm",
     "ShortConv": "width",

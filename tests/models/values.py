@@ -343,6 +343,38 @@ STEP3 = {
     "moe_intermediate_size": 40,
     "share_expert_dim": 72,
 }
+MIMO_V2 = {
+    "head_dim": 24,
+    "v_head_dim": 20,
+    "attention_value_scale": 0.6,
+    "num_nextn_predict_layers": 0,
+    **{key: GROUPS[key] for key in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")},
+    "moe_intermediate_size": 40,
+    "routed_scaling_factor": 2.5,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        "full_attention": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.334},
+    },
+}
+MIMO_V2_PUBLISHED = {  # the same as its authors spell it
+    "hybrid_layer_pattern": [0, 1, 1, 1],
+    "moe_layer_freq": [0, 1, 1, 1],
+    "layernorm_epsilon": 1e-5,
+    "sliding_window_size": 5,
+    "sliding_window": 5,
+    "attention_chunk_size": 5,
+    "swa_num_key_value_heads": 4,
+    "swa_num_attention_heads": 4,
+    "swa_head_dim": 24,
+    "swa_v_head_dim": 20,
+    "rope_theta": 5_000_000,
+    "swa_rope_theta": 10_000,
+    "partial_rotary_factor": 0.334,
+    "add_swa_attention_sink_bias": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    **dict.fromkeys(("layer_types", "mlp_layer_types", "rope_parameters", "rms_norm_eps")),
+}
 STEP3_VL = "Step3VLForConditionalGeneration"
 
 ZAMBA = {
