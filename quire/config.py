@@ -95,6 +95,16 @@ class Config:
         "Engine groups with the whole network and a cache each, among which quire serve divides requests; on a CPU. The"
         " machine's cores and memory are shared out among them.",
     )
+    enable_expert_parallel: bool = option(
+        False,
+        "Give each rank whole experts, instead of a part of every one: ranks of tensor_parallel_size share them out.",
+    )
+    all2all_backend: str = option(
+        "auto",
+        "How tokens get to experts of other ranks. allgather_reducescatter: all ranks get all tokens. all_to_all: a"
+        " token goes to the ranks of its experts. auto: the latter for many tokens, where that moves less.",
+        choices=("auto", "allgather_reducescatter", "all_to_all"),
+    )
     max_model_len: int | None = option(None, "Most tokens of a request, prompt and output together.")
     max_num_seqs: int | None = option(None, "Most sequences that run at once.")
     max_num_batched_tokens: int | None = option(None, "Most tokens that one step computes.")

@@ -11,7 +11,7 @@ from quire.attention.states import state_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import layer_dims, num_parameters, parameter_shapes
-from quire.models.shard import shard
+from quire.models.shard import WholeExperts, shard
 from quire.models.spec import (
     MLP,
     RGLRU,
@@ -188,8 +188,25 @@ def resolve(
 def _part(config: Config, spec: Spec, machine: Machine) -> tuple[Spec, Machine]:
     """What one rank computes, and has for it; all ranks have as much."""
     size = config.tensor_parallel_size
-    part = shard(spec, size, 0) if isinstance(spec, Decoder) else spec
+    part = shard(spec, size, 0, whole_experts(config, spec)) if isinstance(spec, Decoder) else spec
     return part, machine.part(size) if machine.device == "cpu" else machine
+
+
+def whole_experts(config: Config, spec: Spec) -> WholeExperts | None:
+    """How experts are spread over ranks; None if each is cut, or there is one rank.
+
+    Raises:
+        ConfigError: there are no experts, or none of ours.
+    """
+    if not config.enable_expert_parallel:
+        return None
+    if isinstance(spec, Foreign) or not any(isinstance(block.mlp, MoE) for block in spec.blocks):
+        raise ConfigError(
+            "enable_expert_parallel is set, and this network has no experts that could be spread over ranks; leave it"
+            " out"
+        )
+    size = config.tensor_parallel_size
+    return WholeExperts(size, way=config.all2all_backend) if size > 1 else None
 
 
 def _check_quantization(config: Config, dtype: str, machine: Machine) -> None:

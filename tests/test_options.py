@@ -36,6 +36,8 @@ OPTIONS = {
     "num_threads",
     "tensor_parallel_size",
     "data_parallel_size",
+    "enable_expert_parallel",
+    "all2all_backend",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",

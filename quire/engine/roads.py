@@ -19,7 +19,7 @@ from quire.models.composite import COMPOSITES
 from quire.models.parameters import parameter_shapes
 from quire.models.spec import Spec
 from quire.parallel.axis import Axes
-from quire.resolve import BITS
+from quire.resolve import BITS, whole_experts
 
 
 class Road(Protocol):
@@ -48,7 +48,8 @@ class Native:
             )
 
     def network(self, config: Config, backend: Backend, device: torch.device, axes: Axes) -> Decoder:
-        return Decoder(self.spec, axes=axes, **_how(config, backend, device))
+        experts = whole_experts(config, self.spec)
+        return Decoder(self.spec, axes=axes, experts=experts, **_how(config, backend, device))
 
     def load(self, network: Decoder, config: Config, folder: Path) -> None:
         if config.load_format == "dummy":
@@ -57,7 +58,8 @@ class Native:
         checkpoint = Checkpoint(folder, self.names)
         checkpoint.check(parameter_shapes(network.spec))  # before the first byte of weights is read
         network.load(checkpoint)
-        checkpoint.finish()
+        if network.axes.world.size == 1:  # other ranks read the rest
+            checkpoint.finish()
 
 
 class Foreign:

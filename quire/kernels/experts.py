@@ -40,14 +40,14 @@ class Rule(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """Where tokens go."""
+    """Where tokens go. Experts from the number of those in a stack on are held elsewhere, and add nothing here."""
 
-    experts: Tensor  # [T, top_k] int32, all different
+    experts: Tensor  # [T, top_k] int32, all different, but for those held elsewhere
     weights: Tensor  # [T, top_k] float32
 
 
 class Experts(NamedTuple):
-    """The weights of all experts, as `pack_experts` made them, and their activation."""
+    """The weights of experts, as `pack_experts` made them, and their activation."""
 
     up: Any  # [E, 2 * hidden, dim]: gates, then ups; or [E, hidden, dim]
     down: Any  # [E, dim, hidden]
@@ -56,6 +56,7 @@ class Experts(NamedTuple):
     act: str
     gated: bool
     invariant: bool = False  # a token's results are the same bits whatever else is in its batch
+    total: int = 0  # how many experts tokens choose from, where some are held elsewhere; 0: all are here
 
 
 class Shared(NamedTuple):
@@ -125,7 +126,7 @@ def experts(
     # Sums are float32 and in the order of the experts: a token's result does not depend on the others.
     y = torch.zeros_like(x, dtype=torch.float32)
     start = 0
-    for i, count in enumerate(chosen.bincount().tolist()):
+    for i, count in enumerate(chosen.bincount().tolist()[: len(stack.up)]):
         if count:
             rows = tokens[start : start + count]
             y[rows] += _expert(x[rows], stack, i).float() * weights[start : start + count]

@@ -12,6 +12,7 @@ from quire.attention.groups import Layout
 from quire.checkpoint.upload import Upload
 from quire.kernels import ops
 from quire.layers.rope import RopeTables
+from quire.models.shard import WholeExperts
 from quire.models.spec import Spec
 from quire.parallel.axis import Axes
 
@@ -58,6 +59,19 @@ class Choice:
     slots: Tensor | None = None
 
 
+@dataclass(slots=True)
+class Spreading:
+    """How the ranks of `axes.ep` compute experts of which each has some.
+
+    Attributes:
+        most_rows: tokens of the present step's largest part, where ranks along dp have different ones.
+    """
+
+    axes: Axes
+    experts: WholeExperts
+    most_rows: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Build:
     """What every layer of a network shares."""
@@ -69,6 +83,7 @@ class Build:
     ropes: RopeTables
     invariant: bool = False  # a row's result is the same bits whatever else is in its batch
     bits: int | None = None  # of quantized weights
+    spreading: Spreading | None = None  # of whole experts
     upload: Upload = field(init=False)
     shared: dict[int, Any] = field(default_factory=dict)  # parts that several layers have in common
     choice: Choice = field(init=False, default_factory=Choice)

@@ -12,7 +12,7 @@ from quire.attention.views import Place, places, seen_from
 from quire.kernels import ops
 from quire.layers.altup import AltUpBlock, Streams
 from quire.layers.attention import chunk_of
-from quire.layers.base import Build, Weights
+from quire.layers.base import Build, Spreading, Weights
 from quire.layers.block import Block, Spread
 from quire.layers.embeddings import LayerEmbeddings
 from quire.layers.linear import Linear
@@ -20,7 +20,7 @@ from quire.layers.norm import Norm, Normed, normed
 from quire.layers.rope import RopeTables
 from quire.layers.shards import Shards
 from quire.models import spec
-from quire.models.shard import is_cut, shard
+from quire.models.shard import WholeExperts, is_cut, shard
 from quire.parallel.axis import Axes, Axis
 
 
@@ -38,22 +38,25 @@ class Decoder(nn.Module):
         invariant: bool = False,
         bits: int | None = None,
         axes: Axes | None = None,
+        experts: WholeExperts | None = None,
     ):
         """Of an `invariant` network and backend, a sequence's results do not depend on its company, to the bit.
 
         `max_length`: the longest sequence that will come; None for the model's own limit. `bits`: those that weights
         of products are quantized to while they load, the head's to 8 at least. `axes`: whose ranks compute it together,
-        each its `share` of it.
+        each its `share` of it. `experts`: that they are whole, and spread over `axes.ep`; else each is cut along tp.
 
         Raises:
             ConfigError: it cannot be shared out evenly.
         """
         super().__init__()
         self.axes = axes or Axes()
-        self.spec, self.backend, self.share = s, backend, shard(s, self.axes.tp.size, self.axes.tp.rank)
+        self.spec, self.backend = s, backend
+        self.share = shard(s, self.axes.tp.size, self.axes.tp.rank, experts)
         device = torch.device(device)
         ropes = RopeTables(max_length or s.max_length, device)
-        self.build = Build(s.dim, dtype, device, backend, ropes, invariant, bits)
+        spreading = None if experts is None else Spreading(self.axes, experts)
+        self.build = Build(s.dim, dtype, device, backend, ropes, invariant, bits, spreading)
         self.embed_scale = torch.tensor(s.embed_scale, dtype=dtype).item()  # Gemma's is rounded so
         self.layers = nn.ModuleList(map(self._layer, s.blocks, self.share.blocks))
         altup = s.blocks[0].altup

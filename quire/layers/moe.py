@@ -1,5 +1,6 @@
 """Sparse experts: a router chooses a few for each token, and each expert computes its tokens only."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
+from quire.layers.dispatch import Dispatch
 from quire.layers.linear import EXACT, Linear
 from quire.layers.mlp import MLP
 from quire.layers.norm import Norm, Normed, add, rms_of
@@ -36,11 +38,11 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All experts of a layer, their weights side by side."""
+    """The experts of a layer that are held here, their weights side by side."""
 
-    def __init__(self, s: spec.MoE, build: Build, axis: Axis):
+    def __init__(self, s: spec.MoE, build: Build, axis: Axis, held: Sequence[int]):
         super().__init__()
-        self.spec, self.build = s, build
+        self.spec, self.build, self.held = s, build, held
         self.one = MLP(s.expert, build, axis)  # holds no weights: how one expert's are named and shaped
         self.stack: ops.Experts | None = None
 
@@ -54,15 +56,15 @@ class Experts(nn.Module):
             act=s.expert.act,
             gated=s.expert.gated,
             invariant=self.build.invariant,
+            total=0 if self.spec.held is None else self.spec.num_experts,
         )
 
     def _weights(self, part: Linear, weights: Weights, name: str) -> object:
-        count = self.spec.num_experts
-        pulled = (part.pull_weight(weights, f"{name}.{i}") for i in range(count))
-        return ops.pack_experts(next(pulled), pulled, count, part.pack)
+        pulled = (part.pull_weight(weights, f"{name}.{i}") for i in self.held)
+        return ops.pack_experts(next(pulled), pulled, len(self.held), part.pack)
 
     def _biases(self, part: Linear, weights: Weights, name: str) -> Tensor | None:
-        found = [part.pull_bias(weights, f"{name}.{i}") for i in range(self.spec.num_experts)]
+        found = [part.pull_bias(weights, f"{name}.{i}") for i in self.held]
         present = [bias for bias in found if bias is not None]
         return torch.stack(present) if present else None
 
@@ -70,9 +72,9 @@ class Experts(nn.Module):
 class Apart(nn.Module):
     """Routed experts that see the stream through norms of their own, beside a shared one."""
 
-    def __init__(self, s: spec.Apart, num_experts: int, build: Build, axis: Axis):
+    def __init__(self, s: spec.Apart, num_experts: int, build: Build):
         super().__init__()
-        self.spec, self.num_experts, self.build, self.axis = s, num_experts, build, axis
+        self.spec, self.num_experts, self.build = s, num_experts, build
         names = "router_norm", "experts_norm", "experts_post_norm", "shared_post_norm"
         self.norms = nn.ModuleDict({name: Norm(s.norm, (build.dim,), build) for name in names})
         self.scale: Tensor | None = None
@@ -84,12 +86,15 @@ class Apart(nn.Module):
             weights, f"{name}.gate.per_expert_scale", self.num_experts, dtype=torch.float32
         )
 
-    def forward(self, x: Tensor, router: Router, stack: ops.Experts | None, shared: Tensor) -> Tensor:
-        """The stream x [T, dim], and what the shared expert made of another norm of it, [T, dim] -> [T, dim]."""
+    def seen(self, x: Tensor, router: Router) -> tuple[Tensor, None, ops.Routes]:
+        """The stream x [T, dim] as experts see it, and where it goes."""
         routes = router(Normed(self.norms["router_norm"](x) * self.spec.router_scale))
         if self.scale is not None:
             routes = routes._replace(weights=routes.weights * self.scale[routes.experts.long()])
-        found = self.axis.all_reduce(ops.experts(self.norms["experts_norm"](x), None, routes, stack, None))
+        return self.norms["experts_norm"](x), None, routes
+
+    def joined(self, found: Tensor, shared: Tensor) -> Tensor:
+        """What the experts made of the stream and the shared one of another norm of it, [T, dim] each -> [T, dim]."""
         return ops.add(self.norms["experts_post_norm"](found), self.norms["shared_post_norm"](shared))
 
 
@@ -97,14 +102,19 @@ class MoE(nn.Module):
     """Routed experts, and a shared one where the spec has it."""
 
     def __init__(self, s: spec.MoE, build: Build, axis: Axis | None = None):
-        """`axis`: whose ranks have hidden numbers of each expert."""
+        """`axis`: whose ranks have hidden numbers of each expert, or, if these are spread whole, of the shared one."""
         super().__init__()
-        self.spec, self.axis = s, axis or Axis()
+        self.spec, self.build, self.axis = s, build, axis or Axis()
         self.router = Router(s, build)
-        self.experts = Experts(s, build, self.axis)
+        self.dispatch: Dispatch | None = None
+        if s.held is not None and build.spreading is not None:
+            self.dispatch = Dispatch(s, build, build.spreading)
+            self.experts = Experts(s, build, Axis(), self.dispatch.held)
+        else:
+            self.experts = Experts(s, build, self.axis, range(s.num_experts))
         self.shared = MLP(s.shared, build, self.axis, partial=True) if s.shared else None
         self.shared_gate: Linear | None = None
-        self.apart = Apart(s.apart, s.num_experts, build, self.axis) if s.apart else None
+        self.apart = Apart(s.apart, s.num_experts, build) if s.apart else None
         if s.shared_gate:
             self.shared_gate = Linear(build.dim, {"shared_expert_gate": 1}, build, least_bits=EXACT)
 
@@ -120,27 +130,39 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, dim] -> [T, dim]."""
-        y = Normed(x)
-        return self.axis.all_reduce(ops.experts(*self._routed(y), self.experts.stack, self._shared(y)))
+        return self._mixed(Normed(x))
+
+    def idle(self) -> None:
+        """Take part in the step of others, who have tokens, with none."""
+        if self.dispatch is not None:
+            build = self.build
+            self._mixed(Normed(torch.empty(0, build.dim, dtype=build.dtype, device=build.device)))
 
     def added(
         self, y: Normed, residual: Tensor, post: Norm | None, following: Norm | None
     ) -> tuple[Tensor, Normed]:
         """(residual + post(this of y), its norm): one operation where that is all RMS norm and no post."""
         if self.apart is not None and self.shared is not None:
-            stream = residual.to(y.values.dtype)
             seen = self.axis.all_reduce(self.shared.down(self.shared.hidden(y)))
-            made = self.apart(stream, self.router, self.experts.stack, seen)
+            made = self.apart.joined(self._mixed(Normed(residual.to(y.values.dtype))), seen)
             return add(made, residual, post, following)
-        norm, shared = rms_of(following), self._shared(y)
-        inputs = *self._routed(y), self.experts.stack, shared
-        if norm is None or post is not None or self.axis.size > 1:
-            return add(self.axis.all_reduce(ops.experts(*inputs)), residual, post, following)
+        norm = rms_of(following)
+        if norm is None or post is not None or self.axis.size > 1 or self.dispatch is not None:
+            return add(self._mixed(y), residual, post, following)
+        inputs = *self._routed(y), self.experts.stack, self._shared(y)
         total, values, scale = ops.experts_add_norm(*inputs, residual, norm)
         return total, Normed(values, scale)
 
+    def _mixed(self, y: Normed) -> Tensor:
+        """y [T, dim] -> the sum of what experts make of it, the shared one's included unless that is apart."""
+        if self.dispatch is not None and self.experts.stack is not None:
+            return self.dispatch(y, self._routed, self.experts.stack, self._shared)
+        return self.axis.all_reduce(ops.experts(*self._routed(y), self.experts.stack, self._shared(y)))
+
     def _routed(self, y: Normed) -> tuple[Tensor, ops.RowScale | None, ops.Routes]:
         """What experts see, what its rows have still to be multiplied by, and where they go."""
+        if self.apart is not None:
+            return self.apart.seen(y.tensor(), self.router)
         routes = self.router(y)
         if not self.spec.weighs_inputs:
             return y.values, y.scale, routes
@@ -152,7 +174,7 @@ class MoE(nn.Module):
         )
 
     def _shared(self, y: Normed) -> ops.Shared | None:
-        if self.shared is None:
+        if self.shared is None or self.apart is not None:
             return None
         gate = None if self.shared_gate is None else self.shared_gate.of(y)
         return ops.Shared(self.shared.down(self.shared.hidden(y)), gate)

@@ -393,7 +393,7 @@ def _moe(s: MoE, dim: int) -> Named:
     yield from _linear("gate", s.num_experts, dim, s.router_bias)
     if s.correction:
         yield "gate.e_score_correction_bias", (s.num_experts,)
-    for i in range(s.num_experts):
+    for i in range(s.num_experts if s.held is None else s.held):
         yield from _within(f"experts.{i}", _mlp(s.expert, dim))
     if s.shared:
         yield from _within("shared", _mlp(s.shared, dim))

@@ -5,7 +5,7 @@ gates. Parameters of a part are those of the whole, each cut along one dimension
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from quire.errors import ConfigError
 from quire.models.spec import (
@@ -22,16 +22,44 @@ from quire.models.spec import (
 )
 
 
-def shard(spec: Decoder, size: int, rank: int) -> Decoder:
+@dataclass(frozen=True, slots=True)
+class WholeExperts:
+    """Experts are not cut, but spread over so many ranks.
+
+    Attributes:
+        spare: slots of a rank for experts that it would not need to hold.
+        way: how tokens get to them, or auto; see layers/dispatch.py.
+    """
+
+    num_ranks: int
+    spare: int = 0
+    way: str = "auto"
+
+    def num_slots(self, s: MoE) -> int:
+        """Of each rank.
+
+        Raises:
+            ConfigError: some rank would have no expert.
+        """
+        if s.num_experts < self.num_ranks:
+            raise ConfigError(
+                f"enable_expert_parallel spreads experts over {self.num_ranks} ranks, and this network has layers of"
+                f" {s.num_experts}; take fewer ranks, or leave it out"
+            )
+        return -(-s.num_experts // self.num_ranks) + self.spare
+
+
+def shard(spec: Decoder, size: int, rank: int, experts: WholeExperts | None = None) -> Decoder:
     """The part that `rank` of `size` computes. Its vocabulary is rounded up, so that all parts have as many rows.
 
     Raises:
         ConfigError: heads or hidden numbers cannot be shared out evenly.
     """
-    if size == 1:
+    if size == 1 and experts is None:
         return spec
     blocks = tuple(
-        replace(b, mixer=_mixer(b.mixer, size, rank), mlp=_feed_forward(b.mlp, size)) for b in spec.blocks
+        replace(b, mixer=_mixer(b.mixer, size, rank), mlp=_feed_forward(b.mlp, size, experts))
+        for b in spec.blocks
     )
     return replace(spec, blocks=blocks, vocab_size=-(-spec.vocab_size // size))
 
@@ -74,9 +102,12 @@ def _attention(s: Attention, size: int, rank: int) -> Attention:
     return replace(s, num_heads=heads, num_kv_heads=max(s.num_kv_heads // size, 1), slopes=slopes)
 
 
-def _feed_forward(s: MLP | MoE | None, size: int) -> MLP | MoE | None:
+def _feed_forward(s: MLP | MoE | None, size: int, experts: WholeExperts | None) -> MLP | MoE | None:
     if isinstance(s, MoE):
-        return replace(s, expert=_mlp(s.expert, size), shared=s.shared and _mlp(s.shared, size))
+        shared = s.shared and _mlp(s.shared, size)
+        if experts is not None:
+            return replace(s, held=experts.num_slots(s), shared=shared)
+        return replace(s, expert=_mlp(s.expert, size), shared=shared)
     return None if s is None else _mlp(s, size)
 
 

@@ -312,6 +312,7 @@ class MoE:
     apart: Apart | None = None
     # A weight multiplies what an expert sees, not what it makes of it; top_k is 1.
     weighs_inputs: bool = False
+    held: int | None = None  # of a part (shard.py): experts whose weights it has, which are whole; None: all
 
 
 @dataclass(frozen=True, kw_only=True)

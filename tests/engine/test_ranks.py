@@ -112,10 +112,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_tokens_are_those_of_one_process(
     folders: dict[str, Path], name: str, size: int, block_size: int
 ) -> None:
+    check_tokens(folders[name], size, block_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "way"),
+    [
+        ("Qwen2Moe", 2, "auto"),
+        ("DeepseekV3", 2, "all_to_all"),
+        pytest.param("Qwen2Moe", 4, "all_to_all", marks=pytest.mark.slow),
+        pytest.param("DeepseekV3", 4, "auto", marks=pytest.mark.slow),
+    ],
+)
+def test_so_are_those_of_whole_experts(folders: dict[str, Path], name: str, size: int, way: str) -> None:
+    check_tokens(folders[name], size, 4, enable_expert_parallel=True, all2all_backend=way)
+
+
+def check_tokens(folder: Path, size: int, block_size: int, **options: object) -> None:
     """With prompts in pieces, preemption, and a prefix that many share."""
-    alone = make_engine(folders[name], block_size=block_size)
+    alone = make_engine(folder, block_size=block_size)
     want, _, _ = outputs(alone)
-    engine = make_engine(folders[name], **few_blocks(alone, block_size, size))
+    engine = make_engine(folder, **few_blocks(alone, block_size, size), **options)
     try:
         got, num_preemptions, num_hits = outputs(engine)
         assert got == want
@@ -223,6 +240,7 @@ def test_ranks_end_with_the_callers_process(folders: dict[str, Path], ends: str)
         ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0; it must be at least 1"),
         ({"tensor_parallel_size": 65}, "tensor_parallel_size is 65; it must be at most 64"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size is 3.*take a divisor"),
+        ({"enable_expert_parallel": True}, "no experts that could be spread"),
         ({"model_impl": "transformers"}, "tensor_parallel_size is 2.*one process"),
     ],
 )

@@ -208,6 +208,23 @@ def exact(x: Tensor, scale: RowScale | None, routes: Routes, stack: Experts, sha
     return experts.reference(x.float(), scale, routes, raised(stack), raised(shared))
 
 
+@pytest.mark.parametrize(("name", "num_tokens"), [*product(("gated", "gates and biases"), (1, 18))])
+def test_experts_that_are_held_elsewhere_add_nothing(name: str, num_tokens: int) -> None:
+    """Two halves of the experts make what all of them do together."""
+    layer, top_k, first = LAYERS[name], 3, 4
+    x, stack = draw(num_tokens, layer.dim, scale=0.5), layer.stack()
+    routes, total = layer.routes(num_tokens, top_k), torch.zeros(num_tokens, layer.dim, device=DEVICE)
+    for begin, end in ((0, first), (first, layer.count)):
+        held = (routes.experts >= begin) & (routes.experts < end)
+        own = Routes(torch.where(held, routes.experts - begin, end - begin), routes.weights)
+        weights = [part if part is None else part[begin:end].clone() for part in stack[:4]]
+        part = Experts(*weights, stack.act, stack.gated, total=layer.count)
+        made = experts_triton(x, None, own, part, None)
+        assert off(made, experts.reference(x, None, own, part, None)) <= 3e-6
+        total += made
+    assert off(total, experts.reference(x, None, routes, stack, None)) <= 3e-6
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_token_does_not_depend_on_the_others(rows: int) -> None:
     """For fixed rows of a tile; and a second time gives the same bits."""

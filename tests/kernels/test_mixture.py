@@ -49,12 +49,12 @@ class Layer:
     def pack(self, weight: Tensor) -> Any:
         return ops.quantize_linear(weight, self.bits) if self.bits else ops.pack_linear(weight)
 
-    def stack(self) -> Experts:
+    def stack(self, held: slice = slice(None)) -> Experts:
         ups = self.hidden << self.gated
         up = self.draw(self.count, ups, self.dim, seed=1, scale=self.dim**-0.5)
         down = self.draw(self.count, self.dim, self.hidden, seed=2, scale=self.hidden**-0.5)
-        biases = (self.draw(self.count, ups, seed=3), self.draw(self.count, self.dim, seed=4))
-        packed = [pack_experts(part[0], part[1:], self.count, self.pack) for part in (up, down)]
+        biases = (self.draw(self.count, ups, seed=3)[held], self.draw(self.count, self.dim, seed=4)[held])
+        packed = [pack_experts(p[0], p[1:], len(p), self.pack) for p in (up[held], down[held])]
         return Experts(*packed, *(biases if self.bias else (None, None)), self.act, self.gated)
 
     def x(self, num_tokens: int) -> Tensor:
@@ -168,6 +168,22 @@ def test_a_token_does_not_depend_on_the_others_nor_on_threads(name: str, level: 
         part, beside = Routes(*(p[some] for p in routes)), Shared(*(p[some] for p in shared))  # type: ignore[index]
         for threads in (1, 2):
             assert torch.equal(mixed(x[some], part, stack, beside, level, threads), whole[some])
+
+
+@pytest.mark.parametrize("name", ["gated", "gates and biases", "int8", "int4"])
+def test_experts_that_are_held_elsewhere_add_nothing(name: str) -> None:
+    """Two halves of the experts make what all of them do together, and the shared one is added once."""
+    layer, first = LAYERS[name], 4
+    for num_tokens in (1, 21):
+        x, stack, routes = layer.x(num_tokens), layer.stack(), layer.routes(num_tokens)
+        shared, total = layer.shared(num_tokens, True), torch.zeros(num_tokens, layer.dim)
+        for begin, end in ((0, first), (first, layer.count)):
+            held = (routes.experts >= begin) & (routes.experts < end)
+            own = Routes(torch.where(held, routes.experts - begin, end - begin), routes.weights)
+            part = layer.stack(slice(begin, end))._replace(total=layer.count)
+            total += experts(x, None, own, part, None if begin else shared)
+        want = experts(x, None, routes, stack, shared)
+        assert off(total, want) <= 2 * LIMIT[layer.dtype]
 
 
 @pytest.mark.parametrize("bits", [0, 8])

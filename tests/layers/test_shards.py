@@ -16,7 +16,7 @@ from quire.layers.decoder import Decoder
 from quire.layers.shards import Shards
 from quire.models.parameters import num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec
-from quire.models.shard import shard
+from quire.models.shard import WholeExperts, shard
 from quire.parallel.axis import Axes
 from tests.layers.test_chunks import LENGTHS, compute
 from tests.models.cases import BY_NAME, build_hf, config_of, prompt
@@ -56,12 +56,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def logits(folder: Path, axes: Axes | None = None) -> list[Tensor]:
+def logits(folder: Path, axes: Axes | None = None, experts: WholeExperts | None = None) -> list[Tensor]:
     spec, names = decoder_spec(read_config(folder))
-    decoder = Decoder(spec, backend=Reference(4), dtype=torch.float32, axes=axes)
+    decoder = Decoder(spec, backend=Reference(4), dtype=torch.float32, axes=axes, experts=experts)
     checkpoint = Checkpoint(folder, names)
     decoder.load(checkpoint)
-    assert checkpoint.unused() == []
+    assert checkpoint.unused() == [] or experts
     return compute(decoder, [prompt(n, seed=n) for n in LENGTHS], 1, 9)
 
 

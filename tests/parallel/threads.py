@@ -44,7 +44,10 @@ class Thread:
         return torch.stack(self._all(x)).sum(0).chunk(self.size)[self.rank]
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
-        raise NotImplementedError("no test needs it")
+        parts = self._all(torch.tensor(send)), self._all(x)
+        found = [x[sum(n[: self.rank]) :][: n[self.rank]] for n, x in zip(*parts, strict=True)]
+        assert [len(part) for part in found] == list(recv)
+        return torch.cat(found)
 
     def send(self, x: Tensor, to: int) -> None:
         raise NotImplementedError("no test needs it")

@@ -34,6 +34,9 @@ class PackedExperts:
     def __getitem__(self, i: int) -> PackedWeight | PackedQuantized:
         return self.weights[i]
 
+    def __len__(self) -> int:
+        return len(self.weights)
+
 
 def _addresses(tensors: Iterable[Tensor]) -> Tensor:
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
@@ -75,6 +78,24 @@ def mix(
     return out
 
 
+def mix_held(
+    x: Tensor, routes: Routes, stack: Experts, shared: Shared | None, level: int, threads: int
+) -> Tensor | None:
+    """`mix` where only some of the choices are of experts in the stack: each of these is a row by itself."""
+    top_k, chosen = routes.experts.shape[1], routes.experts.flatten()
+    pairs = (chosen < len(stack.up)).nonzero().flatten()
+    tokens = pairs // top_k
+    alone = Routes(chosen[pairs, None], torch.ones(len(pairs), 1))
+    made = mix(x[tokens], alone, stack, None, level, threads)
+    if made is None:
+        return None
+    y = torch.zeros(x.shape)
+    y.index_add_(0, tokens, made.float() * routes.weights.flatten()[pairs, None])
+    if shared is not None:
+        y += shared.values if shared.gate is None else shared.values * shared.gate.float().sigmoid()
+    return y.to(x.dtype)
+
+
 def _register(level: int, threads: Callable[[], int]) -> None:
     @route.on("cpu", torch.float32)
     def route_native(logits: Tensor, rule: Rule, correction: Tensor | None) -> Routes:
@@ -95,7 +116,8 @@ def _register(level: int, threads: Callable[[], int]) -> None:
     def experts_native(
         values: Tensor, scale: RowScale | None, routes: Routes, stack: Experts, shared: Shared | None
     ) -> Tensor:
-        found = mix(finish_norm(values, scale), routes, stack, shared, level, threads())
+        compute = mix_held if stack.total else mix
+        found = compute(finish_norm(values, scale), routes, stack, shared, level, threads())
         return experts.reference(values, scale, routes, stack, shared) if found is None else found
 
 

@@ -11,6 +11,8 @@ More: the pairs of an expert share its weight, ROWS of them at a time; see routi
 
 Sums are float32; a token's experts are added up in the order of its choices, then the shared one, then the residual.
 All of it is one order for given sizes and tiles, whichever experts are chosen and whoever else is there.
+
+HELD is how many experts have weights here, if others, of higher numbers, may be chosen that have not; 0 if all have.
 """
 
 import triton
@@ -62,7 +64,7 @@ def alone_up(
     x, w, bias, out, experts, squares, x_stride, num_tokens, num_parts, eps,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
     UNROLL: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    NEXT: tl.constexpr,
+    HELD: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """A tile of out [pairs, N] for a pair: what its expert's w [E, (2) N, K] makes of row pair // TOP_K of x."""
     tiles: tl.constexpr = (N + TILE - 1) // TILE
@@ -72,6 +74,9 @@ def alone_up(
     columns, inputs = tile * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
     follow(NEXT)
     expert = tl.load(experts + pair, cache_modifier=".cg").to(tl.int64)
+    if HELD > 0:  # noqa: SIM102  (known while compiling)
+        if expert >= HELD:
+            return
     w_at = w + expert * (halves * N * K) + tl.minimum(columns, N - 1)[:, None] * K + inputs[None, :]
     x_at = x + token.to(tl.int64) * x_stride
     y = tl.zeros([TILE, STEP], tl.float32)
@@ -105,7 +110,7 @@ def alone_up(
 def alone_down(
     x, w, bias, out, experts, weights, shared, shared_gate, residual, total, gain, new_squares, offset,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-    UNROLL: tl.constexpr, EVEN: tl.constexpr, NEXT: tl.constexpr,
+    UNROLL: tl.constexpr, EVEN: tl.constexpr, HELD: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """A tile of out [T, N] for a token: the weighed sum over its rows of x [T * TOP_K, K], and what linear.py adds."""
     tiles: tl.constexpr = (N + TILE - 1) // TILE
@@ -120,12 +125,16 @@ def alone_down(
         pair = token * TOP_K + j
         expert = tl.load(experts + pair, cache_modifier=".cg").to(tl.int64)
         weight = tl.load(weights + pair, cache_modifier=".cg")
+        end, held = K, inside
+        if HELD > 0:
+            end = tl.where(expert < HELD, K, 0)
+            held = inside & (expert < HELD)
         w_at = w + expert * (N * K) + rows
-        for k in tl.range(0, K, STEP, loop_unroll_factor=UNROLL):
+        for k in tl.range(0, end, STEP, loop_unroll_factor=UNROLL):
             some = _some(x + pair * K, k, inputs, K, EVEN) * weight
             y += weights_at(w_at, k, inputs, K, EVEN).to(tl.float32) * some
         if bias is not None:
-            theirs = tl.load(bias + expert * N + columns, mask=inside, other=0.0).to(tl.float32)
+            theirs = tl.load(bias + expert * N + columns, mask=held, other=0.0).to(tl.float32)
             biases += theirs * weight
     if NEXT == LATE:
         gdc_launch_dependents()
@@ -210,8 +219,8 @@ def together(
 
 @triton.jit
 def combine(
-    x, out, weights, shared, shared_gate, residual, total, gain, eps, offset, residual_stride,
-    TOP_K: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, NEXT: tl.constexpr,
+    x, out, experts, weights, shared, shared_gate, residual, total, gain, eps, offset, residual_stride,
+    TOP_K: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """A row of out [T, SIZE]: the weighed sum of x [T * TOP_K, SIZE], or its sum with the residual, normalised."""
     token, columns = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
@@ -219,8 +228,10 @@ def combine(
     follow(NEXT)
     y = tl.zeros([WIDTH], tl.float32)
     for j in tl.static_range(TOP_K):
-        pair = token * TOP_K + j
-        theirs = tl.load(x + pair * SIZE + columns, mask=inside, other=0.0, cache_modifier=".cg")
+        pair, held = token * TOP_K + j, inside
+        if HELD > 0:
+            held = inside & (tl.load(experts + pair, cache_modifier=".cg") < HELD)
+        theirs = tl.load(x + pair * SIZE + columns, mask=held, other=0.0, cache_modifier=".cg")
         y += theirs.to(tl.float32) * tl.load(weights + pair, cache_modifier=".cg")
     y = _add_shared(y, shared, shared_gate, token, columns, inside, SIZE)
     if residual is not None:

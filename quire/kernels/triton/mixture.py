@@ -134,7 +134,7 @@ def mix(
     arranged = arrange(routes, len(stack.up), rows)
     hidden = multiply_up(values, scale, routes, stack, arranged)
     parts = multiply_down(hidden, routes, stack, arranged)
-    return combine(parts, routes, shared, into), None
+    return combine(parts, routes, stack, shared, into), None
 
 
 def arrange(routes: Routes, num_experts: int, rows: int) -> Arranged:
@@ -179,7 +179,7 @@ def multiply_up(
         places = (x, stack.up, stack.up_bias, out, arranged.order, arranged.slots, squares)
         _together(product, arranged, places, sizes, tile, constants | {"FROM_TOKENS": True}, routes)
         return out
-    tile, constants = _alone(product, x, tile, constants, routes)
+    tile, constants = _alone(product, x, tile, constants | {"HELD": _held(stack)}, routes)
     kernels.alone_up[(num_pairs * -(-outputs // tile.rows),)](
         *(x, stack.up, stack.up_bias, out, routes.experts, squares, x.stride(0), num_tokens, num_parts, eps),
         **constants,
@@ -213,7 +213,7 @@ def multiply_down_alone(
     num_tokens, (outputs, inputs) = len(routes.experts), stack.down.shape[1:]
     out = torch.empty(num_tokens, outputs, dtype=hidden.dtype, device=hidden.device)
     product = Product(outputs, inputs, 1, False, hidden.element_size())
-    tile, constants = _alone(product, hidden, tile, {}, routes)
+    tile, constants = _alone(product, hidden, tile, {"HELD": _held(stack)}, routes)
     tiles, squares = -(-outputs // tile.rows), None
     if into is not None:
         squares = torch.empty(num_tokens, tiles, dtype=torch.float32, device=hidden.device)
@@ -226,18 +226,21 @@ def multiply_down_alone(
     return out, RowScale(squares, into.norm.eps) if into is not None and squares is not None else None
 
 
-def combine(parts: Tensor, routes: Routes, shared: Shared | None, into: Into | None) -> Tensor:
+def combine(
+    parts: Tensor, routes: Routes, stack: Experts, shared: Shared | None, into: Into | None
+) -> Tensor:
     """parts [T * top_k, dim] -> as `mix`, its norm complete."""
     num_tokens, dim = len(routes.experts), parts.shape[1]
     out, width = parts.new_empty(num_tokens, dim), power_of_two(dim)
     kernels.combine[(num_tokens,)](
-        *(parts, out, routes.weights, *(shared or (None, None))),
+        *(parts, out, *routes, *(shared or (None, None))),
         *((into.residual, into.total, into.norm.weight) if into else (None, None, None)),
         *((into.norm.eps, into.norm.offset) if into else (1.0, 0.0)),
         into.residual.stride(0) if into else 0,
         TOP_K=routes.experts.shape[1],
         SIZE=dim,
         WIDTH=width,
+        HELD=_held(stack),
         num_warps=min(max(width // 256, 1), 16),
         **following(parts.device, AFTER),
     )
@@ -247,7 +250,11 @@ def combine(parts: Tensor, routes: Routes, shared: Shared | None, into: Into | N
 def _rows_for(values: Tensor, routes: Routes, stack: Experts) -> int:
     if stack.invariant:
         return INVARIANT_ROWS
-    return rows_for(len(values), routes.experts.shape[1], len(stack.up), values.element_size())
+    return rows_for(len(values), routes.experts.shape[1], stack.total or len(stack.up), values.element_size())
+
+
+def _held(stack: Experts) -> int:
+    return len(stack.up) if stack.total else 0
 
 
 def _together(

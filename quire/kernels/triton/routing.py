@@ -122,6 +122,7 @@ def arrange(
         place += tl.sum(mine, 0)
     slot = start // ROWS + expert
     last = (start + num_mine) // ROWS + expert + 1
+    last = tl.where(expert == tl.num_programs(0) - 1, num_slots, last)  # those of pairs that others compute
     for i in range(0, last - slot, SLOTS_AT_ONCE):
         more = i + tl.arange(0, SLOTS_AT_ONCE)
         inside, begin = slot + more < last, start + more * ROWS

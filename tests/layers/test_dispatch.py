@@ -1,0 +1,53 @@
+"""Whole experts that are spread over ranks: the same logits as by one, whichever way tokens get to them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quire.checkpoint.files import read_config
+from quire.errors import ConfigError
+from quire.models.parameters import num_parameters
+from quire.models.registry import decoder_spec
+from quire.models.shard import WholeExperts, shard
+from quire.parallel.axis import Axes
+from tests.layers.test_shards import NEAR, logits
+from tests.models.cases import BY_NAME, build_hf, config_of
+from tests.parallel.threads import in_ranks
+
+WAYS = ("allgather_reducescatter", "all_to_all")
+NAMES = (  # every kind of router, and what experts have beside weights
+    *("Mixtral", "Qwen2Moe", "DeepseekV3", "GptOss", "Llama4-plain", "Gemma4-experts", "PhiMoE", "NemotronH"),
+)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("network")
+    build_hf(BY_NAME[request.param], folder)
+    return folder
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_logits_are_those_of_one(folder: Path, size: int) -> None:
+    alone = logits(folder)
+    for way in WAYS:
+        experts = WholeExperts(size, way=way)
+        ranks = in_ranks(size, lambda axis, e=experts: logits(folder, Axes(tp=axis, ep=axis, world=axis), e))
+        for own in ranks:
+            for got, want, first in zip(own, alone, ranks[0], strict=True):
+                torch.testing.assert_close(got, want, rtol=0, atol=NEAR * want.abs().max().item())
+                assert torch.equal(got, first)
+
+
+def test_each_rank_reads_its_experts_only(tmp_path: Path) -> None:
+    build_hf(BY_NAME["Mixtral"], tmp_path)
+    spec, _ = decoder_spec(read_config(tmp_path))
+    cut, whole = (shard(spec, 2, 0, experts) for experts in (None, WholeExperts(2)))
+    assert num_parameters(whole).total == num_parameters(cut).total
+
+
+def test_more_ranks_than_experts_are_refused() -> None:
+    spec, _ = decoder_spec(config_of(BY_NAME["Mixtral"]))
+    with pytest.raises(ConfigError, match=r"over 8 ranks.* layers of 4"):
+        shard(spec, 1, 0, WholeExperts(8))
