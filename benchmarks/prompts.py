@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from quire.scheduler.blocks import BlockPool
+from quire.scheduler.limits import Limits
 from quire.scheduler.plan import Result
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import NewSequence
@@ -87,7 +88,7 @@ def main() -> None:
         for gap_s, times in LIMITS:
             pool, cold, now = BlockPool(4000, 16, secret=bytes(16)), list(COLD_S), 0.0
             limits = {"max_gap_s": gap_s, "min_prefill_time": times}
-            scheduler = Scheduler(pool, max_batched_tokens=8192, max_seqs=256, **limits)
+            scheduler = Scheduler(pool, Limits(max_batched_tokens=8192, max_seqs=256, **limits))
 
             def step_s(decodes: int, prefills: int) -> float:
                 late = cold.pop(0) if cold else 0.0  # noqa: B023

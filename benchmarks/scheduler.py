@@ -4,6 +4,7 @@ import statistics
 from time import thread_time
 
 from quire.scheduler.blocks import BlockPool
+from quire.scheduler.limits import Limits
 from quire.scheduler.plan import Result
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import NewSequence
@@ -15,7 +16,7 @@ def measure(block_size: int, drafts: int) -> list[float]:
     """Milliseconds of each step once every sequence decodes; a third of the sequences accepts no drafts."""
     num_blocks = NUM_SEQUENCES * (PROMPT_LEN + OUTPUT_LEN + block_size) // block_size + NUM_SEQUENCES
     pool = BlockPool(num_blocks, block_size, secret=bytes(16))
-    scheduler = Scheduler(pool, max_batched_tokens=8192, max_seqs=NUM_SEQUENCES, drafts=drafts)
+    scheduler = Scheduler(pool, Limits(max_batched_tokens=8192, max_seqs=NUM_SEQUENCES, drafts=drafts))
     for i in range(NUM_SEQUENCES):
         prompt = tuple(range(3 * i, 3 * i + PROMPT_LEN))
         scheduler.add(NewSequence(id=i, prompt=prompt, max_tokens=OUTPUT_LEN, tenant=str(i % 4)), 0.0)

@@ -72,6 +72,18 @@ SCHEDULER = [
     ("seq.planned -= w.drafts + 1 - len(tokens)", "pass", "rejected drafts stay planned"),
     ("seq.pending -= w.drafts + 1", "seq.pending -= 1", "rejected drafts stay pending"),
     ("exact = not most or not seq.pending", "exact = True", "a bound is passed off as the truth"),
+    (
+        "seats.decoding if not seq.pending)",
+        "seats.decoding)",
+        "a sequence is planned whose token is at another stage",
+    ),
+    ("// self.limits.stages)", "// 1)", "all stages but one have nothing to compute"),
+    ("token = seq.tokens[-1] if", "token = seq.tokens[0] if", "the first stage is told an old token"),
+    (
+        "limits.max_gap_s / limits.stages",
+        "limits.max_gap_s",
+        "a token's steps of all stages are one to its gap",
+    ),
     ("if start >= seq.limit:", "if start > seq.limit:", "a position is computed that nobody reads"),
     ("seq.limit - start - 1)", "seq.limit - start)", "drafts reach beyond the last token"),
     ("return spare // 2 if prefilling else spare", "return spare", "drafts starve prefills"),

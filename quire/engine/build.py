@@ -26,6 +26,7 @@ from quire.resolve import Memory, Resolved, resolve, resolve_dtype
 from quire.runner.runner import Runner
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.checkpoints import Checkpoints
+from quire.scheduler.limits import Limits
 from quire.scheduler.near import Extent
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.trace import Recorder
@@ -132,15 +133,14 @@ def _core(
         caching=config.enable_prefix_caching,
         near=memory.layout.near,
     )
-    scheduler = Scheduler(
-        pool,
+    limits = Limits(
         max_batched_tokens=config.max_num_batched_tokens,
         max_seqs=max_seqs,
         max_length=length,
         max_gap_s=config.max_token_gap_ms / 1000 if config.max_token_gap_ms else None,
         min_prefill_time=MIN_PREFILL_TIME if "max_token_gap_ms" in resolved.reasons else 0.0,
-        checkpoints=_checkpoints(memory, max_seqs),
     )
+    scheduler = Scheduler(pool, limits, checkpoints=_checkpoints(memory, max_seqs))
     return EngineCore(
         scheduler if config.trace_file is None else Recorder(scheduler, Path(config.trace_file)),
         runner,

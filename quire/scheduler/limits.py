@@ -25,8 +25,11 @@ class Limits:
         0.0  # of prefill in a step, over that of its decoding sequences alone, whatever the gap
     )
 
+    stages: int = 1  # steps that the device computes at the same time, each a part of its layers
+
     def __post_init__(self) -> None:
         numbers = (
+            ("stages", self.stages, 1),
             ("max_seqs", self.max_seqs, 1),
             ("drafts", self.drafts, 0),
             ("min_prefill_tokens", self.min_prefill_tokens, 1),

@@ -32,6 +32,7 @@ class Work:
     new_blocks: tuple[int, ...]  # appended to the slot's block table before the step
     samples: bool  # the last position is the sequence's newest: sample its successor
     save: int = -1  # the row that the slot's state is copied to after the step; -1: none
+    token: int = -1  # at `start`, where the plan brings it; -1: the device knows it
 
 
 @dataclass(frozen=True, slots=True)

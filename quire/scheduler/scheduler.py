@@ -3,10 +3,12 @@
 A step computes some positions of some sequences; prompts and outputs are not told apart. Devices carry out
 plans in order, so a block or a slot may be handed to any later plan. `schedule` may run again before `commit`
 has told it the sampled values: it plans with counts, and the newest token stays on the device. Drafted tokens
-make the counts upper bounds until they are committed; the device knows the truth.
+make the counts upper bounds until they are committed; the device knows the truth. Where a device computes steps in
+stages, at the same time, plans that are in flight have no decoding sequence in common, and bring the newest tokens.
 """
 
 from array import array
+from collections.abc import Iterator
 from itertools import islice
 
 from quire.errors import ConfigError, InvalidRequest
@@ -35,39 +37,28 @@ class Scheduler:
         prefill_tokens: those of them that are no sequence's newest token.
     """
 
-    def __init__(
-        self,
-        pool: BlockPool,
-        *,
-        max_batched_tokens: int,
-        max_seqs: int,
-        drafts: int = 0,
-        max_length: int | None = None,
-        max_gap_s: float | None = None,
-        min_prefill_tokens: int = 16,
-        min_prefill_time: float = 0.0,
-        checkpoints: Checkpoints | None = None,
-    ):
-        """`checkpoints`: where states are kept, if the network has recurrent layers."""
+    def __init__(self, pool: BlockPool, limits: Limits, *, checkpoints: Checkpoints | None = None):
+        """`checkpoints`: where states are kept, if the network has recurrent layers.
+
+        Raises:
+            ConfigError: drafts, of a network that cannot take them back.
+        """
+        drafts = limits.drafts
         if checkpoints is not None and drafts:
             raise ConfigError(
                 f"drafts is {drafts}; a recurrent state cannot take back drafted tokens, so it must be 0"
             )
         if pool.near is not None and pool.near.chunk is not None and drafts:
             raise ConfigError(f"drafts is {drafts}; of a network that sees chunks of positions it must be 0")
-        self.holdings = Holdings(pool, max_batched_tokens)
+        self.holdings, self.limits = Holdings(pool, limits.max_batched_tokens), limits
         self.checkpoints, self.cost = checkpoints, StepCost()
-        self.limits = Limits(
-            max_batched_tokens=max_batched_tokens,
-            max_seqs=max_seqs,
-            drafts=drafts,
-            max_length=max_length,
-            max_gap_s=max_gap_s,
-            min_prefill_tokens=min_prefill_tokens,
-            min_prefill_time=min_prefill_time,
-        )
         self.seqs: dict[int, Sequence] = {}
-        self.queue, self.tenants, self.sharing, self.seats = Queue(), Tenants(), Sharing(), Seats(max_seqs)
+        self.queue, self.tenants, self.sharing, self.seats = (
+            Queue(),
+            Tenants(),
+            Sharing(),
+            Seats(limits.max_seqs),
+        )
         self.lookups, self.num_preemptions = Lookups(), 0
         self.batched_tokens = self.prefill_tokens = self._num_steps = 0
         self._ended: dict[int, Sequence] = {}  # since the latest `schedule`
@@ -130,7 +121,7 @@ class Scheduler:
             self._finish(seq)
 
     def schedule(self, now: float) -> Plan:
-        """Plan the next step: seats first, then every running sequence's newest token, then prefills."""
+        """Plan the next step: seats first, then running sequences' newest tokens, then prefills."""
         self._ended.clear()
         if not self.queue.is_empty:
             self._fill_seats(now)
@@ -201,7 +192,7 @@ class Scheduler:
     def _fill_seats(self, now: float) -> None:
         """Seat waiting sequences while the step has room for their prefills."""
         seats = self.seats
-        decodes = len(seats.decoding)
+        decodes = self._turn
         share = self._prefill_share(decodes + min(decodes * self.limits.drafts, self._draft_room(True)))
         while (seq := self.queue.first()) is not None:
             priority = seq.rank[0]
@@ -354,16 +345,26 @@ class Scheduler:
         left = limits.max_batched_tokens - num_decodes
         if num_decodes and limits.max_gap_s is not None:
             seconds = (1 + limits.min_prefill_time) * self.cost.least(num_decodes)
-            most = self.cost.most_tokens(max(limits.max_gap_s, seconds))
+            most = self.cost.most_tokens(max(limits.max_gap_s / limits.stages, seconds))
             if most is not None:
                 left = min(left, max(most - num_decodes, limits.min_prefill_tokens))
         return left
 
+    @property
+    def _turn(self) -> int:
+        """How many decoding sequences a step plans: one of as many parts as there are stages."""
+        return -(-len(self.seats.decoding) // self.limits.stages)
+
+    def _ready(self) -> Iterator[Sequence]:
+        """Decoding sequences whose newest token the host knows, as many as it is the turn of."""
+        return islice((seq for seq in self.seats.decoding if not seq.pending), self._turn)
+
     def _plan_decodes(self, work: list[Work]) -> int:
-        """Plan every decoding sequence's newest token, and drafts after it; return how many positions."""
-        most, total = self.limits.drafts, 0
+        """Plan the newest token of those whose turn it is, and drafts after it; return how many positions."""
+        most, total, staged = self.limits.drafts, 0, self.limits.stages > 1
         room = self._draft_room(bool(self.seats.prefilling)) if most else 0
-        for seq in self.seats.decoding:  # preempting shortens the list, but only from its end
+        # Preempting shortens the list, but only from its end.
+        for seq in self._ready() if staged else self.seats.decoding:
             start, capacity = seq.planned, seq.kv.capacity
             if start >= seq.limit:
                 continue  # its last token is on its way
@@ -384,7 +385,10 @@ class Scheduler:
             room -= drafts
             total += 1 + drafts
             save = -1 if self.checkpoints is None else self._keep(seq, start + 1)
-            work.append(Work(seq.id, seq.slot, seq.epoch, start, exact, 1, drafts, new_blocks, True, save))
+            token = seq.tokens[-1] if staged else -1
+            work.append(
+                Work(seq.id, seq.slot, seq.epoch, start, exact, 1, drafts, new_blocks, True, save, token)
+            )
         return total
 
     def _extend(self, seq: Sequence, num_positions: int) -> tuple[int, ...] | None:

@@ -14,13 +14,14 @@ from typing import Any
 from quire.errors import InvalidRequest, QuireError
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.checkpoints import Checkpoints
+from quire.scheduler.limits import Limits
 from quire.scheduler.lookups import Lookups
 from quire.scheduler.near import Near
 from quire.scheduler.plan import Emitted, Plan, Result
 from quire.scheduler.scheduler import NewSequence, Scheduler
 from quire.scheduler.sequence import SequenceStats
 
-VERSION = 3
+VERSION = 4
 SECRET = b"replay"  # plans depend on which keys are equal, not on their values
 
 
@@ -152,7 +153,7 @@ def replay(source: Path | Iterable[str]) -> int:
     states = None if head["rows"] is None else Checkpoints(head["rows"])
     near = None if head["near"] is None else Near(**head["near"])
     pool = BlockPool(secret=SECRET, **head["pool"], near=near)
-    scheduler = Scheduler(pool, **head["limits"], checkpoints=states)
+    scheduler = Scheduler(pool, Limits(**head["limits"]), checkpoints=states)
     inflight: deque[Plan] = deque()
     plan = Plan(0, ())
     num_plans = 0
@@ -212,7 +213,10 @@ def _new_to_json(new: NewSequence) -> dict[str, Any]:
 
 def _plan_to_json(plan: Plan) -> list[Any]:
     work = [
-        (w.seq, w.slot, w.epoch, w.start, w.exact, w.count, w.drafts, w.new_blocks, w.samples, w.save)
+        (
+            *(w.seq, w.slot, w.epoch, w.start, w.exact, w.count, w.drafts, w.new_blocks, w.samples, w.save),
+            w.token,
+        )
         for w in plan.work
     ]
     starts = [(s.seq, s.slot, s.tokens, s.prompt_len, s.restore) for s in plan.starts]

@@ -79,6 +79,7 @@ class Slot:
     seq: int
     tokens: list[int]
     table: list[int] = field(default_factory=list)
+    known: int = 0  # tokens, to a first stage, which samples none
     computed: int = -1  # positions; -1 before the first work
     state: Prefix | None = None  # of a network that keeps states: what it has seen
     lost: bool = False  # its state means nothing any more
@@ -154,7 +155,7 @@ class Device:
         assert start.tokens[: start.prompt_len] == new.prompt
         outputs = start.tokens[start.prompt_len :]
         assert outputs[: len(new.output)] == new.output, "outputs that it brought are lost"
-        self.slots[start.slot] = slot = Slot(start.seq, list(start.tokens))
+        self.slots[start.slot] = slot = Slot(start.seq, list(start.tokens), known=len(start.tokens))
         assert self.rows is not None or start.restore < 0
         if self.rows is not None:
             slot.state = self.model.root(new.cache_root) if start.restore < 0 else self.rows[start.restore][0]
@@ -170,6 +171,13 @@ class Device:
         assert start == w.start if w.exact else start <= w.start
         end = start + w.count
         assert w.count > 0 and end <= len(slot.tokens), "computes a token nobody knows"
+        if self.limits.stages > 1:
+            slot.known = max(slot.known, start + (w.token >= 0))
+            assert end <= slot.known and w.token in (-1, slot.tokens[start]), (
+                "computes a token it was not told"
+            )
+        else:
+            assert w.token == -1, "is told what it knows"
         assert w.start + w.count + w.drafts <= min(
             len(new.prompt) + new.max_tokens - 1, len(slot.table) * self.block_size
         ), "computes a position that nobody reads, or that has no place"

@@ -4,13 +4,14 @@ import pytest
 
 from quire.errors import ConfigError, InvalidRequest, PromptTooLong
 from quire.scheduler.blocks import BlockPool
+from quire.scheduler.limits import Limits
 from quire.scheduler.scheduler import NewSequence, Scheduler
 from tests.scheduler.device import SECRET
 
 
 def scheduler(num_blocks: int = 4, max_length: int | None = None) -> Scheduler:
     pool = BlockPool(num_blocks, 4, secret=SECRET)
-    return Scheduler(pool, max_batched_tokens=8, max_seqs=2, max_length=max_length)
+    return Scheduler(pool, Limits(max_batched_tokens=8, max_seqs=2, max_length=max_length))
 
 
 def sequence(num_prompt: int, max_tokens: int) -> NewSequence:
@@ -80,10 +81,11 @@ def test_ids_are_unique() -> None:
         ({"max_batched_tokens": 3, "max_seqs": 0}, "max_seqs is 0"),
         ({"max_batched_tokens": 3, "max_seqs": 1, "drafts": -1}, "drafts is -1"),
         ({"max_batched_tokens": 3, "max_seqs": 1, "min_prefill_tokens": 0}, "min_prefill_tokens is 0"),
+        ({"max_batched_tokens": 3, "max_seqs": 1, "stages": 0}, "stages is 0"),
         ({"max_batched_tokens": 3, "max_seqs": 1, "max_gap_s": 0.0}, "max_gap_s is 0.0"),
         ({"max_batched_tokens": 3, "max_seqs": 1, "min_prefill_time": -0.1}, "min_prefill_time is -0.1"),
     ],
 )
 def test_impossible_limits_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Scheduler(BlockPool(4, 4, secret=SECRET), **settings)  # type: ignore[arg-type]
+        Limits(**settings)  # type: ignore[arg-type]

@@ -31,6 +31,30 @@ def test_masks_are_asked_for_when_earlier_tokens_are_known(depth: int, late: int
     assert max(unknown) == late
 
 
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_stages_compute_different_sequences_at_the_same_time(stages: int) -> None:
+    """All are computed, a part of them in each plan, and the token of nobody that is planned is still on its way."""
+    count = 12
+    todo = [Case((i, 1), 30, 0, stops=FOREVER) for i in range(count)]
+    done = Run(todo, Machine(max_seqs=count, num_blocks=200, stages=stages, depth=stages))
+    shares = set()
+    for step in done.steps():
+        computing = [w.seq for plan, _ in done.loop.inflight for w in plan.work]
+        assert len(computing) == len(set(computing))
+        if 2 * stages < step < 20 * stages:
+            assert len(done.loop.inflight) == stages - 1
+            shares.add(len(done.device.plans[-1].work))
+    assert shares == {count // stages}
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_pieces_of_one_prompt_are_at_all_stages(stages: int) -> None:
+    machine = Machine(max_seqs=1, spare_tokens=3, stages=stages, depth=stages)
+    done = Run([Case(tuple(range(24)), 2, 0, stops=FOREVER)], machine)
+    in_flight = [len(done.loop.inflight) for _ in done.steps()]
+    assert in_flight[1:6] == [min(i, stages - 1) for i in range(2, 7)]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_an_end_wastes_at_most_the_rows_in_flight_and_a_known_end_none(depth: int) -> None:
     stopped = run([Case((i, 1), 30, 0, stops=frozenset({EOS})) for i in range(20)], Machine(depth=depth))

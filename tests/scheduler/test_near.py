@@ -5,6 +5,7 @@ import pytest
 from quire.errors import ConfigError, InvalidRequest
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.holdings import Holdings
+from quire.scheduler.limits import Limits
 from quire.scheduler.near import Extent, Near
 from quire.scheduler.plan import Plan, Result
 from quire.scheduler.scheduler import NewSequence, Scheduler
@@ -17,7 +18,7 @@ PROMPT = tuple(i * i % 5 for i in range(40))
 
 def scheduler(near: Near, num_blocks: int = 60, batched: int = 8) -> Scheduler:
     pool = BlockPool(num_blocks, SIZE, secret=SECRET, near=near)
-    return Scheduler(pool, max_batched_tokens=batched, max_seqs=4)
+    return Scheduler(pool, Limits(max_batched_tokens=batched, max_seqs=4))
 
 
 def step(at: Scheduler) -> Plan:
@@ -123,7 +124,7 @@ def test_what_sees_nothing_is_refused() -> None:
             Near(parts=1, **kwargs)
     with pytest.raises(ConfigError, match="drafts is 1"):
         pool = BlockPool(9, SIZE, secret=SECRET, near=Near(parts=1, chunk=8))
-        Scheduler(pool, max_batched_tokens=8, max_seqs=2, drafts=1)
+        Scheduler(pool, Limits(max_batched_tokens=8, max_seqs=2, drafts=1))
 
 
 def test_a_prefill_that_finds_no_blocks_has_later_ones_make_way_or_waits() -> None:

@@ -68,6 +68,20 @@ near = st.builds(
     st.integers(8, 60),
     st.sampled_from((1, 2)),
 ) | st.builds(lambda machine, how: replace(machine, near=how, drafts=0, depth=2), machines | stateful, chunks)
+staged = st.builds(
+    lambda machine, stages, more: replace(machine, stages=stages, depth=stages + more),
+    machines | stateful | near,
+    st.sampled_from((2, 2, 3, 4)),
+    st.sampled_from((0, 0, 1)),
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(cases, min_size=2, max_size=8), staged)
+def test_every_schedule_of_a_device_of_stages_gives_the_sequential_answer(
+    todo: list[Case], machine: Machine
+) -> None:
+    run(todo, machine)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -94,6 +108,6 @@ def test_every_schedule_gives_the_sequential_answer(todo: list[Case], machine: M
 
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(cases, min_size=2, max_size=10), machines | stateful | near)
+@given(st.lists(cases, min_size=2, max_size=10), machines | stateful | near | staged)
 def test_every_schedule_gives_the_sequential_answer_at_length(todo: list[Case], machine: Machine) -> None:
     run(todo, machine)

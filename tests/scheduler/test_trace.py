@@ -69,7 +69,7 @@ def test_a_torn_last_line_is_left_out(lines: list[str]) -> None:
     ("text", "message"),
     [
         ("", "first line"),
-        ('{"version":0}\n', "version 3"),
+        ('{"version":0}\n', "version 4"),
         ("[]\n", "first line"),
         ("{\n", "line 1 is not JSON"),
     ],

@@ -10,6 +10,7 @@ import pytest
 from quire.errors import InvalidRequest
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.checkpoints import Checkpoints
+from quire.scheduler.limits import Limits
 from quire.scheduler.loop import Loop
 from quire.scheduler.near import Near
 from quire.scheduler.plan import Emitted, Plan, Result
@@ -55,6 +56,7 @@ class Machine:
     num_states: int | None = None  # rows for states beside the slots'; None: the network has none
     near: Near | None = None  # how layers see that do not see all positions
     lose_every: int = 0  # steps, of which each such one loses a state
+    stages: int = 1  # that compute different steps at the same time
 
 
 class Run:
@@ -65,16 +67,17 @@ class Run:
         how = {"caching": machine.caching, "near": machine.near}
         self.pool = BlockPool(machine.num_blocks, machine.block_size, secret=SECRET, **how)
         first, states = machine.max_seqs + 1, machine.num_states
-        self.scheduler = Scheduler(
-            self.pool,
+        limits = Limits(
             max_batched_tokens=machine.max_seqs + machine.spare_tokens,
             max_seqs=machine.max_seqs,
             drafts=machine.drafts,
             max_gap_s=machine.max_gap_s,
             min_prefill_tokens=machine.min_prefill,
             min_prefill_time=machine.min_prefill_time,
-            checkpoints=None if states is None else Checkpoints(range(first, first + states)),
+            stages=machine.stages,
         )
+        kept = None if states is None else Checkpoints(range(first, first + states))
+        self.scheduler = Scheduler(self.pool, limits, checkpoints=kept)
         self.sequences: dict[int, NewSequence] = {}
         self.seeds: dict[int, int] = {}
         self.arrivals: dict[int, list[int]] = defaultdict(list)
@@ -147,11 +150,13 @@ class Run:
         """As the scheduler's, which is looked at closely."""
         scheduler, limits = self.scheduler, self.scheduler.limits
         decoding = {s.id: s.epoch for s in scheduler.seats.decoding if s.planned < s.limit}
+        ready = {id for id in decoding if limits.stages == 1 or not scheduler.seqs[id].pending}
         plan = self.planner.schedule(now)
         check(scheduler, self.device)
         planned = {w.seq for w in plan.work}
-        for id, epoch in decoding.items():
-            assert id in planned or scheduler.seqs[id].epoch > epoch, "a decoding sequence skips a step"
+        kept = [id for id, epoch in decoding.items() if scheduler.seqs[id].epoch == epoch]
+        left = sum(id not in planned for id in kept if id in ready)
+        assert left <= max(len(ready) - -(-len(kept) // limits.stages), 0), "a decoding sequence skips a step"
         assert not scheduler._ended, "ended sequences pile up"
         # One that was preempted and seated again in this very plan is a prefill.
         decodes = sum(w.count + w.drafts for w in plan.work if decoding.get(w.seq) == w.epoch)
@@ -160,7 +165,9 @@ class Run:
         assert prefills or not scheduler.seats.prefilling or self.machine.near, "prefills starve"
         if decodes and limits.max_gap_s:
             decodes_s = scheduler.cost.least(decodes)
-            seconds = max(limits.max_gap_s, decodes_s + self.machine.min_prefill_time * decodes_s)
+            seconds = max(
+                limits.max_gap_s / limits.stages, decodes_s + self.machine.min_prefill_time * decodes_s
+            )
             most = scheduler.cost.most_tokens(seconds)
             assert most is None or prefills <= max(most - decodes, limits.min_prefill_tokens)
         return plan
@@ -205,9 +212,8 @@ class Run:
             self.recorder.close()
         assert not any(self.pool.refs) and not self.device.slots
         assert not self.scheduler.cost._begun
-        assert all(rows < self.machine.depth for rows in self.device.ended.values()), (
-            "rows wasted after the end"
-        )
+        ahead = self.machine.depth if self.machine.stages == 1 else 1
+        assert all(rows < ahead for rows in self.device.ended.values()), "rows wasted after the end"
         seated = [id for id, s in self.stats.items() if s.seated_s is not None]
         assert self.scheduler.lookups.queries == sum(len(self.sequences[id].prompt) for id in seated)
         assert self.scheduler.lookups.hits == sum(self.stats[id].num_cached_tokens for id in seated)
