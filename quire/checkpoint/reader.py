@@ -162,13 +162,13 @@ class Checkpoint:
         """Our names of the tensors that nobody has pulled."""
         return sorted(self._index.keys() - self._used)
 
-    def finish(self) -> None:
-        """Declare loading over.
+    def finish(self, elsewhere: Iterable[str] = ()) -> None:
+        """Declare loading over. `elsewhere`: what other processes load.
 
         Raises:
             CheckpointError: tensors are left over, so the network is not the one that was trained.
         """
-        if left := self.unused():
+        if left := sorted(set(self.unused()).difference(elsewhere)):
             places = [
                 f"{name} ({self._index[name].theirs} in {self._index[name].file.name})" for name in left
             ]

@@ -18,6 +18,7 @@ from quire.models import registry
 from quire.models.composite import COMPOSITES
 from quire.models.parameters import parameter_shapes
 from quire.models.spec import Spec
+from quire.models.stages import stage_shapes
 from quire.parallel.axis import Axes
 from quire.resolve import BITS, whole_experts
 
@@ -56,10 +57,11 @@ class Native:
             network.load(_dummy(network, config))
             return
         checkpoint = Checkpoint(folder, self.names)
-        checkpoint.check(parameter_shapes(network.spec))  # before the first byte of weights is read
+        whole, own = dict(parameter_shapes(network.spec)), dict(stage_shapes(network.spec, network.stage))
+        checkpoint.check(whole.items())  # before the first byte of weights is read
         network.load(checkpoint)
-        if network.axes.world.size == 1:  # other ranks read the rest
-            checkpoint.finish()
+        if network.build.spreading is None:  # other ranks read the rest of the experts
+            checkpoint.finish(elsewhere=whole.keys() - own.keys())
 
 
 class Foreign:

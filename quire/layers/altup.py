@@ -1,6 +1,7 @@
 """Alternating updates: of several streams a layer computes one, and updates the others by it (Gemma 3n)."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,15 @@ class Streams(nn.Module):
 
         self.spread, self.gather = products("altup_projections"), products("altup_unembed_projections")
 
-    def load(self, weights: Weights) -> None:
-        for product in (*self.spread, *self.gather):
-            product.load(weights, "")
+    def load_spread(self, weights: Weights) -> None:
+        """For `split`."""
+        for product in self.spread:
+            cast(Linear, product).load(weights, "")
+
+    def load_gather(self, weights: Weights) -> None:
+        """For `joined`."""
+        for product in self.gather:
+            cast(Linear, product).load(weights, "")
 
     def split(self, x: Tensor) -> Tensor:
         """x [T, dim] -> [num, T, dim]."""

@@ -17,10 +17,12 @@ from quire.layers.block import Block, Spread
 from quire.layers.embeddings import LayerEmbeddings
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed, normed
+from quire.layers.relay import Begun, Relay
 from quire.layers.rope import RopeTables
 from quire.layers.shards import Shards
 from quire.models import spec
 from quire.models.shard import WholeExperts, is_cut, shard
+from quire.models.stages import Stage, layers_of, stages
 from quire.parallel.axis import Axes, Axis
 
 
@@ -44,21 +46,24 @@ class Decoder(nn.Module):
 
         `max_length`: the longest sequence that will come; None for the model's own limit. `bits`: those that weights
         of products are quantized to while they load, the head's to 8 at least. `axes`: whose ranks compute it together,
-        each its `share` of it. `experts`: that they are whole, and spread over `axes.ep`; else each is cut along tp.
+        each its `share` of it: of its `stage`'s layers, and of each of these. `experts`: that they are whole, and
+        spread over `axes.ep`; else each is cut along tp.
 
         Raises:
-            ConfigError: it cannot be shared out evenly.
+            ConfigError: it cannot be shared out evenly, or be cut into so many stages.
         """
         super().__init__()
         self.axes = axes or Axes()
-        self.spec, self.backend = s, backend
-        self.share = shard(s, self.axes.tp.size, self.axes.tp.rank, experts)
+        tp, pp = self.axes.tp, self.axes.pp
+        stage = stages(s, pp.size)[pp.rank]
+        self.spec, self.share = s, layers_of(shard(s, tp.size, tp.rank, experts), stage)
         device = torch.device(device)
         ropes = RopeTables(max_length or s.max_length, device)
         spreading = None if experts is None else Spreading(self.axes, experts)
         self.build = Build(s.dim, dtype, device, backend, ropes, invariant, bits, spreading)
         self.embed_scale = torch.tensor(s.embed_scale, dtype=dtype).item()  # Gemma's is rounded so
-        self.layers = nn.ModuleList(map(self._layer, s.blocks, self.share.blocks))
+        self.layers = nn.ModuleList(map(self._layer, s.blocks[stage.layers], self.share.blocks))
+        self.relay = Relay(s, stage, pp, self.build)
         altup = s.blocks[0].altup
         self.streams = Streams(altup, self.build) if altup else None
         self.norm = Norm(s.norm, (s.dim,), self.build)
@@ -67,9 +72,19 @@ class Decoder(nn.Module):
         self.layer_embeddings = LayerEmbeddings(parts, s.layer_rows, self.build) if parts else None
         head = {"lm_head": self.share.vocab_size}
         self.head = Linear(s.dim, head, self.build, bias=s.head_bias, least_bits=8)
-        self.embedding: Any = None  # once loaded, what `ops.embed` takes: this rank's rows [R, dim]
+        self.embedding: Any = None  # of a first stage, what `ops.embed` takes: this rank's rows [R, dim]
         self.positions: Tensor | None = None  # [num_positions, dim]
         self.places = frozenset[Place]()  # of layers that see a step otherwise than as it is
+
+    @property
+    def backend(self) -> Backend:
+        """How attention is computed."""
+        return self.build.backend
+
+    @property
+    def stage(self) -> Stage:
+        """Which layers this rank has."""
+        return self.relay.stage
 
     def load(self, weights: Weights) -> None:
         """Pull every weight, layer by layer, so that at most one layer is held twice."""
@@ -78,8 +93,23 @@ class Decoder(nn.Module):
             self._load(weights if axis.size == 1 else Shards(weights, self.spec, axis.size, axis.rank))
 
     def _load(self, weights: Weights) -> None:
+        s, stage, table = self.spec, self.stage, cast(Any, None)
+        if stage.is_first or (stage.is_last and s.tied):
+            table = self.build.pull(weights, "embed_tokens.weight", self.share.vocab_size, s.dim)
+        if stage.is_first:
+            self._load_beginning(weights)
+        for i, layer in enumerate(self.layers, stage.first):
+            cast(Block, layer).load(weights, f"layers.{i}")
+        if stage.is_last:
+            self.norm.load(weights, "norm")
+            self.head.load(weights, "", shared=table if s.tied else None)
+            if self.streams is not None:
+                self.streams.load_gather(weights)
+        if stage.is_first:
+            self.embedding = ops.as_table(table, self.head.weight) if s.tied and stage.is_last else table
+
+    def _load_beginning(self, weights: Weights) -> None:
         s, build = self.spec, self.build
-        self.embedding = build.pull(weights, "embed_tokens.weight", self.share.vocab_size, s.dim)
         if s.num_positions:
             self.positions = build.pull(weights, "embed_positions.weight", s.num_positions, s.dim)
         if self.embed_norm is not None:
@@ -87,42 +117,45 @@ class Decoder(nn.Module):
         if self.layer_embeddings is not None:
             self.layer_embeddings.load(weights)
         if self.streams is not None:
-            self.streams.load(weights)
+            self.streams.load_spread(weights)
         if s.sinusoids:
             self.positions = _sinusoids(s, build)
-        for i, layer in enumerate(self.layers):
-            cast(Block, layer).load(weights, f"layers.{i}")
-        self.norm.load(weights, "norm")
-        self.head.load(weights, "", shared=self.embedding if s.tied else None)
-        if s.tied:
-            self.embedding = ops.as_table(self.embedding, self.head.weight)
 
     def caches(self, pool: Tensor, states: Tensor | None = None, layout: Layout | None = None) -> list[Cache]:
         """Each layer's view of the memory; see `layer_caches`."""
         found = layer_caches(self.backend, self.share, pool, states, self.build.dtype, layout)
-        self.places = places(found, (chunk_of(block.mixer, self.build) for block in self.spec.blocks))
+        self.places = places(found, (chunk_of(block.mixer, self.build) for block in self.share.blocks))
         return found
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, step: Ragged, caches: Sequence[Cache]) -> Tensor:
-        """token_ids [T] int64 -> hidden [T, dim], the final norm applied."""
+        """token_ids [T] int64 -> hidden [T, dim], the final norm applied.
+
+        Of a stage before the last [T, width]: what the next one gets.
+        """
         step = seen_from(step, self.places, self.backend.block_size) if self.places else step
+        stage = self.stage
+        begun = self._begin(token_ids, step) if stage.is_first else self.relay.receive(len(token_ids))
+        last = self.norm if stage.is_last else None
+        norms = [*(cast(Block, layer).attn_norm for layer in self.layers), last]
+        x, y, own = begun.x, normed(begun.x, norms[0]), begun.own
+        for i, (layer, cache, following) in enumerate(zip(self.layers, caches, norms[1:], strict=True)):
+            if isinstance(cast(Block, layer).spec.mixer, spec.Guided):
+                y = Normed(torch.cat((y.tensor(), begun.embedded), -1))
+            x, y = layer(x, y, step, cache, following, None if own is None else own[i])
+        if not stage.is_last:
+            return self.relay.send(y.tensor(), begun)
+        return y.tensor() if self.streams is None else cast(Tensor, self.norm(self.streams.joined(x)))
+
+    def _begin(self, token_ids: Tensor, step: Ragged) -> Begun:
+        """What the first layer takes."""
         x = self._embed(token_ids)
         if self.positions is not None:
             x = x + ops.embed(step.positions + self.spec.position_offset, self.positions)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        embedded = x
-        norms = [*(cast(Block, layer).attn_norm for layer in self.layers), self.norm]
         own = None if self.layer_embeddings is None else self.layer_embeddings(token_ids, x)
-        if self.streams is not None:
-            x = self.streams.split(x)
-        y = normed(x, norms[0])
-        for i, (layer, cache, following) in enumerate(zip(self.layers, caches, norms[1:], strict=True)):
-            if isinstance(cast(Block, layer).spec.mixer, spec.Guided):
-                y = Normed(torch.cat((y.tensor(), embedded), -1))
-            x, y = layer(x, y, step, cache, following, None if own is None else own[i])
-        return y.tensor() if self.streams is None else cast(Tensor, self.norm(self.streams.joined(x)))
+        return Begun(x if self.streams is None else self.streams.split(x), x, own)
 
     def _layer(self, whole: spec.Block, part: spec.Block) -> nn.Module:
         spread = Spread(*(self.axes.tp if cut else Axis() for cut in is_cut(whole, part)))

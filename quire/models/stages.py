@@ -13,7 +13,11 @@ from quire.errors import ConfigError
 from quire.models.parameters import Named, block_shapes, parameter_shapes
 from quire.models.spec import MLA, Attention, Block, Decoder, Guided
 
-LAST = ("norm.", "lm_head.", "altup_unembed_projections.")  # the beginnings of names of the last stage's parameters
+LAST = (
+    "norm.",
+    "lm_head.",
+    "altup_unembed_projections.",
+)  # the beginnings of names of the last stage's parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,11 @@ def _balanced(weights: Sequence[int], cuts: Sequence[int], size: int) -> list[in
     for _ in range(size - 1):
         following: dict[int, tuple[float, list[int]]] = {}
         for cut in cuts:
-            found = ((cost + (before[cut] - before[at]) ** 2, made) for at, (cost, made) in best.items() if at < cut)
+            found = (
+                (cost + (before[cut] - before[at]) ** 2, made)
+                for at, (cost, made) in best.items()
+                if at < cut
+            )
             cost, made = min(found, default=(inf, []))
             if cost < inf:
                 following[cut] = cost, [*made, cut]

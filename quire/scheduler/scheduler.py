@@ -53,12 +53,8 @@ class Scheduler:
         self.holdings, self.limits = Holdings(pool, limits.max_batched_tokens), limits
         self.checkpoints, self.cost = checkpoints, StepCost()
         self.seqs: dict[int, Sequence] = {}
-        self.queue, self.tenants, self.sharing, self.seats = (
-            Queue(),
-            Tenants(),
-            Sharing(),
-            Seats(limits.max_seqs),
-        )
+        self.queue, self.tenants, self.sharing = Queue(), Tenants(), Sharing()
+        self.seats = Seats(limits.max_seqs)
         self.lookups, self.num_preemptions = Lookups(), 0
         self.batched_tokens = self.prefill_tokens = self._num_steps = 0
         self._ended: dict[int, Sequence] = {}  # since the latest `schedule`

@@ -75,7 +75,8 @@ def compute(decoder: Decoder, prompts: list[list[int]], least: int, most: int, s
         ids = [t for s, n in zip(chosen, counts, strict=True) for t in prompts[s][done[s] : done[s] + n]]
         step = ragged([done[s] for s in chosen], counts, [tables[s] for s in chosen], size)
         step = replace(step, rows=torch.tensor([rows[s] for s in chosen]))
-        logits = decoder.logits(decoder(torch.tensor(ids), step, caches))
+        hidden = decoder(torch.tensor(ids), step, caches)
+        logits = decoder.logits(hidden) if decoder.stage.is_last else hidden
         for s, part in zip(chosen, logits.split(counts), strict=True):
             parts[s].append(part)
             done[s] += len(part)

@@ -1,8 +1,10 @@
 """Ranks as threads of one process: the least that a communicator can be."""
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ class Together:
 
     def __init__(self, size: int):
         self.size, self.given = size, [torch.empty(0)] * size
+        self.sent: dict[tuple[int, int], SimpleQueue[Tensor]] = defaultdict(SimpleQueue)
         self.barrier = threading.Barrier(size, timeout=PATIENCE_S)
 
 
@@ -50,10 +53,10 @@ class Thread:
         return torch.cat(found)
 
     def send(self, x: Tensor, to: int) -> None:
-        raise NotImplementedError("no test needs it")
+        self.together.sent[self.rank, to].put(x.clone())
 
     def receive(self, x: Tensor, source: int) -> None:
-        raise NotImplementedError("no test needs it")
+        x.copy_(self.together.sent[source, self.rank].get(timeout=PATIENCE_S))
 
     def broadcast(self, x: Tensor, source: int) -> None:
         x.copy_(self._all(x)[source])
