@@ -105,6 +105,12 @@ class Config:
         " token goes to the ranks of its experts. auto: the latter for many tokens, where that moves less.",
         choices=("auto", "allgather_reducescatter", "all_to_all"),
     )
+    enable_eplb: bool = option(
+        False,
+        "Have each rank hold one expert more, and move experts between ranks by the load that is measured, so that all"
+        " have about as much to do; with enable_expert_parallel.",
+    )
+    eplb_step_interval: int = option(3000, "Steps after which enable_eplb looks at the load.")
     max_model_len: int | None = option(None, "Most tokens of a request, prompt and output together.")
     max_num_seqs: int | None = option(None, "Most sequences that run at once.")
     max_num_batched_tokens: int | None = option(None, "Most tokens that one step computes.")
@@ -157,6 +163,7 @@ class Config:
             raise ConfigError(
                 "trace_file records one engine group; leave it out, or set data_parallel_size to 1"
             )
+        self._at_least("eplb_step_interval", 1)
         self._at_least("block_size", 1)
         self._at_least("kv_cache_memory_bytes", 1)
         self._at_least("max_token_gap_ms", 0)

@@ -198,6 +198,11 @@ def whole_experts(config: Config, spec: Spec) -> WholeExperts | None:
     Raises:
         ConfigError: there are no experts, or none of ours.
     """
+    if config.enable_eplb and (not config.enable_expert_parallel or config.deterministic):
+        raise ConfigError(
+            "enable_eplb is set, which moves whole experts between ranks, and their sums round otherwise then; it needs"
+            " enable_expert_parallel, and deterministic to be left out"
+        )
     if not config.enable_expert_parallel:
         return None
     if isinstance(spec, Foreign) or not any(isinstance(block.mlp, MoE) for block in spec.blocks):
@@ -206,7 +211,10 @@ def whole_experts(config: Config, spec: Spec) -> WholeExperts | None:
             " out"
         )
     size = config.tensor_parallel_size
-    return WholeExperts(size, way=config.all2all_backend) if size > 1 else None
+    if size == 1:
+        return None
+    spare, interval = (1, config.eplb_step_interval) if config.enable_eplb else (0, None)
+    return WholeExperts(size, spare, config.all2all_backend, interval)
 
 
 def _check_quantization(config: Config, dtype: str, machine: Machine) -> None:

@@ -38,6 +38,8 @@ OPTIONS = {
     "data_parallel_size",
     "enable_expert_parallel",
     "all2all_backend",
+    "enable_eplb",
+    "eplb_step_interval",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",

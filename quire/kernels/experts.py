@@ -4,6 +4,7 @@ Beside reference.py, whose operations these are made of. Here the host looks at 
 one after the other; kernels take any choice without telling the host.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, NamedTuple
@@ -158,6 +159,14 @@ def experts_add_norm(
 ) -> tuple[Tensor, Tensor, RowScale | None]:
     """(residual + experts(...), its norm, what the norm's rows have still to be multiplied by); see linear_add_norm."""
     return *add_norm(experts(values, scale, routes, stack, shared), residual, norm), None
+
+
+def tensors_of(weight: Any) -> tuple[Tensor, ...]:
+    """All that the weight of one expert consists of, in whatever form it is."""
+    if isinstance(weight, Tensor):
+        return (weight,)
+    parts = (getattr(weight, f.name) for f in dataclasses.fields(weight))
+    return tuple(part for part in parts if isinstance(part, Tensor))
 
 
 @op

@@ -18,6 +18,7 @@ from quire.kernels.experts import (
     experts_add_norm,
     pack_experts,
     route,
+    tensors_of,
 )
 from quire.kernels.quantized import quantize_linear
 from quire.kernels.recurrent import causal_conv, recurrence, selective_scan, softplus
@@ -92,5 +93,6 @@ __all__ = [
     "route",
     "selective_scan",
     "softplus",
+    "tensors_of",
     "why_not_invariant",
 ]

@@ -1,6 +1,6 @@
 """What layers are built from and loaded from. Layers pull their weights by their own names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,11 +65,13 @@ class Spreading:
 
     Attributes:
         most_rows: tokens of the present step's largest part, where ranks along dp have different ones.
+        between: what all ranks do before each step.
     """
 
     axes: Axes
     experts: WholeExperts
     most_rows: int = 0
+    between: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)

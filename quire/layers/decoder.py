@@ -12,10 +12,12 @@ from quire.attention.views import Place, places, seen_from
 from quire.kernels import ops
 from quire.layers.altup import AltUpBlock, Streams
 from quire.layers.attention import chunk_of
+from quire.layers.balance import Balancer
 from quire.layers.base import Build, Spreading, Weights
 from quire.layers.block import Block, Spread
 from quire.layers.embeddings import LayerEmbeddings
 from quire.layers.linear import Linear
+from quire.layers.moe import MoE
 from quire.layers.norm import Norm, Normed, normed
 from quire.layers.relay import Begun, Relay
 from quire.layers.rope import RopeTables
@@ -66,6 +68,9 @@ class Decoder(nn.Module):
         self.relay = Relay(s, stage, pp, self.build)
         altup = s.blocks[0].altup
         self.streams = Streams(altup, self.build) if altup else None
+        if spreading is not None and experts is not None and experts.interval is not None:
+            moes = [part for part in self.modules() if isinstance(part, MoE)]
+            spreading.between = Balancer(moes, self.axes.ep, experts.interval).step
         self.norm = Norm(s.norm, (s.dim,), self.build)
         self.embed_norm = Norm(s.embed_norm, (s.dim,), self.build) if s.embed_norm else None
         parts = [block.embedding for block in s.blocks if block.embedding]

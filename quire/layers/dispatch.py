@@ -31,7 +31,7 @@ class Dispatch:
 
     Attributes:
         placement: which rank holds which.
-        load: tokens that chose each expert, [num_experts] int64: of this rank's slice of its rows; None if nobody asks.
+        load: tokens that chose each expert, [num_experts] int64, of this rank's slice of its rows; if anybody asks.
     """
 
     def __init__(self, s: spec.MoE, build: Build, spreading: Spreading):
@@ -39,9 +39,7 @@ class Dispatch:
         self.axes, experts = spreading.axes, spreading.experts
         axes, self.num_slots = self.axes, experts.num_slots(s)
         self.num_alike = axes.cp.size * axes.tp.size  # ranks with the same rows
-        self.load: Tensor | None = None
-        if experts.spare:
-            self.load = torch.zeros(s.num_experts, dtype=torch.int64, device=build.device)
+        self.load = torch.zeros(s.num_experts, dtype=torch.int64, device=build.device)
         turns = 1 if build.invariant else TURNS
         self.table = torch.zeros(s.num_experts, turns, dtype=torch.int32, device=build.device)
         self.turn(place([1.0] * s.num_experts, axes.ep.size, self.num_slots))
@@ -139,7 +137,7 @@ class Dispatch:
         return routes._replace(experts=torch.where(held, own, self.num_slots))
 
     def _count(self, routes: ops.Routes, mine: slice) -> None:
-        if self.load is not None:
+        if self.spreading.experts.interval is not None:
             chosen = routes.experts[mine].flatten().long()
             self.load.index_add_(0, chosen, torch.ones_like(chosen))
 

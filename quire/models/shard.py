@@ -29,11 +29,13 @@ class WholeExperts:
     Attributes:
         spare: slots of a rank for experts that it would not need to hold.
         way: how tokens get to them, or auto; see layers/dispatch.py.
+        interval: steps after which they are placed anew, by the tokens that chose each; None: they stay.
     """
 
     num_ranks: int
     spare: int = 0
     way: str = "auto"
+    interval: int | None = None
 
     def num_slots(self, s: MoE) -> int:
         """Of each rank.

@@ -8,6 +8,7 @@ and 1.001 times with.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from quire.errors import ConfigError
 
@@ -30,6 +31,41 @@ class Placement:
         """Of each rank, if an expert's replicas share its load equally."""
         shares = [x / len(slots) for x, slots in zip(load, self.replicas(), strict=True)]
         return [sum(shares[expert] for expert in rank) for rank in self.ranks]
+
+
+class Move(NamedTuple):
+    """A copy of an expert: from a slot of one rank to a slot of another, or of the same."""
+
+    giver: int
+    source: int
+    taker: int
+    slot: int
+
+
+def settled(new: Placement, old: Placement) -> Placement:
+    """The same shares, each at the rank that has most of it, and in the slots where it is."""
+    left, ranks = list(range(len(new.ranks))), []
+    for here in old.ranks:
+        best = max(left, key=lambda r: len(set(new.ranks[r]) & set(here)))
+        left.remove(best)
+        coming = list(new.ranks[best])
+        slots = [coming.pop(coming.index(expert)) if expert in coming else None for expert in here]
+        ranks.append(tuple(coming.pop(0) if expert is None else expert for expert in slots))
+    return Placement(tuple(ranks), new.num_experts)
+
+
+def moves(old: Placement, new: Placement) -> list[Move]:
+    """What has to be copied to come from one placement to another of as many slots; those who have one take turns."""
+    found, holders = list[Move](), old.replicas()
+    size = len(old.ranks[0])
+    for taker, (before, after) in enumerate(zip(old.ranks, new.ranks, strict=True)):
+        for slot, (had, expert) in enumerate(zip(before, after, strict=True)):
+            if had != expert:
+                givers = holders[expert]
+                own = [at for at in givers if at // size == taker]
+                giver, source = divmod(own[0] if own else givers[len(found) % len(givers)], size)
+                found.append(Move(giver, source, taker, slot))
+    return found
 
 
 def place(load: Sequence[float], num_ranks: int, slots_per_rank: int) -> Placement:

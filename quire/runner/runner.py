@@ -109,6 +109,8 @@ class Runner:
         if self.states is not None:
             self.states.begin(plan.starts)
         self.launched, self.drawn = [], []
+        if plan.work and (spreading := self.model.build.spreading) is not None:
+            spreading.between()
         if plan.work and not self._launch_whole(plan.work):
             self._compute(plan.work)
         if self.states is not None:

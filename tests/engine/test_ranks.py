@@ -128,6 +128,12 @@ def test_so_are_those_of_whole_experts(folders: dict[str, Path], name: str, size
     check_tokens(folders[name], size, 4, enable_expert_parallel=True, all2all_backend=way)
 
 
+def test_so_are_those_of_experts_that_move(folders: dict[str, Path]) -> None:
+    check_tokens(
+        folders["Qwen2Moe"], 2, 4, enable_expert_parallel=True, enable_eplb=True, eplb_step_interval=4
+    )
+
+
 def check_tokens(folder: Path, size: int, block_size: int, **options: object) -> None:
     """With prompts in pieces, preemption, and a prefix that many share."""
     alone = make_engine(folder, block_size=block_size)
@@ -241,6 +247,7 @@ def test_ranks_end_with_the_callers_process(folders: dict[str, Path], ends: str)
         ({"tensor_parallel_size": 65}, "tensor_parallel_size is 65; it must be at most 64"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size is 3.*take a divisor"),
         ({"enable_expert_parallel": True}, "no experts that could be spread"),
+        ({"enable_eplb": True}, "it needs enable_expert_parallel"),
         ({"model_impl": "transformers"}, "tensor_parallel_size is 2.*one process"),
     ],
 )

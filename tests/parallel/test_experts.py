@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.errors import ConfigError
-from quire.parallel.experts import Placement, place
+from quire.parallel.experts import Placement, moves, place, settled
 
 LOADS = st.lists(st.floats(0, 1e6), min_size=1, max_size=40)
 
@@ -68,3 +68,17 @@ def test_replicas_are_on_ranks_of_their_own() -> None:
 def test_too_few_slots_are_refused() -> None:
     with pytest.raises(ConfigError, match="each needs 3 slots"):
         place([1.0] * 9, 4, 2)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=40), st.integers(1, 6))
+def test_moves_lead_from_one_placement_to_another(loads: list[tuple[float, float]], num_ranks: int) -> None:
+    """From copies as they were before all of them; and what is there already stays where it is."""
+    slots = -(-len(loads) // num_ranks) + 1
+    old, wanted = (place(load, num_ranks, slots) for load in zip(*loads, strict=True))
+    new = settled(wanted, old)
+    assert sorted(map(sorted, new.ranks)) == sorted(map(sorted, wanted.ranks))
+    held, found = [list(rank) for rank in old.ranks], moves(old, new)
+    for move in found:
+        held[move.taker][move.slot] = old.ranks[move.giver][move.source]
+    assert held == [list(rank) for rank in new.ranks]
+    assert settled(old, old) == old and moves(old, old) == []
