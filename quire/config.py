@@ -111,6 +111,25 @@ class Config:
         " have about as much to do; with enable_expert_parallel.",
     )
     eplb_step_interval: int = option(3000, "Steps after which enable_eplb looks at the load.")
+    distributed_executor_backend: str = option(
+        "local",
+        "Who starts the ranks. local: the engine, on this machine; on others the same command with another node_rank."
+        " ray: Ray, where its cluster has room. env: torchrun or LeaderWorkerSet, whose variables say which ranks a"
+        " process has.",
+        choices=("local", "ray", "env"),
+    )
+    nnodes: int = option(1, "Machines over which the ranks of the engine group are spread, equally.")
+    node_rank: int = option(0, "Which of them this one is; 0 has the engine, and serves.")
+    master_addr: str = option("127.0.0.1", "Address of machine 0, at which the others meet it.")
+    master_port: int | None = option(
+        None,
+        "Port for that: 29501; with torchrun MASTER_PORT, or the next one if torchrun listens there itself.",
+    )
+    launch_secret_file: str | None = option(
+        None,
+        "File with a secret, the same on all machines, which ranks of others have to know: whoever else reaches the"
+        " port cannot join.",
+    )
     max_model_len: int | None = option(None, "Most tokens of a request, prompt and output together.")
     max_num_seqs: int | None = option(None, "Most sequences that run at once.")
     max_num_batched_tokens: int | None = option(None, "Most tokens that one step computes.")
@@ -155,10 +174,15 @@ class Config:
         self._at_least("max_num_seqs", 1)
         self._at_least("max_num_batched_tokens", 1)
         self._at_least("num_threads", 1)
+        self._at_least("nnodes", 1)
+        self._at_least("node_rank", 0)
+        self._at_least("master_port", 1)
         self._at_least("data_parallel_size", 1)
         self._at_least("tensor_parallel_size", 1)
+        self._at_most("master_port", 65535)
         self._at_most("data_parallel_size", MAX_GROUPS)
         self._at_most("tensor_parallel_size", MAX_RANKS)
+        self._check_nodes()
         if self.data_parallel_size > 1 and self.trace_file is not None:
             raise ConfigError(
                 "trace_file records one engine group; leave it out, or set data_parallel_size to 1"
@@ -173,6 +197,17 @@ class Config:
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
             )
 
+    def _check_nodes(self) -> None:
+        if self.nnodes > 1 and self.distributed_executor_backend == "ray":
+            raise ConfigError(
+                f"nnodes is {self.nnodes}, and Ray finds machines by itself; leave it out, or use local"
+            )
+        if self.nnodes > 1 and self.data_parallel_size > 1:
+            raise ConfigError(
+                f"data_parallel_size is {self.data_parallel_size}, and nnodes {self.nnodes}, over which one engine"
+                " group is spread; start a server for each group, and quire router in front of them"
+            )
+
     def _at_least(self, name: str, low: float) -> None:
         value = getattr(self, name)
         if value is None:
@@ -181,7 +216,8 @@ class Config:
             raise ConfigError(f"{name} is {value!r}; it must be at least {low}")
 
     def _at_most(self, name: str, high: int) -> None:
-        if (value := getattr(self, name)) > high:
+        value = getattr(self, name)
+        if value is not None and value > high:
             raise ConfigError(f"{name} is {value}; it must be at most {high}")
 
     @classmethod

@@ -189,7 +189,8 @@ def _part(config: Config, spec: Spec, machine: Machine) -> tuple[Spec, Machine]:
     """What one rank computes, and has for it; all ranks have as much."""
     size = config.tensor_parallel_size
     part = shard(spec, size, 0, whole_experts(config, spec)) if isinstance(spec, Decoder) else spec
-    return part, machine.part(size) if machine.device == "cpu" else machine
+    num_beside = -(-size // config.nnodes)
+    return part, machine.part(num_beside) if machine.device == "cpu" else machine
 
 
 def whole_experts(config: Config, spec: Spec) -> WholeExperts | None:

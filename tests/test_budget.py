@@ -140,7 +140,8 @@ def is_environ(node: ast.AST) -> bool:
 
 
 def test_environment_variables_are_listed() -> None:
-    listed = set(BUDGET["environment_variables"])
+    own = BUDGET["environment_variables"]
+    listed = {*own, *BUDGET["environment_variables_of_launchers"]}
     used: set[str] = set()
     for path in package_files():
         for name, node in environment(parse(path)):
@@ -154,7 +155,7 @@ def test_environment_variables_are_listed() -> None:
         if path.suffix in NATIVE:
             assert "getenv" not in path.read_text(encoding="utf-8"), path
     assert used == listed
-    assert len(listed) <= BUDGET["max_environment_variables"]
+    assert len(own) <= BUDGET["max_environment_variables"]
 
 
 def test_environment_finds_every_spelling() -> None:

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Protocol
 
 from quire.cli.options import add_config_options, add_flags, config_from, config_options
+from quire.engine.site import located, site_of
 from quire.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -49,7 +50,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    settings, config = ServerSettings(**config_options(args, ServerSettings)), config_from(args)
+    settings, config = ServerSettings(**config_options(args, ServerSettings)), located(config_from(args))
+    if site_of(config).process:
+        from quire.engine.node import serve_ranks  # loads torch
+
+        return serve_ranks(config)
     import asyncio
 
     import uvloop

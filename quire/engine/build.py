@@ -16,6 +16,7 @@ from quire.engine.core import EngineCore
 from quire.engine.device import backend_of, dtype_of, find, machine_of, make_runner, mesh_of, platform_of
 from quire.engine.inputs import InputProcessor
 from quire.engine.ranks import Ranks, Team, spawn
+from quire.engine.site import located
 from quire.engine.text import Text
 from quire.errors import ConfigError
 from quire.log import logger
@@ -55,7 +56,8 @@ def build(
     Raises:
         ConfigError, ModelError, CapacityError: naming the option, the file or the bytes that do not fit.
     """
-    ranks = spawn(mesh_of(config))
+    config = located(config)
+    ranks = spawn(config)
     try:
         parts = build_core(config, offline=offline, clock=clock, ranks=ranks)
     except BaseException:
@@ -87,7 +89,7 @@ def build_core(
         ConfigError, ModelError, CapacityError: naming the option, the file or the bytes that do not fit.
     """
     begin = time.perf_counter()
-    found, platform = find(config), platform_of(config)
+    found, platform = find(config), platform_of(config, ranks.seat.index if ranks else 0)
     if config.data_parallel_size > 1 and platform.name != "cpu":
         raise ConfigError(
             f"data_parallel_size is {config.data_parallel_size}, and all groups would be at one {platform.name} device;"

@@ -73,21 +73,23 @@ def mesh_of(config: Config) -> Mesh:
     return Mesh(tp=config.tensor_parallel_size)
 
 
-def platform_of(config: Config, rank: int = 0) -> Platform:
-    """This rank's device: the GPU of its number, or the CPU that all share.
+def platform_of(config: Config, index: int = 0) -> Platform:
+    """A rank's device: the GPU of that number, or the CPU that all of its machine share.
 
     Raises:
-        ConfigError: there is none for every rank.
+        ConfigError: there is none for every rank of this machine.
     """
     size = mesh_of(config).size
     if size == 1 or config.device == "cpu" or not torch.cuda.is_available():
         return detect(config.device)
-    if (count := torch.cuda.device_count()) < size:
+    placed = config.distributed_executor_backend == "ray"  # which lets each see its own
+    needed = index + 1 if placed else size // config.nnodes
+    if (count := torch.cuda.device_count()) < needed:
         raise ConfigError(
-            f"an engine group has {size} ranks, and this machine {count} GPUs, of which each needs one; lower the sizes"
-            " of its axes (tensor_parallel_size), or use device cpu"
+            f"an engine group has {needed} ranks on this machine, and it has {count} GPUs, of which each needs one;"
+            " lower the sizes of its axes (tensor_parallel_size), raise nnodes, or use device cpu"
         )
-    return detect(f"cuda:{rank}")
+    return detect(f"cuda:{index}")
 
 
 def dtype_of(raw: Mapping[str, Any]) -> str | None:
@@ -202,7 +204,7 @@ def make_runner(
         ConfigError, CheckpointError: the network cannot be had as asked, or not from these files.
     """
     device = platform.device
-    torch.set_num_threads(max((config.num_threads or 1) // mesh_of(config).size, 1))
+    torch.set_num_threads(max((config.num_threads or 1) * config.nnodes // mesh_of(config).size, 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _check_deterministic(config, device)

@@ -16,7 +16,6 @@ from typing import Any
 from quire.config import Config
 from quire.engine.build import CoreParts, build_core
 from quire.engine.core import EngineCore
-from quire.engine.device import mesh_of
 from quire.engine.events import Submission, TokenEvent
 from quire.engine.processes import hang_up
 from quire.engine.ranks import Ranks, fork
@@ -81,7 +80,7 @@ def _launch(channel: Channel) -> CoreParts | None:
         raise WireError(f"the first message is a {type(message).__name__}; it must be a Launch")
     try:
         config = Config.of(**message.options)
-        ranks = fork(mesh_of(config), channel.sock)  # before there are threads, or anything is computed
+        ranks = fork(config, channel.sock)  # before there are threads, or anything is computed
         watch = threading.Thread(
             target=_end_with, args=(channel.sock.fileno(),), name="quire-watch", daemon=True
         )

@@ -14,6 +14,7 @@ BOOT = (  # the same modules as here, and none of the folder that somebody is in
     "importlib.import_module(sys.argv[1]).main(*sys.argv[3:])"
 )
 PR_SET_CHILD_SUBREAPER = 36
+CLOSED = select.POLLRDHUP if sys.platform == "linux" else 0  # of TCP; of others, hang-ups are always reported
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -39,7 +40,7 @@ def hang_up(socks: Collection[int]) -> None:
     """Wait until the other end of one of these sockets, by their descriptors, is closed."""
     poll = select.poll()
     for sock in socks:
-        poll.register(sock, 0)  # hang-ups are always reported
+        poll.register(sock, CLOSED)
     poll.poll()
 
 

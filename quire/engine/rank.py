@@ -1,7 +1,7 @@
 """The life of a rank other than the first: it computes its part of every step that it is told, and plans nothing.
 
-It answers once, when it is ready, and ends when rank 0's end of the socket closes. What it samples nobody needs to
-hear: all ranks have the same logits, and draw the same tokens from them.
+It answers when it is about to connect with the others and when it is ready, and ends when rank 0's end of the socket
+closes. What it samples nobody needs to hear: all ranks have the same logits, and draw the same tokens from them.
 """
 
 import logging
@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import threading
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +28,22 @@ from quire.runner.runner import Runner, Sampling
 from quire.scheduler.plan import Plan
 
 CONNECT_S = 60.0
-LOOPBACK = "127.0.0.1"
+REFUSED = 2  # exit code of a rank that rank 0 does not want
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a rank has of its machine.
+
+    Attributes:
+        index: which of the machine's GPUs is its own.
+        beside: ranks of the machine that share memory, itself among them.
+        segment: a descriptor of that memory, if there is any.
+    """
+
+    index: int
+    beside: range
+    segment: int | None = None
 
 
 class Join(Message, frozen=True):
@@ -36,7 +52,12 @@ class Join(Message, frozen=True):
     rank: int
     options: dict[str, Any]  # every field of `Config`, derived ones filled in
     memory: Memory
-    port: int | None  # of rank 0's store, at this machine's own address; None if none is needed
+    host: str  # rank 0's address
+    port: int | None  # of its store there; None if none is needed
+
+
+class Here(Message, frozen=True):
+    """The rank has found the model and its device, and is about to connect with the others."""
 
 
 class Joined(Message, frozen=True):
@@ -51,25 +72,27 @@ class Step(Message, frozen=True):
     plan: Plan
 
 
-ToRank = Join | Step
-FromRank = Joined | Failed
+ToRank = Join | Step | Failed
+FromRank = Here | Joined | Failed
 
 
-def main(sock: str, segment: str = "") -> None:
-    """The life of a process that is started for it; both are numbers of descriptors."""
-    serve(socket.socket(fileno=int(sock)), int(segment) if segment else None)
+def main(index: str, beside: str, sock: str, segment: str = "") -> None:
+    """The life of a process that is started for it: what a `Seat` is made of, and descriptors."""
+    seat = Seat(int(index), range(int(beside)), int(segment) if segment else None)
+    serve(socket.socket(fileno=int(sock)), seat)
 
 
-def serve(sock: socket.socket, segment: int | None) -> None:
-    """Join rank 0, then obey it. `segment`: memory that all ranks share, if there is any."""
+def serve(sock: socket.socket, seat: Seat, parent: socket.socket | None = None) -> None:
+    """Join rank 0, then obey it, until its end of the socket closes, or the parent's of another one."""
     for number in (signal.SIGINT, signal.SIGTERM):  # rank 0's to handle
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(sock.fileno(),), name="quire-watch", daemon=True).start()
+    ends = [end.fileno() for end in (sock, parent) if end is not None]
+    threading.Thread(target=_end_with, args=(ends,), name="quire-watch", daemon=True).start()
     if logger.level == logging.INFO:  # rank 0 says the same
         logger.setLevel(logging.WARNING)
     channel = Channel(sock, incoming=ToRank)
     try:
-        runner = _join(channel, segment)
+        runner = _join(channel, seat)
         while runner is not None:
             _carry_out(runner, channel.receive(None))
     except EngineDead:
@@ -79,18 +102,21 @@ def serve(sock: socket.socket, segment: int | None) -> None:
         os._exit(1)  # at once: rank 0 sees that
 
 
-def _end_with(descriptor: int) -> None:
-    hang_up([descriptor])
+def _end_with(descriptors: list[int]) -> None:
+    hang_up(descriptors)
     os._exit(0)
 
 
-def _join(channel: Channel, segment: int | None) -> Runner | None:
+def _join(channel: Channel, seat: Seat) -> Runner | None:
     """Get ready; None if that is not possible, which rank 0 has been told."""
     message = channel.receive(None)
+    if isinstance(message, Failed):
+        logger.error("rank 0 says: %s", message.message)
+        os._exit(REFUSED)
     if not isinstance(message, Join):
         raise WireError(f"the first message is a {type(message).__name__}; it must be a Join")
     try:
-        runner = _runner(message, segment)
+        runner = _runner(message, channel, seat)
     except QuireError as error:
         channel.send(Failed(type(error).__name__, f"rank {message.rank}: {error}"))
         return None
@@ -101,11 +127,18 @@ def _join(channel: Channel, segment: int | None) -> Runner | None:
     return runner
 
 
-def _runner(join: Join, segment: int | None) -> Runner:
+def _runner(join: Join, channel: Channel, seat: Seat) -> Runner:
     config = Config.of(**join.options)
-    found, platform = find(config), platform_of(config, join.rank)
-    store = join.port and TCPStore(LOOPBACK, join.port, None, False, timedelta(seconds=CONNECT_S))
-    place = Rendezvous(store or None, segment=segment)
+    found, platform = find(config), platform_of(config, seat.index)
+    channel.send(Here())
+    store = join.port and TCPStore(join.host, join.port, None, False, timedelta(seconds=CONNECT_S))
+    ours = channel.sock.family != socket.AF_UNIX  # that faces rank 0's machine
+    place = Rendezvous(
+        store or None,
+        host=channel.sock.getsockname()[0] if ours else join.host,
+        segment=seat.segment,
+        local=tuple(seat.beside),
+    )
     axes = communicators(mesh_of(config), join.rank, place, platform.device)
     backend = backend_of(config, platform, config.dtype)
     return make_runner(found, config, join.memory, platform, backend, axes)

@@ -1,7 +1,7 @@
 """Rank 0's hold on the other ranks of its group: starts them, tells each step to all, notices when one is gone.
 
 They live and die together. A group's ranks are forked; those of an engine in the caller's process, which may have
-threads or have used a GPU, are started afresh.
+threads or have used a GPU, are started afresh. Those of other machines come by themselves (`engine/meeting.py`).
 """
 
 import os
@@ -13,16 +13,21 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 from torch.distributed import TCPStore
 
 from quire.config import Config
+from quire.engine.device import mesh_of
+from quire.engine.meeting import Meeting
 from quire.engine.processes import command, hang_up, live
-from quire.engine.rank import CONNECT_S, LOOPBACK, FromRank, Join, Step, serve
+from quire.engine.rank import CONNECT_S, FromRank, Join, Seat, Step, serve
+from quire.engine.site import secret_of, site_of
 from quire.engine.wire import Channel, Failed, error_of
-from quire.errors import EngineDead, PeerLost
+from quire.errors import ConfigError, EngineDead, PeerLost
 from quire.log import logger
 from quire.parallel import shared_memory
 from quire.parallel.axis import Axes
@@ -34,6 +39,7 @@ from quire.scheduler.plan import Plan, Result
 from quire.types import TokenLogprobs
 
 RANK = "quire.engine.rank"
+LOOPBACK = "127.0.0.1"
 PATIENCE_S = 5.0  # for processes that end
 
 
@@ -47,31 +53,48 @@ class Ranks:
     def __init__(
         self,
         mesh: Mesh,
+        seat: Seat,
         channels: Sequence[Channel],
-        segment: int | None,
         pids: Sequence[int],
+        *,
+        host: str = LOOPBACK,
         processes: Sequence["subprocess.Popen[bytes]"] = (),
+        essential: bool = False,
     ):
-        """`processes`: those of the pids that are to be waited for. If there are none, whoever started this process
-        sees to them, and a lost one is the end of this one.
         """
-        self.channels, self.segment, self.pids, self.processes = channels, segment, pids, processes
-        self.mesh = mesh
+        Args:
+            seat: that of rank 0.
+            channels: to all others, in their order.
+            pids: of those that are on this machine.
+            host: this machine's address, as the ranks of others know it.
+            processes: those that are to be waited for.
+            essential: a lost rank is the end of this process, whose parent sees to all of them.
+        """
+        self.mesh, self.seat, self.channels, self.pids = mesh, seat, channels, pids
+        self.host, self.processes, self.essential = host, processes, essential
         self.store: TCPStore | None = None
         self.poison: Callable[[], None] = lambda: None
         self.watcher: threading.Thread | None = None
         self.closed = False
 
     def join(self, config: Config, memory: Memory, device: torch.device) -> Axes:
-        """Tell all ranks what was decided, and connect with them; returns what they share."""
-        port = None
-        if device.type != "cpu" or self.segment is None or shared_memory.why_not(self.mesh) is not None:
+        """Tell all ranks what was decided, and connect with them; returns what they share.
+
+        Raises:
+            ConfigError, ModelError, CapacityError, EngineDead: see `wait`.
+        """
+        port, segment, beside = None, self.seat.segment, self.seat.beside
+        shares = device.type == "cpu" and segment is not None and shared_memory.why_not(self.mesh) is None
+        if not shares or len(beside) < self.mesh.size:
             port = self._open_store()
-        else:
-            self.poison = shared_memory.Segment(self.segment, self.mesh, range(self.mesh.size)).poison
+        if shares and segment is not None:
+            self.poison = shared_memory.Segment(segment, self.mesh, beside).poison
         for rank, channel in enumerate(self.channels, 1):
-            channel.send(Join(rank, dict(vars(config)), memory, port))
-        return communicators(self.mesh, 0, Rendezvous(self.store, segment=self.segment), device)
+            channel.send(Join(rank, dict(vars(config)), memory, self.host, port))
+        if port is not None:  # whoever cannot come is not waited for
+            self._hear()
+        place = Rendezvous(self.store, host=self.host, segment=segment, local=tuple(beside))
+        return communicators(self.mesh, 0, place, device)
 
     def wait(self) -> None:
         """Until all are ready; from then on they are watched.
@@ -80,6 +103,14 @@ class Ranks:
             ConfigError, ModelError, CapacityError: what a rank could not do.
             EngineDead: one ended.
         """
+        if self.store is None:
+            self._hear()
+        self._hear()
+        self.watcher = threading.Thread(target=self._watch, name="quire-ranks", daemon=True)
+        self.watcher.start()
+
+    def _hear(self) -> None:
+        """An answer of each."""
         for rank, channel in enumerate(self.channels, 1):
             try:
                 message = channel.receive(None)
@@ -89,8 +120,6 @@ class Ranks:
                 ) from None
             if isinstance(message, Failed):
                 raise error_of(message.kind, message.message)
-        self.watcher = threading.Thread(target=self._watch, name="quire-ranks", daemon=True)
-        self.watcher.start()
 
     def send(self, step: Step) -> None:
         """To all of them.
@@ -117,8 +146,8 @@ class Ranks:
             self.watcher.join()
         for channel in self.channels:
             channel.sock.close()
-        if self.segment is not None:
-            os.close(self.segment)
+        if self.seat.segment is not None:
+            os.close(self.seat.segment)
         for process in self.processes:
             if self.watcher is None:  # it may be loading modules still, and would notice only after that
                 process.kill()
@@ -129,11 +158,12 @@ class Ranks:
                 process.wait()
 
     def _open_store(self) -> int:
-        """Through which ranks find each other; at this machine's own address only."""
-        listening = socket.create_server((LOOPBACK, 0))
+        """Through which ranks find each other; at the address only at which they meet."""
+        family = socket.getaddrinfo(self.host, 0, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.create_server((self.host, 0), family=family)
         port: int = listening.getsockname()[1]
         self.store = TCPStore(
-            LOOPBACK,
+            self.host,
             port,
             None,
             True,
@@ -148,49 +178,85 @@ class Ranks:
         if self.closed:
             return
         logger.error("a rank of this engine died")
-        if not self.processes:
+        if self.essential:
             os._exit(1)  # at once, wherever this one waits for it
         self.poison()
 
 
-def fork(mesh: Mesh, *others: socket.socket) -> Ranks | None:
-    """All other ranks of this process's mesh, which has done nothing yet that a fork would not survive.
+def fork(config: Config, *others: socket.socket) -> Ranks | None:
+    """All other ranks of a process that has done nothing yet that a fork would not survive.
 
     `others`: its open sockets, which are not for them.
+
+    Raises:
+        ConfigError: ranks cannot be shared out as asked, or no rank can come to this machine.
+        PeerLost: not all came.
     """
+    mesh, seat = mesh_of(config), _seat(config)
     if mesh.size == 1:
         return None
-    segment, pids, channels = _segment(), list[int](), list[Channel]()
-    for _ in range(1, mesh.size):
+    pids, channels = list[int](), list[Channel]()
+    for rank in seat.beside[1:]:
+        its = replace(seat, index=seat.index + rank)
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if not pid:
             for sock in (*others, ours, *(channel.sock for channel in channels)):
                 sock.close()  # or it would not be closed when this process ends
-            live(lambda sock: serve(sock, segment), theirs)
+            live(partial(serve, seat=its), theirs)
         theirs.close()
         pids.append(pid)
         channels.append(Channel(ours, incoming=FromRank))
-    return Ranks(mesh, channels, segment, pids)
+    host = _gather(config, mesh, seat, channels)
+    return Ranks(mesh, seat, channels, pids, host=host, essential=True)
 
 
-def spawn(mesh: Mesh) -> Ranks | None:
-    """All other ranks as processes of their own, whatever this one is like."""
+def spawn(config: Config) -> Ranks | None:
+    """All other ranks, as processes of their own, whatever this one is like.
+
+    Raises:
+        ConfigError, PeerLost: see `fork`.
+    """
+    mesh, seat = mesh_of(config), _seat(config)
     if mesh.size == 1:
         return None
-    segment, processes, channels = _segment(), list["subprocess.Popen[bytes]"](), list[Channel]()
-    for _ in range(1, mesh.size):
+    processes, channels = list["subprocess.Popen[bytes]"](), list[Channel]()
+    for rank in seat.beside[1:]:
         ours, theirs = socket.socketpair()
         channels.append(Channel(ours, incoming=FromRank))
         with theirs:
-            given = [theirs.fileno()] if segment is None else [theirs.fileno(), segment]
-            words = command(RANK, *map(str, given))
+            given = [theirs.fileno()] if seat.segment is None else [theirs.fileno(), seat.segment]
+            words = command(RANK, str(seat.index + rank), str(len(seat.beside)), *map(str, given))
             processes.append(subprocess.Popen(words, pass_fds=given, stdin=subprocess.DEVNULL))
-    return Ranks(mesh, channels, segment, [process.pid for process in processes], processes)
+    pids = [process.pid for process in processes]
+    host = _gather(config, mesh, seat, channels)
+    return Ranks(mesh, seat, channels, pids, host=host, processes=processes)
 
 
-def _segment() -> int | None:
-    return shared_memory.make_segment() if sys.platform == "linux" else None
+def _seat(config: Config) -> Seat:
+    """Rank 0's."""
+    site = site_of(config)
+    if site.process:
+        raise ConfigError(
+            f"process {site.process} of {site.num_processes} has ranks of an engine that is elsewhere; start it with"
+            " quire serve"
+        )
+    beside = site.ranks(mesh_of(config).size)
+    shares = len(beside) > 1 and sys.platform == "linux"
+    return Seat(site.index * len(beside), beside, shared_memory.make_segment() if shares else None)
+
+
+def _gather(config: Config, mesh: Mesh, seat: Seat, channels: list[Channel]) -> str:
+    """Wait for ranks that come by themselves, and add them; returns this machine's address, as they know it."""
+    if len(seat.beside) == mesh.size:
+        return LOOPBACK
+    site, ranks = site_of(config), range(len(seat.beside), mesh.size)
+    meeting = Meeting((site.address, site.port), secret_of(config))
+    host, port = meeting.address
+    logger.info("waiting at %s:%d for ranks %d to %d of %d", host, port, ranks[0], ranks[-1], mesh.size)
+    found = meeting.gather(ranks, mesh.size)
+    channels += [Channel(found[rank], incoming=FromRank) for rank in ranks]
+    return host
 
 
 class Team:
