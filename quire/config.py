@@ -90,6 +90,11 @@ class Config:
         "Processes (ranks) of an engine group that compute the network together: each has its part of every layer's"
         " weights and of the cache, and a GPU of its own or its share of the CPU's cores and memory.",
     )
+    decode_context_parallel_size: int = option(
+        1,
+        "How many of the ranks that would hold the same keys and values, as of tensor_parallel_size there are where"
+        " heads of keys are fewer, share out a sequence's tokens instead: the cache then holds so many times as many.",
+    )
     data_parallel_size: int = option(
         1,
         "Engine groups with the whole network and a cache each, among which quire serve divides requests; on a CPU. The"
@@ -148,7 +153,10 @@ class Config:
     kv_cache_memory_bytes: int | None = option(
         None, "Bytes of the KV cache, of each rank; replaces the share above."
     )
-    block_size: int | None = option(None, "Tokens of a KV block; None is the attention backend's choice.")
+    block_size: int | None = option(
+        None,
+        "Tokens of a KV block, of all ranks that have a part of it; None is the attention backend's choice.",
+    )
     enable_prefix_caching: bool = option(
         True, "Keep the KV of finished requests for prompts that begin alike."
     )
@@ -182,6 +190,7 @@ class Config:
         self._at_most("master_port", 65535)
         self._at_most("data_parallel_size", MAX_GROUPS)
         self._at_most("tensor_parallel_size", MAX_RANKS)
+        self._at_least("decode_context_parallel_size", 1)
         self._check_nodes()
         if self.data_parallel_size > 1 and self.trace_file is not None:
             raise ConfigError(

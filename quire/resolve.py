@@ -11,7 +11,7 @@ from quire.attention.states import state_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
 from quire.models.parameters import layer_dims, num_parameters, parameter_shapes
-from quire.models.shard import WholeExperts, shard
+from quire.models.shard import WholeExperts, check_parts, shard
 from quire.models.spec import (
     MLP,
     RGLRU,
@@ -148,10 +148,10 @@ def resolve(
     length = _length(config, spec)
     if config.quantization != "auto":
         _check_quantization(config, dtype, machine)
-    part, own = _part(config, spec, machine)
+    part, own = _part(config, spec, machine, block_size, length)
     weights = _weight_bytes(part, ITEM_BYTES[dtype], BITS.get(config.quantization))
     work = _work_bytes(part, spec.vocab_size, batched, min(max_seqs, batched), length)
-    layout = cache_layout(part, block_size, ITEM_BYTES[dtype], _quantizes_cache(config, machine), length)
+    layout = _layout(config, part, machine, block_size, ITEM_BYTES[dtype], length)
     request = Extent(layout.near, block_size, batched)
     budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, own, weights, work)
     per_state = state_bytes(part, ITEM_BYTES[dtype])
@@ -185,9 +185,11 @@ def resolve(
     return Resolved(resolved, memory, reasons)
 
 
-def _part(config: Config, spec: Spec, machine: Machine) -> tuple[Spec, Machine]:
+def _part(config: Config, spec: Spec, machine: Machine, block_size: int, length: int) -> tuple[Spec, Machine]:
     """What one rank computes, and has for it; all ranks have as much."""
-    size = config.tensor_parallel_size
+    size, parts = config.tensor_parallel_size, config.decode_context_parallel_size
+    if parts > 1 and isinstance(spec, Decoder):
+        check_parts(spec, size, parts, block_size, length)
     part = shard(spec, size, 0, whole_experts(config, spec)) if isinstance(spec, Decoder) else spec
     num_beside = -(-size // config.nnodes)
     return part, machine.part(num_beside) if machine.device == "cpu" else machine
@@ -216,6 +218,14 @@ def whole_experts(config: Config, spec: Spec) -> WholeExperts | None:
         return None
     spare, interval = (1, config.eplb_step_interval) if config.enable_eplb else (0, None)
     return WholeExperts(size, spare, config.all2all_backend, interval)
+
+
+def _layout(
+    config: Config, part: Spec, machine: Machine, block_size: int, item_bytes: int, length: int
+) -> Layout:
+    """Of a rank's part of a block."""
+    own_size = block_size // config.decode_context_parallel_size
+    return cache_layout(part, own_size, item_bytes, _quantizes_cache(config, machine), length)
 
 
 def _check_quantization(config: Config, dtype: str, machine: Machine) -> None:

@@ -56,6 +56,7 @@ OPTIONS = {
     "block_size",
     "enable_prefix_caching",
     "max_logprobs",
+    "decode_context_parallel_size",
     "deterministic",
     "seed",
     "disable_log_stats",

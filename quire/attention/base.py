@@ -5,7 +5,7 @@ A backend owns the layout inside a layer's share of a block. It knows no layers 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ class Ragged:
     mixed: bool = False  # there may be sequences of one position beside longer ones
     shared: Shared | None = None
     beside: Tensor | None = None  # [parts, num_blocks] int32: the blocks beside each block, if any; groups.py
+    order: Tensor | None = (
+        None  # [T] int64: the rows of the step that sequences own, if not their own; parted.py
+    )
     # The step as layers of a group see it, and of those that see chunks; views.py.
     views: Mapping[tuple[int, int | None], "Ragged"] = field(default_factory=dict)
 
@@ -226,6 +229,27 @@ class Backend(Protocol):
         sinks: Tensor | None = None,
     ) -> Tensor:
         """`attend_turned` of the product's heads."""
+
+
+@runtime_checkable
+class Divisible(Backend, Protocol):
+    """A backend by which several caches can have a part of a sequence's positions each (parted.py)."""
+
+    def attend_part(
+        self,
+        q: Tensor,
+        cache: LayerCache,
+        step: Ragged,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`attend`, in float32, and the logarithm of the sum of a row's exponentials [T, H] float32.
+
+        Sequences may be shorter than they have rows: the first of these then see nothing. Of a row that sees nothing
+        the sum is 0, and the result means nothing.
+        """
 
 
 # A layer's: of attention, of a mixer that keeps a state, of both; of attention that chooses by keys of its own.

@@ -110,7 +110,32 @@ class Reference:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        out = q.new_zeros(q.shape[0], q.shape[1], cache.shape.v_dim)
+        return self._attended(q, cache, step, scale, window, softcap, sinks)[0].to(q.dtype)
+
+    def attend_part(
+        self,
+        q: Tensor,
+        cache: LayerCache,
+        step: Ragged,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return self._attended(q, cache, step, scale, window, softcap, None)
+
+    def _attended(
+        self,
+        q: Tensor,
+        cache: LayerCache,
+        step: Ragged,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.zeros(*q.shape[:2], cache.shape.v_dim, device=q.device)
+        sums = torch.full(q.shape[:2], -torch.inf, device=q.device)
         starts, lengths = step.query_starts.tolist(), step.lengths.tolist()
         for s, length in enumerate(lengths):
             blocks = step.block_tables[s, : -(-length // self.block_size)].long()
@@ -120,8 +145,8 @@ class Reference:
             for a in range(starts[s], starts[s + 1], piece):
                 b = min(a + piece, starts[s + 1])
                 at = torch.arange(first + a - starts[s], first + b - starts[s], device=q.device)
-                out[a:b] = _attend(q[a:b].float(), k, v, at, scale, window, softcap, sinks)
-        return out
+                out[a:b], sums[a:b] = _attend(q[a:b].float(), k, v, at, scale, window, softcap, sinks)
+        return out, sums
 
 
 def _attend(
@@ -133,7 +158,8 @@ def _attend(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """What the queries find [n, H, Dv], and the logarithm of the sum of their exponentials [n, H]."""
     grouped = q.unflatten(1, (k.shape[0], -1))  # [n, Hkv, G, Dk]
     scores = torch.einsum("nhgd,hld->hgnl", grouped, k) * scale
     if softcap is not None:
@@ -146,5 +172,7 @@ def _attend(
     if sinks is not None:
         sink = sinks.float().view(k.shape[0], -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), -1)
-    weights = scores.softmax(-1)[..., : k.shape[1]]
-    return torch.einsum("hgnl,hld->nhgd", weights, v).flatten(1, 2)
+    sums = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - sums).exp()[..., : k.shape[1]]
+    found = torch.einsum("hgnl,hld->nhgd", weights, v)
+    return found.flatten(1, 2), sums.permute(2, 0, 1, 3).flatten(1)

@@ -5,8 +5,9 @@ from functools import partial
 
 import torch
 
-from quire.attention.base import Backend
+from quire.attention.base import Backend, Divisible
 from quire.attention.cpu import Cpu
+from quire.attention.parted import NOT_DIVISIBLE
 from quire.attention.reference import Reference
 from quire.attention.triton.backend import Triton
 from quire.errors import ConfigError
@@ -26,10 +27,12 @@ def select(
     block_size: int | None = None,
     invariant: bool = False,
     quantized: bool = False,
+    divisible: bool = False,
 ) -> Backend:
     """The backend to use, with blocks of `block_size` tokens or of its own choice, and a cache of int8 if `quantized`.
 
-    Of an `invariant` one results do not depend on what shares the batch or on how prompts were cut into chunks.
+    Of an `invariant` one results do not depend on what shares the batch or on how prompts were cut into chunks. Of a
+    `divisible` one several ranks can have a part of the cache each.
 
     Raises:
         ConfigError: `forced` names no backend, or one that cannot run here; the message says why.
@@ -42,6 +45,8 @@ def select(
         reason = backend.why_not(dtype, device)
         if reason is None and invariant and not backend.invariant:
             reason = "with deterministic, results must not depend on the batch, and its results do"
+        if reason is None and divisible and not isinstance(backend, Divisible):
+            reason = f"it {NOT_DIVISIBLE}"
         if reason is None:
             return backend
         if forced is not None:

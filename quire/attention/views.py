@@ -1,4 +1,4 @@
-"""A step as layers see it that do not see all positions: other blocks, or those of a chunk only.
+"""A step as layers see it that do not see all positions: other blocks, those of a chunk only, or a rank's part.
 
 Kernels know neither: they take tables of blocks, slots and lengths. A chunk is a sequence that begins where it does, of
 which each sequence computes positions of one only.
@@ -11,29 +11,36 @@ import torch
 from torch import Tensor
 
 from quire.attention.base import Cache, LayerCache, Ragged
+from quire.attention.parted import part_of
 from quire.kernels.cpu.calls import kernel
 from quire.kernels.cpu.native import load
 from quire.kernels.dispatch import op
+from quire.parallel.axis import Axis
 
 Place = tuple[int, int | None]  # a layer's group, and its chunk
 
 
-def places(caches: Iterable[Cache], chunks: Iterable[int | None]) -> frozenset[Place]:
-    """Those of a network's layers, of which steps have to be seen otherwise."""
+def places(caches: Iterable[Cache], chunks: Iterable[int | None], cp: Axis) -> frozenset[Place]:
+    """Those of a network's layers, of which steps have to be seen otherwise; all, if cp's ranks have a part each."""
     found = set()
     for cache, chunk in zip(caches, chunks, strict=True):
         keys = cache[0] if isinstance(cache, tuple) and cache and isinstance(cache[0], LayerCache) else cache
         if isinstance(keys, LayerCache):
             found.add((keys.group, chunk))
-    return frozenset(found - {(0, None)})
+    return frozenset(found if cp.size > 1 else found - {(0, None)})
 
 
-def seen_from(step: Ragged, places: Iterable[Place], block_size: int) -> Ragged:
-    """The step with its views for layers of these places."""
-    return replace(step, views={place: _view(step, *place, block_size) for place in places})
+def seen_from(step: Ragged, places: Iterable[Place], block_size: int, cp: Axis) -> Ragged:
+    """The step with its views for layers of these places; `block_size` is of a rank's part of a block."""
+    views = {place: _view(step, *place, block_size * cp.size) for place in places}
+    if cp.size > 1:
+        views = {place: part_of(view, cp.size, cp.rank) for place, view in views.items()}
+    return replace(step, views=views)
 
 
 def _view(step: Ragged, group: int, chunk: int | None, block_size: int) -> Ragged:
+    if not group and chunk is None:
+        return step
     if group and step.beside is None:
         raise ValueError("layers keep blocks beside others, and the step does not say which")
     beside = step.beside[group - 1] if group and step.beside is not None else None

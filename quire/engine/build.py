@@ -97,7 +97,10 @@ def build_core(
         )
     machine, stored = machine_of(platform).part(config.data_parallel_size), dtype_of(found.raw)
     backend = backend_of(config, platform, resolve_dtype(config, stored, machine)[0])
-    machine = dataclasses.replace(machine, block_size=backend.block_size)
+    block_size = (
+        backend.block_size * config.decode_context_parallel_size
+    )  # all ranks' part of a block together
+    machine = dataclasses.replace(machine, block_size=block_size)
     resolved = resolve(config, found.spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config
     axes = ranks.join(config, resolved.memory, platform.device) if ranks else Axes()
@@ -177,6 +180,8 @@ def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platfor
         where += f" ({config.num_threads} threads, {platform.num_nodes} memory node{'s' * (platform.num_nodes > 1)})"
     if size > 1:
         where, each = f"{where} by {size} ranks", " a rank"
+    if (parts := config.decode_context_parallel_size) > 1:
+        each += f", of whose tokens each of {parts} has a part,"
     groups = "" if (n := config.data_parallel_size) == 1 else f"{n} engine groups, each with "
     return (
         f"{groups}{len(cache_shapes(spec))} layers in {config.dtype}{quantized} on {where}, attention {backend.name},"

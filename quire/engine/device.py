@@ -69,8 +69,18 @@ def find(config: Config) -> Found:
 
 
 def mesh_of(config: Config) -> Mesh:
-    """The ranks of an engine group."""
-    return Mesh(tp=config.tensor_parallel_size)
+    """The ranks of an engine group.
+
+    Raises:
+        ConfigError: a size is not of whole ranks.
+    """
+    size, cp = config.tensor_parallel_size, config.decode_context_parallel_size
+    if size % cp:
+        raise ConfigError(
+            f"decode_context_parallel_size is {cp}; it must divide tensor_parallel_size, {size}, whose ranks it puts to"
+            " use"
+        )
+    return Mesh(tp=size // cp, cp=cp)
 
 
 def platform_of(config: Config, index: int = 0) -> Platform:
@@ -116,15 +126,26 @@ def machine_of(platform: Platform) -> Machine:
 
 
 def backend_of(config: Config, platform: Platform, dtype: str) -> Backend:
-    """How attention is computed there."""
+    """How attention is computed there.
+
+    Raises:
+        ConfigError: it is not; the message says why.
+    """
+    parts = config.decode_context_parallel_size
+    if config.block_size is not None and config.block_size % parts:
+        raise ConfigError(
+            f"block_size is {config.block_size}; it must be a multiple of decode_context_parallel_size, {parts}, whose"
+            " ranks have a part of each block"
+        )
     return select(
         platform.attention_order,
         getattr(torch, dtype),
         platform.device,
         forced=None if config.attention_backend == "auto" else config.attention_backend,
-        block_size=config.block_size,
+        block_size=config.block_size and config.block_size // parts,
         invariant=config.deterministic,
         quantized=config.kv_cache_dtype == "int8",
+        divisible=parts > 1,
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from quire.attention.base import Backend, Cache, Ragged, layer_caches
 from quire.attention.groups import Layout
+from quire.attention.parted import parted
 from quire.attention.views import Place, places, seen_from
 from quire.kernels import ops
 from quire.layers.altup import AltUpBlock, Streams
@@ -52,13 +53,14 @@ class Decoder(nn.Module):
         spread over `axes.ep`; else each is cut along tp.
 
         Raises:
-            ConfigError: it cannot be shared out evenly, or be cut into so many stages.
+            ConfigError: it cannot be shared out evenly, be cut into so many stages, or attend to parts of a cache.
         """
         super().__init__()
         self.axes = axes or Axes()
         tp, pp = self.axes.tp, self.axes.pp
         stage = stages(s, pp.size)[pp.rank]
         self.spec, self.share = s, layers_of(shard(s, tp.size, tp.rank, experts), stage)
+        backend = parted(backend, self.axes.cp)
         device = torch.device(device)
         ropes = RopeTables(max_length or s.max_length, device)
         spreading = None if experts is None else Spreading(self.axes, experts)
@@ -129,7 +131,8 @@ class Decoder(nn.Module):
     def caches(self, pool: Tensor, states: Tensor | None = None, layout: Layout | None = None) -> list[Cache]:
         """Each layer's view of the memory; see `layer_caches`."""
         found = layer_caches(self.backend, self.share, pool, states, self.build.dtype, layout)
-        self.places = places(found, (chunk_of(block.mixer, self.build) for block in self.share.blocks))
+        chunks = (chunk_of(block.mixer, self.build) for block in self.share.blocks)
+        self.places = places(found, chunks, self.axes.cp)
         return found
 
     @torch.inference_mode()
@@ -138,7 +141,8 @@ class Decoder(nn.Module):
 
         Of a stage before the last [T, width]: what the next one gets.
         """
-        step = seen_from(step, self.places, self.backend.block_size) if self.places else step
+        if self.places:
+            step = seen_from(step, self.places, self.backend.block_size, self.axes.cp)
         stage = self.stage
         begun = self._begin(token_ids, step) if stage.is_first else self.relay.receive(len(token_ids))
         last = self.norm if stage.is_last else None

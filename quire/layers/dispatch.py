@@ -38,7 +38,7 @@ class Dispatch:
         self.spec, self.build, self.spreading = s, build, spreading
         self.axes, experts = spreading.axes, spreading.experts
         axes, self.num_slots = self.axes, experts.num_slots(s)
-        self.num_alike = axes.cp.size * axes.tp.size  # ranks with the same rows
+        self.num_alike = axes.tp.size  # ranks with the same rows
         self.load = torch.zeros(s.num_experts, dtype=torch.int64, device=build.device)
         turns = 1 if build.invariant else TURNS
         self.table = torch.zeros(s.num_experts, turns, dtype=torch.int32, device=build.device)
@@ -63,8 +63,7 @@ class Dispatch:
 
         `shared` makes this rank's part, along tp, of one that sees every token.
         """
-        axes = self.axes
-        beside = None if axes.cp.rank else shared(y)  # added once
+        axes, beside = self.axes, shared(y)
         if self._exchanges(len(y.values)):
             total = _with(self._exchange(y.tensor(), see, stack), beside)
         elif axes.dp.size > 1:
@@ -73,7 +72,7 @@ class Dispatch:
             values, scale, routes = see(y)
             self._count(routes, self._mine(len(values)))
             total = ops.experts(values, scale, self._here(routes), stack, beside)
-        return axes.tp.all_reduce(axes.cp.all_reduce(total))
+        return axes.tp.all_reduce(total)
 
     def _most_rows(self, num_rows: int) -> int:
         """Of any rank."""
@@ -87,7 +86,7 @@ class Dispatch:
         return not few and self.spec.top_k < (self.axes.dp.size - 1) * self.num_alike
 
     def _gather(self, x: Tensor, see: Seen, stack: ops.Experts) -> Tensor:
-        """x [T, dim] -> this rank's part along cp and tp."""
+        """x [T, dim] -> this rank's part along tp."""
         dp, count, most = self.axes.dp, len(x), self._most_rows(len(x))
         values, scale, routes = see(Normed(dp.all_gather(pad(x, (0, 0, 0, most - count)))))
         first = dp.rank * most

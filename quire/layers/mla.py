@@ -68,6 +68,7 @@ class MLA(nn.Module):
         """x [T, dim] -> what its heads found [T, H * v_dim], which `out` takes; of an indexer, with its keys' cache."""
         s, backend = self.spec, self.build.backend
         latents, index = cache if isinstance(cache, tuple) else (cache, None)
+        step = step.seen_by(latents, None)
         both = self.down.of(x)
         q, latent = both.split((both.shape[-1] - s.kv_rank - s.rope_dim, s.kv_rank + s.rope_dim), -1)
         if self.q_norm is not None and self.q_up is not None:

@@ -13,12 +13,16 @@ from quire.models.spec import (
     MLP,
     Attention,
     Block,
+    Both,
     Decoder,
     DeltaNet,
+    Guided,
     KimiDelta,
     Mamba2,
     Mixer,
     MoE,
+    attention_of,
+    num_chosen,
 )
 
 
@@ -124,6 +128,45 @@ def _share(what: str, count: int, size: int) -> int:
             " out evenly; take a divisor of that"
         )
     return count // size
+
+
+def check_parts(spec: Decoder, size: int, parts: int, block_size: int, length: int) -> None:
+    """Whether ranks of `size` that hold the same keys can share them out, `parts` ranks a block's positions.
+
+    `length` is of the longest sequence.
+
+    Raises:
+        ConfigError: there are fewer of them, or layers do not see positions so.
+    """
+    begin = f"decode_context_parallel_size is {parts}, and this network"
+    if not any(attention_of(block.mixer) for block in spec.blocks):
+        raise ConfigError(f"{begin} keeps no keys that ranks could share out; leave it out")
+    if num_chosen(spec, length):
+        raise ConfigError(
+            f"{begin} chooses the positions that it sees, in sequences of {length}, which takes all of them in one"
+            " place; leave it out, or lower max_model_len"
+        )
+    for block in spec.blocks:
+        if isinstance(block.mixer, Both | Guided):
+            raise ConfigError(f"{begin} has layers whose attention every rank computes whole; leave it out")
+        if isinstance(block.mixer, Attention):
+            _check_attention(block.mixer, size, parts, block_size, length, begin)
+
+
+def _check_attention(s: Attention, size: int, parts: int, block_size: int, length: int, begin: str) -> None:
+    same = max(size // s.num_kv_heads, 1)  # ranks that have the same head
+    if same % parts:
+        raise ConfigError(
+            f"{begin} has layers of {s.num_kv_heads} heads of keys, each of which is held by {same} of"
+            f" tensor_parallel_size {size} ranks, so that the most is {same}; take a divisor of that, or a"
+            f" tensor_parallel_size that is a multiple of {s.num_kv_heads * parts}"
+        )
+    for what, seen, unit in (("window", s.window, parts), ("chunk", s.chunk, block_size)):
+        if seen is not None and seen < length and seen % unit:
+            raise ConfigError(
+                f"{begin} has layers that see a {what} of {seen} positions, which is no multiple of {unit}, the"
+                f" {'ranks' if what == 'window' else 'positions of a block'}; leave it out"
+            )
 
 
 def is_cut(whole: Block, part: Block) -> tuple[bool, bool]:

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from quire.errors import ConfigError
 
-DIMENSIONS = ("dp", "pp", "cp", "tp")
+DIMENSIONS = ("dp", "pp", "tp", "cp")
 SPANS = {  # an axis's name -> the dimensions that it runs over
-    **{name: (name,) for name in DIMENSIONS},
-    "ep": ("dp", "cp", "tp"),  # experts are spread over all that share a stage
+    **{name: (name,) for name in ("dp", "pp", "cp")},
+    "tp": ("tp", "cp"),  # ranks along cp have heads of their own too
+    "ep": ("dp", "tp", "cp"),  # experts are spread over all that share a stage
     "world": DIMENSIONS,
 }
 
@@ -20,13 +21,15 @@ class Place(NamedTuple):
 
     dp: int
     pp: int
-    cp: int
     tp: int
+    cp: int
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Sizes of a group's axes: data, pipeline, context and tensor parallel. Ranks count up along tp first, dp last.
+    """Sizes of a group's dimensions: data, pipeline, tensor and context parallel. Ranks count up along cp first.
+
+    Ranks with the same heads of keys are neighbours (layers/shards.py), and those along cp share out their positions.
 
     Raises:
         ConfigError: a size is below one.
@@ -34,8 +37,8 @@ class Mesh:
 
     dp: int = 1
     pp: int = 1
-    cp: int = 1
     tp: int = 1
+    cp: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -45,7 +48,7 @@ class Mesh:
 
     @property
     def sizes(self) -> Place:
-        return Place(self.dp, self.pp, self.cp, self.tp)
+        return Place(self.dp, self.pp, self.tp, self.cp)
 
     @property
     def size(self) -> int:

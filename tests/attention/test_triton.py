@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quire.attention.base import Shared, Turn, ragged, turn_and_write
+from quire.attention.parted import merge, part_of
 from quire.attention.reference import Reference
 from quire.attention.select import select
 from quire.attention.shapes import CacheShape
@@ -19,6 +20,7 @@ from tests.interpreter import INTERPRETED  # noqa: E402  (it imports Triton)
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 BY_NAME = {case.name: case for case in CASES}
+CASES_IN_PARTS = BY_NAME | {"window of 24": dataclasses.replace(BY_NAME["window"], window=24)}
 LENGTHS = [37, 1, 20]
 STEPS = [
     [30, 1, 10],
@@ -75,6 +77,48 @@ def test_an_invariant_backend_computes_the_same_bits_for_any_batch_and_chunks(na
         assert torch.equal(got, want)
     alone = Sequences(data.q[:1], data.k[:1], data.v[:1], data.sinks)
     assert torch.equal(paged(backend, case, alone, 0.2, [[LENGTHS[0]]])[0], together[0])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("name", "dtype", "block_size", "invariant"),
+    [
+        ("grouped", torch.float16, 16, False),
+        ("group of 5", torch.float32, 4, True),
+        ("window of 24", torch.float32, 16, False),
+        ("softcap", torch.float32, 64, False),
+        ("wide latent", torch.float32, 16, False),
+    ],
+)
+def test_parts_of_a_cache_are_merged(
+    name: str, dtype: torch.dtype, block_size: int, invariant: bool, size: int
+) -> None:
+    """Of rows that see nothing of a part, and of those that see all."""
+    case = CASES_IN_PARTS[name]
+    data, backend = sequences(case, LENGTHS, dtype, device=DEVICE), Triton(block_size, invariant)
+    shape, how = case.shape, {"scale": 0.2, "window": case.window and case.window // size}
+    pool_bytes = shape.num_bytes(block_size, dtype.itemsize)
+    pools = [torch.full((16, pool_bytes), 255, dtype=torch.uint8, device=DEVICE) for _ in range(size)]
+    caches = [backend.views(pool, 0, shape, dtype) for pool in pools]
+    tables, done, want = [[*range(5)], [5], [*range(6, 16)]], [0] * len(LENGTHS), dense(case, data, 0.2)
+    for counts in STEPS:
+        work = [(s, slice(done[s], done[s] + n)) for s, n in enumerate(counts) if n]
+        starts = [part.start for _, part in work]
+        whole = ragged(
+            *(starts, [counts[s] for s, _ in work], [tables[s] for s, _ in work], block_size * size, DEVICE)
+        )
+        q, k, v = (torch.cat([x[s][part] for s, part in work]) for x in (data.q, data.k, data.v))
+        found = []
+        for rank, cache in enumerate(caches):
+            step = part_of(whole, size, rank)
+            backend.write(cache, k, None if shape.v_in_k else v, step)
+            rows = torch.arange(len(q), device=DEVICE) if step.order is None else step.order
+            parts = backend.attend_part(q[rows], cache, step, **how, softcap=case.softcap)
+            found.append([torch.empty_like(part).index_copy_(0, rows, part) for part in parts])
+        got = merge(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+        expected = torch.cat([want[s][part] for s, part in work])
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+        done = [a + n for a, n in zip(done, counts, strict=True)]
 
 
 @pytest.mark.parametrize("counts", [[1, 1], [40, 1]])

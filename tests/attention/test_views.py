@@ -8,6 +8,7 @@ import torch
 from quire.attention.base import ragged
 from quire.attention.views import elsewhere, seen_from
 from quire.kernels.cpu.native import load
+from quire.parallel.axis import Axis
 
 NUM_BLOCKS, SIZE = 40, 4
 
@@ -36,7 +37,7 @@ def test_layers_find_their_blocks_and_their_chunk() -> None:
     step = ragged([9], [2], [[3, 1, 2]], SIZE)
     beside = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]], dtype=torch.int32)
     object.__setattr__(step, "beside", beside)
-    seen = seen_from(step, [(1, None), (2, None), (0, 8), (2, 8)], SIZE).views
+    seen = seen_from(step, [(1, None), (2, None), (0, 8), (2, 8)], SIZE, Axis()).views
     assert seen[1, None].block_tables.tolist() == [[13, 11, 12]]
     assert seen[2, None].slot_mapping.tolist() == [22 * SIZE + 1, 22 * SIZE + 2]
     assert seen[2, None].lengths is step.lengths and seen[2, None].positions is step.positions
@@ -47,4 +48,4 @@ def test_layers_find_their_blocks_and_their_chunk() -> None:
 
 def test_a_step_that_does_not_know_what_is_beside_is_refused() -> None:
     with pytest.raises(ValueError, match="does not say"):
-        seen_from(ragged([0], [1], [[0]], SIZE), [(1, None)], SIZE)
+        seen_from(ragged([0], [1], [[0]], SIZE), [(1, None)], SIZE, Axis())

@@ -60,9 +60,9 @@ def outputs(engine: Engine) -> tuple[list[object], int, int]:
     return said, stats.num_preemptions, stats.cache_hits
 
 
-def few_blocks(engine: Engine, block_size: int, size: int) -> dict[str, object]:
+def few_blocks(engine: Engine, block_size: int, size: int, parts: int = 1) -> dict[str, object]:
     """Options under which two requests have to make way for each other. `engine` is of one process."""
-    layout = cache_layout(shard(engine.spec, size, 0), block_size, 4, max_length=LENGTH)
+    layout = cache_layout(shard(engine.spec, size, 0), block_size // parts, 4, max_length=LENGTH)
     num_blocks = Extent(layout.near, block_size, 16).num_blocks(LENGTH) + 1
     return {
         "max_model_len": LENGTH,
@@ -70,6 +70,7 @@ def few_blocks(engine: Engine, block_size: int, size: int) -> dict[str, object]:
         "block_size": block_size,
         "kv_cache_memory_bytes": num_blocks * layout.block_bytes,
         "tensor_parallel_size": size,
+        "decode_context_parallel_size": parts,
     }
 
 

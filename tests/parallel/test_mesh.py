@@ -8,13 +8,14 @@ from quire.parallel.mesh import DIMENSIONS, SPANS, Mesh, Place
 MESHES = (Mesh(), Mesh(tp=4), Mesh(pp=2, tp=2), Mesh(dp=2, pp=3, cp=2, tp=4), Mesh(dp=3, cp=2))
 
 
-def test_tp_varies_fastest_and_dp_slowest() -> None:
+def test_cp_varies_fastest_and_dp_slowest() -> None:
     mesh = Mesh(dp=2, pp=2, cp=2, tp=2)
     assert mesh.coordinates(1) == Place(0, 0, 0, 1)
     assert mesh.coordinates(2) == Place(0, 0, 1, 0)
     assert mesh.coordinates(4) == Place(0, 1, 0, 0)
     assert mesh.coordinates(8) == Place(1, 0, 0, 0)
     assert mesh.peers("pp", 3) == (3, 7)
+    assert mesh.peers("cp", 3) == (2, 3) and mesh.peers("tp", 3) == (0, 1, 2, 3)
     assert mesh.peers("ep", 4) == (4, 5, 6, 7, 12, 13, 14, 15)
 
 
@@ -36,7 +37,7 @@ def test_axes_cut_the_ranks_into_equal_parts(mesh: Mesh) -> None:
 def test_sizes_of_axes() -> None:
     mesh = Mesh(dp=2, pp=3, cp=2, tp=4)
     sizes = {axis: len(mesh.peers(axis, 17)) for axis in SPANS}
-    assert sizes == {"dp": 2, "pp": 3, "cp": 2, "tp": 4, "ep": 16, "world": 48}
+    assert sizes == {"dp": 2, "pp": 3, "cp": 2, "tp": 8, "ep": 16, "world": 48}
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.0, True])

@@ -45,9 +45,10 @@ class How(NamedTuple):
     """The parameters of `Backend.attend`."""
 
     scale: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    weighs: Tensor | None = None  # [T, H] float32: for what `Divisible.attend_part` says too
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,13 +264,18 @@ class Triton:
     ) -> Tensor:
         return self._attended(q, None, cache, step, How(scale, window, softcap, sinks))
 
+    def attend_part(self, q: Tensor, cache: LayerCache, step: Ragged, **how: Any) -> tuple[Tensor, Tensor]:
+        weighs = torch.full(q.shape[:2], -torch.inf, device=q.device)
+        return self._attended(q, None, cache, step, How(**how, weighs=weighs)), weighs
+
     def _attended(self, q: Tensor, turn: Turn | None, cache: LayerCache, step: Ragged, how: How) -> Tensor:
         """Attention of q [T, H, D], or with `turn` of heads as `attend_turned` takes them, one for each sequence."""
         q, num_seqs, num_kv_heads = _rows(q), step.lengths.shape[0], cache.shape.num_kv_heads
         tokens, heads = len(q), q.shape[1] - (2 * num_kv_heads if turn else 0)
         if num_seqs == 0 or tokens == 0:
             return q.new_zeros(tokens, heads, cache.shape.v_dim)
-        out = q.new_empty(tokens, heads, cache.shape.v_dim)
+        dtype = q.dtype if how.weighs is None else torch.float32
+        out = q.new_empty(tokens, heads, cache.shape.v_dim, dtype=dtype)
         group, window, softcap = heads // num_kv_heads, how.window, how.softcap
         common = (step.lengths, step.query_starts)
         scales = (how.scale * LOG2E, 0.0)
@@ -278,7 +284,7 @@ class Triton:
         if window is None or (window >= step.max_length and not self.invariant):
             window = NO_WINDOW
         rest = (
-            *(out, how.sinks, *scales, window, num_seqs, tokens, q.stride(0), q.stride(1)),
+            *(out, how.weighs, how.sinks, *scales, window, num_seqs, tokens, q.stride(0), q.stride(1)),
             *(step.block_tables.stride(0), _layout(cache).k_stride, _layout(cache).v_stride),
         )
         constants = {
@@ -324,7 +330,7 @@ class Triton:
         # With several queries, what follows is a product whose programs would take the room of those that still run.
         when = linear.EARLY if len(q) == 1 else linear.LATE
         constants |= machine.following(q.device, when, q.shape[-1], q.stride(0))
-        constants["WINDOWED"] = rest[4] != NO_WINDOW
+        constants["WINDOWED"] = rest[5] != NO_WINDOW
         kernels.decode[(share.key[0],)](
             *(*inputs, share.work, share.partials, left, share.most, *turning, *rest),
             **constants,
@@ -384,7 +390,7 @@ class Triton:
             ROWS=tiles.rows,
             TILE=tiles.tile,
             STAGES=tiles.stages,
-            WINDOWED=rest[4] != NO_WINDOW,
+            WINDOWED=rest[5] != NO_WINDOW,
             num_warps=tiles.warps,
         )
 

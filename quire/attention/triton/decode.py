@@ -23,6 +23,7 @@ from quire.attention.triton.tiles import (
     accumulate,
     extent,
     fresh_columns,
+    logarithm,
     page_ids,
     scores_of,
     start_state,
@@ -212,12 +213,12 @@ def _merge(
         if V1 > 0:
             acc1 = acc1 * fade[:, None] + _weighted(partials, slots, keep, weights, COUNT, V0, V1, V0 + V1)
         m = new
-    return acc0, acc1, total
+    return acc0, acc1, m, total
 
 
 @triton.jit
 def _finish(
-    out, partials, sums, arrivals, acc0, acc1, m, total, first_row, group, num_rows, t, begin, end, stop, share,
+    out, weighs, partials, sums, arrivals, acc0, acc1, m, total, first_row, group, num_rows, t, begin, end, stop, share,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -229,6 +230,8 @@ def _finish(
     if (t == begin) & (stop == end):
         keep = rows < num_rows
         store_rows(out + at * V_DIM, keep, acc0 / total[:, None], acc1 / total[:, None], V0, V1, V_DIM)
+        if weighs is not None:
+            tl.store(weighs + at, logarithm(m, total), mask=keep)
     else:
         slot = program * 2 + (program * share < begin).to(tl.int32)
         local = tl.arange(0, ROWS)
@@ -241,17 +244,21 @@ def _finish(
         num = (end - 1) // share - first + 1
         if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num - 1:
             tl.store(arrivals, 0)  # for the next layer
-            sum0, sum1, weight = _merge(partials, sums, first, num, begin, share, COUNT, V0, V1, AT_ONCE)
+            sum0, sum1, most, weight = _merge(
+                partials, sums, first, num, begin, share, COUNT, V0, V1, AT_ONCE
+            )
             used = part * ROWS + tl.arange(0, COUNT)
             places = (first_row + used // GROUP).to(tl.int64) * HEADS + head * GROUP + used % GROUP
             sum0, sum1 = sum0 / weight[:, None], sum1 / weight[:, None]
             store_rows(out + places * V_DIM, used < num_rows, sum0, sum1, V0, V1, V_DIM)
+            if weighs is not None:
+                tl.store(weighs + places, logarithm(most, weight), mask=used < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_rows", "most", "window", "table_stride"])
 def decode(
-    q, k, v, tables, lengths, starts, slots, work, partials, left, most, weight, cos, sin, eps, out, sinks, scale, cap,
-    window, num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
+    q, k, v, tables, lengths, starts, slots, work, partials, left, most, weight, cos, sin, eps, out, weighs, sinks,
+    scale, cap, window, num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
     SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
@@ -263,6 +270,7 @@ def decode(
 
     A key head's rows are cut into GROUPS of ROWS, of which COUNT are used; sequences of more than `most` queries are
     another kernel's. Where HALF is not 0, queries still have to be turned, and a token's key and value lie behind them.
+    `weighs` [T, HEADS] or None: for the logarithms of rows' sums of exponentials.
     """
     follow(NEXT)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
@@ -300,7 +308,7 @@ def decode(
                 V0, V1, V_DIM, V_STORED, V_IS_K0, CAPPED, PRECISION, WINDOWED,
             )  # fmt: skip
             _finish(
-                out, partials, sums, begins + num_seqs + seq * num_heads + group, acc0, acc1, m, total,
+                out, weighs, partials, sums, begins + num_seqs + seq * num_heads + group, acc0, acc1, m, total,
                 first_row, group, num_queries * GROUP, t, begin, end, stop, share,
                 GROUP, ROWS, COUNT, HEADS, GROUPS, V0, V1, V_DIM, AT_ONCE,
             )  # fmt: skip

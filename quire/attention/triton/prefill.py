@@ -10,6 +10,7 @@ import triton.language as tl
 
 from quire.attention.triton.tiles import (
     accumulate,
+    logarithm,
     page_ids,
     scores_of,
     start_state,
@@ -98,7 +99,7 @@ def _sweep(
 
 @triton.jit(do_not_specialize=["num_seqs", "num_rows", "least", "window", "table_stride"])
 def prefill(
-    q, k, v, k_described, v_described, tables, lengths, starts, least, out, sinks, scale, cap, window,
+    q, k, v, k_described, v_described, tables, lengths, starts, least, out, weighs, sinks, scale, cap, window,
     num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
@@ -108,7 +109,7 @@ def prefill(
 ):  # fmt: skip
     """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's tile of ROWS rows of one key head.
 
-    Rows of sequences that have fewer than `least` queries are another kernel's.
+    Rows of sequences that have fewer than `least` queries are another kernel's; `weighs` as in decode.py.
     """
     zero_padding(out, starts, num_seqs, num_rows, HEADS * V_DIM)
     num_kv_heads: tl.constexpr = HEADS // GROUP
@@ -147,3 +148,5 @@ def prefill(
         )  # fmt: skip
         acc0, acc1 = acc0 / total[:, None], acc1 / total[:, None]
         store_rows(out + (at * HEADS + heads) * V_DIM, keep, acc0, acc1, V0, V1, V_DIM)
+        if weighs is not None:
+            tl.store(weighs + at * HEADS + heads, logarithm(m, total), mask=keep)

@@ -181,6 +181,12 @@ def accumulate(acc0, acc1, m, total, s, factor, v0, v1, V1: tl.constexpr, PRECIS
 
 
 @triton.jit
+def logarithm(m, total):
+    """Of the sums of exponentials, whose greatest scores are m: natural, and -inf of rows that see nothing."""
+    return (m + tl.log2(total)) / LOG2E
+
+
+@triton.jit
 def store_rows(rows, keep, part0, part1, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr):
     """Store [N, W0] and [N, W1] at row pointers [N], side by side; DIM columns in all, if that is fewer."""
     columns = tl.arange(0, W0)

@@ -197,7 +197,7 @@ class Modules:
     def caches(self, pool: Tensor, states: Tensor | None = None, layout: Layout | None = None) -> list[Any]:
         """Each attention call's view of the memory, then each state's; see `layer_caches`."""
         found = layer_caches(self.backend, self.spec, pool, states, self.build.dtype, layout)
-        self.places = places(found, [None] * len(found))
+        self.places = places(found, [None] * len(found), self.axes.cp)
         return found
 
     @torch.inference_mode()
@@ -205,7 +205,9 @@ class Modules:
         """token_ids [T] int64 -> hidden [T, dim]."""
         if isinstance(self.backend, Reference) and self.spec.alone:
             return compute(self.body, token_ids, step, caches, self.backend, self.build.dtype)
-        seen = seen_from(step, self.places, self.backend.block_size) if self.places else step
+        seen = step
+        if self.places:
+            seen = seen_from(step, self.places, self.backend.block_size, self.axes.cp)
         calls, kept = len(self.spec.attention), self.spec.states
         paged = Paged(self.backend, caches[:calls], seen)
         own = {name: (parts, state) for (name, parts), state in zip(kept, caches[calls:], strict=True)}

@@ -1,0 +1,166 @@
+"""Attention over a cache of which each of several ranks has every size-th position of a sequence. Knows no layers.
+
+Position p is the p // size-th of rank p % size, so that all have as much whatever the length; a block holds the
+positions that all ranks' blocks of its number hold together. For a chunk of a sequence, the rows of one residue see one
+more position of any rank from each to the next: kernels take them for a sequence of their own, and know nothing.
+
+    positions of a chunk    5 6 7 8 9 10        of 2 ranks: 6 8 10 | 5 7 9
+    rank 0 has 0 2 4 6 8 10; they see                       4 5  6 | 3 4 5   of these
+
+Ranks that share a key head are each asked for what its part holds for the queries of all of them, and how much that
+weighs; each then adds up what the parts have for its own queries. Ranks along the axis have the same key heads.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.attention.base import (
+    Backend,
+    Divisible,
+    LayerCache,
+    Product,
+    Ragged,
+    Turn,
+    turn_and_write,
+)
+from quire.attention.shapes import CacheShape
+from quire.errors import ConfigError
+from quire.parallel.axis import Axis
+
+
+class Parted:
+    """A backend of which each rank of an axis has a part of the cache; steps are what `part_of` makes of them."""
+
+    shares = False
+
+    def __init__(self, backend: Divisible, axis: Axis):
+        self.backend, self.axis = backend, axis
+        self.name, self.block_size, self.quantized = backend.name, backend.block_size, backend.quantized
+        self.capturable, self.invariant = backend.capturable, backend.invariant
+
+    def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        return self.backend.why_not(dtype, device)
+
+    def views(self, pool: Tensor, offset: int, shape: CacheShape, dtype: torch.dtype) -> LayerCache:
+        return self.backend.views(pool, offset, shape, dtype)
+
+    def write(self, cache: LayerCache, k: Tensor, v: Tensor | None, step: Ragged) -> None:
+        self.backend.write(cache, k, v, step)
+
+    def attend_turned(self, heads: Tensor, cache: LayerCache, turn: Turn, step: Ragged, **how: Any) -> Tensor:
+        return self.attend(turn_and_write(self, cache, heads, turn, step), cache, step, **how)
+
+    def attend_product(
+        self, product: Product, cache: LayerCache, turn: Turn, step: Ragged, **how: Any
+    ) -> Tensor:
+        return self.attend_turned(product.heads(), cache, turn, step, **how)
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: LayerCache,
+        step: Ragged,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        tokens, heads, size = *q.shape[:2], self.axis.size
+        every = self.axis.all_gather(q, 1)
+        if step.order is not None:
+            every = every[step.order]
+        found, sums = self.backend.attend_part(
+            every, cache, step, scale=scale, window=window and window // size, softcap=softcap
+        )
+        parts = torch.cat((found, sums[..., None]), -1)  # [T, size * H, Dv + 1]
+        if step.order is not None:
+            parts = torch.empty_like(parts).index_copy_(0, step.order, parts)
+        rows = parts.unflatten(1, (size, heads)).transpose(0, 1).flatten(0, 1)
+        each = [tokens] * size
+        mine = self.axis.all_to_all(rows, each, each).unflatten(0, (size, tokens))
+        return merge(mine[..., :-1], mine[..., -1], sinks).to(q.dtype)
+
+    def read(self, cache: LayerCache, slots: Tensor) -> Tensor:
+        raise _not_in_parts()
+
+    def score(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Ragged, rows: slice) -> Tensor:
+        raise _not_in_parts()
+
+
+def parted(backend: Backend, axis: Axis) -> Backend:
+    """The backend over a cache that the axis's ranks have in parts.
+
+    Raises:
+        ConfigError: it does not say how much a part weighs.
+    """
+    if axis.size == 1:
+        return backend
+    if not isinstance(backend, Divisible):
+        raise ConfigError(f"attention backend {backend.name} {NOT_DIVISIBLE}")
+    return Parted(backend, axis)
+
+
+NOT_DIVISIBLE = "does not say how much a part of a cache weighs, which decode_context_parallel_size needs"
+
+
+def _not_in_parts() -> ConfigError:
+    return ConfigError(
+        "this network's attention chooses among positions, which no rank has all of; leave out"
+        " decode_context_parallel_size"
+    )
+
+
+def merge(found: Tensor, sums: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """What parts found [parts, T, H, D], weighed by their sums of exponentials -> [T, H, D], 0 if there is nothing.
+
+    `sums` [parts, T, H] are logarithms, as are `sinks` [H], which weigh and have found nothing.
+    """
+    most = sums.amax(0)
+    if sinks is not None:
+        most = torch.maximum(most, sinks)
+    most = most.clamp(min=torch.finfo(torch.float32).min)
+    weights = (sums - most).exp()
+    total = weights.sum(0) if sinks is None else weights.sum(0) + (sinks - most).exp()
+    weighted = torch.where(weights[..., None] == 0, 0, found * weights[..., None])
+    return weighted.sum(0) / total.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+
+
+def part_of(step: Ragged, size: int, rank: int) -> Ragged:
+    """The step over the positions that rank `rank` of `size` has of each sequence."""
+    slots, longest = step.slot_mapping, -(-step.max_length // size)
+    slots = torch.where((slots >= 0) & (slots % size == rank), slots // size, -1)
+    if step.max_query <= 1:
+        lengths = _below(step.lengths, size, rank)
+        return replace(step, slot_mapping=slots, lengths=lengths, max_length=longest, shared=None)
+    starts, ends = step.query_starts, step.lengths[:, None]
+    begins = ends - starts.diff()[:, None]
+    residues = torch.arange(size, dtype=torch.int32, device=starts.device)
+    first, last = _below(begins, size, residues), _below(ends, size, residues)  # [S, size]
+    counts = last - first
+    lengths = torch.where(counts > 0, last - (residues < rank).int(), 0)
+    query_starts = torch.nn.functional.pad(counts.flatten().cumsum(0, dtype=torch.int32), (1, 0))
+    rows = torch.arange(len(slots), dtype=torch.int32, device=starts.device)
+    owner = torch.searchsorted(query_starts[1:], rows, right=True).clamp(max=counts.numel() - 1)
+    offsets = starts[:-1, None] - begins + residues + (first - query_starts[:-1].view_as(first)) * size
+    order = torch.where(rows < query_starts[-1], offsets.flatten()[owner] + rows * size, rows)
+    return replace(
+        step,
+        slot_mapping=slots,
+        query_starts=query_starts,
+        lengths=lengths.flatten(),
+        block_tables=step.block_tables.repeat_interleave(size, 0),
+        max_query=-(-step.max_query // size),
+        max_length=longest,
+        mixed=True,
+        shared=None,
+        order=order.long(),
+    )
+
+
+def _below(lengths: Tensor, size: int, residue: Tensor | int) -> Tensor:
+    """How many of positions 0 .. length - 1 leave that residue."""
+    return (lengths + (size - 1 - residue)) // size
