@@ -203,11 +203,15 @@ def _repeated(
         logger.info(
             "steps are computed operation by operation: attention to chosen positions is not recorded"
         )
+    elif not model.axes.are_repeatable:
+        logger.info("steps are computed operation by operation: ranks exchange tensors through the network")
     elif model.backend.name == "cpu":
         sizes, recordings = range(1, MOST_RECORDED + 1), Recordings(model.axes, keeps_states=keeps_states)
         return FixedSteps(*parts, block_size=block_size, graphs=recordings, sizes=sizes), None
-    elif device.type == "cuda" and model.axes.world.size > 1:
-        logger.info("steps are computed operation by operation: those of several ranks are no CUDA graphs")
+    elif device.type == "cuda" and (model.axes.tp.size < model.axes.world.size or model.build.spreading):
+        logger.info(
+            "steps are computed operation by operation: of ranks, those along tp alone have CUDA graphs"
+        )
     elif (reason := why_not(model, device)) is None:
         fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs(keeps_states=keeps_states))
         return fixed, MixedSteps(fixed, min(config.max_num_batched_tokens or 1, worthwhile(model.spec)))
@@ -255,7 +259,7 @@ def _runner(config: Config, memory: Memory, model: Network, device: torch.device
         model,
         model.caches(cache, states, memory.layout),
         state,
-        Sampler(model.spec.vocab_size, state.tokens),
+        Sampler(model.vocabulary, state.tokens),
     )
     fixed, mixed = _repeated(parts, config, keeps_states=states is not None)
     rows = None if states is None else StateRows(states)

@@ -213,7 +213,7 @@ def dry_run(job: Job) -> None:
         model,
         [caches[i] for i in kept],
         state,
-        Sampler(spec.vocab_size, state.tokens),
+        Sampler(model.vocabulary, state.tokens),
         block_size=job.block_size,
         graphs=Graphs(capture=False),
     )

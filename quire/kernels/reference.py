@@ -18,8 +18,15 @@ SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # as in activations.inl and triton/elem
 
 
 @op
-def embed(ids: Tensor, table: Any, scale: float = 1.0) -> Tensor:
-    """Rows `ids` [T] int64 of a table [N, D], or of what `as_table` made of it, times `scale` -> [T, D]."""
+def embed(ids: Tensor, table: Any, scale: float = 1.0, first: int | None = None) -> Tensor:
+    """Rows `ids` [T] int64 of a table [N, D], or of what `as_table` made of it, times `scale` -> [T, D].
+
+    `first`: the table is only rows first .. first + N - 1; all others are 0.
+    """
+    if first is not None:
+        here = (ids >= first) & (ids < first + len(table))
+        rows = embed(torch.where(here, ids - first, 0), table, scale)
+        return torch.where(here[:, None], rows, 0)
     rows = F.embedding(ids, table)
     return rows if scale == 1.0 else rows * scale
 

@@ -15,6 +15,7 @@ from quire.layers.rope import RopeTables
 from quire.models.shard import WholeExperts
 from quire.models.spec import Spec
 from quire.parallel.axis import Axes
+from quire.parallel.vocabulary import Vocabulary
 
 
 class Weights(Protocol):
@@ -42,6 +43,10 @@ class Network(Protocol):
     def axes(self) -> Axes:
         """Whose ranks compute it together."""
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Which tokens' logits this rank has."""
+
     def caches(self, pool: Tensor, states: Tensor | None = None, layout: Layout | None = None) -> list[Cache]:
         """Each layer's view of the memory; see `layer_caches`."""
 
@@ -49,7 +54,7 @@ class Network(Protocol):
         """token_ids [T] int64 -> hidden [T, dim]."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, dim] -> [R, vocab_size] float32."""
+        """hidden [R, dim] -> [R, own] float32, of this rank's tokens."""
 
 
 @dataclass(slots=True)

@@ -27,6 +27,7 @@ from quire.models import spec
 from quire.models.shard import WholeExperts, is_cut, shard
 from quire.models.stages import Stage, layers_of, stages
 from quire.parallel.axis import Axes, Axis
+from quire.parallel.vocabulary import Vocabulary
 
 
 class Decoder(nn.Module):
@@ -92,6 +93,11 @@ class Decoder(nn.Module):
     def stage(self) -> Stage:
         """Which layers this rank has."""
         return self.relay.stage
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Which tokens' logits this rank has."""
+        return Vocabulary(self.spec.vocab_size, self.share.vocab_size, self.axes.tp)
 
     def load(self, weights: Weights) -> None:
         """Pull every weight, layer by layer, so that at most one layer is held twice."""
@@ -176,19 +182,13 @@ class Decoder(nn.Module):
         """token_ids [T] -> [T, dim]; each is in one rank's rows."""
         if self.axes.tp.size == 1:
             return ops.embed(token_ids, self.embedding, self.embed_scale)
-        num_rows = self.share.vocab_size
-        local = token_ids - self.axes.tp.rank * num_rows
-        here = (local >= 0) & (local < num_rows)
-        found = ops.embed(torch.where(here, local, 0), self.embedding, self.embed_scale)
-        return self.axes.tp.all_reduce(torch.where(here[:, None], found, 0))
+        first = self.vocabulary.own.start
+        return self.axes.tp.all_reduce(ops.embed(token_ids, self.embedding, self.embed_scale, first))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, dim] -> [R, vocab_size] float32."""
-        s, y = (
-            self.spec,
-            self.axes.tp.all_gather(self.head(hidden, torch.float32), -1)[:, : self.spec.vocab_size],
-        )
+        """hidden [R, dim] -> [R, own] float32, of this rank's tokens (`vocabulary`)."""
+        s, y = self.spec, self.head(hidden, torch.float32)[:, : len(self.vocabulary.own)]
         if s.logit_scale != 1.0:
             y = y * s.logit_scale
         return y if s.logit_softcap is None else s.logit_softcap * torch.tanh(y / s.logit_softcap)

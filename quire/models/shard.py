@@ -25,6 +25,8 @@ from quire.models.spec import (
     num_chosen,
 )
 
+TOKENS = 4  # that draw their noise together (sampling/philox.py)
+
 
 @dataclass(frozen=True, slots=True)
 class WholeExperts:
@@ -67,7 +69,13 @@ def shard(spec: Decoder, size: int, rank: int, experts: WholeExperts | None = No
         replace(b, mixer=_mixer(b.mixer, size, rank), mlp=_feed_forward(b.mlp, size, experts))
         for b in spec.blocks
     )
-    return replace(spec, blocks=blocks, vocab_size=-(-spec.vocab_size // size))
+    return replace(spec, blocks=blocks, vocab_size=vocabulary_share(spec.vocab_size, size))
+
+
+def vocabulary_share(size: int, ranks: int) -> int:
+    """How many of `size` tokens each rank has, the last one fewer: whole groups, unless some rank would have none."""
+    even = -(-size // (ranks * TOKENS)) * TOKENS
+    return even if even * (ranks - 1) < size else -(-size // ranks)
 
 
 def pieces(spec: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:

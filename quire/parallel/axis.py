@@ -19,12 +19,17 @@ SUMMED = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.int32, t
 class Communicator(Protocol):
     """A way to exchange contiguous tensors, which are not empty, among the ranks of one axis.
 
+    Attributes:
+        is_repeatable: whether operations can be part of a step that is computed again by one call: a recording on CPUs,
+            a graph on GPUs.
+
     Raises:
         PeerLost: (all operations) another rank died or did not answer in time; its results are not to be used.
     """
 
     size: int
     rank: int
+    is_repeatable: bool
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum, the same bits on all ranks, perhaps in x itself."""
@@ -156,6 +161,11 @@ class Axis:
         if self.communicator is not None:
             self.communicator.check()
 
+    @property
+    def is_repeatable(self) -> bool:
+        """See `Communicator`."""
+        return self.communicator is None or self.communicator.is_repeatable
+
     def _other(self, rank: int) -> Communicator:
         if self.communicator is None or rank == self.rank or not 0 <= rank < self.size:
             raise ValueError(
@@ -181,8 +191,16 @@ class Axes:
         Raises:
             PeerLost: another rank was lost meanwhile, and the step's results mean nothing.
         """
-        for axis in (self.dp, self.pp, self.cp, self.tp, self.ep, self.world):
+        for axis in self._all():
             axis.check()
+
+    @property
+    def are_repeatable(self) -> bool:
+        """Whether all operations can be part of a step that is computed again by one call."""
+        return all(axis.is_repeatable for axis in self._all())
+
+    def _all(self) -> tuple[Axis, ...]:
+        return self.dp, self.pp, self.cp, self.tp, self.ep, self.world
 
     def splits(self, error: Exception) -> bool:
         """Whether other ranks may not have met this error, as of memory: then no rank may go on as if all had."""

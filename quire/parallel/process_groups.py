@@ -41,6 +41,7 @@ class ProcessGroup:
 
     def __init__(self, group: Any, device: torch.device, *, in_order: bool):
         self.size, self.rank = group.size(), group.rank()
+        self.is_repeatable = device.type == "cuda"  # what gloo does is no kernel
         self._group, self._device, self._in_order = group, device, in_order
         self._pending: deque[tuple[Work, Tensor]] = deque()
 

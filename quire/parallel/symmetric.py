@@ -63,6 +63,8 @@ def _error(found: "Symmetric", device: torch.device) -> str | None:
 class Symmetric:
     """NCCL's operations, and sums of up to TWO_SHOT_BYTES through memory that all ranks have mapped."""
 
+    is_repeatable = True
+
     def __init__(self, group: ProcessGroup, store: Store, name: str, device: torch.device):
         from torch._C._distributed_c10d import _SymmetricMemory  # only in builds for GPUs
 

@@ -229,7 +229,7 @@ class Runner:
                     row = int(batch.starts[i]) + begin - work.start
                     logits = self.model.logits(hidden[row : row + end - begin])
                     targets = self.state.tokens[work.slot, begin + 1 : end + 1].long()
-                    scores = prompt_logprobs(logits, targets, num_logprobs)
+                    scores = prompt_logprobs(logits, targets, num_logprobs, self.model.vocabulary)
                     self.prompt_logprobs[work.seq] += scores.to_lists()
             except RuntimeError as error:  # of memory, say: the others need no scores
                 if self.model.axes.splits(error):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from quire.log import logger
+from quire.parallel.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from quire.sampling.draw import Controls
@@ -24,13 +25,13 @@ def available() -> bool:
     return found
 
 
-def draw(logits: Tensor, controls: "Controls") -> tuple[Tensor, Tensor] | None:
+def draw(logits: Tensor, controls: "Controls", vocabulary: Vocabulary) -> tuple[Tensor, Tensor] | None:
     """What `quire.sampling.draw.draw` returns, or None without triton."""
     if not available():
         return None
     from quire.sampling.triton.draw import draw
 
-    return draw(logits, controls)
+    return draw(logits, controls, vocabulary)
 
 
 def restrict(logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, addresses: Tensor) -> bool:
@@ -53,13 +54,13 @@ def penalise(logits: Tensor, slots: Tensor, addresses: Tensor) -> bool:
     return True
 
 
-def count(slots: Tensor, token_ids: Tensor, addresses: Tensor) -> bool:
+def count(slots: Tensor, token_ids: Tensor, addresses: Tensor, own: range) -> bool:
     """Do what `quire.sampling.penalties.count` does; False without triton."""
     if not available():
         return False
     from quire.sampling.triton.penalties import count
 
-    count(slots, token_ids, addresses)
+    count(slots, token_ids, addresses, own)
     return True
 
 

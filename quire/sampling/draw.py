@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.dispatch import op
+from quire.parallel.vocabulary import Vocabulary
 from quire.sampling import cuda, native, philox
 from quire.sampling.filters import Filters, thresholds
 
@@ -26,34 +27,36 @@ class Controls(NamedTuple):
 
 
 @op
-def draw(logits: Tensor, controls: Controls) -> tuple[Tensor, Tensor]:
-    """Tokens [R] (int64) and whether each row is unusable [R] (bool), for `logits` [R, V] in float32.
+def draw(logits: Tensor, controls: Controls, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """Tokens [R] (int64) and whether each row is unusable [R] (bool), for everybody's `logits` [R, own] in float32.
 
     The logits stay as they are. A row is unusable if it holds NaN or +inf, or no finite value; its token is 0.
     """
     greatest, tokens = logits.max(-1)
-    bad = ~greatest.isfinite()
+    scores = greatest
     if not controls.all_greedy:
-        scores = logits * controls.scale[:, None]
+        noisy = logits * controls.scale[:, None]
         kept = logits > -torch.inf
         if controls.any_filter:
-            kept &= scores >= thresholds(scores, controls.filters)[:, None]
-        scores += philox.noise(controls.seeds, controls.positions, logits.shape[1])
-        drawn = scores.masked_fill_(~kept, -torch.inf).argmax(-1)
-        tokens = torch.where(controls.scale > 0, drawn, tokens)
-    return tokens.masked_fill(bad, 0), bad
+            kept &= noisy >= thresholds(noisy, controls.filters, vocabulary)[:, None]
+        noisy += philox.noise(controls.seeds, controls.positions, vocabulary.own)
+        found = noisy.masked_fill_(~kept, -torch.inf).max(-1)
+        tokens = torch.where(controls.scale > 0, found.indices, tokens)
+        scores = torch.where(controls.scale > 0, found.values, greatest)
+    bad = ~vocabulary.greatest(greatest).isfinite()
+    return vocabulary.best(scores, tokens + vocabulary.own.start).masked_fill(bad, 0), bad
 
 
 @draw.on("cpu", torch.float32)
-def draw_native(logits: Tensor, controls: Controls) -> tuple[Tensor, Tensor]:
+def draw_native(logits: Tensor, controls: Controls, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
     """The compiled kernel, where there is one."""
     filters = controls.filters
     ints = (filters.top_k, controls.seeds, controls.positions)
-    drawn = native.draw(logits, controls.scale, (filters.log_min_p, filters.top_p), ints)
-    return drawn or draw.reference(logits, controls)
+    drawn = native.draw(logits, controls.scale, (filters.log_min_p, filters.top_p), ints, vocabulary)
+    return drawn or draw.reference(logits, controls, vocabulary)
 
 
 @draw.on("cuda", torch.float32)
-def draw_triton(logits: Tensor, controls: Controls) -> tuple[Tensor, Tensor]:
+def draw_triton(logits: Tensor, controls: Controls, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
     """The Triton kernels, where there is triton."""
-    return cuda.draw(logits, controls) or draw.reference(logits, controls)
+    return cuda.draw(logits, controls, vocabulary) or draw.reference(logits, controls, vocabulary)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quire.parallel.vocabulary import Vocabulary
+
 FIRST_LOOK = 512  # most nuclei are smaller; only larger ones cost a full sort
 
 
@@ -23,26 +25,28 @@ class Filters(NamedTuple):
         return Filters(self.log_min_p[index], self.top_k[index], self.top_p[index])
 
 
-def thresholds(scaled: Tensor, filters: Filters) -> Tensor:
-    """The least value that survives min_p, then top_k, then top_p, for each row of `scaled` [R, V]: [R].
+def thresholds(scaled: Tensor, filters: Filters, vocabulary: Vocabulary) -> Tensor:
+    """The least value that survives min_p, then top_k, then top_p, for each row of everybody's `scaled` [R, own]: [R].
 
     min_p keeps tokens at least min_p times as likely as the likeliest. top_k keeps the k likeliest. top_p
     keeps the fewest likeliest of what is left whose probabilities, renormalised, reach p.
     """
-    vocab_size = scaled.shape[1]
-    width = min(FIRST_LOOK, vocab_size)
-    top = scaled.topk(width).values
+    size = vocabulary.size
+    width = min(FIRST_LOOK, size)
+    top, _ = vocabulary.likeliest(scaled, width)
     floor = top[:, 0] + filters.log_min_p
-    mass = torch.where(scaled >= floor[:, None], (scaled - top[:, :1]).exp(), 0).sum(-1, dtype=torch.float64)
-    found, complete = _search(top, vocab_size, filters, floor, mass)
-    if width == vocab_size:
+    weights = torch.where(scaled >= floor[:, None], (scaled - top[:, :1]).exp(), 0)
+    mass = vocabulary.total(weights.sum(-1, dtype=torch.float64))
+    found, complete = _search(top, size, filters, floor, mass)
+    if width == size:
         return found
     if scaled.is_cuda:  # asking which rows need the sort would make the host wait
-        return _search(scaled.sort(descending=True).values, vocab_size, filters, floor, mass)[0]
+        ordered = vocabulary.gather(scaled).sort(descending=True).values
+        return _search(ordered, size, filters, floor, mass)[0]
     rest = (~complete).nonzero()[:, 0]
     if len(rest):
-        ordered = scaled[rest].sort(descending=True).values
-        found[rest] = _search(ordered, vocab_size, filters.rows(rest), floor[rest], mass[rest])[0]
+        ordered = vocabulary.gather(scaled[rest]).sort(descending=True).values
+        found[rest] = _search(ordered, size, filters.rows(rest), floor[rest], mass[rest])[0]
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.dispatch import op
+from quire.parallel.vocabulary import Vocabulary
 from quire.sampling import cuda
 from quire.types import TokenLogprobs
 
@@ -78,36 +79,42 @@ def _report(ids: list[int], logprobs: list[float], rank: int) -> TokenLogprobs:
 
 
 @op
-def score(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and log probabilities [Q, 1 + k] and ranks [Q] as in `Logprobs`, for float32 `logits` [Q, V]."""
-    greatest = logits.amax(-1, keepdim=True)
+def score(logits: Tensor, chosen: Tensor, k: int, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and log probabilities [Q, 1 + k] and ranks [Q] as in `Logprobs`, for everybody's `logits` [Q, own]."""
+    tokens = vocabulary.own
+    greatest = vocabulary.greatest(logits.amax(-1))[:, None]
     # As log_softmax rounds: subtracting the logarithm of the sum last keeps precision when logits are large.
-    log_sum = (logits - greatest).exp_().sum(-1, keepdim=True).log_()
-    own = logits.gather(1, chosen[:, None])
+    log_sum = vocabulary.total((logits - greatest).exp_().sum(-1))[:, None].log_()
+    at = (chosen - tokens.start)[:, None]
+    own = logits.gather(1, at.clamp(0, len(tokens) - 1))
+    own = vocabulary.greatest(torch.where((at >= 0) & (at < len(tokens)), own, -torch.inf)[:, 0])[:, None]
     ids, values = chosen[:, None], own
     if k:
-        top = logits.topk(k)
-        ids, values = torch.cat((ids, top.indices), 1), torch.cat((values, top.values), 1)
-    ranks = (logits > own).sum(-1, dtype=torch.int32) + 1
+        top = vocabulary.likeliest(logits, k)
+        ids, values = torch.cat((ids, top[1]), 1), torch.cat((values, top[0]), 1)
+    ranks = vocabulary.total((logits > own).sum(-1, dtype=torch.int32)) + 1
     return ids, values - greatest - log_sum, ranks
 
 
 @score.on("cuda", torch.float32)
-def score_triton(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def score_triton(
+    logits: Tensor, chosen: Tensor, k: int, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton kernels, where there is triton."""
-    return cuda.score(logits, chosen, k) or score.reference(logits, chosen, k)
+    found = cuda.score(logits, chosen, k) if vocabulary.axis.size == 1 else None
+    return found or score.reference(logits, chosen, k, vocabulary)
 
 
-def compute(logits: Tensor, chosen: Tensor, k: int, rows: Sequence[int]) -> Logprobs:
-    """Log probabilities of `chosen` [Q] and of the k likeliest tokens (-1: all) under raw `logits` [Q, V]."""
-    k = logits.shape[1] if k < 0 else min(k, logits.shape[1])
-    return Logprobs(tuple(rows), *score(logits.float(), chosen, k))
+def compute(logits: Tensor, chosen: Tensor, k: int, rows: Sequence[int], vocabulary: Vocabulary) -> Logprobs:
+    """Log probabilities of `chosen` [Q] and of the k likeliest tokens (-1: all) under raw `logits` [Q, own]."""
+    k = vocabulary.size if k < 0 else min(k, vocabulary.size)
+    return Logprobs(tuple(rows), *score(logits.float(), chosen, k, vocabulary))
 
 
-def prompt_logprobs(logits: Tensor, next_token_ids: Tensor, k: int) -> Logprobs:
+def prompt_logprobs(logits: Tensor, next_token_ids: Tensor, k: int, vocabulary: Vocabulary) -> Logprobs:
     """Log probabilities of the tokens that follow in a prompt, for a chunk of N positions.
 
-    `logits` [N, V] are the model's at those positions, `next_token_ids` [N] (int64) the prompt's tokens after
+    `logits` [N, own] are the model's at those positions, `next_token_ids` [N] (int64) the prompt's tokens after
     them, `k` as in `SamplingParams.prompt_logprobs`.
     """
-    return compute(logits, next_token_ids, k, range(len(next_token_ids)))
+    return compute(logits, next_token_ids, k, range(len(next_token_ids)), vocabulary)

@@ -2,7 +2,7 @@
 
 Only slots that use a penalty have a record:
 
-    | repetition | frequency | presence | of each token: (times generated) * 2 + (in the prompt) |
+    | repetition | frequency | presence | of each of the rank's tokens: (times generated) * 2 + (in the prompt) |
 """
 
 from collections.abc import Sequence
@@ -20,23 +20,23 @@ HEADER = 3  # words before the counts, the bits of float32
 
 
 def record_of(
-    params: SamplingParams, vocab_size: int, prompt: Sequence[int], outputs: Sequence[int]
+    params: SamplingParams, own: range, prompt: Sequence[int], outputs: Sequence[int]
 ) -> np.ndarray | None:
-    """A slot's record; None without penalties. Ids outside the vocabulary (of images, say) are not counted."""
+    """A slot's record of this rank's `own` tokens; None without penalties. Others are not counted: of images, say."""
     strengths = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
     if strengths == (1, 0, 0):
         return None
-    record = np.zeros(HEADER + vocab_size, np.int32)
+    record = np.zeros(HEADER + len(own), np.int32)
     record[:HEADER] = np.array(strengths, np.float32).view(np.int32)
     seen = record[HEADER:]
-    seen += 2 * np.bincount(_known(outputs, vocab_size), minlength=vocab_size).astype(np.int32)
-    seen[_known(prompt, vocab_size)] |= 1
+    seen += 2 * np.bincount(_places(outputs, own), minlength=len(own)).astype(np.int32)
+    seen[_places(prompt, own)] |= 1
     return record
 
 
 @op
 def penalise(logits: Tensor, slots: Tensor, records: Records) -> None:
-    """Penalise `logits` [R, V] float32 in place by the records of `slots` [R] int64."""
+    """Penalise `logits` [R, own] float32 in place by the records of `slots` [R] int64."""
     for row, slot in zip(logits, slots.tolist(), strict=True):
         if (record := records.of[slot]) is None:
             continue
@@ -62,20 +62,20 @@ def penalise_triton(logits: Tensor, slots: Tensor, records: Records) -> None:
 
 
 @op
-def count(slots: Tensor, token_ids: Tensor, records: Records) -> None:
+def count(slots: Tensor, token_ids: Tensor, records: Records, own: range) -> None:
     """Note that `token_ids` [R] int64 were generated, in the records of `slots` [R] int64, of which none is twice."""
     for slot, token in zip(slots.tolist(), token_ids.tolist(), strict=True):
-        if (record := records.of[slot]) is not None:
-            record[HEADER + token] += 2
+        if (record := records.of[slot]) is not None and token in own:
+            record[HEADER + token - own.start] += 2
 
 
 @count.on("cuda", torch.int64)
-def count_triton(slots: Tensor, token_ids: Tensor, records: Records) -> None:
+def count_triton(slots: Tensor, token_ids: Tensor, records: Records, own: range) -> None:
     """The Triton kernel, where there is triton."""
-    if not cuda.count(slots, token_ids, records.addresses):
-        count.reference(slots, token_ids, records)
+    if not cuda.count(slots, token_ids, records.addresses, own):
+        count.reference(slots, token_ids, records, own)
 
 
-def _known(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
-    ids = np.asarray(tokens, dtype=np.int64)
-    return ids[(ids >= 0) & (ids < vocab_size)]
+def _places(tokens: Sequence[int], own: range) -> np.ndarray:
+    ids = np.asarray(tokens, dtype=np.int64) - own.start
+    return ids[(ids >= 0) & (ids < len(own))]

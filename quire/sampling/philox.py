@@ -58,13 +58,14 @@ def gumbel(u: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-u))
 
 
-def noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel noise [R, V] in float32 for `seeds` [R] and `positions` [R], both int64."""
+def noise(seeds: Tensor, positions: Tensor, tokens: range) -> Tensor:
+    """Gumbel noise [R, T] in float32 of `tokens`, for `seeds` [R] and `positions` [R], both int64."""
     seeds, positions = seeds[:, None], positions[:, None]
-    groups = torch.arange((vocab_size + 3) // 4, device=seeds.device)[None]
+    first = tokens.start // 4
+    groups = torch.arange(first, (tokens.stop + 3) // 4, device=seeds.device)[None]
     counter = Words(groups, positions & _LOW, positions >> 32 & _LOW, torch.zeros_like(groups))
     words = philox(counter, (seeds & _LOW, seeds >> 32 & _LOW))
-    bits = torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
+    bits = torch.stack(words, dim=-1).flatten(1)[:, tokens.start - 4 * first :][:, : len(tokens)]
     return gumbel(uniform(bits))
 
 

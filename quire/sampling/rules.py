@@ -2,7 +2,8 @@
 
 Only slots that have any have a record, of int32:
 
-    | header | bit of each token: it is allowed | added: tokens, then what to add before and from `late_from`
+    | header | bit of each of the rank's tokens: it is allowed
+             | added: tokens, then what to add before and from `late_from`
              | phrases: their last tokens, then the ones before, right-aligned, ANY before their first
 
 What a row has generated, which decides about phrases, is on the device already.
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from quire.errors import InvalidRequest
 from quire.kernels.dispatch import op
+from quire.parallel.vocabulary import Vocabulary
 from quire.sampling import cuda
 from quire.sampling.records import Records
 from quire.types import SamplingParams
@@ -39,7 +41,7 @@ class Parts(NamedTuple):
     """What follows the header."""
 
     allowed: Tensor  # [num_mask_words] int32, token i's bit is bit i % 32 of word i // 32
-    added: Tensor  # [A] int32
+    added: Tensor  # [A] int32; these and `lasts` count from the rank's first token
     early: Tensor  # [A] float32
     late: Tensor  # [A] float32
     lasts: Tensor  # [P] int32
@@ -48,27 +50,32 @@ class Parts(NamedTuple):
 
 def record_of(
     params: SamplingParams,
-    vocab_size: int,
+    vocabulary: Vocabulary,
     num_prompt: int,
     num_outputs: int,
     stop_token_ids: Collection[int],
     bad_words: Sequence[Sequence[int]],
 ) -> np.ndarray | None:
-    """A slot's record, or None without rules. `stop_token_ids` may not be chosen before `params.min_tokens`.
+    """A slot's record of this rank's tokens, or None without rules.
+
+    `stop_token_ids` may not be chosen before `params.min_tokens`.
 
     Raises:
         InvalidRequest: a token id is not in the vocabulary.
     """
-    _check("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
-    _check("logit_bias", params.logit_bias or (), vocab_size)
-    _check("bad_words", [word[-1] for word in bad_words if word], vocab_size)
+    own = vocabulary.own
+    _check("allowed_token_ids", params.allowed_token_ids or (), vocabulary.size)
+    _check("logit_bias", params.logit_bias or (), vocabulary.size)
+    _check("bad_words", [word[-1] for word in bad_words if word], vocabulary.size)
     bans = dict.fromkeys((word[0] for word in bad_words if len(word) == 1), -np.inf)
     always = dict(params.logit_bias or {}) | bans
     early = always | (dict.fromkeys(stop_token_ids, -np.inf) if num_outputs < params.min_tokens else {})
     phrases = [word for word in bad_words if len(word) > 1]
     if not early and not phrases and params.allowed_token_ids is None:
         return None
-    mask = _mask(params.allowed_token_ids, vocab_size)
+    early = {token: value for token, value in early.items() if token in own}
+    phrases = [word for word in phrases if word[-1] in own]
+    mask = _mask(params.allowed_token_ids, own)
     width = max(map(len, phrases), default=1) - 1
     prefixes = [[ANY] * (width + 1 - len(phrase)) + list(phrase[:-1]) for phrase in phrases]
     header = Header(
@@ -79,7 +86,8 @@ def record_of(
         num_phrases=len(phrases),
         width=width,
     )
-    ints = (list(early), [phrase[-1] for phrase in phrases], np.array(prefixes).flatten())
+    places = [token - own.start for token in early]
+    ints = (places, [phrase[-1] - own.start for phrase in phrases], np.array(prefixes).flatten())
     added, lasts, others = (np.array(values, np.int32) for values in ints)
     values = [list(early.values()), [always.get(token, 0.0) for token in early]]
     floats = np.array(values, np.float32).flatten().view(np.int32)
@@ -88,7 +96,7 @@ def record_of(
 
 @op
 def restrict(logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, records: Records) -> None:
-    """Apply the rules of `slots` [R] int64 to `logits` [R, V] float32 in place.
+    """Apply the rules of `slots` [R] int64 to `logits` [R, own] float32 in place.
 
     `positions` [R] int64 are the chosen tokens', `tokens` [slots, length] int32 what comes before them. A NaN or
     infinity stays also where it is not allowed: the row's forward pass was wrong, and somebody must say so.
@@ -136,11 +144,11 @@ def _check(name: str, tokens: Iterable[int], vocab_size: int) -> None:
             )
 
 
-def _mask(allowed: Sequence[int] | None, vocab_size: int) -> np.ndarray:
+def _mask(allowed: Sequence[int] | None, own: range) -> np.ndarray:
     if allowed is None:
         return np.zeros(0, np.int32)
-    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-    bits[list(allowed)] = 1
+    bits = np.zeros(-(-len(own) // 32) * 32, np.uint8)
+    bits[[token - own.start for token in allowed if token in own]] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.parallel.vocabulary import Vocabulary
 from quire.sampling import penalties, rules
 from quire.sampling.draw import draw
 from quire.sampling.logprobs import Logprobs, compute, unpack
@@ -70,10 +71,13 @@ class Sampled:
 class Sampler:
     """Sampling state of all slots. Not thread-safe: one step loop drives it."""
 
-    def __init__(self, vocab_size: int, tokens: Tensor):
-        """`tokens` [num_slots + 1, length] int32: each slot's, which others write, and the last one nobody's."""
-        self._vocab_size, self._tokens, self._device = vocab_size, tokens, tokens.device
-        self._params = SlotParams(vocab_size, len(tokens) - 1, tokens.device)
+    def __init__(self, vocabulary: Vocabulary, tokens: Tensor):
+        """`vocabulary`: of which this rank has logits of some; all ranks are called with the same slots.
+
+        `tokens` [num_slots + 1, length] int32: each slot's, which others write, and the last one nobody's.
+        """
+        self._vocabulary, self._tokens, self._device = vocabulary, tokens, tokens.device
+        self._params = SlotParams(vocabulary.size, len(tokens) - 1, tokens.device)
 
     @property
     def stops(self) -> Stops:
@@ -101,16 +105,16 @@ class Sampler:
             InvalidRequest: a token id is outside the vocabulary; the slot is left empty.
         """
         self.release(slot)
-        size, num_prompt = self._vocab_size, len(prompt)
-        ends = [token for token in stop_token_ids if 0 <= token < size]
+        vocabulary, num_prompt = self._vocabulary, len(prompt)
+        ends = [token for token in stop_token_ids if 0 <= token < vocabulary.size]
         first_end = num_prompt + max(params.min_tokens - 1, 0)
         self._params.write(
             slot,
             params,
             seed,
             stops=(np.array([len(ends), *sorted(ends)], np.int32) if ends else None, first_end),
-            rules=rules.record_of(params, size, num_prompt, len(outputs), ends, bad_words),
-            penalties=penalties.record_of(params, size, prompt, outputs),
+            rules=rules.record_of(params, vocabulary, num_prompt, len(outputs), ends, bad_words),
+            penalties=penalties.record_of(params, vocabulary.own, prompt, outputs),
         )
 
     def release(self, slot: int) -> None:
@@ -120,7 +124,7 @@ class Sampler:
     def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int] | Tensor) -> Sampled:
         """Choose a token for each row and count it in its slot's state.
 
-        `logits` [R, V] float32 are the model's, masked by a grammar or not; they may be overwritten.
+        `logits` [R, own] float32 are the model's, masked by a grammar or not; they may be overwritten.
         `positions` [R] are the chosen tokens' indices in their sequences: the prompt's length for the first
         output. A slot appears at most once.
         """
@@ -134,7 +138,9 @@ class Sampler:
         if union & EXTRAS:  # nothing else writes to the logits, and a slice of them is no copy
             raw = {k: own.clone() if isinstance(index[k], slice) else own for k, own in raw.items()}
         token_ids, bad = self._choose(logits, where, at, union)
-        groups = [compute(raw[k], token_ids[index[k]], k, rows) for k, rows in asked.items()]
+        groups = [
+            compute(raw[k], token_ids[index[k]], k, rows, self._vocabulary) for k, rows in asked.items()
+        ]
         self._count(where, token_ids, union)
         return Sampled(token_ids, bad, tuple(groups))
 
@@ -165,7 +171,8 @@ class Sampler:
         scored = bool(uses & Uses.LOGPROBS)
         raw = logits.clone() if scored and uses & EXTRAS else logits
         token_ids, bad = self._choose(logits, slots, positions, uses)
-        groups = (compute(raw, token_ids, FIXED_LOGPROBS, range(len(token_ids))),) if scored else ()
+        rows = range(len(token_ids))
+        groups = (compute(raw, token_ids, FIXED_LOGPROBS, rows, self._vocabulary),) if scored else ()
         self._count(slots, token_ids, uses)
         return Sampled(token_ids, bad, groups)
 
@@ -176,13 +183,13 @@ class Sampler:
             rules.restrict(logits, slots, positions, self._tokens, kept.rules)
         if uses & Uses.PENALTIES:
             penalties.penalise(logits, slots, kept.penalties)
-        token_ids, bad = draw(logits, self._params.controls(slots, positions, uses))
+        token_ids, bad = draw(logits, self._params.controls(slots, positions, uses), self._vocabulary)
         return token_ids, bad
 
     def _count(self, slots: Tensor, token_ids: Tensor, uses: Uses) -> None:
         """Last of all: what failed before this can be done again."""
         if uses & Uses.PENALTIES:
-            penalties.count(slots, token_ids, self._params.kept.penalties)
+            penalties.count(slots, token_ids, self._params.kept.penalties, self._vocabulary.own)
 
     def num_logprobs(self, slots: Sequence[int]) -> list[int | None]:
         """How many each slot's sequence asks for, next to the chosen token's own; None for none at all."""

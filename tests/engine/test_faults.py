@@ -118,7 +118,7 @@ class Tight:
     def __init__(self, network: Any, room: Any, most_logits: int | None = None):
         self.network, self.room, self.most_logits = network, room, most_logits
         self.num_steps = self.num_shortages = 0
-        self.axes = network.axes
+        self.axes, self.vocabulary, self.build = network.axes, network.vocabulary, network.build
 
     def __call__(self, token_ids: Tensor, *rest: Any) -> Tensor:
         self.num_steps += 1

@@ -174,6 +174,7 @@ def lookups(dtype: torch.dtype) -> Inputs:
             for form in (table, table.float(), Pack(table), Pack(table.float())):
                 yield ids, form
                 yield ids, form, 5.75
+                yield ids * 3 - 40, form, 5.75, 30
 
 
 def tables(dtype: torch.dtype) -> Inputs:

@@ -76,7 +76,8 @@ def compute(decoder: Decoder, prompts: list[list[int]], least: int, most: int, s
         step = ragged([done[s] for s in chosen], counts, [tables[s] for s in chosen], size)
         step = replace(step, rows=torch.tensor([rows[s] for s in chosen]))
         hidden = decoder(torch.tensor(ids), step, caches)
-        logits = decoder.logits(hidden) if decoder.stage.is_last else hidden
+        is_last = decoder.stage.is_last
+        logits = decoder.vocabulary.gather(decoder.logits(hidden)) if is_last else hidden
         for s, part in zip(chosen, logits.split(counts), strict=True):
             parts[s].append(part)
             done[s] += len(part)

@@ -27,6 +27,8 @@ class Together:
 class Thread:
     """A communicator. What everyone gives lies in a list until all have taken it."""
 
+    is_repeatable = False
+
     def __init__(self, together: Together, rank: int):
         self.together, self.size, self.rank = together, together.size, rank
 

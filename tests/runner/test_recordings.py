@@ -90,6 +90,22 @@ def test_recorded_steps_answer_as_others(name: str, options: dict[str, str], tmp
         assert not found.steps and found.refused
 
 
+@pytest.mark.parametrize("name", ["Qwen3", pytest.param("Qwen2Moe", marks=pytest.mark.slow)])
+def test_ranks_record_their_steps(name: str, tmp_path: Path) -> None:
+    """What they exchange is in the recording, and the same bits if one of them has none."""
+    folder, work = folder_of(name, tmp_path), workload(KINDS[:3])
+    one, other = (make_engine(folder, tensor_parallel_size=2) for _ in range(2))
+    try:
+        runner = other.core.runner.runner
+        runner.fixed = None
+        assert run(one, work) == run(other, work)
+        fixed = one.core.runner.runner.fixed
+        assert {kind.num_rows for (kind, _) in fixed.graphs.steps if kind.uses is not None} >= {1, 2, 3}
+    finally:
+        one.close()
+        other.close()
+
+
 def test_only_what_torch_samples_is_not_recorded(tmp_path: Path) -> None:
     """The network of such steps is, without sampling."""
     engine = make_engine(folder_of("Qwen3", tmp_path))

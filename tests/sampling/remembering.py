@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.parallel.vocabulary import Vocabulary
 from quire.sampling.sampler import Sampled, Sampler
 from quire.sampling.slots import upload
 
@@ -15,9 +16,9 @@ CPU = torch.device("cpu")
 class Remembering(Sampler):
     """Takes down what slots start with and what is sampled for them, at positions below 256."""
 
-    def __init__(self, vocab_size: int, num_slots: int, device: torch.device = CPU):
+    def __init__(self, vocabulary: int | Vocabulary, num_slots: int, device: torch.device = CPU):
         self.tokens = torch.zeros(num_slots + 1, 256, dtype=torch.int32, device=device)
-        super().__init__(vocab_size, self.tokens)
+        super().__init__(Vocabulary(vocabulary) if isinstance(vocabulary, int) else vocabulary, self.tokens)
 
     def admit(
         self, slot: int, *args: Any, prompt: Sequence[int], outputs: Sequence[int], **named: Any

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from quire.parallel.vocabulary import Vocabulary
 from quire.sampling.sampler import Sampler
 from quire.types import SamplingParams
 
@@ -67,7 +68,7 @@ def exact(params: SamplingParams) -> torch.Tensor:
 def draw(params: SamplingParams, seed: int, positions: range) -> torch.Tensor:
     """One token at each position, from a slot of its own: a sequence taken back to its start each time."""
     count = len(positions)
-    sampler = Sampler(VOCAB, torch.zeros(count + 1, 8, dtype=torch.int32))
+    sampler = Sampler(Vocabulary(VOCAB), torch.zeros(count + 1, 8, dtype=torch.int32))
     for slot in range(count):
         sampler.admit(
             slot, params, seed=seed, prompt=PROMPT, outputs=OUTPUTS, stop_token_ids=[], bad_words=[]
@@ -108,7 +109,7 @@ def test_draws_follow_the_exact_distribution(given: dict[str, Any]) -> None:
 def test_seeds_follow_it_too() -> None:
     """One position, many seeds in a row: n parallel sequences."""
     params = SamplingParams()
-    sampler = Sampler(VOCAB, torch.zeros(DRAWS + 1, 8, dtype=torch.int32))
+    sampler = Sampler(Vocabulary(VOCAB), torch.zeros(DRAWS + 1, 8, dtype=torch.int32))
     for slot in range(DRAWS):
         sampler.admit(
             slot, params, seed=slot, prompt=PROMPT, outputs=OUTPUTS, stop_token_ids=[], bad_words=[]

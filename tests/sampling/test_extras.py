@@ -81,7 +81,7 @@ def test_kernels_equal_references() -> None:
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, equal_nan=True)
         token_ids = torch.arange(len(slots), device=device) * 900
         before = [None if record is None else record.clone() for record in kept.penalties.of]
-        penalty_kernels.count(slots, token_ids, kept.penalties.addresses)
+        penalty_kernels.count(slots, token_ids, kept.penalties.addresses, range(VOCAB))
         for slot, (old, new) in enumerate(zip(before, kept.penalties.of, strict=True)):
             assert (old is None) == (new is None) == (slot not in (2, 4, 6))
             if old is not None and new is not None:

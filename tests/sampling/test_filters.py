@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from quire.parallel.vocabulary import Vocabulary
 from quire.sampling.filters import Filters, thresholds
 
 
@@ -46,7 +47,7 @@ def test_thresholds(vocab_size: int, spread: float) -> None:
         torch.tensor([k for _, k, _ in cases]),
         torch.tensor([q for _, _, q in cases]),
     )
-    found = thresholds(scaled, filters)
+    found = thresholds(scaled, filters, Vocabulary(scaled.shape[1]))
     for row, case in enumerate(cases):
         kept = set((scaled[row] >= found[row]).nonzero()[:, 0].tolist())
         assert kept == kept_by_sort(scaled[row], *case), case
@@ -55,11 +56,11 @@ def test_thresholds(vocab_size: int, spread: float) -> None:
 def test_ties_stay_together() -> None:
     scaled = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]]).repeat(2, 1)
     filters = Filters(torch.full((2,), -math.inf), torch.tensor([2, 5]), torch.tensor([1.0, 0.6]))
-    assert thresholds(scaled, filters).tolist() == [1.0, 1.0]
+    assert thresholds(scaled, filters, Vocabulary(scaled.shape[1])).tolist() == [1.0, 1.0]
 
 
 def test_ties_that_go_on_past_the_first_look() -> None:
     scaled = torch.zeros(1, 1200)
     scaled[0, 0] = 1.0
     filters = Filters(torch.tensor([-math.inf]), torch.tensor([100]), torch.tensor([0.5]))
-    assert thresholds(scaled, filters).tolist() == [0.0]
+    assert thresholds(scaled, filters, Vocabulary(scaled.shape[1])).tolist() == [0.0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quire.kernels.cpu.native import library
+from quire.parallel.vocabulary import Vocabulary
 from quire.sampling import native
 from quire.sampling.draw import Controls, draw
 from quire.sampling.filters import Filters
@@ -71,8 +72,9 @@ def test_draw(kind: str, vocab_size: int) -> None:
     for first_position in (0, 2**33):
         how = controls(FILTERS, vocab_size, first_position)
         logits = logits_of(kind, len(FILTERS), vocab_size)
-        tokens, bad = draw.reference(logits.clone(), how)
-        found = draw(logits.clone(), how)
+        whole = Vocabulary(vocab_size)
+        tokens, bad = draw.reference(logits.clone(), how, whole)
+        found = draw(logits.clone(), how, whole)
         assert found[0].tolist() == tokens.tolist()
         assert not found[1].any() and not bad.any()
 
@@ -81,28 +83,28 @@ def test_many_draws() -> None:
     """Small differences of the fast logarithm would show here: 3000 draws from nearly flat rows."""
     vocab_size, num_rows = 500, 3000
     how = controls([{}] * num_rows, vocab_size, 17)
-    logits = logits_of("flat", num_rows, vocab_size)
-    assert torch.equal(draw(logits, how)[0], draw.reference(logits, how)[0])
+    logits, whole = logits_of("flat", num_rows, vocab_size), Vocabulary(vocab_size)
+    assert torch.equal(draw(logits, how, whole)[0], draw.reference(logits, how, whole)[0])
 
 
 def test_rows_may_be_strided() -> None:
-    how = controls([{}] * 3, 40, 0)
+    how, whole = controls([{}] * 3, 40, 0), Vocabulary(40)
     logits = logits_of("wide", 6, 40)
-    assert torch.equal(draw(logits[::2], how)[0], draw.reference(logits[::2].clone(), how)[0])
+    assert torch.equal(draw(logits[::2], how, whole)[0], draw.reference(logits[::2].clone(), how, whole)[0])
     columns = logits_of("wide", 40, 3).T
-    assert torch.equal(draw(columns, how)[0], draw.reference(columns.contiguous(), how)[0])
+    assert torch.equal(draw(columns, how, whole)[0], draw.reference(columns.contiguous(), how, whole)[0])
 
 
 def test_bad_rows() -> None:
-    logits = logits_of("wide", 6, 700)
+    logits, whole = logits_of("wide", 6, 700), Vocabulary(700)
     logits[1, 699] = math.nan
     logits[2, 5] = math.inf
     logits[3] = -math.inf
     logits[4, 0] = -math.nan
     for rows in ([{}] * 6, [{"scale": 0.0}] * 6, [{"top_p": 0.9}] * 6):
         how = controls(rows, 700, 0)
-        tokens, bad = draw(logits.clone(), how)
-        expected = draw.reference(logits.clone(), how)
+        tokens, bad = draw(logits.clone(), how, whole)
+        expected = draw.reference(logits.clone(), how, whole)
         assert bad.tolist() == expected[1].tolist() == [False, True, True, True, True, False]
         assert tokens.tolist() == expected[0].tolist()
 
@@ -121,7 +123,7 @@ def test_penalise(vocab_size: int) -> None:
     records = Records(host, host)
     for slot, given in enumerate(params):
         outputs = torch.randint(0, vocab_size, (2000,), generator=generator).tolist()
-        records.put(slot, record_of(given, vocab_size, [1, vocab_size + 4, 3], outputs))
+        records.put(slot, record_of(given, range(vocab_size), [1, vocab_size + 4, 3], outputs))
     slots = torch.tensor([2, 4, 0, 3, 1])  # two have none
     expected = logits.clone()
     penalise.reference(expected, slots, records)

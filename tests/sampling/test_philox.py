@@ -48,7 +48,7 @@ def test_gumbel_is_finite_and_grows_as_u_shrinks() -> None:
 
 def test_noise_takes_word_by_token_and_counter_by_position() -> None:
     seed, position = -3, (5 << 32) + 9
-    found = noise(torch.tensor([1, seed]), torch.tensor([0, position]), 11)
+    found = noise(torch.tensor([1, seed]), torch.tensor([0, position]), range(11))
     key = (seed & ONES, seed >> 32 & ONES)
     bits = [word for group in range(3) for word in bits_of((group, 9, 5, 0), key)][:11]
     assert torch.equal(found[1], gumbel(uniform(torch.tensor(bits))))

@@ -45,6 +45,7 @@ struct Embed {
   const void* table;  // rows, or a weight that linear.cpp packed: then `units` of a row
   const int64_t* ids;
   int64_t rows, size, units;
+  int64_t first, count;  // the table's rows; every other is 0
   float scale;
 };
 

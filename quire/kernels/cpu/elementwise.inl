@@ -51,9 +51,13 @@ static inline void add_norm(const AddNorm& a, int64_t row) {
 template <class T>
 static inline void embed_of(const Embed& a, int64_t row) {
   constexpr int64_t PER_UNIT = 4 / sizeof(T), BLOCK = 64;  // as in linear.cpp
-  const int64_t id = a.ids[row];
-  const T* from = (const T*)a.table + (a.units ? id / BLOCK * a.units * BLOCK + id % BLOCK : 0) * PER_UNIT;
+  const int64_t id = a.ids[row] - a.first;
   T* to = (T*)a.out + row * a.size;
+  if (id < 0 || id >= a.count) {
+    memset(to, 0, a.size * sizeof(T));
+    return;
+  }
+  const T* from = (const T*)a.table + (a.units ? id / BLOCK * a.units * BLOCK + id % BLOCK : 0) * PER_UNIT;
   if (a.units) {
     for (int64_t i = 0; i < a.size; i++) to[i] = from[i / PER_UNIT * BLOCK * PER_UNIT + i % PER_UNIT];
   } else {

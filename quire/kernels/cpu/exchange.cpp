@@ -22,6 +22,7 @@
 #endif
 
 #include "elementwise.h"
+#include "exchange.h"
 
 namespace {
 
@@ -40,15 +41,6 @@ struct AllReduce {
   const void* x;
   void* out;                  // of the sums, those from begin to end
   int64_t count, begin, end;  // elements
-};
-
-struct AllGather {
-  int32_t rank, size;
-  char* region;
-  int64_t slot_bytes, ring_bytes, timeout_ns;
-  const char* x;
-  char* out;            // [bytes / run][size][run]
-  int64_t bytes, run;
 };
 
 struct Exchange {

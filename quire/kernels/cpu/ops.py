@@ -132,18 +132,21 @@ def _register_lookups(level: int, threads: Callable[[], int]) -> None:
     find, choose = kernel("quire_embed"), kernel("quire_pick")
 
     @embed.on("cpu", torch.int64)
-    def embed_native(ids: Tensor, table: Tensor | PackedWeight, scale: float = 1.0) -> Tensor:
+    def embed_native(
+        ids: Tensor, table: Tensor | PackedWeight, scale: float = 1.0, first: int | None = None
+    ) -> Tensor:
         packed = isinstance(table, PackedWeight)
-        data, size = (
-            (table.data, table.inputs) if isinstance(table, PackedWeight) else (table, table.shape[1])
-        )
+        if isinstance(table, PackedWeight):
+            data, count, size = table.data, table.outputs, table.inputs
+        else:
+            data, (count, size) = table, table.shape
         if data.dtype not in BOTH or not data.is_contiguous():
-            return embed.reference(ids, table, scale)
+            return embed.reference(ids, table, scale, first)
         ids = ids.contiguous()
         out = torch.empty((*ids.shape, size), dtype=data.dtype)
         find(
             *(level, threads(), data.dtype is torch.bfloat16, out.data_ptr(), data.data_ptr()),
-            *(ids.data_ptr(), ids.numel(), size, data.shape[2] if packed else 0, scale),
+            *(ids.data_ptr(), ids.numel(), size, data.shape[2] if packed else 0, first or 0, count, scale),
         )
         return out
 

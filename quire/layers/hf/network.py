@@ -32,6 +32,7 @@ from quire.layers.hf.states import Over, computing, pieces, wrap
 from quire.layers.rope import RopeTables
 from quire.models.spec import Foreign
 from quire.parallel.axis import Axes
+from quire.parallel.vocabulary import Vocabulary
 
 NUM_SHOWN = 5
 ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
@@ -119,6 +120,7 @@ class Modules:
         self.spec, self.config, self.backend, self.axes = s, config, backend, Axes()
         device = torch.device(device)
         ropes = RopeTables(max_length or s.max_length, device)
+        self.vocabulary = Vocabulary(s.vocab_size)
         self.build = Build(s.dim, dtype, device, backend, ropes, invariant, bits)
         self.model: Any = None
         self.body: Any = None

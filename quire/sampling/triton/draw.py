@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.models.shard import TOKENS
+from quire.parallel.vocabulary import Vocabulary
 from quire.sampling.draw import Controls
 from quire.sampling.triton import wide
 from quire.sampling.triton.parts import (
@@ -53,10 +55,18 @@ class Scratch(NamedTuple):
     tokens: Tensor  # int32 [R, kept]
 
 
-def draw(logits: Tensor, controls: Controls, sizes: Sizes | None = None) -> tuple[Tensor, Tensor]:
-    """Tokens and bad rows as `quire.sampling.draw.draw` has them, for float32 `logits` [R, V]."""
+def draw(
+    logits: Tensor, controls: Controls, vocabulary: Vocabulary, sizes: Sizes | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens and bad rows as `quire.sampling.draw.draw` has them, for float32 `logits` [R, own].
+
+    Filters need everybody's logits: a search for their thresholds by several ranks would have to be as long each time.
+    """
+    filters = controls.any_filter and not controls.all_greedy
+    if vocabulary.axis.size > 1 and (filters or vocabulary.share % TOKENS):
+        return draw(vocabulary.gather(logits), controls, Vocabulary(vocabulary.size), sizes)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    num_rows, vocab_size = logits.shape
+    num_rows, count = logits.shape
     out = Out(
         logits.new_empty(num_rows, dtype=torch.int64),
         logits.new_empty(num_rows, dtype=torch.uint8),
@@ -65,17 +75,19 @@ def draw(logits: Tensor, controls: Controls, sizes: Sizes | None = None) -> tupl
     if num_rows == 0:
         return out.tokens, out.bad.view(torch.bool)
     sizes = sizes or Sizes()
-    num_chunks = triton.cdiv(vocab_size, sizes.chunk)
-    sizes = sizes._replace(width=triton.next_power_of_2(num_chunks))
-    filters = controls.any_filter and not controls.all_greedy
+    num_chunks = triton.cdiv(vocabulary.share, sizes.chunk)
+    sizes = sizes._replace(width=triton.next_power_of_2(num_chunks * vocabulary.axis.size))
     top, best, mass = logits.new_empty(3, num_rows, num_chunks)
     token = logits.new_empty(num_rows, num_chunks, dtype=torch.int32)
     maxima = logits.new_empty(num_rows, num_chunks * (sizes.chunk // sizes.group)) if filters else top
     found, knobs = Found(top, best, token, mass, maxima), knobs_of(controls)
-    given = (logits, logits.stride(0), vocab_size, knobs, found)
-    scan[(num_chunks, num_rows)](*given, sizes, not controls.all_greedy, filters, num_warps=8)
+    given = (logits, logits.stride(0), count, knobs, found)
+    grid = (num_chunks, num_rows)
+    scan[grid](*given, vocabulary.own.start, sizes, not controls.all_greedy, filters, num_warps=8)
     if not filters:
-        finish[(num_rows,)](found, out, num_chunks, sizes.width, num_warps=1)
+        top, best, token = (vocabulary.axis.all_gather(x, 1) for x in (top, best, token))
+        found = found._replace(top=top, best=best, token=token)
+        finish[(num_rows,)](found, out, found.top.shape[1], sizes.width, num_warps=1)
         return out.tokens, out.bad.view(torch.bool)
     ids = logits.new_empty(num_rows, sizes.live + sizes.kept, dtype=torch.int32)
     values = logits.new_empty(num_rows, sizes.kept)
@@ -92,11 +104,12 @@ def scan(
     vocab_size,
     knobs,
     found,
+    start,
     sizes: tl.constexpr,
     any_random: tl.constexpr,
     any_filter: tl.constexpr,
 ):
-    """One chunk of a row. Grid (C, R)."""
+    """One chunk of a row, whose tokens are those from `start` on. Grid (C, R)."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = row * tl.num_programs(0) + chunk
     first = chunk * sizes.chunk
@@ -118,14 +131,14 @@ def scan(
                 tl.store(found.mass + at, tl.sum(tl.reshape(weights, [sizes.chunk]), 0))
                 tl.store(found.maxima + at * num_groups + tl.arange(0, num_groups), maxima)
         if kind == RANDOM:
-            scores = x * tl.load(knobs.scale + row) + noise(first, sizes.chunk, knobs, row)
+            scores = x * tl.load(knobs.scale + row) + noise(start + first, sizes.chunk, knobs, row)
             best, index = greatest(scores)
             tl.store(found.best + at, best)
-            tl.store(found.token + at, first + index)
+            tl.store(found.token + at, start + first + index)
     if kind == GREEDY:
         best, index = greatest(x)
         tl.store(found.best + at, best)
-        tl.store(found.token + at, first + index)
+        tl.store(found.token + at, start + first + index)
 
 
 @triton.jit

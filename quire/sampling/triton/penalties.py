@@ -19,10 +19,10 @@ def penalise(logits: Tensor, slots: Tensor, addresses: Tensor) -> None:
         _penalise[grid](logits, logits.stride(0), vocab_size, slots, addresses, HEADER, CHUNK)
 
 
-def count(slots: Tensor, token_ids: Tensor, addresses: Tensor) -> None:
+def count(slots: Tensor, token_ids: Tensor, addresses: Tensor, own: range) -> None:
     """Do what `quire.sampling.penalties.count` does."""
     if len(slots):
-        _count[(len(slots),)](slots, token_ids, addresses, HEADER, num_warps=1)
+        _count[(len(slots),)](slots, token_ids, addresses, own.start, len(own), HEADER, num_warps=1)
 
 
 @triton.jit
@@ -47,10 +47,11 @@ def _penalise(logits, row_stride, vocab_size, slots, addresses, header: tl.const
 
 
 @triton.jit
-def _count(slots, token_ids, addresses, header: tl.constexpr):
+def _count(slots, token_ids, addresses, first, count, header: tl.constexpr):
     """One row; no two rows share their counts. Grid (R)."""
     row = tl.program_id(0)
     address = tl.load(addresses + tl.load(slots + row))
-    if address != 0:
-        place = address.to(tl.pointer_type(tl.int32)) + header + tl.load(token_ids + row)
+    token = tl.load(token_ids + row) - first
+    if (address != 0) & (token >= 0) & (token < count):
+        place = address.to(tl.pointer_type(tl.int32)) + header + token
         tl.store(place, tl.load(place) + 2)
