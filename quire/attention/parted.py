@@ -70,12 +70,11 @@ class Parted:
         sinks: Tensor | None = None,
     ) -> Tensor:
         tokens, heads, size = *q.shape[:2], self.axis.size
+        how: Any = {"scale": scale, "window": self._own_window(window, step), "softcap": softcap}
         every = self.axis.all_gather(q, 1)
         if step.order is not None:
             every = every[step.order]
-        found, sums = self.backend.attend_part(
-            every, cache, step, scale=scale, window=window and window // size, softcap=softcap
-        )
+        found, sums = self.backend.attend_part(every, cache, step, **how)
         parts = torch.cat((found, sums[..., None]), -1)  # [T, size * H, Dv + 1]
         if step.order is not None:
             parts = torch.empty_like(parts).index_copy_(0, step.order, parts)
@@ -83,6 +82,13 @@ class Parted:
         each = [tokens] * size
         mine = self.axis.all_to_all(rows, each, each).unflatten(0, (size, tokens))
         return merge(mine[..., :-1], mine[..., -1], sinks).to(q.dtype)
+
+    def _own_window(self, window: int | None, step: Ragged) -> int | None:
+        """Of as many positions of this rank's as of any other's, unless it hides none."""
+        size = self.axis.size
+        if window is not None and window % size and window <= size * (step.max_length - 1):
+            raise ValueError(f"a window of {window} positions is not the same number of each of {size} ranks")
+        return window and -(-window // size)
 
     def read(self, cache: LayerCache, slots: Tensor) -> Tensor:
         raise _not_in_parts()

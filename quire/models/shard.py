@@ -169,12 +169,16 @@ def _check_attention(s: Attention, size: int, parts: int, block_size: int, lengt
             f" tensor_parallel_size {size} ranks, so that the most is {same}; take a divisor of that, or a"
             f" tensor_parallel_size that is a multiple of {s.num_kv_heads * parts}"
         )
-    for what, seen, unit in (("window", s.window, parts), ("chunk", s.chunk, block_size)):
-        if seen is not None and seen < length and seen % unit:
-            raise ConfigError(
-                f"{begin} has layers that see a {what} of {seen} positions, which is no multiple of {unit}, the"
-                f" {'ranks' if what == 'window' else 'positions of a block'}; leave it out"
-            )
+    if s.window is not None and s.window < length and s.window % parts:
+        raise ConfigError(
+            f"{begin} has layers that see a window of {s.window} positions, of which {parts} ranks cannot have as many"
+            f" each; take a divisor of {s.window}"
+        )
+    if s.chunk is not None and s.chunk < length and s.chunk % block_size:
+        raise ConfigError(
+            f"{begin} has layers that see a chunk of {s.chunk} positions, which the {block_size} of all ranks' blocks"
+            " do not divide; lower it, or block_size"
+        )
 
 
 def is_cut(whole: Block, part: Block) -> tuple[bool, bool]:

@@ -22,6 +22,7 @@ CASES = [
     Case("one key head", 8, CacheShape(1, 16, 16)),
     Case("latent", 12, CacheShape(1, 40, 26, v_in_k=True)),
     Case("window", 8, CacheShape(1, 16, 16), window=24),
+    Case("window beyond all", 8, CacheShape(1, 16, 16), window=71),
     Case("softcap", 8, CacheShape(1, 16, 16), softcap=1.5),
     Case("sinks", 8, CacheShape(1, 16, 16), sinks=True),
     Case("all", 8, CacheShape(1, 32, 32), window=12, softcap=2.0, sinks=True),
@@ -81,6 +82,17 @@ def test_ranks_find_together_what_dense_attention_finds(case: Case, size: int, q
             over_ranks(Reference(4, quantized=quantized), case, data, steps, size), want, strict=True
         ):
             torch.testing.assert_close(got.double(), expected, rtol=0, atol=TOLERANCE[torch.float32])
+
+
+def test_windows_of_which_ranks_have_not_as_many_are_refused() -> None:
+    case = Case("odd", 8, CacheShape(1, 16, 16), window=23)
+    data = sequences(case, LENGTHS, torch.float32)
+
+    def one(axis: Axis) -> None:
+        with pytest.raises(ValueError, match="window of 23 positions"):
+            _one_rank(Parted(Reference(4), axis), case, data, [LENGTHS], axis)
+
+    in_ranks(2, one)
 
 
 def test_each_rank_has_every_position_once() -> None:

@@ -61,8 +61,9 @@ def load(folder: Path, backend: Backend) -> Decoder:
 
 def compute(decoder: Decoder, prompts: list[list[int]], least: int, most: int, seed: int = 0) -> list[Tensor]:
     """Logits of all positions: random ones of the sequences in each step, `least` to `most` positions of each."""
-    rng, size = random.Random(seed), decoder.backend.block_size
-    pool = torch.full((NUM_BLOCKS, block_bytes(decoder.share, size, 4)), 255, dtype=torch.uint8)
+    rng, own_size = random.Random(seed), decoder.backend.block_size
+    pool = torch.full((NUM_BLOCKS, block_bytes(decoder.share, own_size, 4)), 255, dtype=torch.uint8)
+    size = own_size * decoder.axes.cp.size
     states = torch.full((NUM_ROWS, state_bytes(decoder.share, 4)), 255, dtype=torch.uint8)  # NaN
     rows = rng.sample(range(NUM_ROWS), len(prompts))
     states[rows] = 0

@@ -16,11 +16,12 @@ from quire.layers.decoder import Decoder
 from quire.layers.shards import Shards
 from quire.models.parameters import num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec
-from quire.models.shard import WholeExperts, shard
+from quire.models.shard import WholeExperts, check_parts, shard
 from quire.parallel.axis import Axes
+from quire.parallel.mesh import Mesh
 from tests.layers.test_chunks import LENGTHS, compute
 from tests.models.cases import BY_NAME, build_hf, config_of, prompt
-from tests.parallel.threads import in_ranks
+from tests.parallel.threads import in_mesh, in_ranks
 
 NEAR = 1e-4
 NAMES = (  # every way to share a layer out, and every mixer that cannot be
@@ -73,6 +74,18 @@ def test_logits_are_those_of_one(folder: Path, size: int) -> None:
         for got, want, first in zip(own, alone, ranks[0], strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=NEAR * want.abs().max().item())
             assert torch.equal(got, first)
+
+
+def test_logits_where_ranks_with_the_same_keys_share_out_positions(folder: Path) -> None:
+    alone, size, parts = logits(folder), 4, 2
+    spec, _ = decoder_spec(read_config(folder))
+    try:
+        check_parts(spec, size, parts, 4, spec.max_length)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    for own in in_mesh(Mesh(tp=size // parts, cp=parts), lambda axes: logits(folder, axes)):
+        for got, want in zip(own, alone, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=NEAR * want.abs().max().item())
 
 
 def test_a_part_is_about_as_small_as_its_share(tmp_path: Path) -> None:

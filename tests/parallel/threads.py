@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.parallel.axis import Axis
+from quire.parallel.axis import Axes, Axis
+from quire.parallel.mesh import SPANS, Mesh
 
 PATIENCE_S = 60
 
@@ -72,14 +73,23 @@ class Thread:
 
 def in_ranks(size: int, compute: Callable[[Axis], Any]) -> list[Any]:
     """What each of `size` ranks computes."""
-    together = Together(size)
+    return in_mesh(Mesh(tp=size), lambda axes: compute(axes.world))
+
+
+def in_mesh(mesh: Mesh, compute: Callable[[Axes], Any]) -> list[Any]:
+    """What each rank of a mesh computes."""
+    lines = {peers: Together(len(peers)) for _, peers in mesh.lines()}
+
+    def axis(peers: tuple[int, ...], rank: int) -> Axis:
+        return Axis(Thread(lines[peers], peers.index(rank))) if len(peers) > 1 else Axis()
 
     def one(rank: int) -> Any:
         try:
-            return compute(Axis(Thread(together, rank)))
+            return compute(Axes(**{name: axis(mesh.peers(name, rank), rank) for name in SPANS}))
         except BaseException:
-            together.barrier.abort()  # the others wait for this one
+            for together in lines.values():  # the others wait for this one
+                together.barrier.abort()
             raise
 
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(one, range(size)))
+    with ThreadPoolExecutor(mesh.size) as pool:
+        return list(pool.map(one, range(mesh.size)))
