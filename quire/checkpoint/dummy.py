@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 
@@ -70,6 +71,16 @@ class MetaWeights:
     def tensor(self, name: str, *, shape: tuple[int, ...], rows: slice | None = None) -> torch.Tensor:
         whole = torch.empty(shape, dtype=self.dtype, device="meta")
         return whole if rows is None else whole[rows]
+
+
+class Made:
+    """A tensor that is made up when it is indexed."""
+
+    def __init__(self, dummy: DummyCheckpoint, name: str, shape: tuple[int, ...]):
+        self.dummy, self.name, self.shape = dummy, name, shape
+
+    def __getitem__(self, item: Any) -> torch.Tensor:
+        return self.dummy.tensor(self.name, shape=self.shape)[item]
 
 
 def _is_factor(name: str) -> bool:

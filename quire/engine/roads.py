@@ -87,13 +87,18 @@ class Foreign:
                 ", one sequence at a time, since they attend themselves" if alone else "",
                 found.difference,
             )
+        if alone and config.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size is {config.tensor_parallel_size}, and Transformers' modules of {architecture}"
+                " attend themselves, which only one process can have them do; leave it out"
+            )
         self.hf_config = source.hf_config(raw, config.max_model_len)
-        self.spec = source.describe(architecture, self.hf_config, alone)
+        self.spec = source.describe(architecture, self.hf_config, alone, config.tensor_parallel_size)
 
     def network(self, config: Config, backend: Backend, device: torch.device, axes: Axes) -> Any:
         from quire.layers.hf.network import Modules
 
-        return Modules(self.spec, self.hf_config, **_how(config, backend, device))
+        return Modules(self.spec, self.hf_config, axes=axes, **_how(config, backend, device))
 
     def load(self, network: Any, config: Config, folder: Path) -> None:
         if config.load_format == "dummy":
@@ -111,10 +116,10 @@ def take_road(raw: Mapping[str, Any], config: Config) -> Road:
     """
     if registry.road(raw, config.model_impl) == registry.NATIVE:
         return Native(raw)
-    if config.tensor_parallel_size > 1:
+    if config.decode_context_parallel_size > 1:
         raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, and Transformers' modules are computed by one"
-            " process; leave it out, or take a native architecture (`quire models`)"
+            f"decode_context_parallel_size is {config.decode_context_parallel_size}, and over caches in parts"
+            " Transformers' modules are not run; it needs a native architecture (`quire models`)"
         )
     if config.deterministic:
         raise ConfigError(

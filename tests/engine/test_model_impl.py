@@ -99,6 +99,36 @@ def test_preempted_requests_go_on(name: str, cache_bytes: int, tmp_path: Path) -
     assert [o.outputs[0].token_ids for o in got] == want
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Gemma3", {}),
+        pytest.param("Qwen2Moe", {}, marks=pytest.mark.slow),
+        pytest.param("DeepseekV3", {}, marks=pytest.mark.slow),
+        pytest.param("Mixtral", {"load_format": "dummy"}, marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_say_what_one_does(name: str, options: dict[str, str], tmp_path: Path) -> None:
+    """By the plan of the modules' authors."""
+    build_hf(BY_NAME[name], tmp_path)
+    prompts, found = prompts_of(BY_NAME[name]), []
+    how = {**ENGINE, **options, "model_impl": "transformers", "max_num_batched_tokens": 16}
+    for size in (1, 2):
+        with LLM(str(tmp_path), **how, tensor_parallel_size=size) as llm:
+            found.append(llm.generate(prompts, GREEDY, use_tqdm=False))
+    assert [o.outputs[0].token_ids for o in found[0]] == [o.outputs[0].token_ids for o in found[1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("GPT2", "made no plan"), ("Falcon", "attend themselves"), ("GptOss", "cuts no layer")],
+)
+def test_several_processes_are_refused_where_there_is_no_plan(name: str, reason: str, tmp_path: Path) -> None:
+    build_hf(BY_NAME[name], tmp_path)
+    with pytest.raises(ConfigError, match=f"tensor_parallel_size is 2.*{reason}"):
+        LLM(str(tmp_path), **ENGINE, model_impl="transformers", tensor_parallel_size=2)
+
+
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     build_hf(BY_NAME["Llama"], tmp_path)
     named = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.LlamaForCausalLM"}

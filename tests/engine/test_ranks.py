@@ -249,7 +249,14 @@ def test_ranks_end_with_the_callers_process(folders: dict[str, Path], ends: str)
         ({"tensor_parallel_size": 3}, "tensor_parallel_size is 3.*take a divisor"),
         ({"enable_expert_parallel": True}, "no experts that could be spread"),
         ({"enable_eplb": True}, "it needs enable_expert_parallel"),
-        ({"model_impl": "transformers"}, "tensor_parallel_size is 2.*one process"),
+        (
+            {"model_impl": "transformers", "tensor_parallel_size": 4},
+            "tensor_parallel_size is 4.*does not run",
+        ),
+        (
+            {"model_impl": "transformers", "decode_context_parallel_size": 2},
+            "decode_context_parallel_size is 2.*native",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -81,6 +81,8 @@ class Shapes:
     def attend(self, call: Call) -> Tensor:
         num_heads, k_dim = call.q.shape[1:]
         num_kv_heads, v_dim = call.v.shape[1:]
+        if call.sinks is not None and len(call.sinks) != num_heads:
+            raise UnsupportedModel(f"{len(call.sinks)} sinks of {num_heads} heads")
         self.heads.append(
             Heads(
                 num_heads=num_heads,

@@ -10,7 +10,7 @@ from quire.attention.base import Backend, Ragged, layer_caches
 from quire.attention.groups import Layout
 from quire.attention.reference import Reference
 from quire.attention.views import Place, places, seen_from
-from quire.checkpoint.dummy import DummyCheckpoint
+from quire.checkpoint.dummy import DummyCheckpoint, Made
 from quire.errors import CheckpointError
 from quire.kernels import ops
 from quire.layers.base import Build
@@ -18,6 +18,7 @@ from quire.layers.hf.alone import compute
 from quire.layers.hf.attention import Paged, running
 from quire.layers.hf.experts import Experts, is_experts
 from quire.layers.hf.latent import keep_latents
+from quire.layers.hf.plan import Plan
 from quire.layers.hf.source import (
     body_name,
     calm,
@@ -55,16 +56,6 @@ class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
         return ops.linear(x.flatten(0, -2), self.packed, self.bias).unflatten(0, x.shape[:-1])
-
-
-class Made:
-    """A tensor that is made up when it is indexed."""
-
-    def __init__(self, dummy: DummyCheckpoint, name: str, shape: tuple[int, ...]):
-        self.dummy, self.name, self.shape = dummy, name, shape
-
-    def __getitem__(self, item: Any) -> Tensor:
-        return self.dummy.tensor(self.name, shape=self.shape)[item]
 
 
 class Given(nn.Module):
@@ -113,15 +104,17 @@ class Modules:
         max_length: int | None = None,
         invariant: bool = False,
         bits: int | None = None,
+        axes: Axes | None = None,
     ):
-        """`config`: Transformers'; the rest as for layers.decoder."""
+        """`s`: this rank's part; `config`: Transformers'; the rest as for layers.decoder."""
         if s.alone:  # modules attend themselves, so the cache has the layout that can be read
             backend = Reference(backend.block_size, quantized=backend.quantized)
-        self.spec, self.config, self.backend, self.axes = s, config, backend, Axes()
+        self.spec, self.config, self.backend, self.axes = s, config, backend, axes or Axes()
         device = torch.device(device)
         ropes = RopeTables(max_length or s.max_length, device)
         self.vocabulary = Vocabulary(s.vocab_size)
         self.build = Build(s.dim, dtype, device, backend, ropes, invariant, bits)
+        self.plan: Plan | None = None  # of several ranks
         self.model: Any = None
         self.body: Any = None
         self.first_position = 0
@@ -157,7 +150,12 @@ class Modules:
     def _take(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         """Transformers' account of what it did with them; it knows the layouts in which they are published."""
         register()
-        self.model, info = hf_class(self.spec.architecture).from_pretrained(
+        kind, axis = hf_class(self.spec.architecture), self.axes.tp
+        if axis.size > 1:
+            whole = empty(self.spec.architecture, self.config, self.spec.alone)
+            self.plan = Plan(whole, axis.size, axis.rank)
+            kind, tensors = self.plan.part_of(kind), self.plan.parts(tensors)
+        self.model, info = kind.from_pretrained(
             None,
             config=self.config,
             state_dict=dict(tensors),
@@ -174,6 +172,8 @@ class Modules:
         if not self.spec.alone:
             keep_latents(self.model, self.build.pack)
         self._pack()
+        if self.plan is not None:
+            self.plan.connect(self.model, self.axes.tp)
         if not self.spec.alone:
             wrap(self.model)
         name = body_name(self.model)

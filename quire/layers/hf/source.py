@@ -10,11 +10,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quire.errors import ModelError, UnsupportedModel
+from quire.errors import ModelError, QuireError, UnsupportedModel
 from quire.layers.hf import attention, experts
 from quire.layers.hf.alone import EAGER, kept_heads
 from quire.layers.hf.attention import Shapes, running
 from quire.layers.hf.latent import keep_latents
+from quire.layers.hf.plan import Imagined, Plan
 from quire.layers.hf.states import Parts, computing, wrap
 from quire.models.foreign import generating
 from quire.models.mamba import LONGEST
@@ -114,29 +115,34 @@ def body_name(model: Any) -> str:
     return next(name for name in (model.base_model_prefix, *BODIES) if name in children)
 
 
-def describe(architecture: str, config: Any, alone: bool | None = None) -> Foreign:
+def describe(architecture: str, config: Any, alone: bool | None = None, num_ranks: int = 1) -> Foreign:
     """What others must know of a network, found by a pass on the device `meta`.
 
     Args:
         alone: whether sequences are computed one at a time; None: only if there is no other way.
+        num_ranks: of which one's part is described.
 
     Raises:
         UnsupportedModel: it cannot be computed this way.
+        ConfigError: not by so many ranks.
     """
     if alone is None:
         try:
-            return describe(architecture, config, alone=False)
+            return describe(architecture, config, alone=False, num_ranks=num_ranks)
         except UnsupportedModel:
-            return describe(architecture, config, alone=True)
-    states = Parts()
+            return describe(architecture, config, alone=True, num_ranks=num_ranks)
+    states, plan = Parts(), None
     try:
         model = empty(architecture, config, alone)
+        plan = _cut(model, num_ranks)
         if not alone and wrap(model):
             model.to(torch.bfloat16)  # which shows what is float32 all the same
         parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied ones once
         head = next((n for n, module in model.named_modules() if module is model.get_output_embeddings()), "")
         products = {*_products(model)}
         reads = Reads(_hollow(model))
+        if plan is not None:
+            plan.connect(model, Imagined(num_ranks))
         with (
             torch.no_grad(),
             reads,
@@ -144,9 +150,11 @@ def describe(architecture: str, config: Any, alone: bool | None = None) -> Forei
             computing(states),
         ):  # with inference_mode, it would see less
             heads = _heads(model, alone)
-    except UnsupportedModel:
+    except QuireError:
         raise
     except Exception as error:  # whatever a module does with a batch that it does not expect
+        if plan is not None:
+            raise plan.refusal(f"a part of it does not run: {type(error).__name__}: {error}") from error
         raise UnsupportedModel(
             f"{architecture}: its modules do not run with another's"
             f" {'cache' if alone else 'attention'}: {type(error).__name__}: {error}"
@@ -167,6 +175,15 @@ def describe(architecture: str, config: Any, alone: bool | None = None) -> Forei
         states=tuple(states.found.items()),
         alone=alone,
     )
+
+
+def _cut(model: Any, num_ranks: int) -> Plan | None:
+    """Leave the first rank's part of a network without weights, by the plan that is returned."""
+    if num_ranks == 1:
+        return None
+    plan = Plan(model, num_ranks, 0)
+    plan.cut(model)
+    return plan
 
 
 class Hollow(nn.Module):
