@@ -213,7 +213,8 @@ def _repeated(
             "steps are computed operation by operation: of ranks, those along tp alone have CUDA graphs"
         )
     elif (reason := why_not(model, device)) is None:
-        fixed = FixedSteps(*parts, block_size=block_size, graphs=Graphs(keeps_states=keeps_states))
+        graphs = Graphs(model.axes, keeps_states=keeps_states)
+        fixed = FixedSteps(*parts, block_size=block_size, graphs=graphs)
         return fixed, MixedSteps(fixed, min(config.max_num_batched_tokens or 1, worthwhile(model.spec)))
     elif device.type == "cuda":
         logger.info("decode steps are no CUDA graphs: %s", reason)

@@ -202,6 +202,12 @@ class Axes:
     def _all(self) -> tuple[Axis, ...]:
         return self.dp, self.pp, self.cp, self.tp, self.ep, self.world
 
+    def most(self, number: int, device: torch.device) -> int:
+        """The greatest of all ranks' numbers; waits for all."""
+        if self.world.size == 1:
+            return number
+        return int(self.world.all_gather(torch.tensor([number], device=device)).max())
+
     def splits(self, error: Exception) -> bool:
         """Whether other ranks may not have met this error, as of memory: then no rank may go on as if all had."""
         return self.world.size > 1 and isinstance(error, RuntimeError | MemoryError | PeerLost)

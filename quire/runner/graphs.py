@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from quire.log import logger
+from quire.parallel.axis import Axes
 from quire.runner.pieces import CALM_STEPS
 from quire.runner.states import StatesLost
 
@@ -22,12 +23,13 @@ class Graphs:
 
     with_logprobs = True
 
-    def __init__(self, *, capture: bool = True, keeps_states: bool = False):
-        """`capture`: False to run every step uncaptured, as machines without CUDA do in tests.
+    def __init__(self, axes: Axes | None = None, *, capture: bool = True, keeps_states: bool = False):
+        """`axes`: whose ranks compute the steps, each with graphs of its own: all have one of a kind, or none has.
 
-        `keeps_states`: steps change more than their last kernel does.
+        `capture`: False to run every step uncaptured, as machines without CUDA do in tests. `keeps_states`: steps
+        change more than their last kernel does.
         """
-        self.capture, self.keeps_states = capture, keeps_states
+        self.axes, self.capture, self.keeps_states = axes or Axes(), capture, keeps_states
         self.captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.ready: set[Hashable] = set()
         self.num_refused = 0  # steps for which no further kind is tried
@@ -42,6 +44,7 @@ class Graphs:
 
         Raises:
             StatesLost: it was not possible, and has changed states.
+            RuntimeError: it was not possible, perhaps on this rank alone, which cannot go on as if on all.
         """
         if (graph := self.captured.get(kind)) is not None:
             graph.replay()
@@ -49,27 +52,39 @@ class Graphs:
         if self.num_refused:
             self.num_refused -= 1
             return False
-        is_computed = kind not in self.ready or not self.capture
+        if kind in self.ready and self.capture:
+            return self._run_captured(kind, compute)
         try:
-            if is_computed:
-                compute()
-                self.ready.add(kind)
-                return True
-            graph = self._capture(compute)
+            compute()
         # What it is, of a driver, a compiler or a library: steps are slower without graphs, not wrong.
         except Exception as error:
-            self._refuse(CALM_STEPS if isinstance(error, torch.OutOfMemoryError) else NEVER)
-            if is_computed and self.keeps_states:
+            if self.axes.splits(error):
+                raise
+            self._refuse(_calm(error), error)
+            if self.keeps_states:
                 raise StatesLost from error
+            return False
+        self.ready.add(kind)
+        return True
+
+    def _run_captured(self, kind: Hashable, compute: Callable[[], None]) -> bool:
+        graph, failure = None, None
+        try:
+            graph = self._capture(compute)
+        except Exception as error:  # as above, but nothing has run
+            failure = error
+        calm = self.axes.most(0 if failure is None else _calm(failure), torch.device("cuda"))
+        if graph is None or calm:
+            self._refuse(calm, failure)
             return False
         self.captured[kind] = graph
         graph.replay()
         return True
 
-    def _refuse(self, num_steps: int) -> None:
-        """Compute no further kind for so many steps; called where an exception is handled."""
+    def _refuse(self, num_steps: int, error: Exception | None) -> None:
+        """Compute no further kind for so many steps. No error: another rank's."""
         if not self.has_failed:
-            logger.warning("decode steps go on without new CUDA graphs, and slower", exc_info=True)
+            logger.warning("decode steps go on without new CUDA graphs, and slower", exc_info=error)
         self.has_failed = True
         self.num_refused = num_steps
         if not self.captured:
@@ -95,3 +110,8 @@ class Graphs:
                 torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
             raise
         return graph
+
+
+def _calm(error: Exception) -> int:
+    """Steps after which a kind is tried again that failed so."""
+    return CALM_STEPS if isinstance(error, torch.OutOfMemoryError) else NEVER

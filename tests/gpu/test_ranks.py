@@ -7,6 +7,7 @@ import torch
 
 from quire import LLM, SamplingParams
 from quire.engine.ranks import Team
+from quire.runner.graphs import Graphs
 from tests.engine.test_oracle import make_prompts
 from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
 
@@ -15,31 +16,41 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 PROMPTS = make_prompts(VOCAB_SIZE)
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-DRAWN = SamplingParams(temperature=1.1, seed=5, n=2, max_tokens=24, ignore_eos=True)
+LENGTH = {"max_tokens": 12, "ignore_eos": True}
 PARAMS = {
-    "greedy": GREEDY,
-    "drawn": DRAWN,
-    "filtered": SamplingParams(temperature=1.1, top_p=0.8, top_k=20, seed=5, max_tokens=24, ignore_eos=True),
-    "penalised": SamplingParams(temperature=0, repetition_penalty=1.3, min_tokens=4, max_tokens=24),
-    "scored": SamplingParams(temperature=0, logprobs=3, prompt_logprobs=2, max_tokens=12, ignore_eos=True),
+    "greedy": SamplingParams(temperature=0, **LENGTH),
+    "drawn": SamplingParams(temperature=1.1, seed=5, n=2, **LENGTH),
+    "filtered": SamplingParams(temperature=1.1, top_p=0.8, top_k=20, seed=5, **LENGTH),
+    "penalised": SamplingParams(temperature=0, repetition_penalty=1.3, min_tokens=4, **LENGTH),
+    "scored": SamplingParams(temperature=0, logprobs=3, prompt_logprobs=2, **LENGTH),
 }
 
 
-def answers(folder: Path, size: int) -> dict[str, object]:
-    """Twice, so that the second time steps are repeated where they can be."""
+def answers(folder: Path, size: int, backend: str) -> dict[str, object]:
+    """Thrice: steps run first, are captured then, and are replayed."""
     options = {"dtype": "float32", "device": "cuda", "skip_tokenizer_init": True, "block_size": 16}
-    with LLM(str(folder), **options, tensor_parallel_size=size, max_num_seqs=16) as llm:
-        assert isinstance(llm.engine.core.runner, Team) is (size > 1)
+    with LLM(
+        str(folder), **options, attention_backend=backend, tensor_parallel_size=size, max_num_seqs=16
+    ) as llm:
         found = {}
         for name, params in PARAMS.items():
-            for turn in range(2):
+            for turn in range(3):
                 outputs = llm.generate(PROMPTS, params, use_tqdm=False)
                 found[f"{name} {turn}"] = [[c.token_ids for c in o.outputs] for o in outputs]
+        runner = llm.engine.core.runner
+        assert isinstance(runner, Team) is (size > 1)
+        if isinstance(runner, Team):
+            runner = runner.runner
+        if backend == "reference":
+            assert runner.fixed is None
+        else:
+            assert runner.fixed is not None and isinstance(graphs := runner.fixed.graphs, Graphs)
+            assert graphs.captured and not graphs.has_failed
     return found
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Qwen2Moe", "DeepseekV3"])
-def test_tokens_are_those_of_one_gpu(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen3Moe", "DeepseekV3"])
+def test_tokens_are_those_of_one_gpu(name: str, backend: str, tmp_path: Path) -> None:
     build_hf(BY_NAME[name], tmp_path)
-    assert answers(tmp_path, 2) == answers(tmp_path, 1)
+    assert answers(tmp_path, 2, backend) == answers(tmp_path, 1, backend)
