@@ -97,12 +97,13 @@ class Config:
     )
     data_parallel_size: int = option(
         1,
-        "Engine groups with the whole network and a cache each, among which quire serve divides requests; on a CPU. The"
-        " machine's cores and memory are shared out among them.",
+        "Engine groups with a cache each, among which quire serve divides requests. Each has the whole network, on CPUs"
+        " whose cores and memory they share; or all but the experts, with enable_expert_parallel.",
     )
     enable_expert_parallel: bool = option(
         False,
-        "Give each rank whole experts, instead of a part of every one: ranks of tensor_parallel_size share them out.",
+        "Give each rank whole experts, instead of a part of every one: the ranks of tensor_parallel_size and of all"
+        " engine groups (data_parallel_size) share them out; these then compute in lockstep.",
     )
     all2all_backend: str = option(
         "auto",

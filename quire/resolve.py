@@ -213,7 +213,7 @@ def whole_experts(config: Config, spec: Spec) -> WholeExperts | None:
             "enable_expert_parallel is set, and this network has no experts that could be spread over ranks; leave it"
             " out"
         )
-    size = config.tensor_parallel_size
+    size = config.data_parallel_size * config.tensor_parallel_size
     if size == 1:
         return None
     spare, interval = (1, config.eplb_step_interval) if config.enable_eplb else (0, None)

@@ -18,6 +18,7 @@ from quire.engine.inputs import InputProcessor
 from quire.engine.ranks import Ranks, Team, spawn
 from quire.engine.site import located
 from quire.engine.text import Text
+from quire.engine.ticks import in_lockstep
 from quire.errors import ConfigError
 from quire.log import logger
 from quire.models.spec import Spec
@@ -90,12 +91,13 @@ def build_core(
     """
     begin = time.perf_counter()
     found, platform = find(config), platform_of(config, ranks.seat.index if ranks else 0)
-    if config.data_parallel_size > 1 and platform.name != "cpu":
+    num_parts = config.data_parallel_size if platform.name == "cpu" or not in_lockstep(config) else 1
+    if num_parts > 1 and platform.name != "cpu":
         raise ConfigError(
             f"data_parallel_size is {config.data_parallel_size}, and all groups would be at one {platform.name} device;"
             " start a server for each device (CUDA_VISIBLE_DEVICES), and quire router in front of them"
         )
-    machine, stored = machine_of(platform).part(config.data_parallel_size), dtype_of(found.raw)
+    machine, stored = machine_of(platform).part(num_parts), dtype_of(found.raw)
     backend = backend_of(config, platform, resolve_dtype(config, stored, machine)[0])
     block_size = (
         backend.block_size * config.decode_context_parallel_size

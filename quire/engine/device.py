@@ -1,5 +1,6 @@
 """One rank's half of an engine: from the model's files to a runner of this process's share. Knows no scheduler."""
 
+import dataclasses
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from quire.config import Config
 from quire.engine.precompile import Job, Precompiler, compiled, fix_keys
 from quire.engine.roads import Road, take_road
 from quire.engine.text import model_config
+from quire.engine.ticks import in_lockstep
 from quire.errors import ConfigError
 from quire.kernels import ops
 from quire.kernels.gpu import gpu_of
@@ -83,21 +85,27 @@ def mesh_of(config: Config) -> Mesh:
     return Mesh(tp=size // cp, cp=cp)
 
 
+def world_of(config: Config) -> Mesh:
+    """All ranks that exchange tensors: of one engine group, or of all that compute in lockstep."""
+    mesh = mesh_of(config)
+    return dataclasses.replace(mesh, dp=config.data_parallel_size) if in_lockstep(config) else mesh
+
+
 def platform_of(config: Config, index: int = 0) -> Platform:
     """A rank's device: the GPU of that number, or the CPU that all of its machine share.
 
     Raises:
         ConfigError: there is none for every rank of this machine.
     """
-    size = mesh_of(config).size
+    size = world_of(config).size
     if size == 1 or config.device == "cpu" or not torch.cuda.is_available():
         return detect(config.device)
     placed = config.distributed_executor_backend == "ray"  # which lets each see its own
     needed = index + 1 if placed else size // config.nnodes
     if (count := torch.cuda.device_count()) < needed:
         raise ConfigError(
-            f"an engine group has {needed} ranks on this machine, and it has {count} GPUs, of which each needs one;"
-            " lower the sizes of its axes (tensor_parallel_size), raise nnodes, or use device cpu"
+            f"there are {needed} ranks on this machine, and {count} GPUs, of which each needs one; lower the sizes of"
+            " axes (tensor_parallel_size), raise nnodes, or use device cpu"
         )
     return detect(f"cuda:{index}")
 
@@ -205,6 +213,10 @@ def _repeated(
         )
     elif not model.axes.are_repeatable:
         logger.info("steps are computed operation by operation: ranks exchange tensors through the network")
+    elif model.axes.dp.size > 1:
+        logger.info(
+            "steps are computed operation by operation: their sizes depend on other engine groups' steps"
+        )
     elif model.backend.name == "cpu":
         sizes, recordings = range(1, MOST_RECORDED + 1), Recordings(model.axes, keeps_states=keeps_states)
         return FixedSteps(*parts, block_size=block_size, graphs=recordings, sizes=sizes), None

@@ -10,15 +10,18 @@ import faulthandler
 import os
 import signal
 import socket
+import sys
 import threading
+from functools import partial
 from typing import Any
 
 from quire.config import Config
 from quire.engine.build import CoreParts, build_core
 from quire.engine.core import EngineCore
 from quire.engine.events import Submission, TokenEvent
-from quire.engine.processes import hang_up
+from quire.engine.processes import hang_up, live
 from quire.engine.ranks import Ranks, fork
+from quire.engine.ticks import Alone, Follower, FromFollower, Leader, Line, Post, ToFollower, in_lockstep
 from quire.engine.wire import (
     Abort,
     Add,
@@ -35,9 +38,11 @@ from quire.engine.wire import (
     Reset,
     Stop,
     WireError,
+    error_of,
 )
-from quire.errors import EngineDead, InvalidRequest, QuireError
+from quire.errors import ConfigError, EngineDead, InvalidRequest, QuireError
 from quire.log import logger
+from quire.parallel.shared_memory import make_segment
 from quire.types import FinishReason
 
 MOST_COMMANDS = 256  # obeyed between two steps, so that a flood of them does not stop the streams
@@ -51,18 +56,23 @@ def main(sock: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    channel = Channel(sock)
+    _serve(Channel(sock))
+
+
+def _serve(channel: Channel, post: Post | None = None) -> None:
+    """`post`: of a group that follows another."""
     try:
-        parts = _launch(channel)
-        if parts is not None:
-            Group(channel, parts.core).run()
+        launched = _launch(channel, post)
+        if launched is not None:
+            parts, line = launched
+            Group(line, parts.core).run()
             parts.core.close()
     except EngineDead:
         pass  # the frontend is gone, and nobody is left to serve
     except Exception:
         logger.exception("the engine group stopped")
         os._exit(1)  # at once: what is broken is not asked to clean up
-    sock.close()
+    channel.sock.close()
 
 
 def _end_with(descriptor: int) -> None:
@@ -71,7 +81,7 @@ def _end_with(descriptor: int) -> None:
     os._exit(0)
 
 
-def _launch(channel: Channel) -> CoreParts | None:
+def _launch(channel: Channel, post: Post | None) -> tuple[CoreParts, Line] | None:
     """Start the engine; None if it cannot, which the frontend has been told, or need not any more."""
     message = channel.receive(None)
     if isinstance(message, Stop):  # the frontend was interrupted before it had one
@@ -79,8 +89,14 @@ def _launch(channel: Channel) -> CoreParts | None:
     if not isinstance(message, Launch):
         raise WireError(f"the first message is a {type(message).__name__}; it must be a Launch")
     try:
-        config = Config.of(**message.options)
-        ranks = fork(config, channel.sock)  # before there are threads, or anything is computed
+        config, followers = Config.of(**message.options), None
+        if post is None and in_lockstep(
+            config
+        ):  # forks come before there are threads, or anything is computed
+            followers = _fork_groups(config, channel)
+            post = followers.post
+        others = [] if followers is None else [other.sock for other in followers.channels]
+        ranks = fork(config, channel.sock, *others, post=post)
         watch = threading.Thread(
             target=_end_with, args=(channel.sock.fileno(),), name="quire-watch", daemon=True
         )
@@ -91,6 +107,9 @@ def _launch(channel: Channel) -> CoreParts | None:
             announce=lambda entered, left: channel.send(Batch(entered, left)),
             ranks=ranks,
         )
+        facts = _facts(parts, ranks)
+        if followers is not None:
+            facts = followers.ready(facts)
     except QuireError as error:
         channel.send(Failed(type(error).__name__, str(error)))
         return None
@@ -98,8 +117,73 @@ def _launch(channel: Channel) -> CoreParts | None:
         logger.exception("the engine group could not start")
         channel.send(Failed("EngineDead", f"the engine could not start: {type(error).__name__}: {error}"))
         return None
-    channel.send(Ready(_facts(parts, ranks)))
-    return parts
+    channel.send(Ready(facts))
+    return parts, Alone(channel) if post is None else post.line
+
+
+class Followers:
+    """The other groups of one that leads; they end with it, and it with any of them."""
+
+    def __init__(self, line: Leader, channels: list[Channel], pids: list[int], segment: int | None):
+        self.channels, self.pids, self.post = channels, pids, Post(0, segment, line)
+        self.line = line
+
+    def ready(self, mine: Facts) -> Facts:
+        """Wait for all, and watch them from then on; returns what is known of all groups together.
+
+        Raises:
+            ConfigError, ModelError, CapacityError: what a group could not do.
+            EngineDead: one ended.
+        """
+        found = []
+        for channel in self.channels:
+            message = channel.receive(None)
+            if isinstance(message, Failed):
+                raise error_of(message.kind, message.message)
+            if not isinstance(message, Ready):
+                raise WireError(f"a group that starts says {type(message).__name__}; it must be Ready")
+            found.append(message.facts)
+        threading.Thread(target=self._watch, name="quire-groups", daemon=True).start()
+        return self.line.joined(mine, found, self.pids)
+
+    def _watch(self) -> None:
+        hang_up([channel.sock.fileno() for channel in self.channels])
+        if not self.line.stopped:
+            logger.error("an engine group in lockstep with others died")
+            os._exit(1)  # at once, wherever this one waits for it
+
+
+def _fork_groups(config: Config, channel: Channel) -> Followers:
+    """All groups but this one, which has just been started.
+
+    Raises:
+        ConfigError: they cannot be where they are wanted.
+    """
+    if config.distributed_executor_backend != "local":
+        raise ConfigError(
+            f"distributed_executor_backend is {config.distributed_executor_backend}, and groups that share experts"
+            " (data_parallel_size with enable_expert_parallel) are on one machine so far; use local"
+        )
+    segment = make_segment() if sys.platform == "linux" else None
+    pids, channels = list[int](), list[Channel]()
+    for number in range(1, config.data_parallel_size):
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if not pid:
+            for sock in (channel.sock, ours, *(other.sock for other in channels)):
+                sock.close()
+            live(partial(_follow, number=number, segment=segment), theirs)
+        theirs.close()
+        pids.append(pid)
+        channels.append(Channel(ours, incoming=FromFollower))
+        channels[-1].send(Launch(vars(config)))
+    return Followers(Leader(channel, channels, config.seed), channels, pids, segment)
+
+
+def _follow(sock: socket.socket, number: int, segment: int | None) -> None:
+    """The life of a group that another leads, which is its frontend."""
+    channel = Channel(sock, incoming=ToFollower)
+    _serve(channel, Post(number, segment, Follower(channel)))
 
 
 def _facts(parts: CoreParts, ranks: Ranks | None) -> Facts:
@@ -120,7 +204,7 @@ def _facts(parts: CoreParts, ranks: Ranks | None) -> Facts:
 class Group:
     """Obeys between steps; an engine without work waits for the next message."""
 
-    def __init__(self, channel: Channel, core: EngineCore):
+    def __init__(self, channel: Line, core: EngineCore):
         self.channel, self.core = channel, core
 
     def run(self) -> None:
@@ -130,8 +214,11 @@ class Group:
             EngineDead: the frontend is gone.
         """
         while self._obey():
+            num_turns = self.channel.num_turns
             if not self.core.idle:
                 self._report_step()
+            if self.channel.wanted and self.channel.num_turns == num_turns:
+                self.core.attend()
 
     def _report_step(self) -> None:
         self._send(self.core.step())

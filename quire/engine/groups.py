@@ -5,7 +5,6 @@ first, and stays there: if its group dies, it waits for that group's next proces
 group goes on with it. The others' streams do not notice.
 """
 
-import array
 import asyncio
 import dataclasses
 import itertools
@@ -21,14 +20,14 @@ from quire.engine.events import Submission, TokenEvent
 from quire.engine.journal import Entry
 from quire.engine.keeper import Client, Keeper
 from quire.engine.metrics import Metrics, StepStats, added
-from quire.engine.router import Router, State, Ticket, chain_of
+from quire.engine.router import Router, State, Ticket
 from quire.engine.service import Status
 from quire.engine.supervisor import GROUP, HANG_S
+from quire.engine.ticks import PIECE_TOKENS, chain_of_prompt, in_lockstep
 from quire.engine.wire import Facts
 from quire.errors import EngineDead, QuireError
 from quire.log import logger
 
-PIECE_TOKENS = 64
 ABLE = {Status.READY: State.UP, Status.DEAD: State.DRAINING}  # others come back, and requests may wait there
 
 
@@ -237,11 +236,8 @@ class Groups:
     def _route(self, submission: Submission) -> int:
         """The group for a request."""
         self._look()
-        tokens = submission.prompt_token_ids
-        root = f"{submission.tenant}\0{submission.cache_salt}".encode("utf-8", "surrogatepass")
-        ends = range(PIECE_TOKENS, len(tokens) + 1, PIECE_TOKENS)
-        chain = chain_of((array.array("q", tokens[end - PIECE_TOKENS : end]).tobytes() for end in ends), root)
-        ticket = self.router.route(chain, len(tokens), self.clock())
+        chain = chain_of_prompt(submission)
+        ticket = self.router.route(chain, len(submission.prompt_token_ids), self.clock())
         self.tickets[submission.request_id] = ticket
         return ticket.replica
 
@@ -282,7 +278,7 @@ def keeper_of(
     entry: str = GROUP,
     clock: Callable[[], float] = time.monotonic,
 ) -> Keeper | Groups:
-    """A keeper of as many groups as the config says; see `Keeper` for the rest."""
-    if config.data_parallel_size == 1:
+    """A keeper of as many groups as the config says; see `Keeper` for the rest. Those in lockstep live as one."""
+    if config.data_parallel_size == 1 or in_lockstep(config):
         return Keeper(config, metrics, admission=admission, hang_s=hang_s, entry=entry, clock=clock)
     return Groups(config, metrics, admission=admission, hang_s=hang_s, entry=entry, clock=clock)

@@ -17,7 +17,7 @@ import torch
 from torch.distributed import TCPStore
 
 from quire.config import Config
-from quire.engine.device import backend_of, find, make_runner, mesh_of, platform_of
+from quire.engine.device import backend_of, find, make_runner, platform_of, world_of
 from quire.engine.processes import hang_up
 from quire.engine.wire import Channel, Failed, Message, WireError
 from quire.errors import EngineDead, QuireError
@@ -65,11 +65,15 @@ class Joined(Message, frozen=True):
 
 
 class Step(Message, frozen=True):
-    """What to do, in this order: sequences to know, sequences to forget, a plan to carry out."""
+    """What to do, in this order: sequences to know, sequences to forget, a plan to carry out.
+
+    Of groups in lockstep, `most_rows` is the most tokens that one has in the step, in which this may have none.
+    """
 
     new: list[tuple[int, Sampling]]
     gone: list[int]
     plan: Plan
+    most_rows: int = 0
 
 
 ToRank = Join | Step | Failed
@@ -139,7 +143,7 @@ def _runner(join: Join, channel: Channel, seat: Seat) -> Runner:
         segment=seat.segment,
         local=tuple(seat.beside),
     )
-    axes = communicators(mesh_of(config), join.rank, place, platform.device)
+    axes = communicators(world_of(config), join.rank, place, platform.device)
     backend = backend_of(config, platform, config.dtype)
     return make_runner(found, config, join.memory, platform, backend, axes)
 
@@ -149,6 +153,9 @@ def _carry_out(runner: Runner, step: Step) -> None:
         runner.register(seq, sampling)
     for seq in step.gone:
         runner.forget(seq)
+    runner.expect(step.most_rows)
     runner.launch(step.plan)
     if step.plan.work:
         runner.sample(step.plan)
+    elif step.most_rows:
+        runner.idle()

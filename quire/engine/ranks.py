@@ -21,11 +21,12 @@ import torch
 from torch.distributed import TCPStore
 
 from quire.config import Config
-from quire.engine.device import mesh_of
+from quire.engine.device import mesh_of, world_of
 from quire.engine.meeting import Meeting
 from quire.engine.processes import command, hang_up, live
 from quire.engine.rank import CONNECT_S, FromRank, Join, Seat, Step, serve
 from quire.engine.site import secret_of, site_of
+from quire.engine.ticks import Post
 from quire.engine.wire import Channel, Failed, error_of
 from quire.errors import ConfigError, EngineDead, PeerLost
 from quire.log import logger
@@ -41,6 +42,7 @@ from quire.types import TokenLogprobs
 RANK = "quire.engine.rank"
 LOOPBACK = "127.0.0.1"
 PATIENCE_S = 5.0  # for processes that end
+NOTHING = Plan(step=0, work=())
 
 
 class Ranks:
@@ -60,6 +62,7 @@ class Ranks:
         host: str = LOOPBACK,
         processes: Sequence["subprocess.Popen[bytes]"] = (),
         essential: bool = False,
+        post: Post | None = None,
     ):
         """
         Args:
@@ -69,7 +72,9 @@ class Ranks:
             host: this machine's address, as the ranks of others know it.
             processes: those that are to be waited for.
             essential: a lost rank is the end of this process, whose parent sees to all of them.
+            post: of a group that computes in lockstep with others; the mesh is of all of these then.
         """
+        self.post, self.first = post, 0 if post is None else post.number * (len(channels) + 1)
         self.mesh, self.seat, self.channels, self.pids = mesh, seat, channels, pids
         self.host, self.processes, self.essential = host, processes, essential
         self.store: TCPStore | None = None
@@ -86,15 +91,19 @@ class Ranks:
         port, segment, beside = None, self.seat.segment, self.seat.beside
         shares = device.type == "cpu" and segment is not None and shared_memory.why_not(self.mesh) is None
         if not shares or len(beside) < self.mesh.size:
-            port = self._open_store()
+            port = self._open_store() if self.first == 0 else self._find_store()
         if shares and segment is not None:
             self.poison = shared_memory.Segment(segment, self.mesh, beside).poison
-        for rank, channel in enumerate(self.channels, 1):
+        for rank, channel in enumerate(self.channels, self.first + 1):
             channel.send(Join(rank, dict(vars(config)), memory, self.host, port))
         if port is not None:  # whoever cannot come is not waited for
             self._hear()
         place = Rendezvous(self.store, host=self.host, segment=segment, local=tuple(beside))
-        return communicators(self.mesh, 0, place, device)
+        return communicators(self.mesh, self.first, place, device)
+
+    def turn(self, num_rows: int) -> int:
+        """See `Line.turn`."""
+        return num_rows if self.post is None else self.post.line.turn(num_rows)
 
     def wait(self) -> None:
         """Until all are ready; from then on they are watched.
@@ -106,12 +115,14 @@ class Ranks:
         if self.store is None:
             self._hear()
         self._hear()
+        if not self.channels:
+            return
         self.watcher = threading.Thread(target=self._watch, name="quire-ranks", daemon=True)
         self.watcher.start()
 
     def _hear(self) -> None:
         """An answer of each."""
-        for rank, channel in enumerate(self.channels, 1):
+        for rank, channel in enumerate(self.channels, self.first + 1):
             try:
                 message = channel.receive(None)
             except EngineDead:
@@ -127,7 +138,7 @@ class Ranks:
         Raises:
             PeerLost: one is gone.
         """
-        data = self.channels[0].encode(step)
+        data = self.channels[0].encode(step) if self.channels else b""
         try:
             for channel in self.channels:
                 channel.sock.sendall(data)
@@ -171,6 +182,14 @@ class Ranks:
             wait_for_workers=False,
             master_listen_fd=listening.detach(),
         )
+        if self.post is not None:
+            self.post.line.meet(port)
+        return port
+
+    def _find_store(self) -> int:
+        """That of the group that leads."""
+        port = 0 if self.post is None else self.post.line.meet()
+        self.store = TCPStore(self.host, port, None, False, timedelta(seconds=CONNECT_S))
         return port
 
     def _watch(self) -> None:
@@ -183,20 +202,21 @@ class Ranks:
         self.poison()
 
 
-def fork(config: Config, *others: socket.socket) -> Ranks | None:
+def fork(config: Config, *others: socket.socket, post: Post | None = None) -> Ranks | None:
     """All other ranks of a process that has done nothing yet that a fork would not survive.
 
-    `others`: its open sockets, which are not for them.
+    `others`: its open sockets, which are not for them. `post`: of one among several groups in lockstep.
 
     Raises:
         ConfigError: ranks cannot be shared out as asked, or no rank can come to this machine.
         PeerLost: not all came.
     """
-    mesh, seat = mesh_of(config), _seat(config)
-    if mesh.size == 1:
+    mesh, world = mesh_of(config), world_of(config)
+    seat = _seat(config) if post is None else _seat_at(post, mesh.size, world.size)
+    if world.size == 1:
         return None
     pids, channels = list[int](), list[Channel]()
-    for rank in seat.beside[1:]:
+    for rank in seat.beside[1 : mesh.size]:
         its = replace(seat, index=seat.index + rank)
         ours, theirs = socket.socketpair()
         pid = os.fork()
@@ -207,8 +227,8 @@ def fork(config: Config, *others: socket.socket) -> Ranks | None:
         theirs.close()
         pids.append(pid)
         channels.append(Channel(ours, incoming=FromRank))
-    host = _gather(config, mesh, seat, channels)
-    return Ranks(mesh, seat, channels, pids, host=host, essential=True)
+    host = LOOPBACK if post is not None else _gather(config, mesh, seat, channels)
+    return Ranks(world, seat, channels, pids, host=host, essential=True, post=post)
 
 
 def spawn(config: Config) -> Ranks | None:
@@ -244,6 +264,11 @@ def _seat(config: Config) -> Seat:
     beside = site.ranks(mesh_of(config).size)
     shares = len(beside) > 1 and sys.platform == "linux"
     return Seat(site.index * len(beside), beside, shared_memory.make_segment() if shares else None)
+
+
+def _seat_at(post: Post, num_ranks: int, num_all: int) -> Seat:
+    """That of the first rank of a group of `num_ranks`, all groups being on one machine."""
+    return Seat(post.number * num_ranks, range(num_all), post.segment)
 
 
 def _gather(config: Config, mesh: Mesh, seat: Seat, channels: list[Channel]) -> str:
@@ -307,10 +332,19 @@ class Team:
                 "a step was not finished, in which the other ranks wait; the engine has to be started again"
             )
         self.is_amid = True
-        self.ranks.send(Step(self.new, self.gone, plan))
+        most_rows = self.ranks.turn(sum(work.count + work.drafts for work in plan.work)) if plan.work else 0
+        self.ranks.send(Step(self.new, self.gone, plan, most_rows))
         self.new, self.gone = [], []
+        self.runner.expect(most_rows)
         self.runner.launch(plan)
         self.is_amid = bool(plan.work)
+
+    def attend(self) -> None:
+        """Take part in the step of other groups, if one is to come, without a sequence."""
+        if most_rows := self.ranks.turn(0):
+            self.ranks.send(Step([], [], NOTHING, most_rows))
+            self.runner.expect(most_rows)
+            self.runner.idle()
 
     def sample(self, plan: Plan, masks: None = None) -> Callable[[], Result]:
         """See `Runner.sample`."""

@@ -71,12 +71,14 @@ class Spreading:
     Attributes:
         most_rows: tokens of the present step's largest part, where ranks along dp have different ones.
         between: what all ranks do before each step.
+        idle: how a rank without tokens takes part in a step.
     """
 
     axes: Axes
     experts: WholeExperts
     most_rows: int = 0
     between: Callable[[], None] = lambda: None
+    idle: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)

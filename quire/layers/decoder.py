@@ -71,9 +71,8 @@ class Decoder(nn.Module):
         self.relay = Relay(s, stage, pp, self.build)
         altup = s.blocks[0].altup
         self.streams = Streams(altup, self.build) if altup else None
-        if spreading is not None and experts is not None and experts.interval is not None:
-            moes = [part for part in self.modules() if isinstance(part, MoE)]
-            spreading.between = Balancer(moes, self.axes.ep, experts.interval).step
+        if spreading is not None:
+            _connect(spreading, [part for part in self.modules() if isinstance(part, MoE)])
         self.norm = Norm(s.norm, (s.dim,), self.build)
         self.embed_norm = Norm(s.embed_norm, (s.dim,), self.build) if s.embed_norm else None
         parts = [block.embedding for block in s.blocks if block.embedding]
@@ -192,6 +191,18 @@ class Decoder(nn.Module):
         if s.logit_scale != 1.0:
             y = y * s.logit_scale
         return y if s.logit_softcap is None else s.logit_softcap * torch.tanh(y / s.logit_softcap)
+
+
+def _connect(spreading: Spreading, layers: Sequence[MoE]) -> None:
+    interval = spreading.experts.interval
+    if interval is not None:
+        spreading.between = Balancer(layers, spreading.axes.ep, interval).step
+
+    def idle() -> None:
+        for layer in layers:
+            layer.idle()
+
+    spreading.idle = idle
 
 
 def _sinusoids(s: spec.Decoder, build: Build) -> Tensor:

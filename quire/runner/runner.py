@@ -98,6 +98,18 @@ class Runner:
         for kept in (self.sampling, self.logprobs, self.prompt_logprobs, self.failed):
             kept.pop(seq, None)
 
+    def expect(self, most_rows: int) -> None:
+        """How many tokens the coming step has where it has most, of groups that compute in lockstep."""
+        if (spreading := self.model.build.spreading) is not None:
+            spreading.most_rows = most_rows
+
+    @torch.inference_mode()
+    def idle(self) -> None:
+        """Take part in a step of other groups, without tokens."""
+        if (spreading := self.model.build.spreading) is not None:
+            spreading.between()
+            spreading.idle()
+
     @torch.inference_mode()
     def launch(self, plan: Plan) -> None:
         """Apply the plan's changes and start its forward pass."""

@@ -1,0 +1,150 @@
+"""Engine groups that share experts, and compute in lockstep: the tokens of one process, whatever befalls them."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quire.attention.groups import cache_layout
+from quire.checkpoint.files import read_config
+from quire.config import Config
+from quire.engine.remote import RemoteEngine
+from quire.errors import ConfigError
+from quire.models.registry import decoder_spec
+from quire.models.shard import shard
+from quire.scheduler.near import Extent
+from quire.types import OutputKind, SamplingParams
+from tests.engine.test_ranks import is_alive, pids
+from tests.engine.test_remote import in_a_loop, running
+from tests.models.cases import BY_NAME, build_hf
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, output_kind=OutputKind.DELTA)
+PARAMS = [replace(GREEDY, max_tokens=24 + 5 * (i % 3)) for i in range(12)]
+PARAMS[3] = replace(PARAMS[3], temperature=1.0, seed=5, n=2)
+PROMPTS = [[3 + (i * j) % 11 for j in range(4 + 2 * i)] for i in range(12)]
+BLOCK, LENGTH, BATCHED = 4, 64, 16
+NAMES = ("Qwen2Moe", "DeepseekV3")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {name: tmp_path_factory.mktemp(name) for name in NAMES}
+    for name, folder in found.items():
+        build_hf(BY_NAME[name], folder)
+    return found
+
+
+def config(folder: Path, **options: object) -> Config:
+    """Of so small a cache that two requests make way for each other, and of steps that cut prompts."""
+    spec, size = decoder_spec(read_config(folder))[0], int(str(options.get("tensor_parallel_size", 1)))
+    layout = cache_layout(shard(spec, size, 0), BLOCK, 4, max_length=LENGTH)
+    num_blocks = Extent(layout.near, BLOCK, BATCHED).num_blocks(LENGTH) + 1
+    return Config(
+        model=str(folder),
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        block_size=BLOCK,
+        max_model_len=LENGTH,
+        max_num_batched_tokens=BATCHED,
+        kv_cache_memory_bytes=num_blocks * layout.block_bytes,
+        **options,
+    )
+
+
+async def tokens_of(engine: RemoteEngine, which: Sequence[int] = range(12)) -> list[list[list[int]]]:
+    async def one(i: int) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in range(PARAMS[i].n)]
+        async for output in engine.generate(PROMPTS[i], PARAMS[i]):
+            for part in output.outputs:
+                found[part.index] += part.token_ids
+        return found
+
+    return await asyncio.gather(*map(one, which))
+
+
+MESHES = [
+    ("Qwen2Moe", {"data_parallel_size": 2}),
+    pytest.param(
+        "DeepseekV3", {"data_parallel_size": 2, "all2all_backend": "all_to_all"}, marks=pytest.mark.slow
+    ),
+    pytest.param(
+        *("DeepseekV3", {"data_parallel_size": 2, "tensor_parallel_size": 2}), marks=pytest.mark.slow
+    ),
+    pytest.param(
+        "Qwen2Moe",
+        {"data_parallel_size": 2, "tensor_parallel_size": 2, "all2all_backend": "all_to_all"},
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("Qwen2Moe", {"data_parallel_size": 4, "enable_eplb": True}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh"), MESHES)
+def test_tokens_are_those_of_one_process(
+    folders: dict[str, Path], name: str, mesh: dict[str, object]
+) -> None:
+    """With all at work, with one at work and the others idle, and after that again."""
+
+    async def work() -> None:
+        async with running(config(folders[name])) as engine:
+            want = await tokens_of(engine)
+        eplb = {"eplb_step_interval": 5} if "enable_eplb" in mesh else {}
+        async with running(config(folders[name], enable_expert_parallel=True, **mesh, **eplb)) as engine:
+            assert await tokens_of(engine) == want
+            assert engine.metrics.totals.num_preemptions > 0
+            for i in (0, 9):
+                assert await tokens_of(engine, [i]) == [want[i]]
+            assert await tokens_of(engine) == want
+            assert engine.keeper.num_restarts == 0
+            processes = pids(engine)
+            size = int(str(mesh["data_parallel_size"])) * int(str(mesh.get("tensor_parallel_size", 1)))
+            assert len(set(processes)) == size and all(map(is_alive, processes))
+        assert not any(map(is_alive, processes))
+
+    in_a_loop(work)()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_each_process_may_be_lost_under_load(folders: dict[str, Path], number: int) -> None:
+    """Of either group, the first or another rank: all go, and come back with every request."""
+
+    async def work() -> None:
+        two = config(
+            folders["Qwen2Moe"], enable_expert_parallel=True, data_parallel_size=2, tensor_parallel_size=2
+        )
+        async with running(two) as engine:
+            want = await tokens_of(engine)
+        for victim in range(4):
+            async with running(two, hang_s=1.0) as engine:
+                first = pids(engine)
+                streams = asyncio.create_task(tokens_of(engine))
+                while engine.keeper.metrics.totals.num_generated < 20:
+                    await asyncio.sleep(0.01)
+                os.kill(first[victim], number)
+                assert await streams == want
+                assert engine.keeper.num_restarts == 1 and not any(map(is_alive, first))
+
+    in_a_loop(work)()
+
+
+def test_what_cannot_be_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    build_hf(BY_NAME["Qwen3"], tmp_path)
+    for folder, options, message in (
+        (tmp_path, {}, "no experts that could be spread"),
+        (folders["Qwen2Moe"], {"distributed_executor_backend": "ray"}, "one machine so far"),
+    ):
+
+        async def work(folder: Path = folder, options: dict[str, str] = options) -> None:
+            async with running(config(folder, enable_expert_parallel=True, data_parallel_size=2, **options)):
+                pass
+
+        with pytest.raises(ConfigError, match=message):
+            in_a_loop(work)()
