@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.attention import sparse
 from quire.attention.base import (
     Backend,
     Divisible,
@@ -27,6 +28,7 @@ from quire.attention.base import (
     turn_and_write,
 )
 from quire.attention.shapes import CacheShape
+from quire.attention.sparse import Chosen, sequences_of
 from quire.errors import ConfigError
 from quire.parallel.axis import Axis
 
@@ -91,10 +93,10 @@ class Parted:
         return window and -(-window // size)
 
     def read(self, cache: LayerCache, slots: Tensor) -> Tensor:
-        raise _not_in_parts()
+        return self.backend.read(cache, slots)
 
     def score(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Ragged, rows: slice) -> Tensor:
-        raise _not_in_parts()
+        return self.backend.score(q, weights, cache, _row_by_row(step, self.axis), rows)
 
 
 def parted(backend: Backend, axis: Axis) -> Backend:
@@ -113,13 +115,6 @@ def parted(backend: Backend, axis: Axis) -> Backend:
 NOT_DIVISIBLE = "does not say how much a part of a cache weighs, which decode_context_parallel_size needs"
 
 
-def _not_in_parts() -> ConfigError:
-    return ConfigError(
-        "this network's attention chooses among positions, which no rank has all of; leave out"
-        " decode_context_parallel_size"
-    )
-
-
 def merge(found: Tensor, sums: Tensor, sinks: Tensor | None = None) -> Tensor:
     """What parts found [parts, T, H, D], weighed by their sums of exponentials -> [T, H, D], 0 if there is nothing.
 
@@ -133,6 +128,51 @@ def merge(found: Tensor, sums: Tensor, sinks: Tensor | None = None) -> Tensor:
     total = weights.sum(0) if sinks is None else weights.sum(0) + (sinks - most).exp()
     weighted = torch.where(weights[..., None] == 0, 0, found * weights[..., None])
     return weighted.sum(0) / total.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+
+
+def choose(
+    backend: Backend, q: Tensor, weights: Tensor, cache: LayerCache, step: Ragged, count: int
+) -> Chosen:
+    """`sparse.choose` among all ranks' positions, of which each gets those that it has."""
+    if not isinstance(backend, Parted):
+        return sparse.choose(backend, q, weights, cache, step, count)
+    axis, size, of = backend.axis, backend.block_size, sequences_of(step)
+    width = -(-step.max_length // axis.size)
+    few, device = min(count, width), q.device
+    slots = torch.empty(len(q), few, dtype=torch.int32, device=device)
+    lengths = torch.empty(len(q), dtype=torch.int32, device=device)
+    row_bytes = sparse.SCORE_BYTES * (width + axis.size * few) + 8 * q.shape[1] * sparse.SPAN
+    for rows in sparse.pieces(len(q), row_bytes):
+        scores = backend.score(q, weights, cache, step, rows)
+        at = sparse.best(scores, few)
+        at, lengths[rows] = _agreed(axis, scores.gather(1, at), at, step.positions[rows, None], count)
+        slots[rows] = step.block_tables[of[rows, None], at // size] * size + at % size
+    return Chosen(slots, lengths)
+
+
+def _agreed(axis: Axis, scores: Tensor, at: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which of each rank's best `at` [n, few], of these scores, are among the best of all.
+
+    Those of this rank first, in order, and their number [n]. None is after its row's of positions [n, 1].
+    """
+    own = torch.stack((scores.view(torch.int32), (at * axis.size + axis.rank).int()))
+    theirs, places = axis.all_gather(own, 2)
+    places, order = places.sort(1)
+    columns = sparse.best(theirs.gather(1, order).view(torch.float32), min(count, places.shape[1]))
+    places = places.gather(1, columns)
+    mine = (places % axis.size == axis.rank) & (places <= positions)
+    order = mine.byte().argsort(dim=1, descending=True, stable=True)[:, : at.shape[1]]
+    return places.gather(1, order) // axis.size, mine.sum(1, dtype=torch.int32)
+
+
+def _row_by_row(step: Ragged, axis: Axis) -> Ragged:
+    """The step over this rank's part with its rows in order, each at the last position of the part that it sees."""
+    return replace(
+        step,
+        positions=_below(step.positions + 1, axis.size, axis.rank) - 1,
+        lengths=_below(step.lengths, axis.size, axis.rank),
+        max_length=-(-step.max_length // axis.size),
+    )
 
 
 def part_of(step: Ragged, size: int, rank: int) -> Ragged:

@@ -6,6 +6,7 @@ and attended to like any other cache. So a position that sees all that there is 
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,28 +18,31 @@ SCORE_BYTES = 32  # of a score, and of what is compared and counted to find the 
 SPAN = 256  # positions, from a multiple of it on, whose scores are one product
 
 
+class Chosen(NamedTuple):
+    """Whom each of a step's positions sees: the first `lengths` of `slots`, in the order of positions."""
+
+    slots: Tensor  # [T, count] int32
+    lengths: Tensor  # [T] int32
+
+
 def choose(
     backend: Backend, q: Tensor, weights: Tensor, cache: LayerCache, step: Ragged, count: int
-) -> Tensor:
-    """Slots [T, count] int32 of the positions with the best `Backend.score`, in their order.
-
-    Of equal scores, earlier positions are taken. Where a position sees fewer, the first ones are all of them.
-    """
+) -> Chosen:
+    """Up to `count` positions with the best `Backend.score`. Of equal scores, earlier positions are taken."""
     of, found = sequences_of(step), torch.empty(len(q), count, dtype=torch.int32, device=q.device)
     size, row_bytes = backend.block_size, SCORE_BYTES * step.max_length + 8 * q.shape[1] * SPAN
     for rows in pieces(len(q), row_bytes):
         at = best(backend.score(q, weights, cache, step, rows), count)
         found[rows] = step.block_tables[of[rows, None], at // size] * size + at % size
-    return found
+    return Chosen(found, (step.positions + 1).clamp(max=count).int())
 
 
-def attend(
-    backend: Backend, q: Tensor, cache: LayerCache, chosen: Tensor, step: Ragged, *, scale: float
-) -> Tensor:
-    """`Backend.attend` of q [T, H, Dk] to the slots [T, count] that `choose` has found."""
-    (tokens, count), size, device = chosen.shape, backend.block_size, q.device
+def attend(backend: Backend, q: Tensor, cache: LayerCache, chosen: Chosen, *, scale: float) -> Tensor:
+    """`Backend.attend` of q [T, H, Dk] to the chosen."""
+    (slots, lengths), size, device = chosen, backend.block_size, q.device
+    tokens, count = slots.shape
     blocks, block_bytes = -(-count // size), cache.shape.num_bytes(size, q.element_size())
-    lengths, out = (step.positions + 1).clamp(max=count).int(), q.new_empty(*q.shape[:2], cache.shape.v_dim)
+    out = q.new_empty(*q.shape[:2], cache.shape.v_dim)
     for rows in pieces(tokens, 2 * blocks * block_bytes):
         num_rows = rows.stop - rows.start
         own = torch.empty(num_rows * blocks, block_bytes, dtype=torch.uint8, device=device)
@@ -57,7 +61,7 @@ def attend(
             max_query=1,
             max_length=count,
         )
-        keys = backend.read(cache, chosen[rows].flatten())
+        keys = backend.read(cache, slots[rows].flatten())
         backend.write(copies, keys, None, replace(alone, positions=to, slot_mapping=to))
         out[rows] = backend.attend(q[rows], copies, alone, scale=scale)
     return out
@@ -114,10 +118,10 @@ def score_spans(
     size, device = backend.block_size, q.device
     out = torch.full((rows.stop - rows.start, step.max_length), -torch.inf, device=device)
     starts = step.query_starts.tolist()
-    for s, length in enumerate(step.lengths.tolist()):
+    for s in range(len(step.lengths)):
         a, b = max(starts[s], rows.start), min(starts[s + 1], rows.stop)
-        end = length - starts[s + 1] + b  # of what the last of these rows sees
-        for first in range(0, end if a < b else 0, SPAN):
+        end = int(step.positions[b - 1]) + 1 if a < b else 0  # of what the last of these rows sees
+        for first in range(0, end, SPAN):
             at = torch.arange(first, first + SPAN, device=device)
             within = at.clamp(max=end - 1)
             keys = backend.read(cache, step.block_tables[s, within // size].long() * size + within % size)

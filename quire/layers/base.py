@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire.attention.base import Backend, Cache, Ragged
 from quire.attention.groups import Layout
+from quire.attention.sparse import Chosen
 from quire.checkpoint.upload import Upload
 from quire.kernels import ops
 from quire.layers.rope import RopeTables
@@ -61,7 +62,7 @@ class Network(Protocol):
 class Choice:
     """What the newest indexer has chosen, for the layers that follow without one of their own."""
 
-    slots: Tensor | None = None
+    chosen: Chosen | None = None
 
 
 @dataclass(slots=True)

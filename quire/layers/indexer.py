@@ -3,7 +3,8 @@
 from torch import Tensor, float32, nn
 
 from quire.attention.base import LayerCache, Ragged
-from quire.attention.sparse import choose
+from quire.attention.parted import choose
+from quire.attention.sparse import Chosen
 from quire.errors import ConfigError
 from quire.kernels import ops
 from quire.layers.base import Build, Weights
@@ -43,10 +44,11 @@ class Indexer(nn.Module):
             part.load(weights, name)
         self.k_norm.load(weights, f"{name}.k_norm")
 
-    def forward(self, x: Normed, latent: Tensor, step: Ragged, cache: LayerCache) -> Tensor | None:
+    def forward(self, x: Normed, latent: Tensor, step: Ragged, cache: LayerCache) -> Chosen | None:
         """x [T, dim] and the queries' latent [T, q_rank] -> `choose`; None where each position sees all before."""
         s, backend = self.spec, self.build.backend
-        backend.write(cache, self._turned(self.k_norm(self.k.of(x))[:, None], step), None, step)
+        keys = self._turned(self.k_norm(self.k.of(x))[:, None], step)
+        backend.write(cache, keys, None, step.seen_by(cache, None))
         if step.max_length <= s.top_k:
             return None
         q = self._turned(self.q(latent).unflatten(-1, (s.num_heads, -1)), step)

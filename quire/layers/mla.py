@@ -68,27 +68,27 @@ class MLA(nn.Module):
         """x [T, dim] -> what its heads found [T, H * v_dim], which `out` takes; of an indexer, with its keys' cache."""
         s, backend = self.spec, self.build.backend
         latents, index = cache if isinstance(cache, tuple) else (cache, None)
-        step = step.seen_by(latents, None)
+        seen = step.seen_by(latents, None)
         both = self.down.of(x)
         q, latent = both.split((both.shape[-1] - s.kv_rank - s.rope_dim, s.kv_rank + s.rope_dim), -1)
         if self.q_norm is not None and self.q_up is not None:
             q = self.q_norm(q)
             if self.indexer is not None and index is not None:
-                self.build.choice.slots = self.indexer(x, q, step, index)
+                self.build.choice.chosen = self.indexer(x, q, step, index)
             q = self.q_up(q)
         q_nope, q_rope = q.unflatten(-1, (s.num_heads, -1)).split((s.nope_dim, s.rope_dim), -1)
         latent, k_rope = latent.split((s.kv_rank, s.rope_dim), -1)
         rotated = torch.cat((q_rope, k_rope[:, None]), 1)
         if s.rope is not None and self.table is not None:
             rotated = ops.norm_rope(rotated, None, 0.0, *self.table, step.positions, s.rope.interleaved)
-        backend.write(latents, torch.cat((self.kv_norm(latent), rotated[:, -1]), -1)[:, None], None, step)
+        backend.write(latents, torch.cat((self.kv_norm(latent), rotated[:, -1]), -1)[:, None], None, seen)
         absorbed = ops.linear(q_nope, self.up_k, None)  # [T, H, kv_rank]
         queries = grown(torch.cat((absorbed, rotated[:, :-1]), -1), s.growth, step.positions)
-        chosen = self.build.choice.slots if s.indexer else None
+        chosen = self.build.choice.chosen if s.indexer else None
         if chosen is None:
-            y = backend.attend(queries, latents, step, scale=self.scale)
+            y = backend.attend(queries, latents, seen, scale=self.scale)
         else:
-            y = sparse.attend(backend, queries, latents, chosen, step, scale=self.scale)
+            y = sparse.attend(backend, queries, latents, chosen, scale=self.scale)
         found = ops.linear(y, self.up_v, None)
         if self.gate is not None:
             found = found * ops.act(self.gate.of(x), "sigmoid")[..., None]

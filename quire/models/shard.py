@@ -22,7 +22,6 @@ from quire.models.spec import (
     Mixer,
     MoE,
     attention_of,
-    num_chosen,
 )
 
 TOKENS = 4  # that draw their noise together (sampling/philox.py)
@@ -149,11 +148,6 @@ def check_parts(spec: Decoder, size: int, parts: int, block_size: int, length: i
     begin = f"decode_context_parallel_size is {parts}, and this network"
     if not any(attention_of(block.mixer) for block in spec.blocks):
         raise ConfigError(f"{begin} keeps no keys that ranks could share out; leave it out")
-    if num_chosen(spec, length):
-        raise ConfigError(
-            f"{begin} chooses the positions that it sees, in sequences of {length}, which takes all of them in one"
-            " place; leave it out, or lower max_model_len"
-        )
     for block in spec.blocks:
         if isinstance(block.mixer, Both | Guided):
             raise ConfigError(f"{begin} has layers whose attention every rank computes whole; leave it out")

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from quire.attention import sparse
 from quire.attention.base import Divisible, ragged
 from quire.attention.cpu import Cpu
-from quire.attention.parted import Parted, merge, part_of, parted
+from quire.attention.parted import Parted, choose, merge, part_of, parted
 from quire.attention.reference import Reference
 from quire.attention.shapes import CacheShape
 from quire.errors import ConfigError
 from quire.parallel.axis import Axis
+from tests.attention import test_sparse
 from tests.attention.test_backends import NUM_BLOCKS, TOLERANCE, Case, Sequences, cut, dense, sequences
 from tests.parallel.threads import in_ranks
 
@@ -82,6 +84,37 @@ def test_ranks_find_together_what_dense_attention_finds(case: Case, size: int, q
             over_ranks(Reference(4, quantized=quantized), case, data, steps, size), want, strict=True
         ):
             torch.testing.assert_close(got.double(), expected, rtol=0, atol=TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_choose_together_whom_to_see(size: int) -> None:
+    """All have the same heads here. Steps choose from their first position on, so that most see all there is."""
+    data, count = test_sparse.sequences(LENGTHS), 12
+
+    def one(axis: Axis) -> list[Tensor]:
+        backend, caches = Parted(Reference(4), axis), []
+        for shape in (test_sparse.LATENT, test_sparse.INDEX):
+            pool = torch.full((NUM_BLOCKS, shape.num_bytes(4, 4)), 255, dtype=torch.uint8)
+            caches.append(backend.views(pool, 0, shape, torch.float32))
+        tables = [[*range(18 * s, 18 * s + 18)] for s in range(len(LENGTHS))]
+        done, found = [0] * len(LENGTHS), [torch.empty(0)] * len(LENGTHS)
+        for counts in cut(LENGTHS, seed=size):
+            work = [(s, slice(done[s], done[s] + n)) for s, n in enumerate(counts) if n]
+            starts, each = [part.start for _, part in work], [counts[s] for s, _ in work]
+            whole = ragged(starts, each, [tables[s] for s, _ in work], 4 * size)
+            rows = [torch.cat([x[s][part] for s, part in work]) for x in data.parts]
+            for cache, keys in zip(caches, (rows[1], rows[3]), strict=True):
+                backend.write(cache, keys, None, part_of(whole, size, axis.rank))
+            chosen = choose(backend, rows[2], rows[4], caches[1], whole, count)
+            out = sparse.attend(backend, rows[0], caches[0], chosen, scale=test_sparse.SCALE)
+            for (s, part), some in zip(work, out.split(each), strict=True):
+                found[s], done[s] = torch.cat((found[s], some)), part.stop
+        return found
+
+    for found in in_ranks(size, one):
+        for s, got in enumerate(found):
+            want = test_sparse.dense(data, s, test_sparse.seen(data, s, count))
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE[torch.float32])
 
 
 def test_windows_of_which_ranks_have_not_as_many_are_refused() -> None:

@@ -96,8 +96,8 @@ def paged(backend: Backend, data: Sequences, count: int, steps: list[list[int]])
         if step.max_length <= count:  # as the layer has it
             out = backend.attend(q, caches[0], step, scale=SCALE)
         else:
-            slots = sparse.choose(backend, index_q, weights, caches[1], step, count)
-            out = sparse.attend(backend, q, caches[0], slots, step, scale=SCALE)
+            whom = sparse.choose(backend, index_q, weights, caches[1], step, count)
+            out = sparse.attend(backend, q, caches[0], whom, scale=SCALE)
         for s, part in zip(chosen, out.split([counts[s] for s in chosen]), strict=True):
             found[s].append(part)
             done[s] += len(part)

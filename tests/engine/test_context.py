@@ -42,12 +42,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("dense", 2, 2),
         ("experts", 2, 2),
         ("latent", 2, 2),
+        ("chosen", 2, 2),
         pytest.param("sinks", 2, 2, marks=pytest.mark.slow),
         pytest.param("chunks", 2, 2, marks=pytest.mark.slow),
         pytest.param("two heads", 4, 2, marks=pytest.mark.slow),
         pytest.param("experts", 4, 4, marks=pytest.mark.slow),
         pytest.param("latent", 4, 2, marks=pytest.mark.slow),
         pytest.param("latent", 4, 4, marks=pytest.mark.slow),
+        pytest.param("chosen", 4, 4, marks=pytest.mark.slow),
     ],
 )
 def test_tokens_are_those_of_one_process(folders: dict[str, Path], name: str, size: int, parts: int) -> None:
@@ -115,7 +117,6 @@ def test_whole_experts_are_spread_over_these_ranks_too(folders: dict[str, Path])
         ("odd window", {}, "held by 1"),
         ("odd window", {"tensor_parallel_size": 4}, "window of 5 positions, of which 2 ranks.*divisor of 5"),
         ("chunks", {"block_size": 12}, "chunk of 16 positions, which the 12"),
-        ("chosen", {}, "chooses the positions that it sees"),
         ("beside states", {}, "every rank computes whole"),
         ("no keys", {}, "keeps no keys"),
         (
