@@ -136,6 +136,11 @@ class Config:
         "File with a secret, the same on all machines, which ranks of others have to know: whoever else reaches the"
         " port cannot join.",
     )
+    ray_placement_group: str | None = option(
+        None,
+        "Id (hex) of a placement group of Ray's with a bundle for each rank, the first on this machine. None: the one"
+        " that the engine is in, or else a new one.",
+    )
     max_model_len: int | None = option(None, "Most tokens of a request, prompt and output together.")
     max_num_seqs: int | None = option(None, "Most sequences that run at once.")
     max_num_batched_tokens: int | None = option(None, "Most tokens that one step computes.")
@@ -211,6 +216,15 @@ class Config:
         if self.nnodes > 1 and self.distributed_executor_backend == "ray":
             raise ConfigError(
                 f"nnodes is {self.nnodes}, and Ray finds machines by itself; leave it out, or use local"
+            )
+        if (
+            self.enable_expert_parallel
+            and self.data_parallel_size > 1
+            and self.distributed_executor_backend != "local"
+        ):
+            raise ConfigError(
+                f"distributed_executor_backend is {self.distributed_executor_backend}, and engine groups that share"
+                " experts are on one machine; use local"
             )
         if self.nnodes > 1 and self.data_parallel_size > 1:
             raise ConfigError(

@@ -41,6 +41,7 @@ OPTIONS = {
     "master_addr",
     "master_port",
     "launch_secret_file",
+    "ray_placement_group",
     "data_parallel_size",
     "enable_expert_parallel",
     "all2all_backend",

@@ -22,7 +22,8 @@ from torch.distributed import TCPStore
 
 from quire.config import Config
 from quire.engine.device import mesh_of, world_of
-from quire.engine.meeting import Meeting
+from quire.engine.meeting import GATHER_S, Meeting
+from quire.engine.placement import Placement, place
 from quire.engine.processes import command, hang_up, live
 from quire.engine.rank import CONNECT_S, FromRank, Join, Seat, Step, serve
 from quire.engine.site import secret_of, site_of
@@ -61,6 +62,7 @@ class Ranks:
         *,
         host: str = LOOPBACK,
         processes: Sequence["subprocess.Popen[bytes]"] = (),
+        placement: Placement | None = None,
         essential: bool = False,
         post: Post | None = None,
     ):
@@ -71,12 +73,13 @@ class Ranks:
             pids: of those that are on this machine.
             host: this machine's address, as the ranks of others know it.
             processes: those that are to be waited for.
+            placement: what Ray gave for others.
             essential: a lost rank is the end of this process, whose parent sees to all of them.
             post: of a group that computes in lockstep with others; the mesh is of all of these then.
         """
         self.post, self.first = post, 0 if post is None else post.number * (len(channels) + 1)
         self.mesh, self.seat, self.channels, self.pids = mesh, seat, channels, pids
-        self.host, self.processes, self.essential = host, processes, essential
+        self.host, self.processes, self.placement, self.essential = host, processes, placement, essential
         self.store: TCPStore | None = None
         self.poison: Callable[[], None] = lambda: None
         self.watcher: threading.Thread | None = None
@@ -159,6 +162,8 @@ class Ranks:
             channel.sock.close()
         if self.seat.segment is not None:
             os.close(self.seat.segment)
+        if self.placement is not None:
+            self.placement.close()
         for process in self.processes:
             if self.watcher is None:  # it may be loading modules still, and would notice only after that
                 process.kill()
@@ -227,8 +232,8 @@ def fork(config: Config, *others: socket.socket, post: Post | None = None) -> Ra
         theirs.close()
         pids.append(pid)
         channels.append(Channel(ours, incoming=FromRank))
-    host = LOOPBACK if post is not None else _gather(config, mesh, seat, channels)
-    return Ranks(world, seat, channels, pids, host=host, essential=True, post=post)
+    host, placement = (LOOPBACK, None) if post is not None else _gather(config, mesh, seat, channels)
+    return Ranks(world, seat, channels, pids, host=host, placement=placement, essential=True, post=post)
 
 
 def spawn(config: Config) -> Ranks | None:
@@ -249,19 +254,19 @@ def spawn(config: Config) -> Ranks | None:
             words = command(RANK, str(seat.index + rank), str(len(seat.beside)), *map(str, given))
             processes.append(subprocess.Popen(words, pass_fds=given, stdin=subprocess.DEVNULL))
     pids = [process.pid for process in processes]
-    host = _gather(config, mesh, seat, channels)
-    return Ranks(mesh, seat, channels, pids, host=host, processes=processes)
+    host, placement = _gather(config, mesh, seat, channels)
+    return Ranks(mesh, seat, channels, pids, host=host, processes=processes, placement=placement)
 
 
 def _seat(config: Config) -> Seat:
     """Rank 0's."""
-    site = site_of(config)
+    site, placed = site_of(config), config.distributed_executor_backend == "ray"
     if site.process:
         raise ConfigError(
             f"process {site.process} of {site.num_processes} has ranks of an engine that is elsewhere; start it with"
             " quire serve"
         )
-    beside = site.ranks(mesh_of(config).size)
+    beside = range(1) if placed else site.ranks(mesh_of(config).size)
     shares = len(beside) > 1 and sys.platform == "linux"
     return Seat(site.index * len(beside), beside, shared_memory.make_segment() if shares else None)
 
@@ -271,17 +276,25 @@ def _seat_at(post: Post, num_ranks: int, num_all: int) -> Seat:
     return Seat(post.number * num_ranks, range(num_all), post.segment)
 
 
-def _gather(config: Config, mesh: Mesh, seat: Seat, channels: list[Channel]) -> str:
-    """Wait for ranks that come by themselves, and add them; returns this machine's address, as they know it."""
+def _gather(config: Config, mesh: Mesh, seat: Seat, channels: list[Channel]) -> tuple[str, Placement | None]:
+    """Add the ranks that come by themselves; returns this machine's address, as they know it, and what Ray gave."""
     if len(seat.beside) == mesh.size:
-        return LOOPBACK
-    site, ranks = site_of(config), range(len(seat.beside), mesh.size)
-    meeting = Meeting((site.address, site.port), secret_of(config))
+        return LOOPBACK, None
+    site, ranks, placement = site_of(config), range(len(seat.beside), mesh.size), None
+    if config.distributed_executor_backend == "ray":
+        placement, meeting = place(config, mesh.size)
+    else:
+        meeting = Meeting((site.address, site.port), secret_of(config))
     host, port = meeting.address
     logger.info("waiting at %s:%d for ranks %d to %d of %d", host, port, ranks[0], ranks[-1], mesh.size)
-    found = meeting.gather(ranks, mesh.size)
+    try:
+        found = meeting.gather(ranks, mesh.size, GATHER_S if placement is None else CONNECT_S)
+    except BaseException:
+        if placement is not None:
+            placement.close()
+        raise
     channels += [Channel(found[rank], incoming=FromRank) for rank in ranks]
-    return host
+    return host, placement
 
 
 class Team:

@@ -205,6 +205,10 @@ def test_a_secret_is_asked_for_and_has_to_be_one(tmp_path: Path) -> None:
     [
         ({"nnodes": 2, "distributed_executor_backend": "ray"}, "nnodes is 2, and Ray finds"),
         ({"nnodes": 2, "data_parallel_size": 2}, "data_parallel_size is 2, and nnodes 2"),
+        (
+            {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "ray"},
+            "distributed_executor_backend is ray, and engine groups that share experts are on one machine",
+        ),
         ({"master_port": 65536}, "master_port is 65536; it must be at most 65535"),
     ],
 )
