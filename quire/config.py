@@ -90,6 +90,11 @@ class Config:
         "Processes (ranks) of an engine group that compute the network together: each has its part of every layer's"
         " weights and of the cache, and a GPU of its own or its share of the CPU's cores and memory.",
     )
+    pipeline_parallel_size: int = option(
+        1,
+        "Stages of an engine group, each of which has some of the layers, and ranks of its own: so many times those of"
+        " tensor_parallel_size. They compute different sequences, or pieces of a prompt, at the same time.",
+    )
     decode_context_parallel_size: int = option(
         1,
         "How many of the ranks that would hold the same keys and values, as of tensor_parallel_size there are where"
@@ -193,10 +198,12 @@ class Config:
         self._at_least("master_port", 1)
         self._at_least("data_parallel_size", 1)
         self._at_least("tensor_parallel_size", 1)
+        self._at_least("pipeline_parallel_size", 1)
         self._at_most("master_port", 65535)
         self._at_most("data_parallel_size", MAX_GROUPS)
         self._at_most("tensor_parallel_size", MAX_RANKS)
         self._at_least("decode_context_parallel_size", 1)
+        self._at_most("pipeline_parallel_size", MAX_RANKS // self.tensor_parallel_size)
         self._check_nodes()
         if self.data_parallel_size > 1 and self.trace_file is not None:
             raise ConfigError(

@@ -1,16 +1,16 @@
 """From what the user said, the network and the machine to every option's value, with the reason for each. Pure."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from quire.attention.groups import Layout, cache_layout
+from quire.attention.groups import Layout, cache_layout, in_common
 from quire.attention.shapes import CHOICE_BYTES
 from quire.attention.states import state_bytes
 from quire.config import Config
 from quire.errors import CapacityError, ConfigError
-from quire.models.parameters import layer_dims, num_parameters, parameter_shapes
+from quire.models.parameters import layer_dims, parameter_shapes
 from quire.models.shard import WholeExperts, check_parts, shard
 from quire.models.spec import (
     MLP,
@@ -29,6 +29,7 @@ from quire.models.spec import (
     Spec,
     num_chosen,
 )
+from quire.models.stages import layers_of, stage_shapes, stages
 from quire.scheduler.near import Extent
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -100,14 +101,33 @@ class Memory:
     def block_bytes(self) -> int:
         return self.layout.block_bytes
 
+    def most_blocks(self, budget: int, num_rows: int) -> int:
+        """Blocks for which there is room beside so many rows of states."""
+        return (budget - num_rows * self.state_bytes) // self.block_bytes
+
+    def filled(self, num_blocks: int, num_rows: int, num_states: int) -> "Memory":
+        """The same with a cache."""
+        cache_bytes = num_blocks * self.block_bytes + num_rows * self.state_bytes
+        return dataclasses.replace(
+            self, cache_bytes=cache_bytes, num_blocks=num_blocks, num_states=num_states
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A config without None where a value is needed, the memory plan, and why: option -> reason."""
+    """A config without None where a value is needed, the memory plan of each stage's ranks, and why: option -> reason.
+
+    The fullest ranks decide: all have as many blocks and rows of states, whatever else they might have room for.
+    """
 
     config: Config
-    memory: Memory
+    memories: tuple[Memory, ...]
     reasons: Mapping[str, str]
+
+    @property
+    def memory(self) -> Memory:
+        """The first rank's."""
+        return self.memories[0]
 
 
 def resolve_dtype(config: Config, checkpoint_dtype: str | None, machine: Machine) -> tuple[str, str]:
@@ -148,25 +168,24 @@ def resolve(
     length = _length(config, spec)
     if config.quantization != "auto":
         _check_quantization(config, dtype, machine)
-    part, own = _part(config, spec, machine, block_size, length)
-    weights = _weight_bytes(part, ITEM_BYTES[dtype], BITS.get(config.quantization))
-    work = _work_bytes(part, spec.vocab_size, batched, min(max_seqs, batched), length)
-    layout = _layout(config, part, machine, block_size, ITEM_BYTES[dtype], length)
-    request = Extent(layout.near, block_size, batched)
-    budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, own, weights, work)
-    per_state = state_bytes(part, ITEM_BYTES[dtype])
-    max_seqs, num_states = _states(config, per_state, budget, max_seqs)
-    of_states = (max_seqs + 1 + num_states) * per_state if per_state else 0
+    sizes = (block_size, batched, min(max_seqs, batched), length)
+    offers, own = _offers(config, spec, machine, ITEM_BYTES[dtype], *sizes)
+    request = Extent(offers[0].layout.near, block_size, batched)
+    budget, reasons["kv_cache_memory_bytes"] = _cache_budget(config, own, offers)
+    max_seqs, num_states = _states(config, max(offer.state_bytes for offer in offers), budget, max_seqs)
+    num_rows = max_seqs + 1 + num_states
     wanted = max_seqs * request.num_blocks(length) + (SPARE_BLOCKS if config.enable_prefix_caching else 0)
-    per_block = layout.block_bytes
-    num_blocks = min((budget - of_states) // per_block, wanted) if per_block else wanted
+    num_blocks = min(
+        [wanted, *(offer.most_blocks(budget, num_rows) for offer in offers if offer.block_bytes)]
+    )
     if num_blocks == wanted and config.kv_cache_memory_bytes is None:
         reasons["kv_cache_memory_bytes"] = (
             f"{max_seqs} sequences of {length} tokens, and finished ones to reuse"
         )
+    per_block = max(offer.block_bytes for offer in offers)
     length, why = _fitting_length(config, length, request, num_blocks, per_block)
     reasons["max_model_len"] = why
-    cache_bytes = num_blocks * per_block + of_states
+    memories = tuple(offer.filled(num_blocks, num_rows, num_states) for offer in offers)
     depth_two = machine.asynchronous if config.async_scheduling is None else config.async_scheduling
     resolved = dataclasses.replace(
         config,
@@ -176,23 +195,68 @@ def resolve(
         max_num_seqs=max_seqs,
         max_num_batched_tokens=batched,
         max_model_len=length,
-        kv_cache_memory_bytes=cache_bytes,
+        kv_cache_memory_bytes=max(memory.cache_bytes for memory in memories),
         async_scheduling=depth_two,
         max_token_gap_ms=_gap(config, machine, offline, reasons),
         num_threads=config.num_threads or machine.num_cores,
     )
-    memory = Memory(weights, work, cache_bytes, layout, num_blocks, per_state, num_states)
-    return Resolved(resolved, memory, reasons)
+    return Resolved(resolved, memories, reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank computes: its part of its stage's layers, and the parameters of that by name."""
+
+    spec: Spec
+    shapes: Mapping[str, tuple[int, ...]]
+    has_head: bool
+
+
+def _offers(
+    config: Config,
+    spec: Spec,
+    machine: Machine,
+    item_bytes: int,
+    block_size: int,
+    batched_tokens: int,
+    num_rows: int,
+    length: int,
+) -> tuple[list[Memory], Machine]:
+    """Where the memory of each stage's ranks goes before there is a cache, and what a rank has."""
+    whole, own = _part(config, spec, machine, block_size, length)
+    bits, parts = BITS.get(config.quantization), _stages(config, spec, whole)
+    layouts = in_common([_layout(config, p.spec, machine, block_size, item_bytes, length) for p in parts])
+    return [
+        Memory(
+            _weight_bytes(part, item_bytes, bits),
+            _work_bytes(part.spec, spec.vocab_size, batched_tokens, num_rows, length),
+            cache_bytes=0,
+            layout=layout,
+            num_blocks=0,
+            state_bytes=state_bytes(part.spec, item_bytes),
+        )
+        for part, layout in zip(parts, layouts, strict=True)
+    ], own
 
 
 def _part(config: Config, spec: Spec, machine: Machine, block_size: int, length: int) -> tuple[Spec, Machine]:
-    """What one rank computes, and has for it; all ranks have as much."""
+    """What one rank of each layer computes, and has for it; all ranks have as much."""
     size, parts = config.tensor_parallel_size, config.decode_context_parallel_size
     if parts > 1 and isinstance(spec, Decoder):
         check_parts(spec, size, parts, block_size, length)
     part = shard(spec, size, 0, whole_experts(config, spec)) if isinstance(spec, Decoder) else spec
-    num_beside = -(-size // config.nnodes)
+    num_beside = -(-size * config.pipeline_parallel_size // config.nnodes)
     return part, machine.part(num_beside) if machine.device == "cpu" else machine
+
+
+def _stages(config: Config, spec: Spec, whole: Spec) -> list[Part]:
+    """What the ranks of each stage compute of `whole`, a part of each layer of `spec`."""
+    if not isinstance(spec, Decoder) or not isinstance(whole, Decoder):
+        return [Part(whole, dict(parameter_shapes(whole)), has_head=True)]
+    return [
+        Part(layers_of(whole, stage), dict(stage_shapes(whole, stage)), has_head=stage.is_last)
+        for stage in stages(spec, config.pipeline_parallel_size)
+    ]
 
 
 def whole_experts(config: Config, spec: Spec) -> WholeExperts | None:
@@ -250,18 +314,19 @@ def _quantizes_cache(config: Config, machine: Machine) -> bool:
     return config.kv_cache_dtype == "int8"
 
 
-def _weight_bytes(spec: Spec, item_bytes: int, bits: int | None) -> int:
+def _weight_bytes(part: Part, item_bytes: int, bits: int | None) -> int:
     """Of quantized weights, their scales and a head beside a tied embedding included."""
+    spec, shapes, num_head = part.spec, part.shapes, part.spec.dim * part.spec.vocab_size
     if bits is None:
-        packed_head = isinstance(spec, Foreign) and spec.head not in dict(spec.parameters)
-        return (num_parameters(spec).total + packed_head * spec.dim * spec.vocab_size) * item_bytes
-    total, head, shapes = 0.0, spec.head if isinstance(spec, Foreign) else HEAD, dict(parameter_shapes(spec))
+        packed_head = isinstance(spec, Foreign) and spec.head not in shapes
+        return (sum(map(prod, shapes.values())) + packed_head * num_head) * item_bytes
+    total, head = 0.0, spec.head if isinstance(spec, Foreign) else HEAD
     for name, shape in shapes.items():
         if name == head or _is_quantized(spec, name, shape):
             total += prod(shape) * _bytes_of(8 if name == head else bits)
         else:
             total += prod(shape) * item_bytes
-    return int(total + (0 if head in shapes else spec.dim * spec.vocab_size * _bytes_of(8)))
+    return int(total + (num_head * _bytes_of(8) if part.has_head and head not in shapes else 0))
 
 
 def _is_quantized(spec: Spec, name: str, shape: tuple[int, ...]) -> bool:
@@ -347,7 +412,9 @@ def _widest(part: Mixer | MLP | MoE | None, dim: int) -> int:
     return 0
 
 
-def _cache_budget(config: Config, machine: Machine, weights: int, work: int) -> tuple[int, str]:
+def _cache_budget(config: Config, machine: Machine, offers: Sequence[Memory]) -> tuple[int, str]:
+    """Bytes for the cache of each rank: as many as the fullest has left."""
+    weights, work = max(offer.weight_bytes for offer in offers), max(offer.work_bytes for offer in offers)
     left = (
         min(int(machine.total_bytes * config.gpu_memory_utilization), machine.available_bytes)
         - weights

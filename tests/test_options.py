@@ -35,6 +35,7 @@ OPTIONS = {
     "attention_backend",
     "num_threads",
     "tensor_parallel_size",
+    "pipeline_parallel_size",
     "distributed_executor_backend",
     "nnodes",
     "node_rank",

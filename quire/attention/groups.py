@@ -11,7 +11,8 @@ All blocks are of one size, so that what near layers give up anybody can take. W
 layers are one group, and nothing is given up.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from quire.attention.shapes import block_bytes, cache_shapes, layer_offsets, layers_read
 from quire.errors import ConfigError
@@ -64,6 +65,25 @@ def cache_layout(
     if most * (1 + max(groups)) > (1 + MOST_WASTE) * plain.block_bytes and chunk is None:
         return plain
     return Layout(most, groups, offsets, Near(parts=max(groups), window=window, chunk=chunk))
+
+
+def in_common(layouts: Sequence[Layout]) -> tuple[Layout, ...]:
+    """Layouts of a network's stages, changed so that sequences give up the same in all of them.
+
+    A stage may thereby keep what none of its layers sees.
+    """
+    nears = [layout.near for layout in layouts if layout.block_bytes]
+    known = [near for near in nears if near is not None]
+    if not known:
+        return tuple(layouts)
+    window, chunk, parts = None, None, max(near.parts for near in known)
+    for near in known:
+        window, chunk = _greater(window, near.window), _greater(chunk, near.chunk)
+    if len(known) < len(nears) and not parts:  # some stages' layers see all, and others' near positions only
+        if chunk is None:
+            return tuple(replace(layout, near=None) for layout in layouts)
+        parts = 1  # so that a block itself is kept, and no step crosses the end of a chunk
+    return tuple(replace(layout, near=Near(parts=parts, window=window, chunk=chunk)) for layout in layouts)
 
 
 def _divided(sizes: list[int], near: list[int], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

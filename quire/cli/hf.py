@@ -39,10 +39,9 @@ class Transformers:
                 f"kv_cache_dtype is {config.kv_cache_dtype}; the backend hf keeps keys and values in the model's dtype,"
                 " auto: leave it out"
             )
-        if config.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"tensor_parallel_size is {config.tensor_parallel_size}; the backend hf is one process: leave it out"
-            )
+        for axis in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if (size := vars(config)[axis]) > 1:
+                raise ConfigError(f"{axis} is {size}; the backend hf is one process: leave it out")
         folder = resolve(config.model, config.revision).folder
         platform = detect(config.device)
         raw = read_config(folder)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def build_core(
     machine = dataclasses.replace(machine, block_size=block_size)
     resolved = resolve(config, found.spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config
-    axes = ranks.join(config, resolved.memory, platform.device) if ranks else Axes()
+    axes = ranks.join(config, resolved.memories, platform.device) if ranks else Axes()
     runner = make_runner(found, config, resolved.memory, platform, backend, axes)
     if ranks:
         ranks.wait()
@@ -146,12 +146,13 @@ def _core(
         max_length=length,
         max_gap_s=config.max_token_gap_ms / 1000 if config.max_token_gap_ms else None,
         min_prefill_time=MIN_PREFILL_TIME if "max_token_gap_ms" in resolved.reasons else 0.0,
+        stages=config.pipeline_parallel_size,
     )
-    scheduler = Scheduler(pool, limits, checkpoints=_checkpoints(memory, max_seqs))
+    scheduler = Scheduler(pool, limits, checkpoints=_checkpoints(resolved.memories, max_seqs))
     return EngineCore(
         scheduler if config.trace_file is None else Recorder(scheduler, Path(config.trace_file)),
         runner,
-        depth=2 if config.async_scheduling else 1,
+        depth=max(2 if config.async_scheduling else 1, config.pipeline_parallel_size),
         seed=config.seed,
         fingerprint=hashlib.blake2b(config.model.encode(), digest_size=16).digest(),
         share_across_requests=config.enable_prefix_caching,
@@ -161,14 +162,17 @@ def _core(
     )
 
 
-def _checkpoints(memory: Memory, max_seqs: int) -> Checkpoints | None:
+def _checkpoints(memories: Sequence[Memory], max_seqs: int) -> Checkpoints | None:
     """Rows of states that are kept: those after the slots' and nobody's."""
     first = max_seqs + 1
-    return Checkpoints(range(first, first + memory.num_states)) if memory.state_bytes else None
+    keeps = any(memory.state_bytes for memory in memories)
+    return Checkpoints(range(first, first + memories[0].num_states)) if keeps else None
 
 
 def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platform) -> str:
-    config, memory, gib = resolved.config, resolved.memory, 2**30
+    config, memory = resolved.config, resolved.memory
+    weights = _gib(memory.weight_bytes for memory in resolved.memories)
+    cache = _gib(memory.cache_bytes for memory in resolved.memories)
     length = config.max_model_len or 1
     request = Extent(memory.layout.near, config.block_size or 1, max_batched_tokens=1)  # that decodes
     num_requests = memory.num_blocks // request.num_blocks(length)
@@ -176,7 +180,8 @@ def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platfor
     quantized = "" if config.quantization == "auto" else f" with {config.quantization} weights"
     cached = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     ends = f", at ends of blocks of {config.block_size} tokens" if memory.num_states else ""
-    kept = f", states of {memory.state_bytes / 2**20:.2f} MiB, {memory.num_states} kept{ends}"
+    state_bytes = sum(memory.state_bytes for memory in resolved.memories)
+    kept = f", states of {state_bytes / 2**20:.2f} MiB, {memory.num_states} kept{ends}"
     where, size, each = platform.name, mesh_of(config).size, ""
     if where == "cpu":
         where += f" ({config.num_threads} threads, {platform.num_nodes} memory node{'s' * (platform.num_nodes > 1)})"
@@ -187,6 +192,12 @@ def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platfor
     groups = "" if (n := config.data_parallel_size) == 1 else f"{n} engine groups, each with "
     return (
         f"{groups}{len(cache_shapes(spec))} layers in {config.dtype}{quantized} on {where}, attention {backend.name},"
-        f" weights {memory.weight_bytes / gib:.2f} GiB{each}, KV cache{cached} {memory.cache_bytes / gib:.2f} GiB{each}"
-        f" = {num_tokens} tokens ({num_requests} requests of {length})" + (kept if memory.state_bytes else "")
+        f" weights {weights} GiB{each}, KV cache{cached} {cache} GiB{each}"
+        f" = {num_tokens} tokens ({num_requests} requests of {length})" + (kept if state_bytes else "")
     )
+
+
+def _gib(sizes: Iterable[int]) -> str:
+    """The only size, or the least and the greatest."""
+    found = sorted(sizes)
+    return " to ".join(dict.fromkeys(f"{size / 2**30:.2f}" for size in (found[0], found[-1])))

@@ -82,12 +82,21 @@ def mesh_of(config: Config) -> Mesh:
             f"decode_context_parallel_size is {cp}; it must divide tensor_parallel_size, {size}, whose ranks it puts to"
             " use"
         )
-    return Mesh(tp=size // cp, cp=cp)
+    return Mesh(tp=size // cp, cp=cp, pp=config.pipeline_parallel_size)
 
 
 def world_of(config: Config) -> Mesh:
-    """All ranks that exchange tensors: of one engine group, or of all that compute in lockstep."""
+    """All ranks that exchange tensors: of one engine group, or of all that compute in lockstep.
+
+    Raises:
+        ConfigError: groups in lockstep would have stages.
+    """
     mesh = mesh_of(config)
+    if in_lockstep(config) and mesh.pp > 1:
+        raise ConfigError(
+            f"pipeline_parallel_size is {mesh.pp}, and engine groups that share experts have no stages; leave it"
+            " out, or enable_expert_parallel or data_parallel_size"
+        )
     return dataclasses.replace(mesh, dp=config.data_parallel_size) if in_lockstep(config) else mesh
 
 
@@ -205,7 +214,9 @@ def _repeated(
     """How steps of newest tokens, and small ones of any, are computed again by one call; None if they are not."""
     model, _, state, _ = parts
     block_size, device = config.block_size or 1, state.tokens.device
-    if not isinstance(model, Decoder):
+    if model.axes.pp.size > 1:
+        logger.info("steps are computed operation by operation: those of stages are not recorded")
+    elif not isinstance(model, Decoder):
         logger.info("steps are computed operation by operation: others' modules are not recorded")
     elif num_chosen(model.spec, state.max_length):  # each step's scores are as wide as its longest sequence
         logger.info(

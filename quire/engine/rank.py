@@ -1,7 +1,8 @@
 """The life of a rank other than the first: it computes its part of every step that it is told, and plans nothing.
 
 It answers when it is about to connect with the others and when it is ready, and ends when rank 0's end of the socket
-closes. What it samples nobody needs to hear: all ranks have the same logits, and draw the same tokens from them.
+closes. What it samples nobody needs to hear: all ranks that sample have the same logits, and draw the same tokens from
+them. Only where these are the last of several stages, one of them says what it was.
 """
 
 import logging
@@ -9,6 +10,8 @@ import os
 import signal
 import socket
 import threading
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,7 +28,8 @@ from quire.log import logger
 from quire.parallel.factory import Rendezvous, communicators
 from quire.resolve import Memory
 from quire.runner.runner import Runner, Sampling
-from quire.scheduler.plan import Plan
+from quire.scheduler.plan import Plan, Result
+from quire.types import TokenLogprobs
 
 CONNECT_S = 60.0
 REFUSED = 2  # exit code of a rank that rank 0 does not want
@@ -76,8 +80,16 @@ class Step(Message, frozen=True):
     most_rows: int = 0
 
 
+class Sampled(Message, frozen=True):
+    """What a step brought, of sequences that are still known."""
+
+    result: Result
+    logprobs: dict[int, list[TokenLogprobs]]  # by sequence
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+
+
 ToRank = Join | Step | Failed
-FromRank = Here | Joined | Failed
+FromRank = Here | Joined | Failed | Sampled
 
 
 def main(index: str, beside: str, sock: str, segment: str = "") -> None:
@@ -96,9 +108,9 @@ def serve(sock: socket.socket, seat: Seat, parent: socket.socket | None = None) 
         logger.setLevel(logging.WARNING)
     channel = Channel(sock, incoming=ToRank)
     try:
-        runner = _join(channel, seat)
-        while runner is not None:
-            _carry_out(runner, channel.receive(None))
+        worker = _join(channel, seat)
+        if worker is not None:
+            worker.run()
     except EngineDead:
         pass  # rank 0 is gone
     except Exception:
@@ -111,7 +123,7 @@ def _end_with(descriptors: list[int]) -> None:
     os._exit(0)
 
 
-def _join(channel: Channel, seat: Seat) -> Runner | None:
+def _join(channel: Channel, seat: Seat) -> "Worker | None":
     """Get ready; None if that is not possible, which rank 0 has been told."""
     message = channel.receive(None)
     if isinstance(message, Failed):
@@ -121,6 +133,9 @@ def _join(channel: Channel, seat: Seat) -> Runner | None:
         raise WireError(f"the first message is a {type(message).__name__}; it must be a Join")
     try:
         runner = _runner(message, channel, seat)
+        axes, ahead = runner.model.axes, int(bool(message.options["async_scheduling"]))
+        answers = runner.samples and axes.pp.size > 1 and axes.tp.rank == axes.cp.rank == 0
+        worker = Worker(channel, runner, ahead=ahead if answers else None)
     except QuireError as error:
         channel.send(Failed(type(error).__name__, f"rank {message.rank}: {error}"))
         return None
@@ -128,7 +143,7 @@ def _join(channel: Channel, seat: Seat) -> Runner | None:
         channel.send(Failed("CapacityError", f"rank {message.rank} has less memory than rank 0: {error}"))
         return None
     channel.send(Joined())
-    return runner
+    return worker
 
 
 def _runner(join: Join, channel: Channel, seat: Seat) -> Runner:
@@ -148,14 +163,54 @@ def _runner(join: Join, channel: Channel, seat: Seat) -> Runner:
     return make_runner(found, config, join.memory, platform, backend, axes)
 
 
-def _carry_out(runner: Runner, step: Step) -> None:
-    for seq, sampling in step.new:
-        runner.register(seq, sampling)
-    for seq in step.gone:
-        runner.forget(seq)
-    runner.expect(step.most_rows)
-    runner.launch(step.plan)
-    if step.plan.work:
-        runner.sample(step.plan)
-    elif step.most_rows:
-        runner.idle()
+class Worker:
+    """Carries out steps as they are told."""
+
+    def __init__(self, channel: Channel, runner: Runner, *, ahead: int | None):
+        """`ahead`: steps that are begun before the oldest one's outcome is waited for and told; None: it is not told.
+
+        A device that computes while the host goes on is given the next step first. On any other, which would wait in
+        that for an earlier stage, the outcome is there.
+        """
+        self.channel, self.runner, self.ahead = channel, runner, ahead
+        self.untold: deque[tuple[Plan, Callable[[], Result]]] = deque()
+
+    def run(self) -> None:
+        """Until rank 0 is gone.
+
+        Raises:
+            EngineDead: it is.
+        """
+        while True:
+            step = self.channel.receive(0.0 if self.untold else None)
+            if step is not None:
+                self._carry_out(step)
+            while len(self.untold) > (self.ahead or 0) * (step is not None):
+                self._tell(*self.untold.popleft())
+
+    def _carry_out(self, step: Step) -> None:
+        runner, plan = self.runner, step.plan
+        for seq, sampling in step.new:
+            runner.register(seq, sampling)
+        for seq in step.gone:
+            runner.forget(seq)
+        runner.expect(step.most_rows)
+        runner.launch(plan)
+        if plan.work and runner.samples:
+            result = runner.sample(plan)
+            if self.ahead is not None:
+                self.untold.append((plan, result))
+        elif step.most_rows and not plan.work:
+            runner.idle()
+
+    def _tell(self, plan: Plan, wait: Callable[[], Result]) -> None:
+        runner, result = self.runner, wait()
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        prompts: dict[int, tuple[TokenLogprobs, ...]] = {}
+        for seq in (w.seq for w in plan.work if w.samples and w.seq in runner.sampling):
+            if scores := runner.logprobs[seq]:
+                logprobs[seq] = list(scores)
+                scores.clear()
+            if (prompt := runner.take_prompt_logprobs(seq)) is not None:
+                prompts[seq] = prompt
+        self.channel.send(Sampled(result, logprobs, prompts))

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from queue import SimpleQueue
 
 import torch
 from torch.distributed import TCPStore
@@ -25,10 +26,10 @@ from quire.engine.device import mesh_of, world_of
 from quire.engine.meeting import GATHER_S, Meeting
 from quire.engine.placement import Placement, place
 from quire.engine.processes import command, hang_up, live
-from quire.engine.rank import CONNECT_S, FromRank, Join, Seat, Step, serve
+from quire.engine.rank import CONNECT_S, FromRank, Join, Sampled, Seat, Step, serve
 from quire.engine.site import secret_of, site_of
 from quire.engine.ticks import Post
-from quire.engine.wire import Channel, Failed, error_of
+from quire.engine.wire import Channel, Failed, WireError, error_of
 from quire.errors import ConfigError, EngineDead, PeerLost
 from quire.log import logger
 from quire.parallel import shared_memory
@@ -82,11 +83,12 @@ class Ranks:
         self.host, self.processes, self.placement, self.essential = host, processes, placement, essential
         self.store: TCPStore | None = None
         self.poison: Callable[[], None] = lambda: None
-        self.watcher: threading.Thread | None = None
+        self.threads: list[threading.Thread] = []  # once all are ready
+        self.answers: SimpleQueue[Sampled | None] = SimpleQueue()  # None: there are no more
         self.closed = False
 
-    def join(self, config: Config, memory: Memory, device: torch.device) -> Axes:
-        """Tell all ranks what was decided, and connect with them; returns what they share.
+    def join(self, config: Config, memories: Sequence[Memory], device: torch.device) -> Axes:
+        """Tell all ranks what was decided, for each stage's, and connect with them; returns what they share.
 
         Raises:
             ConfigError, ModelError, CapacityError, EngineDead: see `wait`.
@@ -98,6 +100,7 @@ class Ranks:
         if shares and segment is not None:
             self.poison = shared_memory.Segment(segment, self.mesh, beside).poison
         for rank, channel in enumerate(self.channels, self.first + 1):
+            memory = memories[self.mesh.coordinates(rank).pp]
             channel.send(Join(rank, dict(vars(config)), memory, self.host, port))
         if port is not None:  # whoever cannot come is not waited for
             self._hear()
@@ -120,8 +123,11 @@ class Ranks:
         self._hear()
         if not self.channels:
             return
-        self.watcher = threading.Thread(target=self._watch, name="quire-ranks", daemon=True)
-        self.watcher.start()
+        self.threads.append(threading.Thread(target=self._watch, name="quire-ranks", daemon=True))
+        if self.mesh.pp > 1:
+            self.threads.append(threading.Thread(target=self._listen, name="quire-answers", daemon=True))
+        for thread in self.threads:
+            thread.start()
 
     def _hear(self) -> None:
         """An answer of each."""
@@ -134,6 +140,18 @@ class Ranks:
                 ) from None
             if isinstance(message, Failed):
                 raise error_of(message.kind, message.message)
+
+    def answer(self) -> Sampled:
+        """What the oldest step brought of which that was not asked for yet. Only of several stages.
+
+        Raises:
+            PeerLost: the rank that would say it is gone.
+        """
+        answer = self.answers.get()
+        if answer is None:
+            self.answers.put(None)  # whoever asks again
+            raise PeerLost("the rank that samples is gone")
+        return answer
 
     def send(self, step: Step) -> None:
         """To all of them.
@@ -156,8 +174,8 @@ class Ranks:
         for channel in self.channels:  # not just closed: who polls it would keep it open
             with suppress(OSError):  # it may be gone
                 channel.sock.shutdown(socket.SHUT_RDWR)
-        if self.watcher is not None:
-            self.watcher.join()
+        for thread in self.threads:
+            thread.join()
         for channel in self.channels:
             channel.sock.close()
         if self.seat.segment is not None:
@@ -165,7 +183,7 @@ class Ranks:
         if self.placement is not None:
             self.placement.close()
         for process in self.processes:
-            if self.watcher is None:  # it may be loading modules still, and would notice only after that
+            if not self.threads:  # it may be loading modules still, and would notice only after that
                 process.kill()
             try:
                 process.wait(PATIENCE_S)
@@ -196,6 +214,15 @@ class Ranks:
         port = 0 if self.post is None else self.post.line.meet()
         self.store = TCPStore(self.host, port, None, False, timedelta(seconds=CONNECT_S))
         return port
+
+    def _listen(self) -> None:
+        """Take answers as they come, so that nobody waits in vain for a rank that waits for room for one."""
+        rank = self.mesh.rank(self.mesh.coordinates(self.first)._replace(pp=self.mesh.pp - 1))
+        try:
+            while True:
+                self.answers.put(self.channels[rank - self.first - 1].receive(None))
+        except (EngineDead, WireError):
+            self.answers.put(None)
 
     def _watch(self) -> None:
         hang_up([channel.sock.fileno() for channel in self.channels])
@@ -360,10 +387,21 @@ class Team:
             self.runner.idle()
 
     def sample(self, plan: Plan, masks: None = None) -> Callable[[], Result]:
-        """See `Runner.sample`."""
-        found = self.runner.sample(plan, masks)
+        """See `Runner.sample`. Of several stages, the last one's ranks do it by themselves."""
+        found = self.runner.sample(plan, masks) if self.runner.samples else self._answer
         self.is_amid = False
         return found
+
+    def _answer(self) -> Result:
+        """Wait for what the oldest step in flight has brought."""
+        answer, runner = self.ranks.answer(), self.runner
+        for seq, scores in answer.logprobs.items():
+            if seq in runner.logprobs:
+                runner.logprobs[seq] += scores
+        for seq, prompt in answer.prompt_logprobs.items():
+            if seq in runner.prompt_logprobs:
+                runner.prompt_logprobs[seq] += prompt
+        return answer.result
 
     def close(self) -> None:
         """End the other ranks, and let go of this one's memory."""

@@ -116,11 +116,15 @@ def take_road(raw: Mapping[str, Any], config: Config) -> Road:
     """
     if registry.road(raw, config.model_impl) == registry.NATIVE:
         return Native(raw)
-    if config.decode_context_parallel_size > 1:
-        raise ConfigError(
-            f"decode_context_parallel_size is {config.decode_context_parallel_size}, and over caches in parts"
-            " Transformers' modules are not run; it needs a native architecture (`quire models`)"
-        )
+    for axis, what in {
+        "decode_context_parallel_size": "over caches in parts",
+        "pipeline_parallel_size": "in stages",
+    }.items():
+        if (size := vars(config)[axis]) > 1:
+            raise ConfigError(
+                f"{axis} is {size}, and {what} Transformers' modules are not run; leave it out, or take a native"
+                " architecture (`quire models`)"
+            )
     if config.deterministic:
         raise ConfigError(
             "deterministic is set, and Transformers' modules add up in an order that depends on the batch; it needs a"

@@ -74,6 +74,12 @@ class Runner:
         self.launched: list[tuple[Batch, Tensor]] = []  # in order, with [T, dim] of the network's output
         self.drawn: list[Drawn] = []  # what the launched plan has sampled already
 
+    @property
+    def samples(self) -> bool:
+        """Whether it draws tokens: only the last of several stages does."""
+        pp = self.model.axes.pp
+        return pp.rank == pp.size - 1
+
     def close(self) -> None:
         """Let go of the device's memory; nothing can be launched afterwards."""
         del self.model, self.caches, self.state, self.sampler, self.fixed, self.mixed, self.states
@@ -113,11 +119,13 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> None:
         """Apply the plan's changes and start its forward pass."""
-        for slot in plan.ends:
-            self.sampler.release(slot)
+        if self.samples:
+            for slot in plan.ends:
+                self.sampler.release(slot)
         self.state.apply(plan)
-        for start in plan.starts:
-            self._admit(start)
+        if self.samples:
+            for start in plan.starts:
+                self._admit(start)
         if self.states is not None:
             self.states.begin(plan.starts)
         self.launched, self.drawn = [], []

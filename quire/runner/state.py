@@ -71,9 +71,16 @@ class SlotState:
                 mine.extend(work.new_blocks)
                 places += range(first, first + len(work.new_blocks))
                 values += work.new_blocks
+        self._hear(plan)
         if places:
             at, what = upload((np.array(places), np.array(values)), self.numbers.device)
             self.numbers.view(-1)[at] = what.int()
+
+    def _hear(self, plan: Plan) -> None:
+        """Of newest tokens that another stage has sampled."""
+        told = [(w.slot, w.start, w.token) for w in plan.work if w.token >= 0]
+        if told:
+            self.append(*upload(list(np.array(told).T), self.tokens.device))
 
     def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
         """Remember sampled tokens, so that the next step can start before the host has seen them."""

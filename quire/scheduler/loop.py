@@ -56,26 +56,36 @@ class Loop:
             raise ConfigError(f"depth is {depth}; it must be at least 1, which is synchronous")
         self.scheduler, self.device, self.depth, self.now, self.masks = scheduler, device, depth, now, masks
         self.inflight: deque[tuple[Plan, Callable[[], Result]]] = deque()
+        self.launched: Plan | None = None  # and not sampled yet
 
     @property
     def idle(self) -> bool:
         """Nothing is left to plan or to wait for."""
-        return not self.inflight and self.scheduler.idle
+        return not self.inflight and self.launched is None and self.scheduler.idle
 
     def step(self) -> list[Emitted]:
-        """Compute one step, or wait for one if there is nothing to compute; return what the host learned."""
-        plan = self.scheduler.schedule(self.now())
-        if plan.work or plan.ends:
-            self.device.launch(plan)
-        if not plan.work:
-            return self._settle(len(self.inflight) - 1)
+        """Compute one step, or wait for one if there is nothing to compute; return what the host learned.
+
+        What was interrupted while it waited is gone on with.
+        """
+        if self.launched is None:
+            plan = self.scheduler.schedule(self.now())
+            if plan.work or plan.ends:
+                self.device.launch(plan)
+            if not plan.work:
+                return self._settle(len(self.inflight) - 1)
+            self.launched = plan
         emitted = self._settle(max(self.depth - 2, 0))  # the masks may need these tokens
-        self.inflight.append((plan, self.device.sample(plan, self.masks(plan))))
+        sampled = self.device.sample(self.launched, self.masks(self.launched))
+        self.inflight.append((self.launched, sampled))
+        self.launched = None
         return emitted + self._settle(self.depth - 1)
 
     def _settle(self, keep: int) -> list[Emitted]:
         emitted: list[Emitted] = []
         while len(self.inflight) > max(keep, 0):
-            plan, result = self.inflight.popleft()
-            emitted += self.scheduler.commit(plan, result(), self.now())
+            plan, result = self.inflight[0]
+            outcome = result()  # before it is out of flight: that may be interrupted
+            self.inflight.popleft()
+            emitted += self.scheduler.commit(plan, outcome, self.now())
         return emitted

@@ -1,9 +1,11 @@
 """The step loop: what is in flight, what is known when, and when it is idle."""
 
+from collections.abc import Callable
+
 import pytest
 
 from quire.errors import ConfigError
-from quire.scheduler.plan import Plan
+from quire.scheduler.plan import Emitted, Plan, Result
 from tests.scheduler.device import EOS
 from tests.scheduler.workload import Case, Machine, Run, run
 
@@ -91,6 +93,36 @@ def test_an_abort_in_flight_frees_blocks_at_once() -> None:
     done = Run([Case((1, 2, 3), 9, 0, stops=FOREVER, abort_after=3)], Machine(depth=4))
     used = [done.pool.num_used for _ in done.steps()]
     assert used[2] > 0 and not any(used[3:])
+
+
+@pytest.mark.parametrize(("depth", "stages"), [(1, 1), (2, 1), (3, 1), (2, 2), (3, 3)])
+def test_a_step_that_was_interrupted_while_it_waited_is_gone_on_with(depth: int, stages: int) -> None:
+    todo = [Case((i, 1), 9, 0, stops=FOREVER) for i in range(4)]
+    done = Run(todo, Machine(depth=depth, stages=stages))
+    sample, step, interrupted = done.device.sample, done.loop.step, set[int]()
+
+    def sampled(plan: Plan, masks: object) -> Callable[[], Result]:
+        wait = sample(plan, masks)
+
+        def result() -> Result:
+            if plan.step % 3 == 0 and plan.step not in interrupted:
+                interrupted.add(plan.step)
+                raise KeyboardInterrupt
+            return wait()
+
+        return result
+
+    def again() -> list[Emitted]:
+        try:
+            return step()
+        except KeyboardInterrupt:
+            assert not done.loop.idle
+            return step()
+
+    done.device.sample, done.loop.step = sampled, again  # type: ignore[method-assign]
+    for _ in done.steps():
+        pass
+    assert len(interrupted) > 2
 
 
 def test_depth_must_be_positive() -> None:
