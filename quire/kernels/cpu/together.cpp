@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int64_t LOOK = 256;  // tokens of a rank: what most thresholds follow from
+constexpr int64_t SPARE = 16;   // beyond top_k, so that it does not look as if there were more equal to the last
 
 // Arguments as calls.py lays them out.
 struct DrawTogether {
@@ -74,22 +75,24 @@ void look(const DrawTogether& a, const Part& part, Look& look) {
   const float top = part.greatest * row.scale;
   float cut = lowest(part);
   bool all = true;
-  look.mass = row.top_k < a.whole ? 0 : sum_mass(row.logits, row.vocab_size, row.scale, top, part.floor).all;
-  if (LOOK <= static_cast<int64_t>(part.maxima.size())) {  // so many blocks have a token this great
+  const bool has_top_k = row.top_k < a.whole;
+  const int64_t most = has_top_k ? std::min(row.top_k + SPARE, LOOK) : LOOK;
+  look.mass = has_top_k ? 0 : sum_mass(row.logits, row.vocab_size, row.scale, top, part.floor).all;
+  if (most <= static_cast<int64_t>(part.maxima.size())) {  // so many blocks have a token this great
     std::vector<float> ordered = part.maxima;
-    std::nth_element(ordered.begin(), ordered.begin() + (LOOK - 1), ordered.end(), std::greater<float>());
-    if (ordered[LOOK - 1] * row.scale > cut) cut = ordered[LOOK - 1] * row.scale, all = false;
+    std::nth_element(ordered.begin(), ordered.begin() + (most - 1), ordered.end(), std::greater<float>());
+    if (ordered[most - 1] * row.scale > cut) cut = ordered[most - 1] * row.scale, all = false;
   }
   collect(row, part.maxima, cut, found);
   std::vector<float>& values = found.values;
   if (values.size() > SORTABLE) {
-    const float last = reach(values.data(), values.size(), {top, top, cut, false, 0}, LOOK);
+    const float last = reach(values.data(), values.size(), {top, top, cut, false, 0}, static_cast<double>(most));
     all = all && last <= cut, cut = last;
   }
   values.erase(std::remove_if(values.begin(), values.end(), [&](float x) { return !(x >= cut); }), values.end());
   std::sort(values.begin(), values.end(), std::greater<float>());
-  all = all && values.size() <= static_cast<size_t>(LOOK);
-  look.count = static_cast<int32_t>(std::min<int64_t>(LOOK, values.size()));
+  all = all && static_cast<int64_t>(values.size()) <= most;
+  look.count = static_cast<int32_t>(std::min<int64_t>(most, values.size()));
   std::copy_n(values.begin(), look.count, look.values);
   look.limit = all || !look.count ? -INF : look.values[look.count - 1];
 }
@@ -130,16 +133,22 @@ bool find_floor(const DrawTogether& a, Part& part, const Look* looks, int64_t st
   return limit == -INF;
 }
 
-// Sets the row's floor by all tokens of all ranks.
-void find_floor_of_all(const DrawTogether& a, Part& part) {
-  std::vector<float> mine(a.share, -INF), maxima;
-  std::copy_n(part.row.logits, part.row.vocab_size, mine.begin());
-  const std::vector<float> all = gather(a, mine);
-  Row row = part.row;
-  row.logits = all.data(), row.vocab_size = a.whole;
-  Candidates found;
-  const float greatest = block_greatest(row, maxima);
-  if (std::isfinite(greatest)) part.floor = survivors(row, maxima, greatest * row.scale, found);
+// Sets rows' floors by all tokens of all ranks.
+void find_floors_of_all(const DrawTogether& a, const std::vector<Part*>& parts) {
+  std::vector<std::vector<float>> rows;
+  for (const Part* part : parts) {
+    std::vector<float> mine(a.share, -INF);
+    std::copy_n(part->row.logits, part->row.vocab_size, mine.begin());
+    rows.push_back(gather(a, mine));
+  }
+  for_rows(a, static_cast<int64_t>(parts.size()), [&](int64_t i) {
+    static thread_local Candidates found;
+    Row row = parts[i]->row;
+    row.logits = rows[i].data(), row.vocab_size = a.whole;
+    std::vector<float> maxima;
+    const float greatest = block_greatest(row, maxima);
+    if (std::isfinite(greatest)) parts[i]->floor = survivors(row, maxima, greatest * row.scale, found);
+  });
 }
 
 void find_floors(const DrawTogether& a, std::vector<Part>& parts) {
@@ -162,8 +171,10 @@ void find_floors(const DrawTogether& a, std::vector<Part>& parts) {
   looks = gather(a, looks);
   std::vector<char> known(count);
   for_rows(a, count, [&](int64_t i) { known[i] = find_floor(a, *asked[i], &looks[i], count); });
+  std::vector<Part*> unknown;
   for (int64_t i = 0; i < count; ++i)
-    if (!known[i]) find_floor_of_all(a, *asked[i]);
+    if (!known[i]) unknown.push_back(asked[i]);
+  find_floors_of_all(a, unknown);
 }
 
 Offer offer(const Part& part) {
