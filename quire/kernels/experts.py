@@ -17,6 +17,7 @@ from quire.kernels.reference import (
     RmsNorm,
     RowScale,
     act,
+    act_mul_within,
     add_norm,
     finish_norm,
     linear,
@@ -57,6 +58,7 @@ class Experts(NamedTuple):
     act: str
     gated: bool
     invariant: bool = False  # a token's results are the same bits whatever else is in its batch
+    limit: float | None = None  # see `act_mul_within`; C++ kernels have none
     total: int = 0  # how many experts tokens choose from, where some are held elsewhere; 0: all are here
 
 
@@ -140,7 +142,9 @@ def experts(
 
 def _expert(x: Tensor, stack: Experts, i: int) -> Tensor:
     up_bias, down_bias = (None if b is None else b[i] for b in (stack.up_bias, stack.down_bias))
-    if stack.gated:
+    if stack.limit is not None:
+        hidden = act_mul_within(linear(x, stack.up[i], up_bias), stack.act, stack.limit)
+    elif stack.gated:
         hidden = normed_act_mul(x, None, stack.up[i], up_bias, stack.act)
     else:
         hidden = act(linear(x, stack.up[i], up_bias), stack.act)

@@ -167,6 +167,12 @@ def act_mul(x: Tensor, kind: str) -> Tensor:
     return (_activate(gate, kind) * up).to(x.dtype)
 
 
+def act_mul_within(x: Tensor, kind: str, limit: float) -> Tensor:
+    """`act_mul`, where act(gate) is at most `limit` and up within it; as several operations on every device."""
+    gate, up = x.chunk(2, -1)
+    return act(gate, kind).clamp(max=limit) * up.clamp(-limit, limit)
+
+
 @op
 def linear(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """x @ weight.T + bias, as `dtype` or x's. The weight may be what `pack_linear` or `quantize_linear` made of it.

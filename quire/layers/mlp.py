@@ -73,6 +73,8 @@ class MLP(nn.Module):
         """y [T, dim] -> [T, hidden], what `down` takes; `more` is added to gate and up, side by side."""
         if more is not None:
             return ops.act_mul(self.up.of(y) + more, self.spec.act)
+        if self.spec.limit is not None:
+            return ops.act_mul_within(self.up.of(y), self.spec.act, self.spec.limit)
         if self.spec.gate_scale != 1.0 or self.spec.sparsity:
             gate, up = self.up.of(y).chunk(2, -1)
             gate = self._sparse(gate) if self.spec.sparsity else gate * self.spec.gate_scale

@@ -56,6 +56,7 @@ class Experts(nn.Module):
             act=s.expert.act,
             gated=s.expert.gated,
             invariant=self.build.invariant,
+            limit=s.expert.limit,
             total=0 if self.spec.held is None else self.spec.num_experts,
         )
 

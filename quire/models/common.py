@@ -208,7 +208,7 @@ def rope(
     rotated = int(dim * factor)
     c.refuse(rotated % 2 == 1, f"rotary embedding of an odd number of dimensions ({rotated})")
     theta = found.get("rope_theta") or c.rope_theta or default_theta
-    scaling, stretch = _scaling(c, found, rotated)
+    scaling, stretch = stretched(c, found, rotated)
     return Rope(dim=rotated, theta=theta * stretch, scaling=scaling, **changes)
 
 
@@ -237,7 +237,7 @@ def rope_parameters(c: HF, local: bool = False) -> Mapping[str, Any]:
     return found
 
 
-def _scaling(c: HF, found: Mapping[str, Any], dim: int) -> tuple[Mapping[str, object] | None, float]:
+def stretched(c: HF, found: Mapping[str, Any], dim: int) -> tuple[Mapping[str, object] | None, float]:
     """What stretches the context, complete with every default, and a factor on theta."""
     kind = found.get("rope_type") or found.get("type") or "default"
     match kind:

@@ -137,6 +137,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "SolarOpenForCausalLM": "glm.solar_open",
     "StableLmForCausalLM": "stablelm.stablelm",
     "Starcoder2ForCausalLM": "starcoder.starcoder2",
+    "Step3p5ForCausalLM": "step.step3p5",
     "Step3TextForCausalLM": "step.step3",
     "Step3VLForConditionalGeneration": "step.step3",
     "VaultGemmaForCausalLM": "gemma.vault_gemma",

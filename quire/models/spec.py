@@ -275,6 +275,7 @@ class MLP:
     gated: bool = True
     bias: bool = False
     gate_scale: float = 1.0  # of what act sees of a gate
+    limit: float | None = None  # gates, activated, are at most this, and ups within it
     sparsity: float = (
         0.0  # gates lose what this share of equally many normally distributed ones is below; at least 0
     )

@@ -71,6 +71,7 @@ class Layer:
     act: str = "silu"
     bias: bool = False
     dtype: torch.dtype = torch.float32
+    limit: float | None = None
 
     def stack(self) -> Experts:
         up = self.hidden * (1 + self.gated)
@@ -81,6 +82,7 @@ class Layer:
             draw(self.count, self.dim, dtype=self.dtype, seed=4) if self.bias else None,
             self.act,
             self.gated,
+            limit=self.limit,
         )
 
     def routes(self, num_tokens: int, top_k: int, kind: str = "any") -> Routes:
@@ -103,6 +105,7 @@ LAYERS = {
     "no gates, biases": Layer(gated=False, act="relu2", bias=True),
     "gates and biases": Layer(dim=80, hidden=70, act="gelu_pytorch_tanh", bias=True),
     "gates of their own": Layer(act="swiglu_oai", bias=True),
+    "limited gates": Layer(limit=0.1, bias=True),
     "bfloat16": Layer(dtype=torch.bfloat16),
     "float16": Layer(dtype=torch.float16, bias=True),
 }

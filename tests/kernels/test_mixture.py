@@ -101,6 +101,24 @@ def raised(x: Any) -> Any:
     return type(x)(*map(raised, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_limits_of_gates_are_computed_expert_by_expert(dtype: torch.dtype) -> None:
+    """No kernel of the whole has them; products are the kernels'."""
+    layer, limit = Layer(dtype=dtype, bias=True), 0.1
+    stack = layer.stack()._replace(limit=limit)
+    x, routes = layer.x(17), layer.routes(17)
+    got = ops.experts(x, None, routes, stack, None)
+    up, down = raised(stack.up), raised(stack.down)
+    want = torch.zeros(17, layer.dim)
+    for token, (chosen, weights) in enumerate(zip(*routes, strict=True)):
+        for i, weight in zip(chosen.tolist(), weights, strict=True):
+            gate, other = (up[i] @ x[token].float() + stack.up_bias[i].float()).chunk(2)
+            hidden = torch.nn.functional.silu(gate).clamp(max=limit) * other.clamp(-limit, limit)
+            want[token] += weight * (down[i] @ hidden + stack.down_bias[i].float())
+    assert off(got, want) < 4 * LIMIT[dtype]
+    assert off(ops.experts(x, None, routes, stack._replace(limit=None), None), want) > 0.05
+
+
 def off(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 

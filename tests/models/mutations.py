@@ -187,6 +187,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "act": lambda m: replace(m, act=_unsaturated(m.act)),
         "bias": _set("bias", False),
         "gate_scale": _set("gate_scale", 1.0),
+        "limit": _set("limit", None),
         "out_scale": _set("out_scale", 1.0),
         "sparsity": _set("sparsity", 0.0),
         "more sparsity": lambda m: replace(m, sparsity=(1.0 + m.sparsity) / 2) if m.sparsity else m,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -115,6 +116,16 @@ class DeepseekForCausalLM(Headed):
 
     config_class = DeepseekConfig
     body = DeepseekOcr2TextModel
+
+
+if "step3p7" in dir(transformers.models):  # not before 5.23
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig, Step3p7TextModel
+
+    class Step3p5ForCausalLM(Headed):
+        """Step-3.5 (StepFun 2026), which is what Step-3.7 reads its text with."""
+
+        config_class = Step3p7TextConfig
+        body = Step3p7TextModel
 
 
 @strict

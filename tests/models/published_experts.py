@@ -78,6 +78,45 @@ MIMO_V2_FLASH = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
 }
+STEP_3_5_FLASH = {
+    "architectures": ["Step3p5ForCausalLM"],
+    "model_type": "step3p5",
+    "hidden_size": 4096,
+    "intermediate_size": 11264,
+    "num_hidden_layers": 45,
+    "num_nextn_predict_layers": 3,
+    "num_attention_heads": 64,
+    "num_attention_groups": 8,
+    "head_dim": 128,
+    "vocab_size": 128896,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-05,
+    "zero_centered": True,
+    "layer_types": ["sliding_attention" if layer % 4 else "full_attention" for layer in range(48)],
+    "sliding_window": 512,
+    "attention_other_setting": {
+        "attention_type": "sliding_attention",
+        "num_attention_heads": 96,
+        "num_attention_groups": 8,
+        "head_dim": 128,
+        "true_head_dim": 128,
+    },
+    "use_head_wise_attn_gate": True,
+    "partial_rotary_factors": [1.0 if layer % 4 else 0.5 for layer in range(48)],
+    "rope_theta": [10_000.0 if layer % 4 else 5_000_000.0 for layer in range(48)],
+    "moe_layers_enum": ",".join(map(str, range(3, 45))),
+    "moe_num_experts": 288,
+    "moe_top_k": 8,
+    "moe_intermediate_size": 1280,
+    "share_expert_dim": 1280,
+    "moe_router_activation": "sigmoid",
+    "moe_router_scaling_factor": 3.0,
+    "use_moe_router_bias": True,
+    "norm_expert_weight": True,
+    "need_fp32_gate": True,
+    "swiglu_limits": [7.0 if layer in (43, 44) else 0.0 for layer in range(48)],
+    "swiglu_limits_shared": [16.0 if layer in (43, 44) else 0.0 for layer in range(48)],
+}
 GLM_5_2 = {
     "architectures": ["GlmMoeDsaForCausalLM"],
     "attention_bias": False,
@@ -227,5 +266,6 @@ EXPERTS: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "Ling-mini-2.0": (LING_MINI_2, 16_255_643_392, 32_768, 20_480),
     "deepseek-moe-16b": (DEEPSEEK_MOE_16B, 16_375_728_128, 4_096, 114_688),
     "MiMo-V2-Flash": (MIMO_V2_FLASH, 308_778_780_864, 262_144, 111_360),  # 309 billion, 15 of them active
+    "Step-3.5-Flash": (STEP_3_5_FLASH, 196_956_130_368, 262_144, 92_160),  # 196 billion, 11 of them active
     "Step-3": (STEP_3, 316_294_538_240, 65_536, 31_232),  # the authors name 316 billion, 38 of them active
 }

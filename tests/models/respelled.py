@@ -17,6 +17,8 @@ from tests.models.values import (
     SOME_DENSE,
     STEP3,
     STEP3_VL,
+    STEP3P5,
+    STEP3P5_PUBLISHED,
     theta,
     without,
 )
@@ -150,6 +152,13 @@ RESPELLED = (
         legacy=MIMO_V2_PUBLISHED,
     ),
     Case("Step3Text", STEP3 | {"moe_layers_enum": "0,2", "rope_theta": 500.0}),
+    Case("Step3p5", BASE | LOCAL | MIXED | STEP3P5, config="Step3p7TextConfig"),
+    Case(
+        "Step3p5-published",
+        BASE | LOCAL | MIXED | STEP3P5 | {"query_pre_attn_scalar": None, "swiglu_limits": None},
+        config="Step3p7TextConfig",
+        legacy=STEP3P5_PUBLISHED,
+    ),
     alias("Step3VL", "Step3Text", STEP3 | {"norm_expert_weight": True}, "", architectures=[STEP3_VL]),
     Case(
         "InternLM2",

@@ -46,7 +46,7 @@ SHAPES = {
     "Both": "attention states",
     "MLP": "hidden gated",
     "Apart": "norm",
-    "MoE": "num_experts expert",
+    "MoE": "num_experts expert held",
     "Guided": "attention mlp states norm",
     "LayerEmbedding": "dim norm",
     "AltUp": "num rank norm",

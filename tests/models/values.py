@@ -375,6 +375,46 @@ MIMO_V2_PUBLISHED = {  # the same as its authors spell it
     "topk_method": "noaux_tc",
     **dict.fromkeys(("layer_types", "mlp_layer_types", "rope_parameters", "rms_norm_eps")),
 }
+STEP3P5 = {
+    "moe_intermediate_size": 40,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "share_expert_dim": 72,
+    "num_sliding_attention_heads": 8,
+    "query_pre_attn_scalar": 24,
+    "moe_router_scaling_factor": 2.5,
+    "swiglu_limits": [0.0, 0.02, None, 0.03],
+    "swiglu_limits_shared": [0.0, 0.03, None, 0.02],
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": LLAMA3 | {"partial_rotary_factor": 0.5},
+    },
+}
+STEP3P5_PUBLISHED = {  # the same as its authors spell it, with a layer that predicts further tokens
+    "moe_num_experts": 8,
+    "moe_top_k": 2,
+    "num_attention_groups": 2,
+    "attention_other_setting": {
+        "attention_type": "sliding_attention",
+        "num_attention_heads": 8,
+        "num_attention_groups": 2,
+        "head_dim": 16,
+        "true_head_dim": 16,
+    },
+    "moe_layers_enum": "1,2,3",
+    "moe_router_activation": "sigmoid",
+    "norm_expert_weight": True,
+    "num_nextn_predict_layers": 1,
+    "partial_rotary_factors": [1.0, 0.5, 1.0, 0.5, 1.0],
+    "rope_theta": [100.0, 500.0, 100.0, 500.0, 100.0],
+    "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_theta"},
+    "use_head_wise_attn_gate": True,
+    "yarn_only_types": ["full_attention"],
+    "zero_centered": True,
+    **dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "num_key_value_heads", "mlp_layer_types")),
+    **dict.fromkeys(("rope_parameters", "per_layer_config", "num_sliding_attention_heads", "hidden_act")),
+}
 STEP3_VL = "Step3VLForConditionalGeneration"
 
 ZAMBA = {

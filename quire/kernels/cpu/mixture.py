@@ -58,8 +58,10 @@ def choose(logits: Tensor, rule: Rule, correction: Tensor | None, level: int, th
 def mix(
     x: Tensor, routes: Routes, stack: Experts, shared: Shared | None, level: int, threads: int
 ) -> Tensor | None:
-    """`experts` likewise; None if weights are not packed for it."""
+    """`experts` likewise; None if weights are not packed for it, or gates are limited."""
     up, down = stack.up, stack.down
+    if stack.limit is not None:
+        return None
     if not isinstance(up, PackedExperts) or not isinstance(down, PackedExperts) or up.bits != down.bits:
         return None
     x, rows, stride = rows_of(x)

@@ -22,7 +22,7 @@ from quire.kernels.experts import (
     pack_experts,
     route,
 )
-from quire.kernels.reference import RmsNorm, RowScale, pack_linear
+from quire.kernels.reference import RmsNorm, RowScale, act_mul_within, pack_linear
 from quire.kernels.triton import experts as kernels
 from quire.kernels.triton import routing
 from quire.kernels.triton.expert_tiles import expert_tile_for, rows_for, turns_for
@@ -162,15 +162,19 @@ def multiply_up(
     tile: Tile | None = None,
 ) -> Tensor:
     """x [T, dim] -> [T * top_k, hidden]: activated, and in the order of `arranged`, if any."""
+    if stack.limit is not None:
+        plain = stack._replace(act="", gated=False, limit=None)
+        both = multiply_up(x, scale, routes, plain, arranged, tile)
+        return act_mul_within(both, stack.act, stack.limit)
     x = x if x.stride(1) == 1 else x.contiguous()
     (num_tokens, inputs), num_pairs = x.shape, routes.experts.numel()
-    outputs, rows = stack.down.shape[2], arranged.rows if arranged else 1
+    outputs, rows = stack.up.shape[1] // (1 + stack.gated), arranged.rows if arranged else 1
     out = torch.empty(num_pairs, outputs, dtype=x.dtype, device=x.device)
     num_parts = 0 if scale is None else scale.squares.shape[1]
     squares, eps = (None, 1.0) if scale is None else scale
     product = Product(outputs, inputs, rows, stack.gated, x.element_size())
     constants = {
-        "ACT": ACTIVATIONS[stack.act],
+        "ACT": ACTIVATIONS[stack.act] if stack.act else "",
         "GATED": stack.gated,
         "PARTS": min(power_of_two(num_parts), SUMMED // rows),
     }
