@@ -68,13 +68,13 @@ def to_engine(server: Server, number: int) -> Callable[[], None]:
 
 
 async def killed(
-    folder: Path, *, num_streams: int, num_kills: int, seed: int = 0, max_tokens: int = 96
+    folder: Path, *options: str, num_streams: int, num_kills: int, seed: int = 0, max_tokens: int = 96
 ) -> Report:
-    """SIGKILL of the engine at random points of many streams."""
+    """SIGKILL of the engine at random points of many streams. `options`: more of the server's."""
     report = Report("1", f"engine killed {num_kills} times under {num_streams} streams")
     bodies = streams(num_streams, max_tokens)
     points = random.Random(seed).sample(range(1, num_streams * max_tokens * 3 // 4), num_kills)
-    async with serving(folder) as server:
+    async with serving(folder, *options) as server:
         want = await undisturbed(server, bodies)
         load = Load(server.url, bodies)
         for point in sorted(points):
@@ -88,11 +88,13 @@ async def killed(
     return report
 
 
-async def stopped(folder: Path, *, num_streams: int, hang_s: float = 1.0, pause_s: float = 0.3) -> Report:
+async def stopped(
+    folder: Path, *options: str, num_streams: int, hang_s: float = 1.0, pause_s: float = 0.3
+) -> Report:
     """SIGSTOP of the engine: silence without an end. The pause is so that the restart can be seen."""
     report = Report("3", f"engine stopped under {num_streams} streams, limit {hang_s:g} s")
     bodies = streams(num_streams)
-    async with serving(folder, hang_s=hang_s, other_starts_s=pause_s) as server:
+    async with serving(folder, *options, hang_s=hang_s, other_starts_s=pause_s) as server:
         want = await undisturbed(server, bodies)
         load = Load(server.url, bodies)
         await load.tokens(num_streams * 20)
@@ -120,11 +122,11 @@ async def stopped(folder: Path, *, num_streams: int, hang_s: float = 1.0, pause_
 
 
 async def one_fails(
-    folder: Path, bad: Sequence[Body], *, num_streams: int, report: Report, **faults: object
+    folder: Path, bad: Sequence[Body], *options: str, num_streams: int, report: Report, **faults: object
 ) -> list[Answer]:
     """Marked requests amid others; returns what the marked ones got, after checking that traffic goes on."""
     bodies = streams(num_streams)
-    async with serving(folder, **faults) as server:
+    async with serving(folder, *options, **faults) as server:
         want = await undisturbed(server, bodies)
         failed = await server.metric("vllm:request_success_total", finished_reason="error")
         load = Load(server.url, bodies)
@@ -159,24 +161,30 @@ async def cannot_be_sampled(folder: Path, *, num_streams: int) -> Report:
     return report
 
 
-async def not_a_number(folder: Path, *, num_streams: int) -> Report:
+async def not_a_number(folder: Path, *options: str, num_streams: int) -> Report:
     """NaN in one row of logits."""
     report = Report("6", "NaN in one row")
     bad = [{**SAME, "prompt": marked(Fault.NAN, 4)}]
-    (got,) = await one_fails(folder, bad, num_streams=num_streams, report=report)
+    (got,) = await one_fails(folder, bad, *options, num_streams=num_streams, report=report)
     assert got.status == 500 and report.num_restarts == 0
     report.note = "this row failed, counted once"
     return report
 
 
 async def poison(
-    folder: Path, fault: Fault, at: int, *, num_streams: int, stream: bool = False, hang_s: float = 10.0
+    folder: Path,
+    fault: Fault,
+    at: int,
+    *options: str,
+    num_streams: int,
+    stream: bool = False,
+    hang_s: float = 10.0,
 ) -> Report:
     """A request whose steps end the process, or never end."""
     report = Report("5", f"poison: {fault.name.lower()} with {at} output tokens")
     bad = [{**SAME, "prompt": marked(fault, at), "stream": stream, "max_tokens": at + 20}]
     began = time.monotonic()
-    (got,) = await one_fails(folder, bad, num_streams=num_streams, report=report, hang_s=hang_s)
+    (got,) = await one_fails(folder, bad, *options, num_streams=num_streams, report=report, hang_s=hang_s)
     assert got.status == (200 if stream and at else 500)
     assert got.error is not None and got.error["code"] == "engine_crash"
     assert report.num_restarts <= 3
@@ -186,10 +194,10 @@ async def poison(
     return report
 
 
-async def always_dies(folder: Path, *, num_streams: int) -> Report:
+async def always_dies(folder: Path, *options: str, num_streams: int) -> Report:
     """Engines that die at their first step, one after the other."""
     report = Report("17", "every engine dies at its first step")
-    async with serving(folder, dies_at_step=1) as server:
+    async with serving(folder, *options, dies_at_step=1) as server:
         load = Load(server.url, streams(num_streams))
         began = time.monotonic()
         await server.readyz(503)

@@ -9,6 +9,7 @@ from tests.faults.injection import Fault
 from tests.faults.running import run
 
 pytestmark = pytest.mark.slow
+RANKS = ("--tensor-parallel-size", "2")
 
 
 def test_kills_lose_nothing(tmp_path: Path) -> None:
@@ -45,3 +46,30 @@ def test_a_poison_fails_alone(tmp_path: Path, fault: Fault, at: int, stream: boo
 
 def test_engines_that_always_die_are_given_up(tmp_path: Path) -> None:
     assert run(scenarios.always_dies(tmp_path, num_streams=16)).num_lost == 0
+
+
+def test_kills_of_an_engine_of_ranks_lose_nothing(tmp_path: Path) -> None:
+    report = run(scenarios.killed(tmp_path, *RANKS, num_streams=32, num_kills=4))
+    assert report.is_clean
+
+
+def test_a_stopped_engine_of_ranks_is_noticed_and_replaced(tmp_path: Path) -> None:
+    report = run(scenarios.stopped(tmp_path, *RANKS, num_streams=16))
+    assert report.is_clean and report.num_restarts == 1
+
+
+def test_what_is_not_a_number_on_ranks_fails_alone(tmp_path: Path) -> None:
+    assert run(scenarios.not_a_number(tmp_path, *RANKS, num_streams=16)).is_clean
+
+
+@pytest.mark.parametrize(
+    ("fault", "at", "hang_s"), [(Fault.EXITS, 7, 10.0), (Fault.HANGS, 2, 1.0), (Fault.RAISES, 0, 10.0)]
+)
+def test_a_poison_of_ranks_fails_alone(tmp_path: Path, fault: Fault, at: int, hang_s: float) -> None:
+    """What a sampler raises is one, too: the others may not have met it."""
+    report = run(scenarios.poison(tmp_path, fault, at, *RANKS, num_streams=16, stream=True, hang_s=hang_s))
+    assert report.is_clean
+
+
+def test_engines_of_ranks_that_always_die_are_given_up(tmp_path: Path) -> None:
+    assert run(scenarios.always_dies(tmp_path, *RANKS, num_streams=16)).num_lost == 0

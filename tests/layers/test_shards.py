@@ -34,7 +34,16 @@ NAMES = (  # every way to share a layer out, and every mixer that cannot be
         "PhiMoE",
         "GptOss",
     ),  # norms of all heads, sparse gates, biases
-    *("Mixtral", "Qwen2Moe", "Gemma4-experts", "DeepseekV3", "DeepseekV32", "Step3Text", "MiMoV2Flash", "Step3p5"),
+    *(
+        "Mixtral",
+        "Qwen2Moe",
+        "Gemma4-experts",
+        "DeepseekV3",
+        "DeepseekV32",
+        "Step3Text",
+        "MiMoV2Flash",
+        "Step3p5",
+    ),
     *(
         "Qwen3Next",
         "KimiLinear",
