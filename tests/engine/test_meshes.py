@@ -40,13 +40,17 @@ from tests.test_resolve import CPU
 
 BATCHED = 16
 Mesh = dict[str, int]
-TP, PP = "tensor_parallel_size", "pipeline_parallel_size"
+TP, PP, CP = "tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"
 DENSE, EXPERTS, LATENT = "Qwen3", "Qwen2Moe", "DeepseekV3"
 MESHES: dict[str, Mesh] = {
     "pp2": {PP: 2},
     "pp3": {PP: 3},
     "pp4": {PP: 4},
     "pp2-tp2": {PP: 2, TP: 2},
+    "cp2": {TP: 2, CP: 2},
+    "cp4": {TP: 4, CP: 4},
+    "cp2-tp2": {TP: 4, CP: 2},
+    "pp2-cp2": {PP: 2, TP: 2, CP: 2},
 }
 QUICK = [(DENSE, "pp2", 16), (LATENT, "pp2", 4)]  # network, mesh, block size
 SLOW = [
@@ -58,6 +62,10 @@ SLOW = [
     ("Gemma3n", "pp3", 4),  # layers that share keys, and have embeddings
     ("Zamba2", "pp2", 4),  # states, and layers that are shared
     ("Qwen3Next", "pp3", 4),
+    ("Falcon-7b", "cp2", 4),
+    (LATENT, "cp4", 16),
+    (DENSE, "cp2-tp2", 4),
+    *((name, "pp2-cp2", 4) for name in ("Falcon-7b", LATENT, "DeepseekV32")),
 ]
 
 

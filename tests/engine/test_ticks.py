@@ -41,7 +41,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def config(folder: Path, **options: object) -> Config:
     """Of so small a cache that two requests make way for each other, and of steps that cut prompts."""
     spec, size = decoder_spec(read_config(folder))[0], int(str(options.get("tensor_parallel_size", 1)))
-    layout = cache_layout(shard(spec, size, 0), BLOCK, 4, max_length=LENGTH)
+    own_size = BLOCK // int(str(options.get("decode_context_parallel_size", 1)))
+    layout = cache_layout(shard(spec, size, 0), own_size, 4, max_length=LENGTH)
     num_blocks = Extent(layout.near, BLOCK, BATCHED).num_blocks(LENGTH) + 1
     return Config(
         model=str(folder),
@@ -76,6 +77,11 @@ MESHES = [
     ),
     pytest.param(
         *("DeepseekV3", {"data_parallel_size": 2, "tensor_parallel_size": 2}), marks=pytest.mark.slow
+    ),
+    pytest.param(
+        "DeepseekV3",
+        {"data_parallel_size": 2, "tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         "Qwen2Moe",
