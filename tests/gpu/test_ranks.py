@@ -54,3 +54,24 @@ def answers(folder: Path, size: int, backend: str) -> dict[str, object]:
 def test_tokens_are_those_of_one_gpu(name: str, backend: str, tmp_path: Path) -> None:
     build_hf(BY_NAME[name], tmp_path)
     assert answers(tmp_path, 2, backend) == answers(tmp_path, 1, backend)
+
+
+MESHES = {
+    "stages": {"pipeline_parallel_size": 2},
+    "whole experts": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "positions": {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_tokens_are_those_of_one_gpu_on_every_mesh(mesh: str, tmp_path: Path) -> None:
+    build_hf(BY_NAME["DeepseekV3"], tmp_path)
+    options = {"dtype": "float32", "device": "cuda", "skip_tokenizer_init": True, "block_size": 16}
+    found = []
+    for axes in ({}, MESHES[mesh]):
+        with LLM(str(tmp_path), **options, **axes, max_num_seqs=16) as llm:
+            turns = [
+                llm.generate(PROMPTS, params, use_tqdm=False) for params in PARAMS.values() for _ in range(2)
+            ]
+        found.append([[[c.token_ids for c in o.outputs] for o in outputs] for outputs in turns])
+    assert found[0] == found[1]
