@@ -14,6 +14,7 @@ import pytest
 
 from quire import LLM
 from quire.config import Config
+from quire.engine.device import world_of
 from quire.engine.engine import Engine
 from quire.engine.rank import Sampled
 from quire.engine.ranks import Ranks, Step
@@ -41,6 +42,7 @@ from tests.test_resolve import CPU
 BATCHED = 16
 Mesh = dict[str, int]
 TP, PP, CP = "tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"
+EP = "enable_expert_parallel"
 DENSE, EXPERTS, LATENT = "Qwen3", "Qwen2Moe", "DeepseekV3"
 MESHES: dict[str, Mesh] = {
     "pp2": {PP: 2},
@@ -51,17 +53,20 @@ MESHES: dict[str, Mesh] = {
     "cp4": {TP: 4, CP: 4},
     "cp2-tp2": {TP: 4, CP: 2},
     "pp2-cp2": {PP: 2, TP: 2, CP: 2},
+    "pp2-ep2": {PP: 2, TP: 2, EP: True},
+    "cp2-ep4": {TP: 4, CP: 2, EP: True},
 }
 QUICK = [(DENSE, "pp2", 16), (LATENT, "pp2", 4)]  # network, mesh, block size
 SLOW = [
     (EXPERTS, "pp2", 4),
     (DENSE, "pp3", 4),
     (EXPERTS, "pp4", 4),
-    *((name, "pp2-tp2", 16) for name in (DENSE, EXPERTS, LATENT)),
+    *((name, "pp2-tp2", 16) for name in (DENSE, LATENT)),
+    (EXPERTS, "pp2-ep2", 4),
+    (LATENT, "cp2-ep4", 8),
     ("Gemma3", "pp2", 4),  # windows
     ("Gemma3n", "pp3", 4),  # layers that share keys, and have embeddings
     ("Zamba2", "pp2", 4),  # states, and layers that are shared
-    ("Qwen3Next", "pp3", 4),
     ("Falcon-7b", "cp2", 4),
     (LATENT, "cp4", 16),
     (DENSE, "cp2-tp2", 4),
@@ -224,6 +229,12 @@ def test_what_cannot_be_is_refused(
         pass
 
 
+def test_groups_that_share_experts_have_no_stages() -> None:
+    config = Config(model="some", pipeline_parallel_size=2, data_parallel_size=2, enable_expert_parallel=True)
+    with pytest.raises(ConfigError, match="pipeline_parallel_size is 2.*share experts have no stages"):
+        world_of(config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["pp2", "pp2-tp2"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -232,8 +243,8 @@ def test_each_rank_may_be_lost_under_load(mesh: str, number: int) -> None:
         config = replace(TWO, **{TP: 1, **MESHES[mesh]})
         async with running(config) as engine:
             want = await all_streams(engine)
-        for rank in range(len(want) and config.pipeline_parallel_size * config.tensor_parallel_size):
-            async with running(config, hang_s=1.0) as engine:
+        for rank in range(world_of(config).size):
+            async with running(config, hang_s=3.0) as engine:
                 first = pids(engine)
                 got = await all_streams(engine, [300], lambda pid=first[rank]: os.kill(pid, number))
                 assert got == want and engine.keeper.num_restarts == 1
