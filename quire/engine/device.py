@@ -86,17 +86,8 @@ def mesh_of(config: Config) -> Mesh:
 
 
 def world_of(config: Config) -> Mesh:
-    """All ranks that exchange tensors: of one engine group, or of all that compute in lockstep.
-
-    Raises:
-        ConfigError: groups in lockstep would have stages.
-    """
+    """All ranks that exchange tensors: of one engine group, or of all that compute in lockstep."""
     mesh = mesh_of(config)
-    if in_lockstep(config) and mesh.pp > 1:
-        raise ConfigError(
-            f"pipeline_parallel_size is {mesh.pp}, and engine groups that share experts have no stages; leave it"
-            " out, or enable_expert_parallel or data_parallel_size"
-        )
     return dataclasses.replace(mesh, dp=config.data_parallel_size) if in_lockstep(config) else mesh
 
 
@@ -167,10 +158,10 @@ def backend_of(config: Config, platform: Platform, dtype: str) -> Backend:
 
 
 def _check_deterministic(config: Config, device: torch.device) -> None:
-    if config.deterministic and config.tensor_parallel_size > 1 and device.type != "cpu":
+    if config.deterministic and (size := world_of(config).size) > 1 and device.type != "cpu":
         raise ConfigError(
-            f"deterministic is set, and tensor_parallel_size is {config.tensor_parallel_size} on"
-            f" {device.type} devices, whose sums over ranks may differ with the batch; leave one of them out"
+            f"deterministic is set, and there are {size} ranks (tensor_parallel_size, ...) on {device.type} devices,"
+            " whose sums over ranks may differ with the batch; leave it out, or have one rank"
         )
     if config.deterministic and (reason := ops.why_not_invariant(device, getattr(torch, config.dtype))):
         raise ConfigError(f"deterministic cannot be had here: {reason}")

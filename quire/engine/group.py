@@ -40,7 +40,7 @@ from quire.engine.wire import (
     WireError,
     error_of,
 )
-from quire.errors import ConfigError, EngineDead, InvalidRequest, QuireError
+from quire.errors import EngineDead, InvalidRequest, QuireError
 from quire.log import logger
 from quire.parallel.shared_memory import make_segment
 from quire.types import FinishReason
@@ -154,16 +154,7 @@ class Followers:
 
 
 def _fork_groups(config: Config, channel: Channel) -> Followers:
-    """All groups but this one, which has just been started.
-
-    Raises:
-        ConfigError: they cannot be where they are wanted.
-    """
-    if config.distributed_executor_backend != "local":
-        raise ConfigError(
-            f"distributed_executor_backend is {config.distributed_executor_backend}, and groups that share experts"
-            " (data_parallel_size with enable_expert_parallel) are on one machine so far; use local"
-        )
+    """All groups but this one, which has just been started."""
     segment = make_segment() if sys.platform == "linux" else None
     pids, channels = list[int](), list[Channel]()
     for number in range(1, config.data_parallel_size):

@@ -1,5 +1,6 @@
 """Networks that several processes compute: the tokens of one, whatever befalls them; and how the processes end."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -129,10 +130,13 @@ def test_so_are_those_of_whole_experts(folders: dict[str, Path], name: str, size
     check_tokens(folders[name], size, 4, enable_expert_parallel=True, all2all_backend=way)
 
 
-def test_so_are_those_of_experts_that_move(folders: dict[str, Path]) -> None:
-    check_tokens(
-        folders["Qwen2Moe"], 2, 4, enable_expert_parallel=True, enable_eplb=True, eplb_step_interval=4
-    )
+def test_so_are_those_of_experts_that_move(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"enable_expert_parallel": True, "enable_eplb": True, "eplb_step_interval": 4}
+    with caplog.at_level(logging.DEBUG, "quire"):
+        check_tokens(folders["Qwen2Moe"], 2, 4, **options)
+    assert "experts move" in caplog.text
 
 
 def check_tokens(folder: Path, size: int, block_size: int, **options: object) -> None:

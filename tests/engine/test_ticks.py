@@ -3,17 +3,26 @@
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quire.attention.groups import cache_layout
 from quire.checkpoint.files import read_config
 from quire.config import Config
+from quire.engine.events import Submission, TokenEvent
+from quire.engine.metrics import NOTHING
 from quire.engine.remote import RemoteEngine
-from quire.errors import ConfigError
+from quire.engine.ticks import Ask, Division, Follower, FromFollower, Go, Leader, ToFollower
+from quire.engine.wire import Channel, Events, Ping, Stop, ToGroup
+from quire.errors import ConfigError, EngineDead
 from quire.models.registry import decoder_spec
 from quire.models.shard import shard
 from quire.scheduler.near import Extent
@@ -88,6 +97,7 @@ MESHES = [
         {"data_parallel_size": 2, "tensor_parallel_size": 2, "all2all_backend": "all_to_all"},
         marks=pytest.mark.slow,
     ),
+    pytest.param("Qwen2Moe", {"data_parallel_size": 2, "pipeline_parallel_size": 2}, marks=pytest.mark.slow),
     pytest.param("Qwen2Moe", {"data_parallel_size": 4, "enable_eplb": True}, marks=pytest.mark.slow),
 ]
 
@@ -110,7 +120,7 @@ def test_tokens_are_those_of_one_process(
             assert await tokens_of(engine) == want
             assert engine.keeper.num_restarts == 0
             processes = pids(engine)
-            size = int(str(mesh["data_parallel_size"])) * int(str(mesh.get("tensor_parallel_size", 1)))
+            size = prod(int(str(n)) for option, n in mesh.items() if option.endswith("_size"))
             assert len(set(processes)) == size and all(map(is_alive, processes))
         assert not any(map(is_alive, processes))
 
@@ -145,7 +155,7 @@ def test_what_cannot_be_is_refused(folders: dict[str, Path], tmp_path: Path) -> 
     build_hf(BY_NAME["Qwen3"], tmp_path)
     for folder, options, message in (
         (tmp_path, {}, "no experts that could be spread"),
-        (folders["Qwen2Moe"], {"distributed_executor_backend": "ray"}, "one machine so far"),
+        (folders["Qwen2Moe"], {"distributed_executor_backend": "ray"}, "on one machine"),
     ):
 
         async def work(folder: Path = folder, options: dict[str, str] = options) -> None:
@@ -154,3 +164,78 @@ def test_what_cannot_be_is_refused(folders: dict[str, Path], tmp_path: Path) -> 
 
         with pytest.raises(ConfigError, match=message):
             in_a_loop(work)()
+
+
+def follow(line: Follower, num_steps: int) -> list[int]:
+    """A group with so many steps to compute, the next of one token less each; what each tick's most was."""
+    found, left = [], num_steps
+    while True:
+        if left:
+            found.append(line.turn(left))
+            left -= 1
+        elif isinstance(line.receive(None), Stop):
+            return found
+        elif line.wanted:
+            found.append(line.turn(0))
+
+
+def pair(incoming: Any) -> tuple[Channel, Channel]:
+    ours, theirs = socket.socketpair()
+    return Channel(ours, incoming=FromFollower), Channel(theirs, incoming=incoming)
+
+
+def test_all_groups_take_every_step_whoever_has_work() -> None:
+    """And nobody waits for more: there are as many ticks as the busiest has steps."""
+    steps, pairs = (3, 7, 0), [pair(ToFollower) for _ in range(3)]
+    frontend, channel = pair(ToGroup)
+    leader, left, found = Leader(channel, [ours for ours, _ in pairs], 0), 5, []
+    with ThreadPoolExecutor(3) as pool:
+        running = [
+            pool.submit(follow, Follower(theirs), n) for (_, theirs), n in zip(pairs, steps, strict=True)
+        ]
+        while len(found) < max(steps):
+            assert leader.receive(None if not left else 0.0) is None
+            if left or leader.wanted:
+                found.append(leader.turn(left))
+                left = max(left - 1, 0)
+        frontend.send(Stop())
+        assert isinstance(leader.receive(None), Stop)
+        assert [one.result(60) for one in running] == [found] * 3
+    assert found == [7, 6, 5, 4, 3, 2, 1] and leader.num_turns == 7
+    for one in (frontend, channel, *chain.from_iterable(pairs)):
+        one.sock.close()
+
+
+def test_a_command_that_comes_while_a_step_is_to_begin_is_obeyed_after_it() -> None:
+    ours, theirs = pair(ToFollower)
+    line = Follower(theirs)
+    for message in (Ask(), Ping(1), Go(4), Ping(2)):
+        ours.send(message)
+    assert line.turn(3) == 4 and not line.wanted
+    assert [line.receive(0.0) for _ in range(3)] == [Ping(1), Ping(2), None]
+    ours.send(Ask())
+    assert line.receive(None) is None and line.wanted
+    ours.sock.close()
+    with pytest.raises(EngineDead):
+        line.turn(0)
+    theirs.sock.close()
+
+
+def submission(name: str, n: int = 1) -> Submission:
+    """Of a prompt that no other is like."""
+    prompt = tuple(range(int(name), 2000 + int(name)))
+    params = SamplingParams(n=n, temperature=1.0)
+    return Submission(request_id=name, prompt_token_ids=prompt, params=params, max_tokens=4)
+
+
+def test_requests_are_divided_and_forgotten_when_they_end() -> None:
+    division = Division(["a", "b", "c"], seed=0)
+    found = [division.route(submission(str(i), n=2)) for i in range(6)]
+    assert {found.count(number) for number in range(3)} == {2}
+    for i in range(6):
+        assert division.aborted(str(i), 0) == found[i], "one of its sequences"
+    for i in range(6):
+        last = TokenEvent(request_id=str(i), index=1, token=5, finish="length")
+        division.heard(Events([last], NOTHING))
+    assert not division.tickets and all(r.num_open == 0 for r in division.router.replicas)
+    assert division.aborted("0", None) is None
