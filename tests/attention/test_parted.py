@@ -1,6 +1,7 @@
 """Attention over a cache that several ranks have in parts: what dense attention over the whole finds."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,6 +144,41 @@ def test_each_rank_has_every_position_once() -> None:
         assert part.order[-2:].tolist() == [10, 11] and part.query_starts[-1] == 10
         assert torch.equal(part.positions, step.positions)
     assert [part.lengths.tolist() for part in parts] == [[6, 6, 1, 1, 0, 5], [5, 6, 0, 1, 0, 5]]
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [9, 1]])
+def test_padding_rows_and_absent_sequences(counts: list[int]) -> None:
+    """As a graph's batch has them: what they stand for is nothing, and the others find the same."""
+    case, tables = CASES[0], [[2, 4], [5]]
+    data, shape = sequences(case, [13, 2], torch.float32), CASES[0].shape
+    whole = ragged([13 - counts[0], 2 - counts[1]], counts, tables, 8)
+    nobody, rows = torch.zeros(2, dtype=torch.int32), sum(counts)
+    padded = replace(
+        whole,
+        positions=torch.cat((whole.positions, torch.zeros(3, dtype=torch.int64))),
+        slot_mapping=torch.cat((whole.slot_mapping, torch.full((3,), -1))),
+        query_starts=torch.cat((whole.query_starts, whole.query_starts[-1:].expand(2))),
+        lengths=torch.cat((whole.lengths, nobody)),
+        block_tables=torch.cat((whole.block_tables, torch.zeros(2, 2, dtype=torch.int32))),
+        max_query=1 if max(counts) == 1 else rows + 3,
+        max_length=64,
+    )
+    q = torch.cat((data.q[0][-counts[0] :], data.q[1][-1:], data.q[0][:3]))
+
+    def one(axis: Axis) -> tuple[Tensor, Tensor]:
+        backend = Parted(Reference(4), axis)
+        pool = torch.full((8, shape.num_bytes(4, 4)), 255, dtype=torch.uint8)
+        cache, before = backend.views(pool, 0, shape, torch.float32), ragged([0, 0], [13, 2], tables, 8)
+        backend.write(cache, torch.cat(data.k), torch.cat(data.v), part_of(before, 2, axis.rank))
+        mine = q[:, 4 * axis.rank :][:, :4]
+        steps = (whole, mine[:rows]), (padded, mine)
+        found = [
+            backend.attend(some, cache, part_of(step, 2, axis.rank), scale=SCALE) for step, some in steps
+        ]
+        return found[0], found[1]
+
+    for want, got in in_ranks(2, one):
+        assert torch.equal(got[:rows], want) and torch.equal(got[rows:], torch.zeros_like(got[rows:]))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -79,7 +79,7 @@ def test_an_invariant_backend_computes_the_same_bits_for_any_batch_and_chunks(na
     assert torch.equal(paged(backend, case, alone, 0.2, [[LENGTHS[0]]])[0], together[0])
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "dtype", "block_size", "invariant"),
     [
