@@ -1,6 +1,7 @@
 """The two roads from a config.json to a network: layers of ours, and Transformers' modules over our cache."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,17 +11,20 @@ from quire.attention.base import Backend
 from quire.checkpoint.dummy import DummyCheckpoint
 from quire.checkpoint.reader import Checkpoint, stored_tensors
 from quire.config import Config
-from quire.errors import ConfigError, UnsupportedModel
+from quire.errors import CheckpointError, ConfigError, UnsupportedModel
 from quire.layers.base import Network
 from quire.layers.decoder import Decoder
 from quire.log import logger
-from quire.models import registry
+from quire.models import registry, spec
 from quire.models.composite import COMPOSITES
+from quire.models.names import SHARED_HEAD, Names
 from quire.models.parameters import parameter_shapes
 from quire.models.spec import Spec
 from quire.models.stages import stage_shapes
 from quire.parallel.axis import Axes
 from quire.resolve import BITS, whole_experts
+
+ROWS_COMPARED = 4096  # at a time
 
 
 class Road(Protocol):
@@ -59,6 +63,8 @@ class Native:
         checkpoint = Checkpoint(folder, self.names)
         whole, own = dict(parameter_shapes(network.spec)), dict(stage_shapes(network.spec, network.stage))
         checkpoint.check(whole.items())  # before the first byte of weights is read
+        if network.spec.tied and network.axes.world.rank == 0:
+            _check_head(folder, self.names, network.spec)
         network.load(checkpoint)
         if network.build.spreading is None:  # other ranks read the rest of the experts
             checkpoint.finish(elsewhere=whole.keys() - own.keys())
@@ -136,6 +142,24 @@ def take_road(raw: Mapping[str, Any], config: Config) -> Road:
         if not registry.is_native(raw["architectures"][0]):
             raise
         raise UnsupportedModel(f"{error}. It is native as well: leave out --model-impl") from error
+
+
+def _check_head(folder: Path, names: Names, s: spec.Decoder) -> None:
+    """
+    Raises:
+        CheckpointError: the head is the embedding, says config.json, and the checkpoint has another one.
+    """
+    both = Checkpoint(folder, replace(names, ignored=tuple(p for p in names.ignored if p != SHARED_HEAD)))
+    head, table, shape = "lm_head.weight", "embed_tokens.weight", (s.vocab_size, s.dim)
+    for start in range(0, s.vocab_size if head in both else 0, ROWS_COMPARED):
+        rows = slice(start, min(start + ROWS_COMPARED, s.vocab_size))
+        if not torch.equal(
+            both.tensor(head, shape=shape, rows=rows), both.tensor(table, shape=shape, rows=rows)
+        ):
+            raise CheckpointError(
+                f"{folder}: its head is not its embedding, and config.json says that it is; set tie_word_embeddings to"
+                " false, with --hf-overrides for example"
+            )
 
 
 def _how(config: Config, backend: Backend, device: torch.device) -> dict[str, Any]:

@@ -78,6 +78,7 @@ LLAMA = (
     (r"\.post_attention_layernorm\.", ".mlp_norm."),
     (r"\.self_attn\.", ".mixer."),
 )
+SHARED_HEAD = r"^lm_head\.weight$"  # which some checkpoints store although it is the embedding
 CORRECTION = (r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias")
 STACKED = ((r"\.experts\.(gate_up_proj|down_proj)$", r".experts.{}.\1.weight"),)  # experts of a layer
 SANDWICH = (

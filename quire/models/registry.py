@@ -10,7 +10,7 @@ from quire.log import logger
 from quire.models.composite import COMPOSITES, text_part
 from quire.models.foreign import generating
 from quire.models.hf import HF
-from quire.models.names import Names
+from quire.models.names import SHARED_HEAD, Names
 from quire.models.spec import Decoder
 
 FAMILIES: Mapping[str, str] = {  # architecture -> module.function
@@ -251,6 +251,6 @@ def decoder_spec(config: Mapping[str, object]) -> tuple[Decoder, Names]:
         raise ModelError(f"config.json: {c.architecture} cannot be described: {error}") from error
     if ignored := ", ".join(f"{key}={value!r:.60}" for key, value in c.unread()):
         logger.warning("config.json: %s does not know %s; ignored", c.architecture, ignored)
-    if spec.tied:  # some checkpoints store the shared matrix twice
-        names = replace(names, ignored=(*names.ignored, r"^lm_head\.weight$"))
+    if spec.tied:
+        names = replace(names, ignored=(*names.ignored, SHARED_HEAD))
     return spec, names if part is None else part.names(names)

@@ -1,6 +1,7 @@
 """Step-3: one head of keys and values, to which queries come through few numbers (StepFun 2025). Step-3.5 (2026)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from quire.errors import ModelError
 from quire.models.common import (
@@ -29,6 +30,7 @@ RENAMES = (
 )
 RENAMES_3P5 = (
     *LLAMA,
+    (r"\.mixer\.g_proj\.", ".mixer.gate_proj."),
     (r"\.share_expert\.", ".mlp.shared."),
     (r"\.shared_experts\.", ".shared."),
     (r"\.moe\.router_bias$", ".mlp.gate.e_score_correction_bias"),
@@ -99,11 +101,8 @@ def step3p5(c: HF) -> tuple[Decoder, Names]:
     c.refuse(not all(c.use_rope_layers or ()), "use_rope_layers with layers without")
     c.skip("moe_every_n_layer", "moe_layer_offset", "use_moe", "max_seq_len", "need_fp32_gate", "use_qk_norm")
     c.skip("mtp_layer_types", "mtp_mlp_layer_types")  # of layers that predict further tokens
-    norm, local, dense = (
-        Norm(eps=c.number("rms_norm_eps"), offset=1.0),
-        layer_types(c, lambda i: False),
-        _dense(c),
-    )
+    norm = Norm(eps=c.number("rms_norm_eps"), offset=1.0)
+    local, dense = layer_types(c, lambda i: False), _dense(c)
 
     def block(i: int) -> Block:
         feed_forward = _mlp(c, i, c.count("intermediate_size")) if dense[i] else _moe(c, i)
@@ -111,12 +110,11 @@ def step3p5(c: HF) -> tuple[Decoder, Names]:
         return pre_norm(_attention(c, i, local[i], norm, rotary), feed_forward, norm)
 
     hidden = c.count("moe_intermediate_size")
-    renames = ((r"\.self_attn\.g_proj\.", ".mixer.gate_proj."), *RENAMES_3P5)
     splits = {"gate_up_proj": Split({"gate_proj": hidden, "up_proj": hidden})}
     stacked = ((r"\.experts\.(\w+_proj)(?:\.weight)?$", r".experts.{}.\1.weight"),)
     first, extra = c.count("num_hidden_layers"), c.get("num_nextn_predict_layers", 0)
     ignored = (*VISION, *(rf"^layers\.{first + i}\." for i in range(extra)))
-    names = Names(renames=renames, splits=splits, stacked=stacked, ignored=ignored)
+    names = Names(renames=RENAMES_3P5, splits=splits, stacked=stacked, ignored=ignored)
     return decoder(c, block, norm), names
 
 
@@ -141,10 +139,8 @@ def _num_heads(c: HF, i: int, local: bool) -> int:
     """As stated for the layer, or for local ones."""
     other, usual = c.attention_other_setting or {}, c.count("num_attention_heads")
     for key, own in (("num_attention_groups", "num_key_value_heads"), ("head_dim", "head_dim")):
-        c.refuse(
-            other.get(key) not in (None, c.get(own, c.get(key))),
-            f"attention_other_setting with another {key}",
-        )
+        same = other.get(key) in (None, c.get(own, c.get(key)))
+        c.refuse(not same, f"attention_other_setting with another {key}")
     for local_heads in (c.num_sliding_attention_heads, other.get("num_attention_heads")):
         usual = local_heads if local and local_heads is not None else usual
     stated = (c.per_layer_config or {}).get(str(i), {})
@@ -174,25 +170,21 @@ def _dense(c: HF) -> list[bool]:
     return [i not in sparse for i in range(num_layers)]
 
 
-def _mlp(c: HF, i: int, hidden: int) -> MLP:
-    act, limit = c.get("hidden_act", "silu"), _limit(c, "swiglu_limits_shared", i)
-    return mlp(c, hidden=hidden, act=act, bias=bool(c.mlp_bias), limit=limit)
+def _mlp(c: HF, i: int, hidden: int, limits: str = "swiglu_limits_shared") -> MLP:
+    """Limits that are 0 or null are none."""
+    listed = c.get(limits)
+    limit = float(listed[i]) if listed and listed[i] else None
+    return mlp(c, hidden=hidden, act=c.get("hidden_act", "silu"), bias=bool(c.mlp_bias), limit=limit)
 
 
 def _moe(c: HF, i: int) -> MoE:
-    hidden = c.count("moe_intermediate_size")
+    one = _mlp(c, i, c.count("moe_intermediate_size"), "swiglu_limits")
     return MoE(
         num_experts=c.count("n_routed_experts", "moe_num_experts"),
         top_k=c.count("num_experts_per_tok", "moe_top_k"),
-        expert=mlp(c, hidden=hidden, act=c.get("hidden_act", "silu"), limit=_limit(c, "swiglu_limits", i)),
+        expert=replace(one, bias=False),
         score="sigmoid",
         scale=c.get("moe_router_scaling_factor", 1.0),
         correction=True,
         shared=_mlp(c, i, c.count("share_expert_dim", "share_expert_dims")),
     )
-
-
-def _limit(c: HF, key: str, i: int) -> float | None:
-    """0 and null are none."""
-    listed = c.get(key)
-    return float(listed[i]) if listed and listed[i] else None

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
 from quire import LLM, SamplingParams
-from quire.errors import ConfigError, ModelError, UnsupportedModel
+from quire.errors import CheckpointError, ConfigError, ModelError, UnsupportedModel
 from quire.models.spec import Decoder, Foreign
 from tests.engine.test_oracle import ENGINE, SETTINGS, check_who_makes_way, prompts_of, reference
 from tests.models.cases import BY_NAME, VOCAB_SIZE, Case, build_hf
@@ -252,3 +253,26 @@ def test_one_on_neither_road_is_refused_without_torch(
     assert "(native)" in said.stdout
     assert "(transformers)" in said.stdout
     assert said.stdout.rstrip().endswith("is never run")  # and no module's name
+
+
+@pytest.mark.parametrize("road", ["native", "transformers"])
+def test_a_head_of_its_own_where_it_should_be_the_embedding_is_not_overlooked(
+    road: str, tmp_path: Path
+) -> None:
+    """Transformers takes it, with a warning; here config.json has to agree."""
+    model, file = build_hf(BY_NAME["Llama-tied"], tmp_path), tmp_path / "model.safetensors"
+    stored, prompts = load_file(file), prompts_of(BY_NAME["Llama-tied"])
+    table = stored["model.embed_tokens.weight"]
+    want = [reference(model, p)[0] for p in prompts]
+    save_file(stored | {"lm_head.weight": table.clone()}, file)
+    with LLM(str(tmp_path), **ENGINE, model_impl=road) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == want
+    save_file(stored | {"lm_head.weight": table.roll(1, 0)}, file)
+    if road == "native":
+        with pytest.raises(CheckpointError, match="head is not its embedding.*tie_word_embeddings"):
+            LLM(str(tmp_path), **ENGINE, model_impl=road)
+    with LLM(str(tmp_path), **ENGINE, model_impl=road, hf_overrides={"tie_word_embeddings": False}) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    first = [o.outputs[0].token_ids[0] for o in outputs]
+    assert first == [(tokens[0] + 1) % len(table) for tokens in want]

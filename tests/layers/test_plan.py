@@ -79,8 +79,7 @@ CONTROLS = {  # a network whose plan has the word
 
 
 def test_every_exchange_has_a_control() -> None:
-    """The others are words of earlier versions."""
-    assert {*plan.JOINS} - {*CONTROLS} == {"colwise_rep", "rowwise_rep"}
+    assert {*plan.JOINS} == {*CONTROLS}
 
 
 @pytest.mark.parametrize("style", CONTROLS)

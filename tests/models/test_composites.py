@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,15 @@ def test_a_text_that_no_family_describes() -> None:
     config = config_of(CASES[0]).to_dict() | {"architectures": [CASES[0].architecture]}
     with pytest.raises(UnsupportedModel, match="model_type is 'rwkv'"):
         decoder_spec(config | {"text_config": config["text_config"] | {"model_type": "rwkv"}})
+
+
+@pytest.mark.parametrize("name", ["AyaVision", "Cohere2Vision"])
+@torch.inference_mode()
+def test_logits_are_scaled_as_by_the_class_of_the_text_alone(name: str, tmp_path: Path) -> None:
+    """Transformers' classes of the whole leave the scale out, which greedy tokens do not show, but others do."""
+    case = next(case for case in CASES if case.id == name)
+    scaled = replace(case, text={**case.text, "logit_scale": 0.25})
+    tokens, model = prompt(40), build(scaled, tmp_path)
+    spec, names = decoder_spec(read_config(tmp_path))
+    theirs = model(input_ids=torch.tensor([tokens])).logits[0] * 0.25
+    assert far(logits(spec, names, tmp_path, tokens), theirs) < SAME

@@ -17,6 +17,11 @@ from quire.errors import UnsupportedModel
 from quire.models.spec import Heads
 
 EAGER = "eager"
+PLAIN = (
+    "DynamicLayer",
+    "DynamicSlidingWindow",
+    "LinearAttention",
+)  # beginnings of layers' names in Transformers' cache
 
 
 def kept_heads(body: Any, token_ids: Tensor, num_heads: int) -> tuple[Heads, ...]:
@@ -25,6 +30,14 @@ def kept_heads(body: Any, token_ids: Tensor, num_heads: int) -> tuple[Heads, ...
     Raises:
         UnsupportedModel: not what a cache holds, keys and values of every token.
     """
+    from transformers import DynamicCache
+
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=body.config).layers}
+    if more := sorted(kind for kind in kinds if not kind.startswith(PLAIN)):
+        raise UnsupportedModel(
+            f"what {type(body).__name__} keeps of a sequence is more than keys and values ({', '.join(more)}), for"
+            " which our cache has no room"
+        )
     kept = _forward(body, token_ids, [])[1]
     if not kept:
         raise UnsupportedModel(f"{type(body).__name__} keeps neither keys nor values")

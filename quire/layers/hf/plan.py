@@ -26,29 +26,22 @@ class Way(NamedTuple):
 
     dim: int
     pieces: int = 1
-    pads: bool = (
-        False  # parts need not be equal: what the last ones lack is zeros, and is cut off what they make
-    )
+    pads: bool = False  # what the last parts lack is zeros, and is cut off what they make
 
 
 WAYS = {
     "colwise": Way(OUTPUTS),
     "colwise_gather_output": Way(OUTPUTS, pads=True),
-    "colwise_rep": Way(OUTPUTS, pads=True),  # what Transformers called it before
     "embedding_rowwise": Way(OUTPUTS, pads=True),
     "packed_colwise": Way(OUTPUTS, pieces=2),
     "packed_rowwise": Way(INPUTS, pieces=2),
     "rowwise": Way(INPUTS),
-    "rowwise_rep": Way(INPUTS),
     "rowwise_split_input": Way(INPUTS),
 }
 EXPERTS = "moe_tp_experts"
 # Of modules whose weights have plans of their own, and of training.
 WHOLE = {EXPERTS, "local_params", "mla_kv_a_proj", "replicate", "replicated_with_grad_allreduce"}
-ALIKE = {
-    "MergeModulelist",
-    "Concatenate",
-}  # conversions of a checkpoint's tensors after which a cut is the same
+ALIKE = {"MergeModulelist", "Concatenate"}  # conversions that a cut may come before
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +61,9 @@ class Cut:
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """The part's."""
-        return tuple(
-            self.pieces * self.count if i == len(whole) + self.dim else n for i, n in enumerate(whole)
-        )
+        part = list(whole)
+        part[self.dim] = self.pieces * self.count
+        return tuple(part)
 
     def read(self, stored: Any) -> Tensor:
         """Only the part, of a tensor or of what becomes one when it is indexed."""
@@ -80,12 +73,11 @@ class Cut:
             first, last = (start + min(rank * self.count, each) for rank in (self.rank, self.rank + 1))
             found.append(stored[(*[slice(None)] * dim, slice(first, last))])
         part = found[0] if len(found) == 1 else torch.cat(found, dim)
-        missing = self.pieces * self.count - part.shape[dim]
-        return (
-            part
-            if not missing
-            else torch.cat((part, part.new_zeros(*shape[:dim], missing, *shape[dim + 1 :])), dim)
-        )
+        if part.shape[dim] < self.pieces * self.count:
+            whole = part.new_zeros(self.shape(shape))
+            whole.narrow(dim, 0, part.shape[dim]).copy_(part)
+            return whole
+        return part
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,15 +220,11 @@ class Plan:
                     yield whole, own
 
     def _check(self, name: str, module: nn.Module, style: str) -> None:
-        kinds = {"embedding_rowwise": nn.Embedding}
-        fits = (
-            experts.is_experts(module)
-            if style == EXPERTS
-            else isinstance(module, kinds.get(style, nn.Linear))
-        )
-        if (style in WAYS or style == EXPERTS) and not fits:
+        kind = nn.Embedding if style == "embedding_rowwise" else nn.Linear
+        fits = experts.is_experts(module) if style == EXPERTS else isinstance(module, kind)
+        if not fits and (style in WAYS or style == EXPERTS):
             raise self.refusal(
-                f"its plan has {style} for {name}, a {type(module).__name__}, which is not followed here"
+                f"its plan has {style} for {name}, a {type(module).__name__}, which is no such layer"
             )
         if style == EXPERTS and vars(module)["has_bias"]:
             raise self.refusal(f"its experts ({name}) have biases, which its plan does not cut")
@@ -297,10 +285,8 @@ def _embedded(forward: Forward, axis: Axis, num_rows: int | None, token_ids: Ten
 
 JOINS: Mapping[str, Callable[..., Tensor]] = {
     "colwise_gather_output": _gathered,
-    "colwise_rep": _gathered,
     "embedding_rowwise": _embedded,
     EXPERTS: _summed,
     "rowwise": _summed,
-    "rowwise_rep": _split_and_summed,
     "rowwise_split_input": _split_and_summed,
 }
