@@ -272,7 +272,12 @@ def whole_experts(config: Config, spec: Spec) -> WholeExperts | None:
         )
     if not config.enable_expert_parallel:
         return None
-    if isinstance(spec, Foreign) or not any(isinstance(block.mlp, MoE) for block in spec.blocks):
+    if isinstance(spec, Foreign):
+        raise ConfigError(
+            "enable_expert_parallel is set, and Transformers' modules keep experts together; leave it out, or take a"
+            " native architecture (`quire models`)"
+        )
+    if not any(isinstance(block.mlp, MoE) for block in spec.blocks):
         raise ConfigError(
             "enable_expert_parallel is set, and this network has no experts that could be spread over ranks; leave it"
             " out"

@@ -64,7 +64,7 @@ class Dispatch:
         `shared` makes this rank's part, along tp, of one that sees every token.
         """
         axes, beside = self.axes, shared(y)
-        if self._exchanges(len(y.values)):
+        if self.exchanges(len(y.values)):
             total = _with(self._exchange(y.tensor(), see, stack), beside)
         elif axes.dp.size > 1:
             total = _with(self._gather(y.tensor(), see, stack), beside)
@@ -78,12 +78,17 @@ class Dispatch:
         """Of any rank."""
         return num_rows if self.axes.dp.size == 1 else self.spreading.most_rows
 
-    def _exchanges(self, num_rows: int) -> bool:
-        """The same on all ranks. Else rows go to every other rank that has not got them."""
+    def exchanges(self, num_rows: int) -> bool:
+        """Whether tokens go to the ranks of their experts only, with so many here. The same on all ranks.
+
+        Else each goes to all groups, and each group has memory for what the experts make of everybody's: where there
+        are many, that is for a few groups only, even if it moves less.
+        """
         if self.spreading.experts.way != "auto":
             return self.spreading.experts.way == EXCHANGE
         few = self._most_rows(num_rows) <= FEW_ROWS or self.build.invariant
-        return not few and self.spec.top_k < (self.axes.dp.size - 1) * self.num_alike
+        others = (self.axes.dp.size - 1) * self.num_alike
+        return not few and self.spec.top_k <= 2 * others
 
     def _gather(self, x: Tensor, see: Seen, stack: ops.Experts) -> Tensor:
         """x [T, dim] -> this rank's part along tp."""
