@@ -46,6 +46,7 @@ def command(config: Config, node_rank: int) -> list[str]:
         "distributed_executor_backend": config.distributed_executor_backend,
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
         "device": "cpu",
         "nnodes": config.nnodes,
         "node_rank": node_rank,
@@ -122,6 +123,20 @@ def test_a_machine_with_other_sizes_is_refused(two: Config) -> None:
             await correcting
 
     in_a_loop(work)()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 2)], ids=["stages", "stages-of-two"])
+def test_stages_may_be_on_machines_of_their_own(two: Config, sizes: tuple[int, int]) -> None:
+    tensor, stages = sizes
+    prompts = [[1, 2, 3 + i] for i in range(4)]
+    with llm(DEMO, tensor_parallel_size=1) as alone:
+        want = [output.outputs[0].token_ids for output in alone.generate(prompts, GREEDY, use_tqdm=False)]
+    config = replace(two, tensor_parallel_size=tensor, pipeline_parallel_size=stages)
+    names = ("nnodes", "master_port", "launch_secret_file", "tensor_parallel_size", "pipeline_parallel_size")
+    with node(config), llm(DEMO, **{name: getattr(config, name) for name in names}) as found:
+        got = [output.outputs[0].token_ids for output in found.generate(prompts, GREEDY, use_tqdm=False)]
+        assert got == want and len(ranks_of(found.engine).pids) == tensor - 1
 
 
 @pytest.mark.slow
