@@ -205,9 +205,7 @@ def _repeated(
     """How steps of newest tokens, and small ones of any, are computed again by one call; None if they are not."""
     model, _, state, _ = parts
     block_size, device = config.block_size or 1, state.tokens.device
-    if model.axes.pp.size > 1:
-        logger.info("steps are computed operation by operation: those of stages are not recorded")
-    elif not isinstance(model, Decoder):
+    if not isinstance(model, Decoder):
         logger.info("steps are computed operation by operation: others' modules are not recorded")
     elif num_chosen(model.spec, state.max_length):  # each step's scores are as wide as its longest sequence
         logger.info(

@@ -195,6 +195,11 @@ class Axes:
             axis.check()
 
     @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the network's end, and samples."""
+        return self.pp.rank == self.pp.size - 1
+
+    @property
     def are_repeatable(self) -> bool:
         """Whether all operations can be part of a step that is computed again by one call."""
         return all(axis.is_repeatable for axis in self._all())

@@ -156,7 +156,10 @@ class FixedSteps:
         )
 
     def forward(self, work: Sequence[Work]) -> tuple[Batch, Tensor] | None:
-        """Start the network only: the batch and the network's output [rows, dim], both valid until the next step."""
+        """Start the network only: the batch and the network's output [rows, dim], both valid until the next step.
+
+        Of a stage before the last the output means nothing.
+        """
         if not self._fits(work):
             return None
         kind = self._place(work, None)
@@ -212,10 +215,10 @@ class FixedSteps:
         state, rows, (inputs, ragged) = self.state, self.rows.slots[: kind.num_rows], self._step(kind)
         gather(rows, state.numbers, state.tokens, inputs, self.block_size)
         hidden = self.model(inputs.token_ids, ragged, self.caches)
-        if kind.uses is None:
-            self.hidden[: kind.num_rows].copy_(hidden)
-        else:
+        if kind.uses is not None:
             self.finish(hidden, rows, inputs.following, kind.uses)
+        elif self.model.axes.is_last_stage:
+            self.hidden[: kind.num_rows].copy_(hidden)
 
 
 def _read(words: Tensor, *, shape: tuple[int, int], asked: Sequence[int | None]) -> HostSampled:

@@ -77,8 +77,7 @@ class Runner:
     @property
     def samples(self) -> bool:
         """Whether it draws tokens: only the last of several stages does."""
-        pp = self.model.axes.pp
-        return pp.rank == pp.size - 1
+        return self.model.axes.is_last_stage
 
     def close(self) -> None:
         """Let go of the device's memory; nothing can be launched afterwards."""
@@ -158,7 +157,7 @@ class Runner:
             return True
 
     def _start_whole(self, work: tuple[Work, ...]) -> bool:
-        if self.fixed and (fetch := self.fixed.sample(work)) is not None:
+        if self.fixed and self.samples and (fetch := self.fixed.sample(work)) is not None:
             self.drawn = [(work, fetch)]
         elif self.fixed and (forwarded := self.fixed.forward(work)) is not None:
             self.launched = [forwarded]
