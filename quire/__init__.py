@@ -23,6 +23,7 @@ _HOME = {
     "RequestOutput": "quire.types",
     "CompletionOutput": "quire.types",
     "QuireError": "quire.errors",
+    "serve_app": "quire.server.ray_serve",
 }
 __all__ = [*_HOME, "__version__"]
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from quire.engine.client import AsyncLLMEngine as AsyncLLMEngine
     from quire.errors import QuireError as QuireError
     from quire.llm import LLM as LLM
+    from quire.server.ray_serve import serve_app as serve_app
     from quire.types import BeamSearchParams as BeamSearchParams
     from quire.types import CompletionOutput as CompletionOutput
     from quire.types import OutputKind as OutputKind
