@@ -32,6 +32,16 @@ class Config:
     tokenizer: str | None = option(None, "Folder or id of the tokenizer, if not the model's.")
     skip_tokenizer_init: bool = option(False, "Serve token ids only; prompts and outputs have no text.")
     chat_template: str | None = option(None, "Path of a Jinja chat template, or the template itself.")
+    tool_call_parser: str = option(
+        "auto",
+        "How the model writes calls of tools: hermes, llama3_json, deepseek_v3 and so on. auto: as its chat template"
+        " shows. none: they stay text.",
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "How the model writes reasoning: deepseek_r1, openai_gptoss, granite and so on. auto: as its chat template"
+        " shows. none: it stays text.",
+    )
     generation_config: str = option(
         "auto",
         "Where default sampling values come from: the model's generation_config.json, or nowhere.",

@@ -16,7 +16,9 @@ from quire.engine.metrics import Counter, Gauge, Histogram
 from quire.errors import InvalidRequest
 from quire.models.spec import Spec
 from quire.text.chat import ChatTemplate
+from quire.text.detokenize import Detokenizer
 from quire.text.tokenizer import Tokenizer
+from quire.text.tools.events import Answer, answer
 from quire.types import (
     BeamSearchOutput,
     BeamSearchParams,
@@ -92,7 +94,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of a list of them.
+        """Answer one conversation, or each of a list of them; `answers` reads reasoning and calls of tools.
 
         Raises:
             InvalidRequest: as `generate`, or messages that the template refuses.
@@ -111,6 +113,24 @@ class LLM:
             for conversation in conversations
         ]
         return self._run(prompts, sampling_params, use_tqdm, priority, add_special_tokens=False)
+
+    def answers(self, output: RequestOutput, tools: Sequence[Mapping[str, Any]] = ()) -> list[Answer]:
+        """What each sequence of an output of `chat` says: reasoning, text, and calls of the `tools` it was given."""
+        dialect, found = self.engine.inputs.dialect, []
+        for sequence in output.outputs:
+            stop = sequence.stop_reason
+            text = Detokenizer(
+                self.get_tokenizer(),
+                output.prompt_token_ids,
+                stop=(stop,) if isinstance(stop, str) else (),
+                marks=dialect.marks,
+            )
+            by_token = sequence.finish_reason == "stop" and not isinstance(stop, str)
+            shown = text.push(sequence.token_ids, ended_by_token=by_token) + text.finish()
+            seed = f"{output.request_id} {sequence.index}"
+            parser = dialect.parser(prompt=output.prompt or "", tools=tools, seed=seed)
+            found.append(answer([*parser.feed(shown), *parser.finish()]))
+        return found
 
     def stream(
         self,

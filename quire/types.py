@@ -254,6 +254,7 @@ class Request:
         tuple[int, ...], ...
     ] = ()  # tokens of each sequence, of a request that another engine began
     ended: frozenset[int] = frozenset()  # which of those are complete
+    marks: Mapping[int, str] | None = None  # characters that stand for special tokens in the text
 
 
 @dataclass(slots=True)

@@ -22,6 +22,8 @@ OPTIONS = {
     "tokenizer",
     "skip_tokenizer_init",
     "chat_template",
+    "tool_call_parser",
+    "reasoning_parser",
     "generation_config",
     "override_generation_config",
     "hf_overrides",

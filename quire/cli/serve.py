@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
         listeners = listen_several(settings) if several else [listen(settings)]
         url = url_of(settings, [stack.enter_context(listener) for listener in listeners][0])
 
-        def announce(facts: "Facts", chat: bool) -> None:
+        def announce(facts: "Facts", chat: str | None) -> None:
             sys.stdout.write("\n".join(greeting(facts, settings, url, chat=chat)) + "\n")
             sys.stdout.flush()
 
@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
         engine = RemoteEngine(config, admission=admission)
 
         def ready() -> None:
-            announce(engine.facts, engine.inputs.template is not None)
+            announce(engine.facts, engine.inputs.chat)
 
         return runner.run(serve(engine, settings, listeners[0], ready))
 
@@ -104,17 +104,18 @@ def url_of(settings: "Secured", listener: socket.socket) -> str:
     return f"{scheme}://{host}:{listener.getsockname()[1]}"
 
 
-def greeting(facts: "Facts", settings: ServerSettings, url: str, *, chat: bool) -> list[str]:
+def greeting(facts: "Facts", settings: ServerSettings, url: str, *, chat: str | None) -> list[str]:
     """What is served, what was derived and why, and a command to try it."""
     lines = [f"Serving {', '.join(settings.served_model_name)}: {facts.summary}"]
     lines += [
         f"  {name} {facts.options[name]}: {facts.reasons[name]}" for name in SHOWN if name in facts.reasons
     ]
+    lines += [f"  Of answers it reads {chat}."] if chat else []
     keys = bool(settings.api_key or settings.api_key_file)
     if settings.host in EVERYWHERE and not keys:
         lines.append("Anybody who reaches this machine can use it: give --api-key-file, or --host 127.0.0.1.")
     lines.append(f"Listening at {url}/v1; try:")
-    return [*lines, curl(url, chat=chat, keys=keys)]
+    return [*lines, curl(url, chat=chat is not None, keys=keys)]
 
 
 def curl(url: str, *, chat: bool, keys: bool) -> str:

@@ -8,6 +8,7 @@ from quire.engine.events import Submission
 from quire.errors import InvalidRequest, PromptTooLong
 from quire.text.chat import ChatTemplate
 from quire.text.tokenizer import Tokenizer, bad_word_ids
+from quire.text.tools.dialect import Dialect
 from quire.types import Prompt, Request, SamplingParams
 
 MAX_SALT_CHARS = 128
@@ -20,6 +21,7 @@ class InputProcessor:
         self,
         tokenizer: Tokenizer | None,
         template: ChatTemplate | None,
+        dialect: Dialect,
         *,
         vocab_size: int,
         max_length: int,
@@ -27,9 +29,14 @@ class InputProcessor:
         eos_token_ids: frozenset[int],
         defaults: Mapping[str, Any],
     ):
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template, self.dialect = tokenizer, template, dialect
         self.vocab_size, self.max_length, self.max_logprobs = vocab_size, max_length, max_logprobs
         self.eos_token_ids, self.defaults = eos_token_ids, dict(defaults)
+
+    @property
+    def chat(self) -> str | None:
+        """What is read of answers to conversations, for whoever starts a server; None without a chat template."""
+        return None if self.template is None else str(self.dialect)
 
     def default_params(self) -> SamplingParams:
         """What a request without sampling parameters gets: the model's own defaults."""
@@ -45,6 +52,7 @@ class InputProcessor:
         tenant: str = "",
         arrival_s: float = 0.0,
         add_special_tokens: bool = True,
+        marks: Mapping[int, str] | None = None,
     ) -> Request:
         """Check one prompt and its parameters.
 
@@ -63,6 +71,7 @@ class InputProcessor:
             tenant=tenant,
             cache_salt=salt,
             arrival_s=arrival_s,
+            marks=marks,
         )
 
     def submission(self, request: Request) -> Submission:

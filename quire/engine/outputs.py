@@ -76,6 +76,7 @@ class RequestState:
                 stop=params.stop or (),
                 include_stop=params.include_stop_str_in_output,
                 min_tokens=params.min_tokens,
+                marks=self.request.marks,
             )
         sequence = SequenceOutput(index, detokenizer)
         if params.logprobs is not None:

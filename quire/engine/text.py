@@ -13,6 +13,8 @@ from quire.models.registry import NATIVE, decoder_spec, road
 from quire.text.chat import ChatTemplate
 from quire.text.generation import default_sampling, end_tokens
 from quire.text.tokenizer import Tokenizer
+from quire.text.tools.dialect import Dialect
+from quire.text.tools.registry import reasoning_format, tool_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class Text:
 
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
+    dialect: Dialect  # how answers are read
     eos_token_ids: frozenset[int]
     defaults: Mapping[str, Any]  # of sampling
     max_logprobs: int
@@ -30,6 +33,7 @@ class Text:
         return InputProcessor(
             self.tokenizer,
             self.template,
+            self.dialect,
             vocab_size=vocab_size,
             max_length=max_model_len,
             max_logprobs=self.max_logprobs,
@@ -50,9 +54,13 @@ def read_text(config: Config) -> Text:
         decoder_spec(raw)  # a network that cannot be served is named before its tokenizer is missed
     tokenizer = _tokenizer(config, folder)
     generation = read_generation_config(folder) if config.generation_config == "auto" else {}
+    template = None if tokenizer is None else ChatTemplate.of(tokenizer, config.chat_template)
+    sources = () if template is None else tuple(template.sources.values())
+    tools = tool_format(config.tool_call_parser, sources)
     return Text(
         tokenizer=tokenizer,
-        template=None if tokenizer is None else ChatTemplate.of(tokenizer, config.chat_template),
+        template=template,
+        dialect=Dialect(tools, reasoning_format(config.reasoning_parser, sources), tokenizer),
         eos_token_ids=end_tokens(generation, raw, tokenizer),
         defaults=default_sampling({**generation, **(config.override_generation_config or {})}),
         max_logprobs=config.max_logprobs,

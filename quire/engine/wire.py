@@ -137,7 +137,7 @@ class Open(Message, frozen=True):
 class Up(Message, frozen=True):
     """A worker answers HTTP."""
 
-    has_template: bool
+    chat: str | None  # see `InputProcessor.chat`
 
 
 class News(Message, frozen=True):

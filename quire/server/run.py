@@ -199,7 +199,7 @@ async def serve_several(
     config: Config,
     settings: ServerSettings,
     listeners: Sequence[socket.socket],
-    announce: Callable[[Facts, bool], None],
+    announce: Callable[[Facts, str | None], None],
 ) -> int:
     """As `serve`, with a process for HTTP at each of the listeners; `announce` gets what `Workers` found out."""
     several: list[Several] = []
@@ -211,7 +211,7 @@ async def serve_several(
     def ready() -> None:
         workers = several[0].workers
         if workers.facts is not None:
-            announce(workers.facts, bool(workers.has_template))
+            announce(workers.facts, workers.chat)
 
     return await _serve(make, keeper, settings, ready)
 

@@ -101,7 +101,7 @@ class Worker:
         answering = asyncio.create_task(server.serve(sockets=[listener]))  # probes have answers already
         try:
             await engine.start()
-            self.link.send(Up(engine.inputs.template is not None))
+            self.link.send(Up(engine.inputs.chat))
             await self.stopped.wait()
         finally:
             server.should_exit = True

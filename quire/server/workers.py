@@ -149,7 +149,7 @@ class Workers:
     Attributes:
         failure: done, with an error, when they cannot be kept running.
         facts: what the engine found out; there once it has started.
-        has_template: the model has a chat template; None until `start` has returned.
+        chat: see `InputProcessor.chat`, once `start` has returned.
     """
 
     def __init__(
@@ -168,7 +168,8 @@ class Workers:
         self.buried: list[Samples] = []  # what those counted that are gone
         self.numbers = itertools.count(1)
         self.facts: Facts | None = None
-        self.has_template: bool | None = None
+        self.chat: str | None = None
+        self.started = False
         self.watch_s = watch_s
         self.stopping = False
         self.changed = asyncio.Event()  # a worker serves, or is gone
@@ -250,7 +251,7 @@ class Workers:
                 break
             self.changed.clear()
             await self.changed.wait()
-        self.has_template = serving[0].up.result().has_template
+        self.chat, self.started = serving[0].up.result().chat, True
 
     async def _place(self, listener: socket.socket) -> None:
         """Keep one worker running. Connections that come while there is none wait for the next."""
@@ -331,7 +332,7 @@ class Workers:
                     self.changed.set()
                 case Drained():
                     worker.drained.set_result(None)
-                case Failed(kind, text) if self.has_template is None:
+                case Failed(kind, text) if not self.started:
                     self._fail(error_of(kind, text))
                 case Failed(_, text):  # a file has changed since the others started; it ends by itself
                     logger.error("a frontend cannot start: %s", text)

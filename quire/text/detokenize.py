@@ -2,7 +2,7 @@
 
 import codecs
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from quire.text.tokenizer import Tokenizer
 
@@ -93,8 +93,12 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        marks: Mapping[int, str] | None = None,
     ):
-        """`include_stop` keeps the stop string; one that completes within `min_tokens` does not count."""
+        """`include_stop` keeps the stop string; one that completes within `min_tokens` does not count.
+
+        `marks` are characters that stand for special tokens, whether these are skipped or not.
+        """
         self.stopped: str | None = None
         self.num_tokens = 0
         self._tokenizer = tokenizer
@@ -103,6 +107,7 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # a prompt of token ids may end within a character
         self._utf8.decode(b"".join(map(tokenizer.token_bytes, prompt_ids[-3:])))
+        self._marks = marks or {}
         self._stops = StopStrings(stop) if stop else None
         self._include = include_stop
         self._min_tokens = min_tokens
@@ -116,14 +121,14 @@ class Detokenizer:
         mute = ended_by_token and not self._include
         if self._stops is None:
             self.num_tokens += len(tokens)
-            return self._utf8.decode(b"".join(map(self._bytes, tokens[:-1] if mute else tokens)))
+            return self._text(tokens[:-1] if mute else tokens)
         shown = ""
         for position, token in enumerate(tokens):
             if self.stopped is not None:
                 break
             self.num_tokens += 1
             if not (mute and position == len(tokens) - 1):
-                shown += self._show(self._utf8.decode(self._bytes(token)))
+                shown += self._show(self._text((token,)))
         return shown
 
     def finish(self) -> str:
@@ -133,6 +138,17 @@ class Detokenizer:
         shown = self._show(self._utf8.decode(b"", final=True))
         rest, self._held = self._held, ""
         return shown + rest
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        if self._marks.keys().isdisjoint(tokens):
+            return self._utf8.decode(b"".join(map(self._bytes, tokens)))
+        text = ""
+        for token in tokens:
+            mark = self._marks.get(token)
+            text += self._utf8.decode(b"" if mark else self._bytes(token), final=mark is not None) + (
+                mark or ""
+            )
+        return text
 
     def _bytes(self, token: int) -> bytes:
         if token in self._skip:

@@ -230,6 +230,17 @@ def test_tools_are_called_in_parallel(llm: LLM) -> None:
     assert found == [call["function"] for call in CALLS]
 
 
+def test_answers_are_read_offline(llm: LLM) -> None:
+    output = llm.chat([ASK_TWO], GREEDY, use_tqdm=False, tools=[TIME, WEATHER])[0]
+    (found,) = llm.answers(output, [TIME, WEATHER])
+    assert [(call.name, json.loads(call.arguments)) for call in found.calls] == [
+        (call["function"]["name"], call["function"]["arguments"]) for call in CALLS
+    ]
+    assert (found.text, found.reasoning) == ("", "")
+    (found,) = llm.answers(output)
+    assert found.calls == [] and found.text == output.outputs[0].text.strip()
+
+
 def test_the_results_of_tools_are_used(llm: LLM) -> None:
     called = {"role": "assistant", "content": "", "tool_calls": CALLS}
     text = ask(llm, ASK_TWO, called, *RESULTS, tools=[TIME, WEATHER])

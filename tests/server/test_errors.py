@@ -61,7 +61,7 @@ def test_wrong_values_name_the_field_and_the_rule(
 @pytest.mark.parametrize(
     ("field", "value", "status"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}], 501),
+        ("tool_choice", "required", 501),
         ("response_format", {"type": "json_object"}, 501),
         ("structured_outputs", {"regex": "a"}, 501),
         ("chat_template", "{{ messages }}", 400),

@@ -25,6 +25,7 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True, "st
 def test_what_is_printed_until_ready(served: Served) -> None:
     assert len(served.greeting) + len(served.first_log.splitlines()) <= MAX_LINES
     assert served.greeting[0].startswith("Serving demo: ") and "KV cache" in served.greeting[0]
+    assert "  Of answers it reads tool calls as hermes, reasoning as think." in served.greeting
     assert httpx.get(f"{served.url}/readyz").text == "ready"
 
 

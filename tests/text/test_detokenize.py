@@ -227,6 +227,19 @@ def test_long_stop_strings_cost_no_more_than_short_ones() -> None:
     assert found.feed("q") == ("a" * 1000 + "q", 1)
 
 
+def test_marks_stand_for_special_tokens() -> None:
+    tokenizer = byte_level()
+    hello, half = tokenizer.encode("Hi"), tokenizer.encode("é")[:1]
+    assert len(tokenizer.encode("é")) == 2
+    tokens = [*hello, 1, *half, 1, 2, *hello]
+    for skip in (True, False):
+        for chunks in ([tokens], one_by_one(tokens)):
+            marked = Detokenizer(tokenizer, skip_special_tokens=skip, marks={1: "\udc00"})
+            assert stream(marked, chunks) == f"Hi\udc00{REPLACEMENT}\udc00{'' if skip else '<|im_end|>'}Hi"
+    stopped = Detokenizer(tokenizer, stop=("iH",), marks={1: "\udc00"})
+    assert stream(stopped, one_by_one([*hello, 1, *hello, *hello])) == "Hi\udc00H"
+
+
 def test_unknown_tokens_are_no_text() -> None:
     assert stream(Detokenizer(byte_level()), [[10_000], [10_001]]) == ""
 

@@ -309,3 +309,60 @@ def test_text_streams_without_delay() -> None:
         [],
         [TextDelta(" <b")],
     ]
+
+
+SIGNS = [
+    ('<tools>...</tools> <tool_call>\\n{"name": ...}\\n</tool_call>', "hermes", None),
+    ("'<think>\\n\\n</think>\\n\\n' <tool_call> </tool_call>", "hermes", "think"),
+    (
+        "<tool_call>\\n<function=example>\\n<parameter=a>\\n</parameter>\\n</function>",
+        "qwen3_coder",
+        None,
+    ),
+    ("<seed:tool_call>\\n<function=f>\\n<parameter=x> <seed:think>", "seed_oss", "seed_oss"),
+    ("<|start_header_id|> Environment: ipython <|python_tag|>", "llama3_json", None),
+    (
+        '<|start_header_id|> {"name": f, "parameters": dictionary of argument name and its value}',
+        "llama3_json",
+        None,
+    ),
+    ("<|start_header_id|> [func_name1(params_name1=params_value1, ...)]", "pythonic", None),
+    ("<|header_start|> <|python_start|> <|python_end|>", "llama4_pythonic", None),
+    ("<|tool_list_start|> <|im_start|>", "lfm2", None),
+    ("<function_calls> </function_calls> <functions>", "olmo3", None),
+    ("[AVAILABLE_TOOLS] [TOOL_CALLS] [/INST]", "mistral", None),
+    ("[AVAILABLE_TOOLS] [TOOL_CALLS] [ARGS] [THINK] [/THINK]", "mistral_v11", "mistral"),
+    (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + '<｜tool▁sep｜>' + '```json' </think>",
+        "deepseek_v3",
+        "think",
+    ),
+    ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + '<｜tool▁sep｜>' </think>", "deepseek_v31", "think"),
+    ("<｜DSML｜function_calls> <think>", "deepseek_v32", "think"),
+    ("<|tool_calls_section_begin|><|tool_call_begin|> <|im_middle|>", "kimi_k2", None),
+    ("<tool_call>{name} <arg_key> <arg_value> </tool_call> <think>", "glm45", "think"),
+    ("<|start|>assistant<|channel|>analysis<|message|>", "harmony", "harmony"),
+    ("<minimax:tool_call> <invoke name= <think>", "minimax_m2", "think"),
+    ("<start_function_call>call:f{} <escape>", "functiongemma", None),
+    ("<|tool_call>call: <tool_call|> <|channel>thought <channel|>", "gemma4", "gemma4"),
+    ("<|start_of_role|> <|tool_call|>", "granite", None),
+    ("<|start_of_role|> <|tool_call|> write Here is my thought process:", "granite", "granite"),
+    ("<|start_of_role|> <tool_call> </tool_call>", "hermes", None),
+    ("<|tool|> <|/tool|> <|end|>", "phi4_mini_json", None),
+    ("<｜tool_calls_begin｜> <steptml:invoke <think>", "step3", "think"),
+    ("<tool_call> </tool_call> <think> <response>", "hermes", "ernie45"),
+    ("<tool_calls> </tool_calls> <think> <answer>", "hunyuan_a13b", "hunyuan_a13b"),
+    (
+        "<|START_ACTION|> <|END_ACTION|> <|START_THINKING|> <|END_THINKING|>",
+        "cohere_command3",
+        "cohere_command3",
+    ),
+    ("<|im_start|>{{ message.content }}<|im_end|>", None, None),
+]
+
+
+@pytest.mark.parametrize(("template", "tools", "reasoning"), SIGNS)
+def test_templates_show_their_formats(template: str, tools: str | None, reasoning: str | None) -> None:
+    found = [tool_format("auto", [template]), reasoning_format("auto", [template])]
+    assert [each and each.names[0] for each in found] == [tools, reasoning]
+    assert tool_format("none", [template]) is None

@@ -8,12 +8,19 @@ from typing import Literal
 from pydantic import BaseModel
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class CachedTokens(BaseModel):
     """Prompt tokens that did not have to be computed."""
 
     cached_tokens: int
+
+
+class ReasoningTokens(BaseModel):
+    """Tokens of the output that are reasoning."""
+
+    reasoning_tokens: int
 
 
 class Usage(BaseModel):
@@ -23,6 +30,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens | None = None
 
 
 class TokenScore(BaseModel):
@@ -88,12 +96,31 @@ class Timing(BaseModel):
     num_replays: int
 
 
+class CalledFunction(BaseModel):
+    """A function and its arguments as JSON; in a stream the name comes first, then pieces of the arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class Called(BaseModel):
+    """A call of a tool; in a stream what is new of it, and `index` says of which."""
+
+    index: int | None = None
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
-    """What the model answers."""
+    """What the model answers. `reasoning` has two names because clients read one or the other."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Called] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -102,7 +129,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: int | str | None
     token_ids: list[int] | None = None
 
@@ -122,7 +149,10 @@ class ChatDelta(BaseModel):
     """What is new of a message; the role comes first."""
 
     role: Literal["assistant"] | None = None
-    content: str
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Called] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -131,7 +161,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
 

@@ -1,7 +1,4 @@
-"""POST /v1/chat/completions: a conversation, answered.
-
-`content` is the text as the model writes it: what a reasoning model thinks is part of it.
-"""
+"""POST /v1/chat/completions: a conversation, answered with reasoning, text and calls of tools."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,14 +9,24 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from quire.engine.inputs import InputProcessor
-from quire.server.errors import bad_request
+from quire.server.errors import bad_request, not_supported
 from quire.server.frontend import Frontend, Numbered
 from quire.server.openai.job import Call, run_call
 from quire.server.openai.logprobs import LogprobWriter
 from quire.server.openai.params import chat_params, prompt_scores, usage
 from quire.server.openai.protocol import ChatRequest, TokenizeRequest
+from quire.server.reading import Conversation, Reading
 from quire.server.schema import body_of
 from quire.server.sse import Chunks
+from quire.text.tools.events import (
+    Answer,
+    ArgumentsDelta,
+    CallBegins,
+    Event,
+    ReasoningDelta,
+    TextDelta,
+    answer,
+)
 from quire.types import CompletionOutput, Request, RequestOutput
 
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
@@ -32,7 +39,12 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     return await run_call(http, ChatRequest, "chatcmpl-", _prepare)
 
 
-def render(ask: ChatRequest | TokenizeRequest, inputs: InputProcessor, **names: Any) -> str:
+def render(
+    ask: ChatRequest | TokenizeRequest,
+    inputs: InputProcessor,
+    tools: list[dict[str, Any]] | None,
+    **names: Any,
+) -> str:
     """The prompt of a conversation. `names` are the template's, unless the request has them too.
 
     Raises:
@@ -47,6 +59,7 @@ def render(ask: ChatRequest | TokenizeRequest, inputs: InputProcessor, **names: 
     return inputs.chat_prompt(
         ask.messages or (),
         None,
+        tools=tools,
         add_generation_prompt=begin,
         continue_final_message=ask.continue_final_message,
         **{**names, **kwargs},
@@ -56,31 +69,73 @@ def render(ask: ChatRequest | TokenizeRequest, inputs: InputProcessor, **names: 
 def _prepare(front: Frontend, call: Call, ask: ChatRequest) -> "tuple[Writer, list[Request]]":
     if ask.top_logprobs and not ask.logprobs:
         raise bad_request("top_logprobs is set, and logprobs is not; set logprobs to true", "top_logprobs")
+    if not ask.include_reasoning and (ask.logprobs or ask.return_token_ids):
+        raise bad_request(
+            "include_reasoning is off, and logprobs or return_token_ids would show the reasoning; leave one out",
+            "include_reasoning",
+        )
     inputs = front.service.inputs
+    tools = _tools(ask, inputs, call.warnings)
     names: dict[str, Any] = {}
     if ask.documents is not None:
         names["documents"] = ask.documents
     if ask.reasoning_effort is not None:
-        names |= {"reasoning_effort": ask.reasoning_effort, "enable_thinking": ask.reasoning_effort != "none"}
-    prompt = render(ask, inputs, **names)
-    params = chat_params(ask, inputs.defaults)
+        thinks = ask.reasoning_effort != "none"
+        names |= {"reasoning_effort": ask.reasoning_effort, "enable_thinking": thinks, "thinking": thinks}
+    prompt = render(ask, inputs, tools, **names)
+    last = ask.messages[-1].get("content") if ask.continue_final_message else ""
+    asked = Conversation(
+        prompt=prompt,
+        tools=tools or (),
+        continued=last if isinstance(last, str) else "",
+        most_calls=None if ask.parallel_tool_calls else 1,
+    )
     requests = call.requests(
         front,
         [prompt],
-        params,
+        chat_params(ask, inputs.defaults),
         salt=ask.cache_salt,
         add_special_tokens=ask.add_special_tokens,
         resume=ask.resume,
+        marks=inputs.dialect.marks,
     )
+    readings = [Reading(inputs, asked, requests[0], f"{call.id} {n}") for n in range(requests[0].params.n)]
     as_ids = ask.return_tokens_as_token_ids
-    return Writer(call, ask, LogprobWriter(inputs.tokenizer, as_ids=as_ids)), requests
+    return Writer(call, ask, LogprobWriter(inputs.tokenizer, as_ids=as_ids), readings), requests
+
+
+def _tools(ask: ChatRequest, inputs: InputProcessor, warnings: list[str]) -> list[dict[str, Any]] | None:
+    """Those that the model is told of; what is no function is left out with a warning.
+
+    Raises:
+        ApiError: calls must be made, or could not be read.
+    """
+    if ask.tool_choice not in (None, "none", "auto"):
+        if isinstance(ask.tool_choice, str) and ask.tool_choice != "required":
+            raise bad_request("tool_choice must be auto, none, required or a function", "tool_choice")
+        raise not_supported("tool_choice", "calls cannot be forced yet; use auto")
+    tools = []
+    for tool in ask.tools or ():
+        if tool.get("type", "function") == "function":
+            tools.append(tool)
+        else:
+            warnings.append(f"tools of type {str(tool['type'])[:100]!r} are not known; they had no effect")
+    if not tools or ask.tool_choice == "none":
+        return None
+    if inputs.dialect.tools is None:
+        raise bad_request(
+            "tools: this server cannot read the model's calls, because its chat template shows no known format, or"
+            " tool_call_parser is none; start the server with --tool-call-parser, or leave tools out",
+            "tools",
+        )
+    return tools
 
 
 class Writer:
     """Writes the outputs of one call, as one body or as chunks."""
 
-    def __init__(self, call: Call, ask: ChatRequest, logprobs: LogprobWriter):
-        self.call, self.ask, self.logprobs = call, ask, logprobs
+    def __init__(self, call: Call, ask: ChatRequest, logprobs: LogprobWriter, readings: list[Reading]):
+        self.call, self.ask, self.logprobs, self.readings = call, ask, logprobs, readings
         self.plain = not ask.logprobs and not ask.return_token_ids
         self.num_generated = 0
         self.ended: set[int] = set()
@@ -88,27 +143,49 @@ class Writer:
         own = ask.echo and last.get("role") == "assistant" and isinstance(last.get("content"), str)
         self.echo = last["content"] if own else ""
 
+    @property
+    def num_reasoning(self) -> int | None:
+        """Tokens of reasoning, of all choices; None where that cannot be told from text."""
+        known = [reading for reading in self.readings if reading.knows_reasoning]
+        return sum(reading.num_reasoning_tokens for reading in known) if known else None
+
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The body of an answer in one piece."""
         (output,) = outputs
         choices = []
         for new in output.outputs:
             self.num_generated += len(new.token_ids)
-            message = {"role": "assistant", "content": self.echo + new.text, "refusal": None}
+            message = self._message(answer(self.readings[new.index].take(new)))
             choices.append({"index": new.index, "message": message, **self._rest(new)})
         body = {**self.call.envelope("chat.completion"), "choices": choices}
-        body["usage"] = usage(outputs, self.num_generated)
+        body["usage"] = usage(outputs, self.num_generated, self.num_reasoning)
         if self.ask.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_scores(output)
         if self.ask.return_token_ids:
             body["prompt_token_ids"] = output.prompt_token_ids
         return self.call.noted(body)
 
+    def _message(self, found: Answer) -> dict[str, Any]:
+        content = self.echo + found.text
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if not content and (found.calls or found.reasoning):
+            message["content"] = None
+        if found.reasoning and self.ask.include_reasoning:
+            message |= _reasoning(found.reasoning)
+        if found.calls:
+            message["tool_calls"] = [
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+                for c in found.calls
+            ]
+        return message
+
     async def stream(self, outputs: AsyncGenerator[Numbered, None]) -> AsyncGenerator[bytes, None]:
         """Chunks of what is new in each output; the role comes first."""
         at_end, always = self.ask.usage_in_stream
-        envelope = self.call.envelope("chat.completion.chunk")
-        chunks, latest = Chunks(envelope, usage=at_end), self.call.timing.latest
+        chunks, latest = (
+            Chunks(self.call.envelope("chat.completion.chunk"), usage=at_end),
+            self.call.timing.latest,
+        )
         async with aclosing(outputs):
             async for _, output in outputs:
                 pieces = []
@@ -116,22 +193,47 @@ class Writer:
                     pieces += self._opening(output, at_end, usage([output], 0) if always else None)
                 latest[0] = output
                 for new in output.outputs:
-                    if new.index in self.ended or not (new.token_ids or new.text or new.finish_reason):
-                        continue
-                    self.num_generated += len(new.token_ids)
-                    if new.finish_reason is not None:
-                        self.ended.add(new.index)
-                    elif self.plain and not always:
-                        if new.text:
-                            pieces.append(chunks.text(new.index, new.text, _text_choice))
-                        continue
-                    choice = {"index": new.index, "delta": {"content": new.text}, **self._rest(new)}
-                    so_far = usage([output], self.num_generated) if always else None
-                    pieces.append(chunks.choice(choice, so_far))
+                    if new.index not in self.ended and (new.token_ids or new.text or new.finish_reason):
+                        self.num_generated += len(new.token_ids)
+                        so_far = usage([output], self.num_generated) if always else None
+                        pieces += self._news(new, chunks, so_far)
                 if pieces:
                     yield b"".join(pieces)
-        if ending := self.call.ending(self.ask, self.num_generated):
+        if ending := self.call.ending(self.ask, self.num_generated, self.num_reasoning):
             yield chunks.end(ending)
+
+    def _news(self, new: CompletionOutput, chunks: Chunks, so_far: dict[str, Any] | None) -> list[bytes]:
+        """Chunks of one choice: a delta each; the last one has what else there is to say."""
+        events = self.readings[new.index].take(new)
+        deltas = [delta for event in events if (delta := self._delta(event))]
+        last: dict[str, Any] | None = None
+        if new.finish_reason is not None or not self.plain or so_far is not None:
+            last = deltas.pop() if deltas else {"content": ""}
+        pieces = []
+        for delta in deltas:
+            if (text := delta.get("content")) is not None and so_far is None:
+                pieces.append(chunks.text(new.index, text, _text_choice))
+            else:
+                pieces.append(chunks.choice({"index": new.index, **_choice(delta)}, so_far))
+        if new.finish_reason is not None:
+            self.ended.add(new.index)
+        if last is not None:
+            pieces.append(chunks.choice({"index": new.index, "delta": last, **self._rest(new)}, so_far))
+        return pieces
+
+    def _delta(self, event: Event) -> dict[str, Any] | None:
+        """None for what is not told."""
+        match event:
+            case TextDelta(text):
+                return {"content": text}
+            case ReasoningDelta(text):
+                return _reasoning(text) if self.ask.include_reasoning else None
+            case CallBegins(index, id_, name):
+                function = {"name": name, "arguments": ""}
+                return {"tool_calls": [{"index": index, "id": id_, "type": "function", "function": function}]}
+            case ArgumentsDelta(index, text):
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+        return None
 
     def _opening(self, output: RequestOutput, at_end: bool, so_far: dict[str, Any] | None) -> list[bytes]:
         envelope = self.call.noted(self.call.envelope("chat.completion.chunk"))
@@ -151,7 +253,7 @@ class Writer:
         """What a choice has besides its text."""
         rest: dict[str, Any] = {
             "logprobs": None,
-            "finish_reason": new.finish_reason,
+            "finish_reason": self.readings[new.index].finish_reason(new.finish_reason),
             "stop_reason": new.stop_reason,
         }
         if self.ask.logprobs:
@@ -160,6 +262,10 @@ class Writer:
         if self.ask.return_token_ids:
             rest["token_ids"] = new.token_ids
         return rest
+
+
+def _reasoning(text: str) -> dict[str, Any]:
+    return {"reasoning": text, "reasoning_content": text}
 
 
 def _choice(delta: dict[str, Any]) -> dict[str, Any]:

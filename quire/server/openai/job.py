@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -75,11 +75,13 @@ class Call:
         """With the warnings, if there are any."""
         return {**body, "warnings": self.warnings} if self.warnings else body
 
-    def ending(self, ask: GenerationRequest, num_generated: int) -> dict[str, Any]:
+    def ending(
+        self, ask: GenerationRequest, num_generated: int, num_reasoning: int | None = None
+    ) -> dict[str, Any]:
         """What a stream's last chunk has besides the envelope; nothing if the request wants no such chunk."""
         latest, fields = self.timing.latest, dict[str, Any]()
         if latest and ask.usage_in_stream[0]:
-            fields["usage"] = usage(latest.values(), num_generated)
+            fields["usage"] = usage(latest.values(), num_generated, num_reasoning)
         if latest and ask.return_timing:
             fields["timing"] = self.timing.body()
         return fields
@@ -98,6 +100,7 @@ class Call:
         salt: str | None,
         add_special_tokens: bool,
         resume: Resume | None,
+        marks: Mapping[int, str] | None = None,
     ) -> list[Request]:
         """Tokenize; call it off the event loop.
 
@@ -118,6 +121,7 @@ class Call:
                 tenant=self.tenant,
                 arrival_s=time.monotonic(),
                 add_special_tokens=add_special_tokens,
+                marks=marks,
             )
             for prompt in prompts
         ]

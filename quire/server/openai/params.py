@@ -46,8 +46,10 @@ def chat_params(ask: ChatRequest, defaults: Mapping[str, Any]) -> SamplingParams
     return sampling_params(ask, defaults, max_tokens=most if asked is None else asked, logprobs=logprobs)
 
 
-def usage(outputs: Iterable[RequestOutput], num_generated: int) -> dict[str, Any]:
-    """Tokens that were read, found in the cache, and written."""
+def usage(
+    outputs: Iterable[RequestOutput], num_generated: int, num_reasoning: int | None = None
+) -> dict[str, Any]:
+    """Tokens that were read, found in the cache, and written; how many of these are reasoning, if that is known."""
     outputs = list(outputs)
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     cached = sum(output.num_cached_tokens for output in outputs)
@@ -56,6 +58,11 @@ def usage(outputs: Iterable[RequestOutput], num_generated: int) -> dict[str, Any
         "completion_tokens": num_generated,
         "total_tokens": prompt + num_generated,
         "prompt_tokens_details": {"cached_tokens": cached},
+        **(
+            {}
+            if num_reasoning is None
+            else {"completion_tokens_details": {"reasoning_tokens": num_reasoning}}
+        ),
     }
 
 

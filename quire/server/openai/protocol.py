@@ -269,8 +269,14 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Int | None = Field(
         None, description="With logprobs: how many tokens at each position.", json_schema_extra=between(-1)
     )
+    tools: Objects | None = Field(None, description="Functions that the model may call.")
+    tool_choice: StrictStr | dict[str, Any] | None = Field(
+        None, description="auto, or none: the model is told of no tools."
+    )
+    parallel_tool_calls: On = Field(True, description="Off: calls after the first one are left out.")
+    include_reasoning: On = Field(True, description="Off: reasoning is left out.")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="Sets the template's enable_thinking, true unless it is none."
+        None, description="Sets the template's enable_thinking and thinking, true unless it is none."
     )
     documents: Objects | None = Field(None, description="For templates that take documents.")
     add_generation_prompt: bool | None = Field(
@@ -288,6 +294,7 @@ class TokenizeRequest(Ask):
 
     prompt: StrictStr | None = None
     messages: Objects | None = None
+    tools: Objects | None = None
     add_special_tokens: bool | None = Field(
         None, description="Without it: for a text, and not for a conversation."
     )

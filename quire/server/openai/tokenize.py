@@ -46,7 +46,7 @@ def _noted(found: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
 def _tokens(ask: TokenizeRequest, inputs: InputProcessor) -> dict[str, Any]:
     if (ask.prompt is None) == (ask.messages is None):
         raise bad_request("give either prompt or messages", "prompt")
-    text = ask.prompt if ask.prompt is not None else render(ask, inputs)
+    text = ask.prompt if ask.prompt is not None else render(ask, inputs, ask.tools or None)
     special = ask.messages is None if ask.add_special_tokens is None else ask.add_special_tokens
     tokens = inputs.tokens(text, add_special_tokens=special)
     found: dict[str, Any] = {"count": len(tokens), "max_model_len": inputs.max_length, "tokens": tokens}

@@ -49,7 +49,7 @@ class Dialect:
 
     def __str__(self) -> str:
         names = (each.names[0] if each else "none" for each in (self.tools, self.reasoning))
-        return "tool calls: {}, reasoning: {}".format(*names)
+        return "tool calls as {}, reasoning as {}".format(*names)
 
     def parser(
         self,
