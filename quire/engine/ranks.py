@@ -335,7 +335,7 @@ class Team:
         self.new: list[tuple[int, Sampling]] = []  # since the last step
         self.gone: list[int] = []
         self.is_amid = False  # a step
-        weakref.finalize(self, ranks.close)
+        self.close = weakref.finalize(self, _end, runner, ranks)  # by itself when nobody has it, too
 
     @property
     def sampling(self) -> dict[int, Sampling]:
@@ -403,7 +403,8 @@ class Team:
                 runner.prompt_logprobs[seq] += prompt
         return answer.result
 
-    def close(self) -> None:
-        """End the other ranks, and let go of this one's memory."""
-        self.ranks.close()
-        self.runner.close()
+
+def _end(runner: Runner, ranks: Ranks) -> None:
+    """End the other ranks, and let go of this one's memory."""
+    ranks.close()
+    runner.close()

@@ -58,6 +58,9 @@ class Communicator(Protocol):
     def check(self) -> None:
         """Raise what an operation found that could not raise it, being part of a recorded step."""
 
+    def close(self) -> None:
+        """Let go of the other ranks, which may be gone. Recorded steps must be gone: NCCL waits for its graphs."""
+
 
 class Axis:
     """Ranks that compute something together. `Axis()` is one alone.
@@ -166,6 +169,11 @@ class Axis:
         """See `Communicator`."""
         return self.communicator is None or self.communicator.is_repeatable
 
+    def close(self) -> None:
+        """See `Communicator`."""
+        if self.communicator is not None:
+            self.communicator.close()
+
     def _other(self, rank: int) -> Communicator:
         if self.communicator is None or rank == self.rank or not 0 <= rank < self.size:
             raise ValueError(
@@ -193,6 +201,11 @@ class Axes:
         """
         for axis in self._all():
             axis.check()
+
+    def close(self) -> None:
+        """Let go of the other ranks, after everything that was recorded with them."""
+        for axis in set(self._all()):
+            axis.close()
 
     @property
     def is_last_stage(self) -> bool:

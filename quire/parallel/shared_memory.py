@@ -150,6 +150,9 @@ class SharedMemory:
                 "another process of the group died or did not answer in time; the group has to be started again"
             )
 
+    def close(self) -> None:
+        """The memory is free when nothing refers to it."""
+
     def _sum(self, x: Tensor, out: Tensor, begin: int, end: int) -> None:
         self._reduce(
             *(isa(), torch.get_num_threads(), TYPES[x.dtype], *self.place),

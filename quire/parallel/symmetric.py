@@ -84,7 +84,7 @@ class Symmetric:
             group.all_to_all,
         )
         self.send, self.receive, self.broadcast = group.send, group.receive, group.broadcast
-        self.barrier, self.check = group.barrier, group.check
+        self.barrier, self.check, self.close = group.barrier, group.check, group.close
         self._sum = group.all_reduce
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -62,6 +62,9 @@ class Repeated(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of what is kept of them."""
+
 
 class FixedKind(NamedTuple):
     """What a step's kernels depend on."""

@@ -67,6 +67,10 @@ class Graphs:
         self.ready.add(kind)
         return True
 
+    def close(self) -> None:
+        """Let go of all graphs."""
+        self.captured, self.ready, self.pool = {}, set(), None
+
     def _run_captured(self, kind: Hashable, compute: Callable[[], None]) -> bool:
         graph, failure = None, None
         try:

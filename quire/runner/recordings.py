@@ -26,6 +26,10 @@ class Recordings:
         self.steps: dict[Hashable, Step] = {}
         self.refused: dict[Hashable, str] = {}  # kinds, and what torch computes in them, or an exception
 
+    def close(self) -> None:
+        """Let go of all recordings."""
+        self.steps = {}
+
     def run(self, kind: Hashable, compute: Callable[[], None]) -> bool:
         """Run `compute`, whose kernels and memory depend on `kind` alone; False if it is better done otherwise.
 

@@ -80,9 +80,13 @@ class Runner:
         return self.model.axes.is_last_stage
 
     def close(self) -> None:
-        """Let go of the device's memory; nothing can be launched afterwards."""
+        """Let go of the device's memory, and of other ranks; nothing can be launched afterwards."""
+        axes = self.model.axes
+        if self.fixed is not None:
+            self.fixed.graphs.close()
         del self.model, self.caches, self.state, self.sampler, self.fixed, self.mixed, self.states
         self.launched, self.drawn = [], []
+        axes.close()
 
     def register(self, seq: int, sampling: Sampling) -> None:
         """Make a sequence known before the scheduler may plan it."""

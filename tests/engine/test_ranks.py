@@ -22,7 +22,9 @@ from quire.engine.engine import Engine
 from quire.engine.ranks import Ranks, Team
 from quire.engine.remote import RemoteEngine
 from quire.errors import ConfigError, EngineDead, ModelError
+from quire.kernels.cpu.native import load
 from quire.models.shard import shard
+from quire.runner.recordings import Recordings
 from quire.scheduler.near import Extent
 from quire.types import OutputKind, SamplingParams
 from tests.engine.test_remote import CONFIG, all_streams, collect, in_a_loop, running
@@ -166,6 +168,22 @@ def test_each_rank_has_its_share(folders: dict[str, Path]) -> None:
         assert two.config.num_threads == 2, "of the group, so that it can be given to the next one"
         blocks = [e.config.kv_cache_memory_bytes // e.core.stats().num_blocks for e in (one, two.engine)]
         assert blocks[1] * 2 == blocks[0]
+
+
+@pytest.mark.skipif(load()[0] is None, reason="recordings are of C++ kernels")
+def test_what_was_recorded_is_gone_before_the_other_ranks_are(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL would wait for graphs that have its operations."""
+    engine = make_engine(folders["Qwen3"], tensor_parallel_size=2)
+    outputs(engine)
+    assert isinstance(team := engine.core.runner, Team) and team.runner.fixed is not None
+    left, axis = [], team.runner.model.axes.tp
+    assert axis.communicator is not None and isinstance(recordings := team.runner.fixed.graphs, Recordings)
+    assert recordings.steps
+    monkeypatch.setattr(axis.communicator, "close", lambda: left.append(len(recordings.steps)))
+    engine.close()
+    assert left == [0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -119,7 +119,6 @@ def test_steps_say_what_sequences_share(
     options = {"async_scheduling": overlap, "max_num_seqs": 30, "max_num_batched_tokens": 512}
     engine, backend = make_engine(str(tmp_path), **options), Checking(BLOCK_SIZE)
     model = engine.core.runner.model
-    model.backend = backend
     object.__setattr__(model.build, "backend", backend)  # which all layers have
     fixed = fix(engine)
     assert run(engine, work) == run(make_engine(str(tmp_path), **options), work)
