@@ -279,7 +279,8 @@ def test_newest_tokens_are_turned_stored_and_attended_at_once(
 ) -> None:
     """As by two operations, for short sequences and long ones that several programs share; not for padding.
 
-    One of them has no slot, as one that has ended: nothing of it is stored, and nobody asks what it attends.
+    Their positions are not those since the first of what they see. One of them has no slot, as one that has ended:
+    nothing of it is stored, and nobody asks what it attends.
     """
     shape, lengths = CacheShape(num_kv_heads, dim, dim), [1, 16, 17, 150, 1]
     backend, oracle = Triton(16), Reference(16)
@@ -302,6 +303,7 @@ def test_newest_tokens_are_turned_stored_and_attended_at_once(
         b.write(cache, k, v, before)
     step = ragged([length - 1 for length in lengths], [1] * 5, tables, 16, DEVICE)
     step.slot_mapping[4] = -1
+    step = dataclasses.replace(step, positions=step.positions + 9)  # chunks that begin there
     heads = draw(7, num_heads + 2 * num_kv_heads, dim)
     nobody = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     padded = dataclasses.replace(

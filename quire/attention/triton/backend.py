@@ -300,7 +300,7 @@ class Triton:
             shared = step.shared if most == 1 and window == NO_WINDOW else None
             rows = most * group + (turn is not None)  # the key is turned with its queries
             share, sizes = self._share(cache, step, shared, most, (most * group, rows), window)
-            inputs = (q, cache.k, cache.v, step.block_tables, *common, step.slot_mapping)
+            inputs = (q, cache.k, cache.v, step.block_tables, *common, step.slot_mapping, step.positions)
             left, sizes["SPLITS"] = None, 0
             if shared is not None:
                 left, sizes["SPLITS"] = self._left(q, cache, step, shared, scales, constants)

@@ -257,8 +257,8 @@ def _finish(
 
 @triton.jit(do_not_specialize=["num_seqs", "num_rows", "most", "window", "table_stride"])
 def decode(
-    q, k, v, tables, lengths, starts, slots, work, partials, left, most, weight, cos, sin, eps, out, weighs, sinks,
-    scale, cap, window, num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
+    q, k, v, tables, lengths, starts, slots, positions, work, partials, left, most, weight, cos, sin, eps, out, weighs,
+    sinks, scale, cap, window, num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
     SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
@@ -269,7 +269,8 @@ def decode(
     """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's piece of the line.
 
     A key head's rows are cut into GROUPS of ROWS, of which COUNT are used; sequences of more than `most` queries are
-    another kernel's. Where HALF is not 0, queries still have to be turned, and a token's key and value lie behind them.
+    another kernel's. Where HALF is not 0, queries still have to be turned, and a token's key and value lie behind them;
+    their positions are not their lengths' where a sequence is a chunk of one.
     `weighs` [T, HEADS] or None: for the logarithms of rows' sums of exponentials.
     """
     follow(NEXT)
@@ -297,9 +298,9 @@ def decode(
                 q0, q1 = two_parts(x + rows // GROUP * q_stride + heads * q_head_stride, keep, K0, K1, K_DIM)
             else:
                 q0, q1 = _turned(
-                    x, k, v, weight, cos, sin, eps, tl.load(slots + first_row), stop == end, rows, group, length - 1,
-                    k_stride, v_stride, q_head_stride, HEADS, GROUP, PAGE, K0, K1, K_DIM, K_STORED,
-                    V0, V1, V_DIM, V_STORED, HALF, INTERLEAVED,
+                    x, k, v, weight, cos, sin, eps, tl.load(slots + first_row), stop == end, rows, group,
+                    tl.load(positions + first_row), k_stride, v_stride, q_head_stride, HEADS, GROUP, PAGE,
+                    K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED, HALF, INTERLEAVED,
                 )  # fmt: skip
             acc0, acc1, m, total = _attend_tiles(
                 q0, q1, k, v, table, pages, sinks, left, ahead, seq, num_seqs, rows, keep, heads, group // GROUPS,
