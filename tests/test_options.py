@@ -76,6 +76,7 @@ SERVER_OPTIONS = {
     "allowed_origins",
     "ssl_certfile",
     "ssl_keyfile",
+    "keep_volatile_lines",
     "max_request_bytes",
     "max_n",
     "max_num_queued_reqs",

@@ -12,7 +12,7 @@ from quire.cli.options import same_dashes
 from quire.errors import EngineDead, QuireError, RequestFailed
 
 COMMANDS = {
-    "serve": "Serve a model over HTTP, with OpenAI's API.",
+    "serve": "Serve a model over HTTP, with OpenAI's and Anthropic's APIs.",
     "router": "Forward requests to several servers of a model, each to where it begins first.",
     "run": "Complete one prompt, streamed to the terminal.",
     "chat": "Talk to a model.",

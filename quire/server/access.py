@@ -40,7 +40,7 @@ class Access:
             await self.app(scope, receive, record)
         except Exception as error:
             if not status:  # else the application has answered, logged it, and raised it again
-                await error_of(error, request_id).response()(scope, receive, record)
+                await error_of(error, request_id).response(scope["path"])(scope, receive, record)
         finally:
             path, seconds, route = scope["path"][:200], time.monotonic() - begin, scope.get("route")
             quiet = (path if route is None else route.path_format) in QUIET  # under a proxy's path too

@@ -14,6 +14,7 @@ from quire.engine.service import Service
 from quire.errors import ConfigError, QuireError
 from quire.server import ops
 from quire.server.access import Access
+from quire.server.anthropic import messages
 from quire.server.auth import Auth, Keys
 from quire.server.counts import HttpCounts
 from quire.server.errors import ApiError, ClientGone, error_of
@@ -77,7 +78,7 @@ def _api(front: Frontend) -> FastAPI:
         redirect_slashes=False,
     )
     api.state.frontend = front
-    for part in (completions, chat, models, tokenize, ops):
+    for part in (completions, chat, messages, models, tokenize, ops):
         api.include_router(part.router)
     shape: dict[str, Any] = document(api, __version__, front.settings.root_path)
 
@@ -93,14 +94,16 @@ def _api(front: Frontend) -> FastAPI:
 
 
 async def _explain(http: HttpRequest, error: Exception) -> Response:
-    return error_of(error, http.scope["request_id"]).response()
+    return error_of(error, http.scope["request_id"]).response(http.url.path)
 
 
 async def _no_route(http: HttpRequest, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     wording = {404: "there is no such path", 405: "this path does not take this method"}
     headers = error.headers if isinstance(error, HTTPException) else None  # Allow, with 405
-    return ApiError(status, wording.get(status, "the request cannot be served"), headers=headers).response()
+    return ApiError(status, wording.get(status, "the request cannot be served"), headers=headers).response(
+        http.url.path
+    )
 
 
 async def _gone(_: HttpRequest, __: Exception) -> Response:

@@ -21,7 +21,7 @@ from quire.server.errors import ApiError
 from quire.server.settings import ServerSettings, is_key, lines_of_keys
 
 PROBES = ("/livez", "/readyz", "/startupz")  # what orchestrators ask; the answers say only yes or no
-REFUSAL = "a valid key is needed; send it as the header Authorization: Bearer KEY"
+REFUSAL = "a valid key is needed; send it as the header Authorization: Bearer KEY, or x-api-key: KEY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,9 @@ class Auth:
         if scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["raw_path"] in self.open:
             return ""
         given = [value for name, value in scope["headers"] if name == b"authorization"]
+        own = [value for name, value in scope["headers"] if name == b"x-api-key"]
+        if not given and len(own) == 1:
+            return self.keys.tenant(own[0].strip())
         scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
         return self.keys.tenant(key.strip()) if scheme.lower() == b"bearer" else None
 
@@ -119,7 +122,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.close", "code": 1008})
     else:
         error = ApiError(401, REFUSAL, headers={"WWW-Authenticate": "Bearer"})
-        await error.response()(scope, receive, send)
+        await error.response(scope["path"])(scope, receive, send)
 
 
 def _hash(key: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """What clients read when something goes wrong: our own words, never those of an unknown exception."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,16 @@ NAMES = {
     503: "ServiceUnavailableError",
     504: "TimeoutError",
 }
+MESSAGES_NAMES = {  # Anthropic's
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+MESSAGES = re.compile(r"/v1/messages(/|\Z)")
 RETRY_AFTER_S = 2  # a restart takes about that long
 
 
@@ -52,25 +63,29 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers, self.details = dict(headers or {}), details
 
-    def body(self) -> dict[str, Any]:
-        """As the response has it."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """As the response has it, in the protocol that is spoken at `path`."""
         message = self.message
         if len(message) > MAX_MESSAGE_CHARS:
             message = message[:MAX_MESSAGE_CHARS] + "..."
-        return {
-            "error": {
-                "message": message,
-                "type": NAMES.get(self.status, "BadRequestError"),
-                "param": self.param,
-                "code": self.code or self.status,
-                **self.details,
-            }
+        spoken = MESSAGES.search(path) is not None
+        error = {
+            "message": message,
+            "type": _messages_name(self.status) if spoken else NAMES.get(self.status, "BadRequestError"),
+            "param": self.param,
+            "code": self.code or self.status,
+            **self.details,
         }
+        return {"type": "error", "error": error} if spoken else {"error": error}
 
-    def response(self) -> Response:
+    def response(self, path: str = "") -> Response:
         return Response(
-            msgspec.json.encode(self.body()), self.status, self.headers, media_type="application/json"
+            msgspec.json.encode(self.body(path)), self.status, self.headers, media_type="application/json"
         )
+
+
+def _messages_name(status: int) -> str:
+    return MESSAGES_NAMES.get(status, "invalid_request_error" if status < 500 else "api_error")
 
 
 class ClientGone(Exception):

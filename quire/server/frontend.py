@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from quire.engine.service import Service, Status
 from quire.server.errors import ApiError, bad_request, error_of, unavailable
 from quire.server.limits import read_body
 from quire.server.settings import ServerSettings
-from quire.server.sse import EventStream, answered
+from quire.server.sse import answered
 from quire.server.tracing import Tracer
 from quire.types import FinishReason, Request, RequestOutput
 
@@ -102,9 +102,9 @@ class Frontend:
             )
         return min(seconds, most)
 
-    def explain(self, http: HttpRequest) -> Callable[[Exception], ApiError]:
+    def explained(self, http: HttpRequest, error: Exception) -> ApiError:
         """What the client of a request reads about an exception."""
-        return lambda error: error_of(error, http.scope["request_id"])
+        return error_of(error, http.scope["request_id"])
 
     async def answer(
         self,
@@ -122,19 +122,6 @@ class Frontend:
 
         outputs = await answered(http.receive, collect(), timeout_s)
         return json_response(whole(outputs))
-
-    def stream(
-        self,
-        http: HttpRequest,
-        requests: Sequence[Request],
-        pieces: Callable[[AsyncGenerator[Numbered, None]], AsyncGenerator[bytes, None]],
-        late_headers: Callable[[], Mapping[str, str]] = dict,
-    ) -> Response:
-        """Run requests; what `pieces` makes of each output is sent at once. `late_headers` come with the first."""
-        timeout_s = self.timeout_s(http)
-        return EventStream(
-            pieces(self.run(requests)), self.explain(http), timeout_s=timeout_s, late_headers=late_headers
-        )
 
     async def run(self, requests: Sequence[Request]) -> AsyncGenerator[Numbered, None]:
         """Outputs of all requests, as they come. Leaving early aborts them.

@@ -7,14 +7,19 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from quire.server.anthropic import answers as messages_answers
+from quire.server.anthropic import protocol as messages_protocol
+from quire.server.errors import MESSAGES
 from quire.server.openai import answers, protocol
 
 REF = "#/components/schemas/{model}"
-ABOUT = "OpenAI's API over one model, with vLLM's extra fields, and what operators ask of a server."
+ABOUT = "OpenAI's and Anthropic's APIs over one model, with vLLM's extra fields, and what operators ask of a server."
 TEXT = "text/plain"
 REQUESTS: list[type[BaseModel]] = [
     protocol.CompletionRequest,
     protocol.ChatRequest,
+    messages_protocol.MessagesRequest,
+    messages_protocol.CountTokensRequest,
     protocol.TokenizeRequest,
     protocol.DetokenizeRequest,
 ]
@@ -22,6 +27,8 @@ REQUESTS: list[type[BaseModel]] = [
 ANSWERS: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/completions": (answers.CompletionAnswer, answers.CompletionChunk),
     "/v1/chat/completions": (answers.ChatAnswer, answers.ChatChunk),
+    "/v1/messages": (messages_answers.Message, messages_answers.MessagesEvent),
+    "/v1/messages/count_tokens": (messages_answers.TokenCount,),
     "/v1/models": (answers.Models,),
     "/v1/models/{name}": (answers.Model,),
     "/tokenize": (answers.TokensAnswer,),
@@ -75,6 +82,7 @@ def document(app: FastAPI, version: str, root_path: str = "") -> dict[str, Any]:
         *REQUESTS,
         *(shape for shapes in ANSWERS.values() for shape in shapes),
         answers.ErrorAnswer,
+        messages_answers.MessagesError,
     ]
     kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [(model, "validation") for model in shown]
     _, shapes = models_json_schema(kinds, ref_template=REF)
@@ -100,7 +108,9 @@ def _responses(path: str, *, generates: bool) -> dict[str, Any]:
     if path == "/v1/models/{name}":
         refusals = (*refusals, 404)
     plain = path in PROBES
-    found = {str(status): _refusal(status, plain=plain, empty=path in EMPTY) for status in sorted(refusals)}
+    found = {
+        str(status): _refusal(path, status, plain=plain, empty=path in EMPTY) for status in sorted(refusals)
+    }
     return {"200": _success(path), **found}
 
 
@@ -121,12 +131,14 @@ def _header(name: str, kind: str, about: str) -> dict[str, Any]:
     return {"name": name, "in": "header", "required": False, "description": about, "schema": {"type": kind}}
 
 
-def _refusal(status: int, *, plain: bool, empty: bool) -> dict[str, Any]:
+def _refusal(path: str, status: int, *, plain: bool, empty: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"description": REFUSALS[status]}
     if status == 503 and (plain or empty):
         return found | ({"content": {TEXT: {"schema": {"type": "string"}}}} if plain else {})
-    found["content"] = {"application/json": {"schema": _ref(answers.ErrorAnswer)}}
-    if status == 400:
+    spoken = MESSAGES.search(path) is not None
+    shape: type[BaseModel] = messages_answers.MessagesError if spoken else answers.ErrorAnswer
+    found["content"] = {"application/json": {"schema": _ref(shape)}}
+    if status == 400 and not spoken:
         found["content"]["application/json"]["example"] = WRONG
     if status in (429, 503):
         found["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}

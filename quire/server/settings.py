@@ -35,6 +35,9 @@ class ServerSettings:
     )
     ssl_certfile: str | None = option(None, "Certificate chain (PEM) for HTTPS.")
     ssl_keyfile: str | None = option(None, "Private key (PEM) of the certificate.")
+    keep_volatile_lines: bool = option(
+        False, "Keep lines at the front of prompts that clients change from call to call (docs/server.md)."
+    )
     max_request_bytes: int = option(32 << 20, "Largest body of a request.")
     max_n: int = option(16, "Most outputs a request may ask for with n.")
     max_num_queued_reqs: int = option(4096, "Most requests that may wait ahead of one.")

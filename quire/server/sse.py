@@ -9,7 +9,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from quire.server.errors import ApiError, ClientGone
+from quire.server.errors import ClientGone
 from quire.server.limits import SEND_TIMEOUT_S
 
 DONE = b"data: [DONE]\n\n"
@@ -50,6 +50,12 @@ def event(value: Any) -> bytes:
     return b"data: " + encode(value) + b"\n\n"
 
 
+def typed(value: Mapping[str, Any]) -> bytes:
+    """An event with its type in a line of its own."""
+    kind: str = value["type"]
+    return b"event: " + kind.encode() + b"\n" + event(value)
+
+
 class EventStream(Response):
     """Sends pieces as they come. The status waits for the first one, so that a refusal has its own."""
 
@@ -58,19 +64,22 @@ class EventStream(Response):
     def __init__(
         self,
         pieces: AsyncGenerator[bytes, None],
-        explain: Callable[[Exception], ApiError],
+        failed: Callable[[Exception], bytes],
         *,
+        end: bytes,
         timeout_s: float,
         stall_s: float = SEND_TIMEOUT_S,
         late_headers: Callable[[], Mapping[str, str]] = dict,
     ):
-        """`timeout_s` is for everything, `stall_s` until the client takes a piece (or twice that).
+        """`failed` writes what breaks a stream off, `end` ends every one.
+
+        `timeout_s` is for everything, `stall_s` until the client takes a piece (or twice that).
 
         `late_headers` are those that the first piece tells.
         """
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.pieces, self.explain = pieces, explain
+        self.pieces, self.failed, self.end = pieces, failed, end
         self.timeout_s, self.stall_s, self.late_headers = timeout_s, stall_s, late_headers
         self.num_begun = self.num_sent = 0
 
@@ -91,8 +100,9 @@ class EventStream(Response):
             except Exception as error:
                 if not self.num_begun:
                     raise
-                await self._put(send, event(self.explain(error).body()))
-        await self._put(send, DONE)
+                await self._put(send, self.failed(error))
+        if self.end:
+            await self._put(send, self.end)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _put(self, send: Send, piece: bytes) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.server.errors import error_of
-from quire.server.sse import Chunks, EventStream
+from quire.server.sse import DONE, Chunks, EventStream, event
 
 ENVELOPE = {"id": 'a"\\', "object": "chunk", "created": 1, "model": "m\u0000"}
 
@@ -47,6 +47,10 @@ def test_usage_comes_with_a_choice_or_without() -> None:
     }
 
 
+def failed(error: Exception) -> bytes:
+    return event(error_of(error, "id").body())
+
+
 def test_a_client_that_takes_nothing_is_given_up() -> None:
     closed: list[bool] = []
 
@@ -62,7 +66,7 @@ def test_a_client_that_takes_nothing_is_given_up() -> None:
             await asyncio.Event().wait()
 
     async def main() -> None:
-        stream = EventStream(pieces(), lambda error: error_of(error, "id"), timeout_s=60, stall_s=0.001)
+        stream = EventStream(pieces(), failed, end=DONE, timeout_s=60, stall_s=0.001)
         await stream({"type": "http"}, never, never)
 
     asyncio.run(asyncio.wait_for(main(), 30))
@@ -85,7 +89,7 @@ def test_a_slow_client_is_not(stall_s: float = 0.001) -> None:
         await asyncio.Event().wait()
 
     async def main() -> None:
-        stream = EventStream(pieces(), lambda error: error_of(error, "id"), timeout_s=60, stall_s=stall_s)
+        stream = EventStream(pieces(), failed, end=DONE, timeout_s=60, stall_s=stall_s)
         await stream({"type": "http"}, never, take)
 
     asyncio.run(asyncio.wait_for(main(), 30))

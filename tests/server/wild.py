@@ -7,6 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from quire.server.anthropic.protocol import CountTokensRequest, MessagesRequest
 from quire.server.openai.protocol import (
     REFUSED,
     WITHOUT_EFFECT,
@@ -21,6 +22,8 @@ JSON = "application/json"
 BODIES = {
     "/v1/completions": (CompletionRequest, {"prompt": "hello", "max_tokens": 2}),
     "/v1/chat/completions": (ChatRequest, {"messages": FRANCE, "max_completion_tokens": 2}),
+    "/v1/messages": (MessagesRequest, {"messages": FRANCE, "max_tokens": 2}),
+    "/v1/messages/count_tokens": (CountTokensRequest, {"messages": FRANCE}),
     "/tokenize": (TokenizeRequest, {"prompt": "hello"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [1, 2]}),
 }

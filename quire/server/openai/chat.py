@@ -9,15 +9,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from quire.engine.inputs import InputProcessor
+from quire.server.call import Call, run_call
+from quire.server.conversation import begin, effort_names, no_such_tool, readable, render
 from quire.server.errors import bad_request, not_supported
 from quire.server.frontend import Frontend, Numbered
-from quire.server.openai.job import Call, run_call
 from quire.server.openai.logprobs import LogprobWriter
-from quire.server.openai.params import chat_params, prompt_scores, usage
+from quire.server.openai.params import chat_params, check_n, ending, envelope, failed, prompt_scores, usage
 from quire.server.openai.protocol import ChatRequest, TokenizeRequest
 from quire.server.reading import Conversation, Reading
 from quire.server.schema import body_of
-from quire.server.sse import Chunks
+from quire.server.sse import DONE, Chunks
 from quire.text.tools.events import (
     Answer,
     ArgumentsDelta,
@@ -29,7 +30,6 @@ from quire.text.tools.events import (
 )
 from quire.types import CompletionOutput, Request, RequestOutput
 
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 router = APIRouter()
 
 
@@ -39,34 +39,28 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     return await run_call(http, ChatRequest, "chatcmpl-", _prepare)
 
 
-def render(
-    ask: ChatRequest | TokenizeRequest,
-    inputs: InputProcessor,
-    tools: list[dict[str, Any]] | None,
-    **names: Any,
+def prompt_of(
+    ask: ChatRequest | TokenizeRequest, front: Frontend, tools: list[dict[str, Any]] | None, **names: Any
 ) -> str:
     """The prompt of a conversation. `names` are the template's, unless the request has them too.
 
     Raises:
         ApiError, InvalidRequest: the template refuses it, or a name is not the template's to take.
     """
-    kwargs = ask.chat_template_kwargs or {}
-    if taken := sorted(set(kwargs) & set(RESERVED)):
-        raise bad_request(
-            f"chat_template_kwargs has {taken}, which are fields of the request", "chat_template_kwargs"
-        )
-    begin = not ask.continue_final_message if ask.add_generation_prompt is None else ask.add_generation_prompt
-    return inputs.chat_prompt(
+    opens = not ask.continue_final_message if ask.add_generation_prompt is None else ask.add_generation_prompt
+    return render(
+        front,
         ask.messages or (),
-        None,
         tools=tools,
-        add_generation_prompt=begin,
-        continue_final_message=ask.continue_final_message,
-        **{**names, **kwargs},
+        names=names,
+        kwargs=ask.chat_template_kwargs,
+        begin=opens,
+        continues=ask.continue_final_message,
     )
 
 
 def _prepare(front: Frontend, call: Call, ask: ChatRequest) -> "tuple[Writer, list[Request]]":
+    check_n(ask, front.settings.max_n)
     if ask.top_logprobs and not ask.logprobs:
         raise bad_request("top_logprobs is set, and logprobs is not; set logprobs to true", "top_logprobs")
     if not ask.include_reasoning and (ask.logprobs or ask.return_token_ids):
@@ -76,13 +70,10 @@ def _prepare(front: Frontend, call: Call, ask: ChatRequest) -> "tuple[Writer, li
         )
     inputs = front.service.inputs
     tools = _tools(ask, inputs, call.warnings)
-    names: dict[str, Any] = {}
+    names = effort_names(ask.reasoning_effort)
     if ask.documents is not None:
         names["documents"] = ask.documents
-    if ask.reasoning_effort is not None:
-        thinks = ask.reasoning_effort != "none"
-        names |= {"reasoning_effort": ask.reasoning_effort, "enable_thinking": thinks, "thinking": thinks}
-    prompt = render(ask, inputs, tools, **names)
+    prompt = prompt_of(ask, front, tools, **names)
     last = ask.messages[-1].get("content") if ask.continue_final_message else ""
     asked = Conversation(
         prompt=prompt,
@@ -90,16 +81,8 @@ def _prepare(front: Frontend, call: Call, ask: ChatRequest) -> "tuple[Writer, li
         continued=last if isinstance(last, str) else "",
         most_calls=None if ask.parallel_tool_calls else 1,
     )
-    requests = call.requests(
-        front,
-        [prompt],
-        chat_params(ask, inputs.defaults),
-        salt=ask.cache_salt,
-        add_special_tokens=ask.add_special_tokens,
-        resume=ask.resume,
-        marks=inputs.dialect.marks,
-    )
-    readings = [Reading(inputs, asked, requests[0], f"{call.id} {n}") for n in range(requests[0].params.n)]
+    params = chat_params(ask, inputs.defaults)
+    readings, requests = begin(front, call, asked, ask, params, add_special_tokens=ask.add_special_tokens)
     as_ids = ask.return_tokens_as_token_ids
     return Writer(call, ask, LogprobWriter(inputs.tokenizer, as_ids=as_ids), readings), requests
 
@@ -119,20 +102,14 @@ def _tools(ask: ChatRequest, inputs: InputProcessor, warnings: list[str]) -> lis
         if tool.get("type", "function") == "function":
             tools.append(tool)
         else:
-            warnings.append(f"tools of type {str(tool['type'])[:100]!r} are not known; they had no effect")
-    if not tools or ask.tool_choice == "none":
-        return None
-    if inputs.dialect.tools is None:
-        raise bad_request(
-            "tools: this server cannot read the model's calls, because its chat template shows no known format, or"
-            " tool_call_parser is none; start the server with --tool-call-parser, or leave tools out",
-            "tools",
-        )
-    return tools
+            warnings.append(no_such_tool(tool["type"]))
+    return None if ask.tool_choice == "none" else readable(tools, inputs)
 
 
 class Writer:
     """Writes the outputs of one call, as one body or as chunks."""
+
+    end, failed = DONE, staticmethod(failed)
 
     def __init__(self, call: Call, ask: ChatRequest, logprobs: LogprobWriter, readings: list[Reading]):
         self.call, self.ask, self.logprobs, self.readings = call, ask, logprobs, readings
@@ -157,7 +134,7 @@ class Writer:
             self.num_generated += len(new.token_ids)
             message = self._message(answer(self.readings[new.index].take(new)))
             choices.append({"index": new.index, "message": message, **self._rest(new)})
-        body = {**self.call.envelope("chat.completion"), "choices": choices}
+        body = {**envelope(self.call, "chat.completion"), "choices": choices}
         body["usage"] = usage(outputs, self.num_generated, self.num_reasoning)
         if self.ask.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_scores(output)
@@ -183,7 +160,7 @@ class Writer:
         """Chunks of what is new in each output; the role comes first."""
         at_end, always = self.ask.usage_in_stream
         chunks, latest = (
-            Chunks(self.call.envelope("chat.completion.chunk"), usage=at_end),
+            Chunks(envelope(self.call, "chat.completion.chunk"), usage=at_end),
             self.call.timing.latest,
         )
         async with aclosing(outputs):
@@ -199,8 +176,8 @@ class Writer:
                         pieces += self._news(new, chunks, so_far)
                 if pieces:
                     yield b"".join(pieces)
-        if ending := self.call.ending(self.ask, self.num_generated, self.num_reasoning):
-            yield chunks.end(ending)
+        if last := ending(self.call, self.ask, self.num_generated, self.num_reasoning):
+            yield chunks.end(last)
 
     def _news(self, new: CompletionOutput, chunks: Chunks, so_far: dict[str, Any] | None) -> list[bytes]:
         """Chunks of one choice: a delta each; the last one has what else there is to say."""
@@ -236,13 +213,11 @@ class Writer:
         return None
 
     def _opening(self, output: RequestOutput, at_end: bool, so_far: dict[str, Any] | None) -> list[bytes]:
-        envelope = self.call.noted(self.call.envelope("chat.completion.chunk"))
+        plain = envelope(self.call, "chat.completion.chunk")
+        noted = self.call.noted(plain)
         if self.ask.return_token_ids:
-            envelope["prompt_token_ids"] = output.prompt_token_ids
-        first, later = (
-            Chunks(envelope, usage=at_end),
-            Chunks(self.call.envelope("chat.completion.chunk"), usage=at_end),
-        )
+            noted["prompt_token_ids"] = output.prompt_token_ids
+        first, later = Chunks(noted, usage=at_end), Chunks(plain, usage=at_end)
         delta = {"role": "assistant", "content": self.echo}
         return [
             (later if new.index else first).choice({"index": new.index, **_choice(delta)}, so_far)

@@ -8,15 +8,23 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from quire.server.call import Call, run_call
 from quire.server.errors import bad_request
 from quire.server.frontend import Frontend, Numbered
 from quire.server.limits import MAX_PROMPTS
-from quire.server.openai.job import Call, run_call
 from quire.server.openai.logprobs import LogprobWriter
-from quire.server.openai.params import completion_params, prompt_scores, usage
+from quire.server.openai.params import (
+    check_n,
+    completion_params,
+    ending,
+    envelope,
+    failed,
+    prompt_scores,
+    usage,
+)
 from quire.server.openai.protocol import CompletionRequest
 from quire.server.schema import body_of
-from quire.server.sse import Chunks
+from quire.server.sse import DONE, Chunks
 from quire.types import CompletionOutput, Request, RequestOutput
 
 router = APIRouter()
@@ -29,6 +37,7 @@ async def create_completion(http: HttpRequest) -> Response:
 
 
 def _prepare(front: Frontend, call: Call, ask: CompletionRequest) -> "tuple[Writer, list[Request]]":
+    check_n(ask, front.settings.max_n)
     inputs = front.service.inputs
     prompts = prompts_of(ask.prompt)
     params = completion_params(ask, inputs.defaults)
@@ -66,6 +75,8 @@ def prompts_of(given: Any) -> list[str | list[int]]:
 class Writer:
     """Writes the outputs of one call, as one body or as chunks."""
 
+    end, failed = DONE, staticmethod(failed)
+
     def __init__(self, call: Call, ask: CompletionRequest, echoes: Sequence[str], logprobs: LogprobWriter):
         self.call, self.ask, self.echoes, self.logprobs = call, ask, echoes, logprobs
         self.n = ask.n or 1
@@ -83,15 +94,14 @@ class Writer:
             for sequence in output.outputs
             if (choice := self._choice(number, output, sequence)) is not None
         ]
-        body = {**self.call.envelope("text_completion"), "choices": choices}
+        body = {**envelope(self.call, "text_completion"), "choices": choices}
         return self.call.noted({**body, "usage": usage(outputs, self.num_generated)})
 
     async def stream(self, outputs: AsyncGenerator[Numbered, None]) -> AsyncGenerator[bytes, None]:
         """Chunks of what is new in each output."""
         at_end, always = self.ask.usage_in_stream
-        envelope = self.call.envelope("text_completion")
-        first = Chunks(self.call.noted(envelope), usage=at_end)
-        later = Chunks(envelope, usage=at_end)
+        plain = envelope(self.call, "text_completion")
+        first, later = Chunks(self.call.noted(plain), usage=at_end), Chunks(plain, usage=at_end)
         latest = self.call.timing.latest
         chunks = first
         async with aclosing(outputs):
@@ -110,8 +120,8 @@ class Writer:
                         chunks = later
                 if pieces:
                     yield b"".join(pieces)
-        if ending := self.call.ending(self.ask, self.num_generated):
-            yield later.end(ending)
+        if last := ending(self.call, self.ask, self.num_generated):
+            yield later.end(last)
 
     def _choice(self, number: int, output: RequestOutput, new: CompletionOutput) -> dict[str, Any] | None:
         """What is new of a sequence; None if nothing is."""

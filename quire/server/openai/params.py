@@ -1,12 +1,17 @@
-"""From a request's fields to `SamplingParams`, and from outputs to usage. Knows no route."""
+"""From a request's fields to `SamplingParams`, and from outputs to what all answers share. Knows no route."""
 
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from quire import __version__
+from quire.server.call import Call
+from quire.server.errors import ApiError, bad_request
 from quire.server.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from quire.server.sse import event
 from quire.types import Logprob, OutputKind, RequestOutput, SamplingParams
 
+FINGERPRINT = f"quire-{__version__}"
 LOWEST = -9999.0  # JSON has no infinity
 SAME = sorted(
     GenerationRequest.model_fields.keys() & SamplingParams.__dataclass_fields__.keys() - {"max_tokens"}
@@ -26,6 +31,12 @@ def sampling_params(
     return SamplingParams(
         **{**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs, "output_kind": kind}
     )
+
+
+def check_n(ask: GenerationRequest, most: int) -> None:
+    """Raises ApiError: more outputs are asked for than the server allows."""
+    if ask.n is not None and ask.n > most:
+        raise bad_request(f"n is {ask.n}; this server allows at most {most}", "n")
 
 
 def completion_params(ask: CompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -82,3 +93,31 @@ def _scores(scores: Mapping[int, Logprob]) -> dict[str, Any]:
         str(token): {"logprob": finite(s.logprob), "rank": s.rank, "decoded_token": s.decoded_token}
         for token, s in scores.items()
     }
+
+
+def envelope(call: Call, kind: str) -> dict[str, Any]:
+    """What every answer and every chunk begins with."""
+    return {
+        "id": call.id,
+        "object": kind,
+        "created": call.created_s,
+        "model": call.model,
+        "system_fingerprint": FINGERPRINT,
+    }
+
+
+def ending(
+    call: Call, ask: GenerationRequest, num_generated: int, num_reasoning: int | None = None
+) -> dict[str, Any]:
+    """What a stream's last chunk has besides the envelope; nothing if the request wants no such chunk."""
+    latest, fields = call.timing.latest, dict[str, Any]()
+    if latest and ask.usage_in_stream[0]:
+        fields["usage"] = usage(latest.values(), num_generated, num_reasoning)
+    if latest and ask.return_timing:
+        fields["timing"] = call.timing.body()
+    return fields
+
+
+def failed(error: ApiError) -> bytes:
+    """The event of a stream that breaks off."""
+    return event(error.body())

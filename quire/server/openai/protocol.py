@@ -5,46 +5,30 @@ None means that the request does not say: the model's own default holds.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
-from quire.server.errors import bad_request, not_supported
-from quire.server.limits import MAX_MESSAGES
-from quire.server.resume import Resume
+from quire.server.asking import (
+    LATER,
+    Ask,
+    CallAsk,
+    Cap,
+    Int,
+    Objects,
+    Off,
+    On,
+    Texts,
+    Tokens,
+    between,
+    example,
+)
+from quire.server.errors import bad_request
 
-MOST = (1 << 31) - 1
-
-# Lists stop at their first mistake, so that a million wrong items do not make a million messages.
-Int = Annotated[int, Field(ge=-MOST - 1, le=MOST)]
-Cap = Annotated[int, AfterValidator(lambda value: max(-1, min(value, MOST)))]  # no cap is too high
-Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
-Tokens = Annotated[list[StrictInt], Field(fail_fast=True)]
-Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_MESSAGES)]
 Prompts = Annotated[
     StrictStr | Tokens | Texts | Annotated[list[Tokens], Field(fail_fast=True)],
     Field(union_mode="left_to_right"),
 ]
 
 
-def unless_null(default: bool | int) -> BeforeValidator:
-    """OpenAI's clients write null where they have nothing to say."""
-    return BeforeValidator(
-        lambda value: default if value is None else value, json_schema_input_type=type(default) | None
-    )
-
-
-def between(low: float, high: float | None = None) -> dict[str, Any]:
-    """A range for the OpenAPI document; `SamplingParams` keeps it."""
-    return {"minimum": low} if high is None else {"minimum": low, "maximum": high}
-
-
-def example(**body: Any) -> ConfigDict:
-    return ConfigDict(json_schema_extra={"examples": [body]})
-
-
-Off = Annotated[bool, unless_null(False)]
-On = Annotated[bool, unless_null(True)]
-
-LATER = "this server cannot do it yet"
 NO_TEMPLATES = "templates come with the model; requests cannot bring their own"
 REMOVED = "it was removed from the protocol"
 # Fields that change the answer and that are not there. A value that asks for nothing (None, [], False) is accepted.
@@ -91,7 +75,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "truncation_side": ("right",),
 }
-NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
 # Fields of the protocol that change no answer here.
 WITHOUT_EFFECT = {
     "include_reasoning",
@@ -118,36 +101,16 @@ class StreamOptions(BaseModel):
     )
 
 
-class Ask(BaseModel):
-    """What every body may say."""
+class OpenAIAsk(Ask):
+    """The fields of OpenAI's that are not there."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    model: str | None = Field(None, description="A name from /v1/models; without it the first.")
-
-    def unknown(self) -> list[str]:
-        """Refuse what cannot be done; returns a warning for each other field that is not known.
-
-        Raises:
-            ApiError: names the field.
-        """
-        warnings = []
-        for name, value in (self.model_extra or {}).items():
-            if name in WITHOUT_EFFECT:
-                if value not in NOTHING:
-                    warnings.append(f"{name!r} has no effect on this server")
-            elif name not in REFUSED:
-                warnings.append(f"{name[:100]!r} is not a known field; it had no effect")
-            elif value not in NOTHING and value not in NEUTRAL.get(name, ()):
-                raise (
-                    bad_request(f"{name}: {REFUSED[name]}", name)
-                    if name in CLIENTS_FAULT
-                    else not_supported(name, REFUSED[name])
-                )
-        return warnings
+    refused = REFUSED
+    clients_fault = CLIENTS_FAULT
+    neutral = NEUTRAL
+    without_effect = WITHOUT_EFFECT
 
 
-class GenerationRequest(Ask):
+class GenerationRequest(CallAsk, OpenAIAsk):
     """What every request for generated text may say."""
 
     model_config = ConfigDict(frozen=True)
@@ -201,24 +164,11 @@ class GenerationRequest(Ask):
     stream: Off = Field(False, description="Server-sent events, ended by data: [DONE].")
     stream_options: StreamOptions | None = None
     echo: Off = Field(False, description="Begin with the prompt, or with the message that is continued.")
-    priority: Annotated[Int, unless_null(0)] = Field(0, description="Lower first.")
-    cache_salt: str | None = Field(
-        None, description="Prompts are found in the cache only under the same salt; up to 128 characters."
-    )
-    request_id: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9._:-]{1,128}$",
-        description="Part of the answer's id, unless the header X-Request-Id is there.",
-    )
-    return_timing: Off = Field(False, description="How long the parts of the call took, as `timing`.")
     return_token_ids: Off = Field(False, description="Token ids of prompt and text too.")
     return_tokens_as_token_ids: Off = Field(
         False, description="Tokens of log probabilities as token_id:7 instead of text."
     )
     user: str | None = None
-    resume: Resume | None = Field(
-        None, description="Of a stream that broke off: where it goes on. For routers (docs/router.md)."
-    )
 
     def check(self) -> list[str]:
         """Refuse what cannot be done; returns a warning for each field that is not known.
@@ -226,15 +176,13 @@ class GenerationRequest(Ask):
         Raises:
             ApiError: names the field.
         """
-        warnings = self.unknown()
+        warnings = super().check()
         if self.stream_options is not None and not self.stream:
             raise bad_request(
                 "stream_options is set, and stream is not; set stream to true", "stream_options"
             )
         if self.prompt_logprobs is not None and self.stream:
             raise bad_request("prompt_logprobs cannot be streamed; set stream to false", "prompt_logprobs")
-        if self.resume is not None and not self.stream:
-            raise bad_request("only streams go on; set stream to true, or leave resume out", "resume")
         return warnings
 
     @property
@@ -287,7 +235,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="More names for the template.")
 
 
-class TokenizeRequest(Ask):
+class TokenizeRequest(OpenAIAsk):
     """The body of /tokenize: a text, or a conversation."""
 
     model_config = example(prompt="Once upon a time")
@@ -304,7 +252,7 @@ class TokenizeRequest(Ask):
     return_token_strs: Off = Field(False, description="Each token as the vocabulary writes it, too.")
 
 
-class DetokenizeRequest(Ask):
+class DetokenizeRequest(OpenAIAsk):
     """The body of /detokenize."""
 
     model_config = example(tokens=[1, 2])

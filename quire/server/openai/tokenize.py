@@ -7,10 +7,9 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from quire.engine.inputs import InputProcessor
 from quire.server.errors import bad_request
-from quire.server.frontend import frontend_of, json_response
-from quire.server.openai.chat import render
+from quire.server.frontend import Frontend, frontend_of, json_response
+from quire.server.openai.chat import prompt_of
 from quire.server.openai.protocol import DetokenizeRequest, TokenizeRequest
 from quire.server.schema import body_of
 
@@ -24,7 +23,7 @@ async def tokenize(http: HttpRequest) -> Response:
     ask = await front.read(http, TokenizeRequest)
     front.check_model(ask.model)
     warnings = ask.unknown()
-    found = await asyncio.to_thread(lambda: _tokens(ask, front.service.inputs))
+    found = await asyncio.to_thread(lambda: _tokens(ask, front))
     return json_response(_noted(found, warnings))
 
 
@@ -43,10 +42,11 @@ def _noted(found: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
     return {**found, "warnings": warnings} if warnings else found
 
 
-def _tokens(ask: TokenizeRequest, inputs: InputProcessor) -> dict[str, Any]:
+def _tokens(ask: TokenizeRequest, front: Frontend) -> dict[str, Any]:
+    inputs = front.service.inputs
     if (ask.prompt is None) == (ask.messages is None):
         raise bad_request("give either prompt or messages", "prompt")
-    text = ask.prompt if ask.prompt is not None else render(ask, inputs, ask.tools or None)
+    text = ask.prompt if ask.prompt is not None else prompt_of(ask, front, ask.tools or None)
     special = ask.messages is None if ask.add_special_tokens is None else ask.add_special_tokens
     tokens = inputs.tokens(text, add_special_tokens=special)
     found: dict[str, Any] = {"count": len(tokens), "max_model_len": inputs.max_length, "tokens": tokens}

@@ -30,6 +30,7 @@ PATHS = {  # beside those under /v1/
     *("/tokenize", "/detokenize", "/version", "/openapi.json", "/rerank", "/score", "/classify", "/pooling"),
     *("/embed", "/generate", "/v2/rerank"),
 }
+VOLATILE = re.compile(rb'x-anthropic-billing-header:[^"\\]*')  # see `quire.server.conversation`
 PATH = re.compile(rb"/[A-Za-z0-9._~%:/-]+")
 HOP = {  # headers that are about one connection
     *(
@@ -63,9 +64,9 @@ class Ask:
         return self.fields is not None and self.fields.get("stream") is True
 
     @property
-    def is_messages(self) -> bool:
-        """It speaks Anthropic's protocol."""
-        return self.target.partition(b"?")[0].startswith(b"/v1/messages")
+    def path(self) -> str:
+        """Without the query."""
+        return self.target.partition(b"?")[0].decode("latin-1")
 
 
 def read_ask(http: HttpRequest, body: bytes) -> Ask:
@@ -126,6 +127,7 @@ def _pieces(fields: Mapping[str, Any]) -> tuple[list[bytes], int]:
         ids = [prompt[at : at + PIECE_TOKENS] for at in range(0, len(prompt), PIECE_TOKENS)]
         return [msgspec.json.encode(piece) for piece in ids if len(piece) == PIECE_TOKENS], len(prompt)
     text = msgspec.json.encode([fields[name] for name in PROMPT if name in fields]).rstrip(b'"]}')
+    text = VOLATILE.sub(b"", text, count=1)
     ends = range(PIECE_BYTES, len(text) + 1, PIECE_BYTES)
     return [text[end - PIECE_BYTES : end] for end in ends], -(-len(text) // BYTES_PER_TOKEN)
 

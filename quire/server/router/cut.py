@@ -1,5 +1,6 @@
 """Cuts a stream into pieces whose tokens are known, and keeps what is needed to go on elsewhere. Knows no socket."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from quire.server.resume import COMMENT, Told
 
 MARK = b"\n" + COMMENT
 END = b"\n\n"
-ERROR = b'data: {"error":'
+ERROR = re.compile(rb'(?:event: error\n)?data: (\{(?:"type":"error",)?"error":.*)')
 SEND_AGAIN = 503  # what a server says in a stream that it ends before its time
 
 
@@ -77,11 +78,11 @@ class Cut:
     @property
     def given_up(self) -> bool:
         """The server ended the stream before its time, and says that it should be sent again."""
-        if self.done or not self._buffer.startswith(ERROR):
+        found = ERROR.match(self._buffer)
+        if self.done or found is None:
             return False
         try:
-            line = bytes(self._buffer).partition(b"\n")[0]
-            return msgspec.json.decode(line[6:], type=_Failure).error.code == SEND_AGAIN
+            return msgspec.json.decode(found[1], type=_Failure).error.code == SEND_AGAIN
         except msgspec.MsgspecError:
             return False
 

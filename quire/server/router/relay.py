@@ -24,7 +24,7 @@ from quire.server.router.ask import Ask, Headers, passed_on
 from quire.server.router.backend import Backend
 from quire.server.router.counts import Counts
 from quire.server.router.cut import Cut
-from quire.server.sse import DONE, event
+from quire.server.sse import DONE, event, typed
 
 MOST_RETRIES = 2
 RETRIED = {500, 502, 503, 529}  # not 501 and 504: elsewhere it would be the same
@@ -244,11 +244,8 @@ class Relay:
         if not self.ask.is_stream:
             raise ClientGone
         error = ApiError(HTTPStatus.SERVICE_UNAVAILABLE, why)
-        if self.ask.is_messages:
-            told = {"type": "error", "error": {"type": "api_error", "message": why}}
-            await self._put(b"event: error\n" + event(told))
-        else:
-            await self._put(event(error.body()) + DONE)
+        body = error.body(self.ask.path)
+        await self._put(typed(body) if "type" in body else event(body) + DONE)
         await self._end()
 
     def _name(self, ticket: Ticket) -> str:

@@ -12,24 +12,22 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from quire import __version__
 from quire.engine.inputs import InputProcessor
 from quire.errors import InvalidRequest
-from quire.server.errors import bad_request
+from quire.server.asking import CallAsk
+from quire.server.errors import ApiError, bad_request
 from quire.server.frontend import Frontend, Numbered, frontend_of
 from quire.server.limits import MAX_PROMPT_SCORES, MAX_SEQUENCES
 from quire.server.load import HEADER as LOAD
 from quire.server.load import Load
-from quire.server.openai.params import usage
-from quire.server.openai.protocol import GenerationRequest
 from quire.server.resume import ASKED, Pieces, Resume, begun, going_on, is_over, numbered, resumed, told
+from quire.server.sse import EventStream
 from quire.server.timing import Timing
 from quire.types import Prompt, Request, RequestOutput, SamplingParams
 
-FINGERPRINT = f"quire-{__version__}"
 PRIORITY = re.compile(r"-?[0-9]{1,8}")
 
-Ask = TypeVar("Ask", bound=GenerationRequest)
+Ask = TypeVar("Ask", bound=CallAsk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +43,10 @@ class Call:
     timing: Timing = field(default_factory=Timing)
 
     @classmethod
-    def of(cls, front: Frontend, http: HttpRequest, ask: GenerationRequest, prefix: str) -> "Call":
+    def of(cls, front: Frontend, http: HttpRequest, ask: CallAsk, prefix: str) -> "Call":
         """Raises ApiError: there is no such model, or a field that cannot be obeyed."""
         name = front.check_model(ask.model)
         warnings = ask.check()
-        if ask.n is not None and ask.n > front.settings.max_n:
-            raise bad_request(f"n is {ask.n}; this server allows at most {front.settings.max_n}", "n")
         given = http.headers.get("x-request-id")
         return cls(
             id=prefix + (http.scope["request_id"] if given or not ask.request_id else ask.request_id),
@@ -61,30 +57,9 @@ class Call:
             warnings=warnings,
         )
 
-    def envelope(self, kind: str) -> dict[str, Any]:
-        """What every answer and every chunk begins with."""
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created_s,
-            "model": self.model,
-            "system_fingerprint": FINGERPRINT,
-        }
-
     def noted(self, body: dict[str, Any]) -> dict[str, Any]:
         """With the warnings, if there are any."""
-        return {**body, "warnings": self.warnings} if self.warnings else body
-
-    def ending(
-        self, ask: GenerationRequest, num_generated: int, num_reasoning: int | None = None
-    ) -> dict[str, Any]:
-        """What a stream's last chunk has besides the envelope; nothing if the request wants no such chunk."""
-        latest, fields = self.timing.latest, dict[str, Any]()
-        if latest and ask.usage_in_stream[0]:
-            fields["usage"] = usage(latest.values(), num_generated, num_reasoning)
-        if latest and ask.return_timing:
-            fields["timing"] = self.timing.body()
-        return fields
+        return {**body, "warnings": self.warnings} if self.warnings else dict(body)
 
     def headers(self, front: Frontend) -> dict[str, str]:
         """What is known by now of the call's time, and of the engine."""
@@ -133,13 +108,22 @@ class Call:
 
 
 class Writer(Protocol):
-    """Writes the outputs of one call."""
+    """Writes the outputs of one call, as its protocol wants them.
+
+    Attributes:
+        end: what follows the last piece of a stream.
+    """
+
+    end: bytes
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The body of an answer in one piece; outputs are in the order of the prompts."""
 
     def stream(self, outputs: AsyncGenerator[Numbered, None]) -> AsyncGenerator[bytes, None]:
-        """Chunks of what is new in each output."""
+        """Events of what is new in each output."""
+
+    def failed(self, error: ApiError) -> bytes:
+        """The event of a stream that breaks off; `end` follows it."""
 
 
 async def run_call(
@@ -188,7 +172,13 @@ async def _stream(front: Frontend, http: HttpRequest, call: Call, writer: Writer
     def headers() -> dict[str, str]:
         return {**call.headers(front), **({ASKED: str(call.created_s)} if resumable else {})}
 
-    return front.stream(http, [requests[number] for number in numbers], write, headers)
+    return EventStream(
+        write(front.run([requests[number] for number in numbers])),
+        lambda error: writer.failed(front.explained(http, error)),
+        end=writer.end,
+        timeout_s=front.timeout_s(http),
+        late_headers=headers,
+    )
 
 
 def _seeded(request: Request, name: str) -> Request:
@@ -217,7 +207,7 @@ def _check_scores(inputs: InputProcessor, requests: Sequence[Request], params: S
         )
 
 
-def _priority(http: HttpRequest, ask: GenerationRequest) -> int:
+def _priority(http: HttpRequest, ask: CallAsk) -> int:
     given = http.headers.get("x-vllm-priority")
     if given is None:
         return ask.priority
