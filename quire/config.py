@@ -112,8 +112,8 @@ class Config:
     )
     data_parallel_size: int = option(
         1,
-        "Engine groups with a cache each, among which quire serve divides requests. Each has the whole network, on CPUs"
-        " whose cores and memory they share; or all but the experts, with enable_expert_parallel.",
+        "Engine groups with a cache each, among which quire serve divides requests. Each has the whole network, or all"
+        " but the experts with enable_expert_parallel, and GPUs of its own or its share of the CPU's cores and memory.",
     )
     enable_expert_parallel: bool = option(
         False,

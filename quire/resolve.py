@@ -76,11 +76,12 @@ class Machine:
     asynchronous: bool  # the device computes while the host goes on
 
     def part(self, num_parts: int) -> "Machine":
-        """What one of several engine groups, or ranks, may have of it."""
+        """What one of several engine groups, or ranks, may have of it; each has a GPU of its own, if these are any."""
+        num_sharing = num_parts if self.device == "cpu" else 1
         return dataclasses.replace(
             self,
-            total_bytes=self.total_bytes // num_parts,
-            available_bytes=self.available_bytes // num_parts,
+            total_bytes=self.total_bytes // num_sharing,
+            available_bytes=self.available_bytes // num_sharing,
             num_cores=max(self.num_cores // num_parts, 1),
         )
 
@@ -246,7 +247,7 @@ def _part(config: Config, spec: Spec, machine: Machine, block_size: int, length:
         check_parts(spec, size, parts, block_size, length)
     part = shard(spec, size, 0, whole_experts(config, spec)) if isinstance(spec, Decoder) else spec
     num_beside = -(-size * config.pipeline_parallel_size // config.nnodes)
-    return part, machine.part(num_beside) if machine.device == "cpu" else machine
+    return part, machine.part(num_beside)
 
 
 def _stages(config: Config, spec: Spec, whole: Spec) -> list[Part]:

@@ -18,7 +18,6 @@ from quire.engine.inputs import InputProcessor
 from quire.engine.ranks import Ranks, Team, spawn
 from quire.engine.site import located
 from quire.engine.text import Text
-from quire.engine.ticks import in_lockstep
 from quire.errors import ConfigError
 from quire.log import logger
 from quire.models.spec import Spec
@@ -78,6 +77,7 @@ def build_core(
     clock: Callable[[], float] = time.monotonic,
     announce: Announce | None = None,
     ranks: Ranks | None = None,
+    group: int = 0,
 ) -> CoreParts:
     """Everything from the model's files to a core that waits for token ids. Reads no tokenizer.
 
@@ -85,19 +85,14 @@ def build_core(
         offline: nobody reads tokens as they come.
         announce: called with the requests that enter and leave the batch, before the device is touched.
         ranks: the other processes that compute the network, as many as the config says; they have just been started.
+        group: which of several independent groups this is; a GPU of its own follows from that.
 
     Raises:
         ConfigError, ModelError, CapacityError: naming the option, the file or the bytes that do not fit.
     """
     begin = time.perf_counter()
-    found, platform = find(config), platform_of(config, ranks.seat.index if ranks else 0)
-    num_parts = config.data_parallel_size if platform.name == "cpu" or not in_lockstep(config) else 1
-    if num_parts > 1 and platform.name != "cpu":
-        raise ConfigError(
-            f"data_parallel_size is {config.data_parallel_size}, and all groups would be at one {platform.name} device;"
-            " start a server for each device (CUDA_VISIBLE_DEVICES), and quire router in front of them"
-        )
-    machine, stored = machine_of(platform).part(num_parts), dtype_of(found.raw)
+    found, platform = find(config), platform_of(config, ranks.seat.index if ranks else group)
+    machine, stored = machine_of(platform).part(config.data_parallel_size), dtype_of(found.raw)
     backend = backend_of(config, platform, resolve_dtype(config, stored, machine)[0])
     block_size = (
         backend.block_size * config.decode_context_parallel_size

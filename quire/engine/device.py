@@ -92,22 +92,26 @@ def world_of(config: Config) -> Mesh:
 
 
 def platform_of(config: Config, index: int = 0) -> Platform:
-    """A rank's device: the GPU of that number, or the CPU that all of its machine share.
+    """A rank's device: the GPU of that number (see `Seat`), or the CPU that all of its machine share.
 
     Raises:
         ConfigError: there is none for every rank of this machine.
     """
-    size = world_of(config).size
+    size = mesh_of(config).size * config.data_parallel_size
     if size == 1 or config.device == "cpu" or not torch.cuda.is_available():
         return detect(config.device)
-    placed = config.distributed_executor_backend == "ray"  # which lets each see its own
-    needed = index + 1 if placed else size // config.nnodes
+    needed = index + 1 if is_placed(config) else size // config.nnodes
     if (count := torch.cuda.device_count()) < needed:
         raise ConfigError(
             f"there are {needed} ranks on this machine, and {count} GPUs, of which each needs one; lower the sizes of"
-            " axes (tensor_parallel_size), raise nnodes, or use device cpu"
+            " axes (data_parallel_size, tensor_parallel_size), raise nnodes, or use device cpu"
         )
     return detect(f"cuda:{index}")
+
+
+def is_placed(config: Config) -> bool:
+    """Whether Ray places the ranks, each of which then sees no GPU but its own."""
+    return config.distributed_executor_backend == "ray" and mesh_of(config).size > 1
 
 
 def dtype_of(raw: Mapping[str, Any]) -> str | None:

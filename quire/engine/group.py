@@ -96,7 +96,7 @@ def _launch(channel: Channel, post: Post | None) -> tuple[CoreParts, Line] | Non
             followers = _fork_groups(config, channel)
             post = followers.post
         others = [] if followers is None else [other.sock for other in followers.channels]
-        ranks = fork(config, channel.sock, *others, post=post)
+        ranks = fork(config, channel.sock, *others, post=post, group=message.group)
         watch = threading.Thread(
             target=_end_with, args=(channel.sock.fileno(),), name="quire-watch", daemon=True
         )
@@ -106,6 +106,7 @@ def _launch(channel: Channel, post: Post | None) -> tuple[CoreParts, Line] | Non
             offline=False,
             announce=lambda entered, left: channel.send(Batch(entered, left)),
             ranks=ranks,
+            group=message.group,
         )
         facts = _facts(parts, ranks)
         if followers is not None:

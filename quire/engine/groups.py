@@ -105,6 +105,7 @@ class Groups:
             Keeper(
                 config,
                 metrics if number == 0 else Metrics(config.model, log_stats=metrics.log_stats, first=metrics),
+                number=number,
                 admission=None if admission is None else Share(admission, latest, number),
                 hang_s=hang_s,
                 entry=entry,

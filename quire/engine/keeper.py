@@ -17,7 +17,7 @@ from quire.engine.journal import Entry, Journal
 from quire.engine.metrics import Metrics, StepStats
 from quire.engine.service import Status
 from quire.engine.supervisor import GROUP, HANG_S, Supervisor
-from quire.engine.wire import Abort, Add, Batch, Events, Facts, Message, Refused, Reset
+from quire.engine.wire import Abort, Add, Batch, Events, Facts, Launch, Message, Refused, Reset
 from quire.errors import EngineCrash, EngineDead, InvalidRequest, Overloaded, QuireError
 
 
@@ -127,6 +127,7 @@ class Keeper:
 
     Args:
         config: options of the engine.
+        number: of the group, if there are others.
         metrics: observes steps, restarts and refusals.
         admission: refuses requests that would wait for too long; None refuses nobody.
         hang_s: how long the process may be silent before it counts as hung; more if its steps take long.
@@ -142,6 +143,7 @@ class Keeper:
         config: Config,
         metrics: Metrics,
         *,
+        number: int = 0,
         admission: Admits | None = None,
         hang_s: float = HANG_S,
         entry: str = GROUP,
@@ -153,7 +155,7 @@ class Keeper:
         self.journal = Journal()
         self.clients: dict[str, Client] = {}  # by the name of an open request
         options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        self.supervisor = Supervisor(options, self, hang_s=hang_s, entry=entry, clock=clock)
+        self.supervisor = Supervisor(Launch(options, number), self, hang_s=hang_s, entry=entry, clock=clock)
         self.status, self.replacing = Status.STARTING, False
         self.dead: EngineDead | None = None
         self.changed = changed or asyncio.Event()
@@ -237,7 +239,7 @@ class Keeper:
     @property
     def options(self) -> Mapping[str, Any]:
         """See `Keepers`."""
-        return self.supervisor.options
+        return self.supervisor.launch.options
 
     @property
     def pids(self) -> list[int]:

@@ -40,7 +40,7 @@ class Seat:
     """What a rank has of its machine.
 
     Attributes:
-        index: which of the machine's GPUs is its own.
+        index: which of the GPUs that are visible on the machine is its own.
         beside: ranks of the machine that share memory, itself among them.
         segment: a descriptor of that memory, if there is any.
     """

@@ -22,7 +22,7 @@ import torch
 from torch.distributed import TCPStore
 
 from quire.config import Config
-from quire.engine.device import mesh_of, world_of
+from quire.engine.device import is_placed, mesh_of, world_of
 from quire.engine.meeting import GATHER_S, Meeting
 from quire.engine.placement import Placement, place
 from quire.engine.processes import command, hang_up, live
@@ -234,17 +234,18 @@ class Ranks:
         self.poison()
 
 
-def fork(config: Config, *others: socket.socket, post: Post | None = None) -> Ranks | None:
+def fork(config: Config, *others: socket.socket, post: Post | None = None, group: int = 0) -> Ranks | None:
     """All other ranks of a process that has done nothing yet that a fork would not survive.
 
-    `others`: its open sockets, which are not for them. `post`: of one among several groups in lockstep.
+    `others`: its open sockets, which are not for them. `post`: of one among several groups in lockstep. `group`: which
+    of several independent groups it is.
 
     Raises:
         ConfigError: ranks cannot be shared out as asked, or no rank can come to this machine.
         PeerLost: not all came.
     """
     mesh, world = mesh_of(config), world_of(config)
-    seat = _seat(config) if post is None else _seat_at(post, mesh.size, world.size)
+    seat = seat_of(config, group) if post is None else seat_at(post, mesh.size, world.size)
     if world.size == 1:
         return None
     pids, channels = list[int](), list[Channel]()
@@ -269,7 +270,7 @@ def spawn(config: Config) -> Ranks | None:
     Raises:
         ConfigError, PeerLost: see `fork`.
     """
-    mesh, seat = mesh_of(config), _seat(config)
+    mesh, seat = mesh_of(config), seat_of(config)
     if mesh.size == 1:
         return None
     processes, channels = list["subprocess.Popen[bytes]"](), list[Channel]()
@@ -285,20 +286,24 @@ def spawn(config: Config) -> Ranks | None:
     return Ranks(mesh, seat, channels, pids, host=host, processes=processes, placement=placement)
 
 
-def _seat(config: Config) -> Seat:
-    """Rank 0's."""
-    site, placed = site_of(config), config.distributed_executor_backend == "ray"
+def seat_of(config: Config, group: int = 0) -> Seat:
+    """Rank 0's, of one among groups that follow each other on this machine's GPUs."""
+    site, placed, size = site_of(config), is_placed(config), mesh_of(config).size
     if site.process:
         raise ConfigError(
             f"process {site.process} of {site.num_processes} has ranks of an engine that is elsewhere; start it with"
             " quire serve"
         )
-    beside = range(1) if placed else site.ranks(mesh_of(config).size)
+    beside = range(1) if placed else site.ranks(size)
     shares = len(beside) > 1 and sys.platform == "linux"
-    return Seat(site.index * len(beside), beside, shared_memory.make_segment() if shares else None)
+    return Seat(
+        0 if placed else group * size + site.index * len(beside),
+        beside,
+        shared_memory.make_segment() if shares else None,
+    )
 
 
-def _seat_at(post: Post, num_ranks: int, num_all: int) -> Seat:
+def seat_at(post: Post, num_ranks: int, num_all: int) -> Seat:
     """That of the first rank of a group of `num_ranks`, all groups being on one machine."""
     return Seat(post.number * num_ranks, range(num_all), post.segment)
 

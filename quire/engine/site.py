@@ -76,8 +76,17 @@ def site_of(config: Config) -> Site:
 
 
 def located(config: Config) -> Config:
-    """The options, with what the environment says of machines."""
+    """The options, with what the environment says of machines.
+
+    Raises:
+        ConfigError: it says nothing, or what cannot be.
+    """
     site = site_of(config)
+    if config.data_parallel_size > 1 and site.num_processes > 1:
+        raise ConfigError(
+            f"data_parallel_size is {config.data_parallel_size}, and {site.num_processes} processes have the ranks of"
+            " one engine group; start a server for each group, and quire router in front of them"
+        )
     return dataclasses.replace(config, nnodes=site.num_machines, node_rank=site.process // site.beside)
 
 

@@ -6,9 +6,9 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from quire.engine.link import Link
 from quire.engine.nursery import Nursery
@@ -46,21 +46,21 @@ class Supervisor:
     """One group, and whatever replaces it. All calls come from one event loop.
 
     Args:
-        options: of `Config`, as the group gets them first; later ones get what the first resolved them to.
+        launch: what the group is told first; later ones get the options that the first resolved them to.
         hang_s: how long a group may be silent, unless its steps are slow.
         entry: a module whose `main(socket)` is the group's life.
     """
 
     def __init__(
         self,
-        options: Mapping[str, Any],
+        launch: Launch,
         owner: Owner,
         *,
         hang_s: float = HANG_S,
         entry: str = GROUP,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.options, self.owner, self.hang_s, self.entry, self.clock = options, owner, hang_s, entry, clock
+        self.launch, self.owner, self.hang_s, self.entry, self.clock = launch, owner, hang_s, entry, clock
         self.nursery: Nursery | None = None
         self.link: Link | None = None
         self.pid = 0
@@ -78,8 +78,9 @@ class Supervisor:
             EngineDead: the group died while it started.
         """
         facts = await self._launch()
-        adapting = {"kv_cache_memory_bytes": self.options.get("kv_cache_memory_bytes")}
-        self.options = {**facts.options, **adapting}  # so that a prompt that fitted goes on fitting
+        adapting = {"kv_cache_memory_bytes": self.launch.options.get("kv_cache_memory_bytes")}
+        options = {**facts.options, **adapting}  # so that a prompt that fitted goes on fitting
+        self.launch = Launch(options, self.launch.group)
         self.watch = asyncio.create_task(self._run(), name="quire-supervisor")
         return facts
 
@@ -127,7 +128,7 @@ class Supervisor:
                 self.link.close()
                 raise
         self.ready, self.asked_s = loop.create_future(), 0.0
-        self.link.send(Launch(dict(self.options)))
+        self.link.send(self.launch)
         await asyncio.wait([self.ready, self.link.closed], return_when=asyncio.FIRST_COMPLETED)
         if self.ready.done() and self.ready.exception() is None:
             return self.ready.result()
@@ -182,7 +183,7 @@ class Supervisor:
             silent_s = self.clock() - self.asked_s if self.heard_s < self.asked_s else 0.0
             least_s = min(now_s - then_s for now_s, then_s in zip(map(_cpu_s, pids), cpu_s, strict=True))
             busy = (
-                self.options["device"] == "cpu" and least_s > silent_s * BUSY_SHARE
+                self.launch.options["device"] == "cpu" and least_s > silent_s * BUSY_SHARE
             )  # all: none waits for another
             limit_s = max(self.hang_s, SLOW_STEPS * self.slowest_s) * (BUSY_FACTOR if busy else 1)
             if silent_s > limit_s:

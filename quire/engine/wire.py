@@ -39,9 +39,10 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Launch(Message, frozen=True):
-    """First to a group: the options of `Config`."""
+    """First to a group: the options of `Config`, and which of so many independent groups as these say it is."""
 
     options: dict[str, Any]
+    group: int = 0
 
 
 class Add(Message, frozen=True):

@@ -1,14 +1,19 @@
 """Networks that two GPUs compute: the tokens of one, with graphs of steps and without."""
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from quire import LLM, SamplingParams
+from quire.config import Config
 from quire.engine.ranks import Team
+from quire.engine.remote import RemoteEngine
 from quire.runner.graphs import Graphs
 from tests.engine.test_oracle import make_prompts
+from tests.engine.test_remote import collect, running
 from tests.models.cases import BY_NAME, VOCAB_SIZE, build_hf
 
 pytestmark = [
@@ -75,3 +80,25 @@ def test_tokens_are_those_of_one_gpu_on_every_mesh(mesh: str, tmp_path: Path) ->
             ]
         found.append([[[c.token_ids for c in o.outputs] for o in outputs] for outputs in turns])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_groups_say_what_one_says_a_gpu_each(lockstep: bool, tmp_path: Path) -> None:
+    build_hf(BY_NAME["Qwen3Moe"], tmp_path)
+    options = {"dtype": "float32", "device": "cuda", "skip_tokenizer_init": True, "block_size": 16}
+    one = Config(model=str(tmp_path), **options, max_num_seqs=16)
+    two = replace(one, data_parallel_size=2, enable_expert_parallel=lockstep)
+
+    async def work() -> None:
+        found = []
+        for config in (one, two):
+            async with running(config) as engine:
+                found.append(await asyncio.gather(*(tokens_of(engine, prompt) for prompt in PROMPTS)))
+        assert found[0] == found[1]
+
+    asyncio.run(work())
+
+
+async def tokens_of(engine: RemoteEngine, prompt: list[int]) -> list[int]:
+    outputs = await collect(engine, prompt, PARAMS["greedy"])
+    return [token for output in outputs for token in output.outputs[0].token_ids]

@@ -269,9 +269,8 @@ def decode(
     """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's piece of the line.
 
     A key head's rows are cut into GROUPS of ROWS, of which COUNT are used; sequences of more than `most` queries are
-    another kernel's. Where HALF is not 0, queries still have to be turned, and a token's key and value lie behind them;
-    their positions are not their lengths' where a sequence is a chunk of one.
-    `weighs` [T, HEADS] or None: for the logarithms of rows' sums of exponentials.
+    another kernel's. Where HALF is not 0, queries still have to be turned, by `positions` (lengths do not tell those of
+    a chunk), and a token's key and value lie behind them. `weighs` [T, HEADS] or None: for log sums of exponentials.
     """
     follow(NEXT)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
