@@ -1,6 +1,6 @@
 # What can be done here besides tests; see CONTRIBUTING.md.
 
-.PHONY: report oracles
+.PHONY: report oracles meshes
 
 report: ## lines per family, fields by number of users, lines that stand twice
 	python scripts/report.py
@@ -12,3 +12,6 @@ oracles: ## what is compared with Transformers, on the earliest version that is 
 	python -m pip install -qq --no-deps --target "$$folder" transformers==$(EARLIEST) && \
 	PYTHONPATH="$$folder:$(CURDIR)" python -m pytest -n 2 -m "not slow and not gpu" \
 		tests/models tests/layers tests/engine/test_oracle.py tests/engine/test_model_impl.py
+
+meshes: ## every mesh of up to four processes, on a dense, an MoE and an MLA network; the slow tests have some of them
+	EVERY_MESH=1 python -m pytest tests/engine/test_every_mesh.py

@@ -46,7 +46,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         pytest.param("sinks", 2, 2, marks=pytest.mark.slow),
         pytest.param("chunks", 2, 2, marks=pytest.mark.slow),
         pytest.param("experts", 4, 4, marks=pytest.mark.slow),
-        pytest.param("latent", 4, 2, marks=pytest.mark.slow),
         pytest.param("chosen", 4, 4, marks=pytest.mark.slow),
     ],
 )

@@ -109,8 +109,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("Qwen3", 2, 16),  # by C++ kernels, where there are any
         ("Qwen2Moe", 2, 4),
         ("DeepseekV3", 2, 4),  # in plain torch
-        pytest.param("Qwen3", 4, 4, marks=pytest.mark.slow),
-        pytest.param("DeepseekV3", 4, 16, marks=pytest.mark.slow),
     ],
 )
 def test_tokens_are_those_of_one_process(
@@ -124,8 +122,6 @@ def test_tokens_are_those_of_one_process(
     [
         ("Qwen2Moe", 2, "auto"),
         ("DeepseekV3", 2, "all_to_all"),
-        pytest.param("Qwen2Moe", 4, "all_to_all", marks=pytest.mark.slow),
-        pytest.param("DeepseekV3", 4, "auto", marks=pytest.mark.slow),
     ],
 )
 def test_so_are_those_of_whole_experts(folders: dict[str, Path], name: str, size: int, way: str) -> None:
