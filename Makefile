@@ -9,7 +9,7 @@ EARLIEST = 5.17.0
 
 oracles: ## what is compared with Transformers, on the earliest version that is supported; the other tests have the latest
 	folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && \
-	python -m pip install -qq --no-deps --target "$$folder" transformers==$(EARLIEST) && \
+	python -m pip install -qq --no-deps --target "$$folder" transformers==$(EARLIEST) "huggingface-hub<2" && \
 	PYTHONPATH="$$folder:$(CURDIR)" python -m pytest -n 2 -m "not slow and not gpu" \
 		tests/models tests/layers tests/engine/test_oracle.py tests/engine/test_model_impl.py
 

@@ -66,7 +66,7 @@ def state_parts(mixer: Mixer | None, dim: int) -> tuple[Part, ...]:
             return (Part(_squares(mixer), exact=True),)
         case Mamba():
             seen = Part((mixer.channels, mixer.width - 1))
-            return seen, Part((mixer.state_dim, mixer.channels), exact=True)
+            return seen, Part((mixer.num_heads, mixer.state_dim, mixer.head_dim), exact=True)
         case Mamba2():
             seen = Part((mixer.convolved, mixer.width - 1))
             return seen, Part((mixer.num_heads, mixer.state_dim, mixer.head_dim), exact=True)

@@ -1,4 +1,4 @@
-"""State spaces guided by attention and a feed-forward layer that other layers have, too (Zamba2).
+"""State spaces guided by attention and a feed-forward layer that other layers have, too (Zamba, Zamba2).
 
 What a layer adds to shared products stays apart: merged, weights would be one copy for each use, and take half as much
 memory again.
@@ -14,7 +14,7 @@ from quire.attention.states import State
 from quire.layers.attention import Attention
 from quire.layers.base import Build, Weights
 from quire.layers.linear import Linear
-from quire.layers.mamba import Mamba2
+from quire.layers.mamba import Mamba, Mamba2
 from quire.layers.mlp import MLP
 from quire.layers.norm import Norm, Normed
 from quire.models import spec
@@ -73,7 +73,7 @@ class Guided(nn.Module):
         self.up = Addition(build.dim, s.up_rank, up, build) if s.up_rank else None
         self.guide = Linear(build.dim, {"guide": build.dim}, build)
         self.norm = Norm(s.norm, (build.dim,), build)
-        self.states = Mamba2(s.states, build)
+        self.states = Mamba(s.states, build) if isinstance(s.states, spec.Mamba) else Mamba2(s.states, build)
         self.out = self.states.out
 
     def load(self, weights: Weights, name: str) -> None:

@@ -20,46 +20,71 @@ from quire.parallel.axis import Axis
 
 
 class Mamba(nn.Module):
-    """Values and gate in one product; convolve; time steps, B and C in another; scan; gate; output."""
+    """Values and gate in one product; convolve; each head scans its channels; gate; output."""
 
     def __init__(self, s: spec.Mamba, build: Build):
         super().__init__()
-        self.spec, self.build = s, build
-        self.into = Linear(build.dim, {"in_proj": 2 * s.channels}, build, bias=s.bias)
+        self.spec = s
+        parts = {"value_proj": s.channels, "gate_proj": s.channels}
+        self.into = Linear(build.dim, parts, build, bias=s.bias)
         self.conv = Conv(s.channels, s.width, build, bias=s.conv_bias, silu=True)
-        self.sizes = {"dt": s.step_rank, "b": s.state_dim, "c": s.state_dim}
-        chosen = sum(self.sizes.values())
-        self.choose = Linear(s.channels, {"x_proj": chosen}, build, least_bits=EXACT)
-        self.steps = Linear(s.step_rank, {"dt_proj": s.channels}, build, bias=True, least_bits=EXACT)
+        self.scans = [Scan(s, build) for _ in range(s.num_heads)]
         self.out = Linear(s.channels, {"out_proj": build.dim}, build, bias=s.bias)
-        self.norms = [Norm(s.norm, (size,), build) for size in self.sizes.values()] if s.norm else None
-        self.rate: Tensor | None = None  # [state_dim, channels], A: negative
-        self.skip: Tensor | None = None  # [channels], D
 
     def load(self, weights: Weights, name: str) -> None:
-        s, build = self.spec, self.build
-        for product in (self.into, self.choose, self.steps, self.out):
-            product.load(weights, name)
+        self.into.load(weights, name)
         self.conv.load(weights, f"{name}.conv1d")
-        for part, norm in zip(self.sizes, self.norms or (), strict=False):
-            norm.load(weights, f"{name}.{part}_layernorm")
-        logs = build.pull(weights, f"{name}.A_log", s.channels, s.state_dim, dtype=torch.float32)
-        self.rate = -logs.exp().T.contiguous()
-        self.skip = build.pull(weights, f"{name}.D", s.channels, dtype=torch.float32)
+        for i, scan in enumerate(self.scans):
+            scan.load(weights, f"{name}.heads.{i}")
+        self.out.load(weights, name)
 
     def heads(self, x: Normed, step: Ragged, cache: State) -> Tensor:
         """x [T, dim] -> what `out` takes [T, channels]."""
         seen, state = cache
         mixed, gate = self.into.of(x).chunk(2, -1)
-        values = self.conv(mixed, step, seen)
+        values = self.conv(mixed, step, seen).split(self.spec.head_dim, -1)
+        made = [
+            scan(part, step, state[:, i])
+            for i, (scan, part) in enumerate(zip(self.scans, values, strict=True))
+        ]
+        y = made[0] if len(made) == 1 else torch.cat(made, -1)
+        return (y * ops.act(gate.float(), "silu")).to(gate.dtype)
+
+
+class Scan(nn.Module):
+    """A head of Mamba: time steps, B and C in one product of its channels; scan."""
+
+    def __init__(self, s: spec.Mamba, build: Build):
+        super().__init__()
+        self.spec, self.build = s, build
+        self.sizes = {"dt": s.step_rank, "b": s.state_dim, "c": s.state_dim}
+        chosen = sum(self.sizes.values())
+        self.choose = Linear(s.head_dim, {"x_proj": chosen}, build, least_bits=EXACT)
+        self.steps = Linear(s.step_rank, {"dt_proj": s.head_dim}, build, bias=True, least_bits=EXACT)
+        self.norms = [Norm(s.norm, (size,), build) for size in self.sizes.values()] if s.norm else None
+        self.rate: Tensor | None = None  # [state_dim, head_dim], A: negative
+        self.skip: Tensor | None = None  # [head_dim], D
+
+    def load(self, weights: Weights, name: str) -> None:
+        s, build = self.spec, self.build
+        for product in (self.choose, self.steps):
+            product.load(weights, name)
+        for part, norm in zip(self.sizes, self.norms or (), strict=False):
+            norm.load(weights, f"{name}.{part}_layernorm")
+        logs = build.pull(weights, f"{name}.A_log", s.head_dim, s.state_dim, dtype=torch.float32)
+        self.rate = -logs.exp().T.contiguous()
+        self.skip = build.pull(weights, f"{name}.D", s.head_dim, dtype=torch.float32)
+
+    def forward(self, values: Tensor, step: Ragged, state: Tensor) -> Tensor:
+        """values [T, head_dim], state [num_rows, state_dim, head_dim] -> [T, head_dim] float32."""
         chosen = self.choose(values).split(list(self.sizes.values()), -1)
         if self.norms:
             chosen = [norm(part) for norm, part in zip(self.norms, chosen, strict=True)]
         dt, b, c = chosen
         dt = ops.softplus(self.steps(dt, torch.float32))
         inputs = values.float(), dt, self.rate, b.float(), c.float(), self.skip
-        y = ops.selective_scan(*inputs, state, step.rows, step.query_starts)
-        return (y * ops.act(gate.float(), "silu")).to(gate.dtype)
+        y: Tensor = ops.selective_scan(*inputs, state, step.rows, step.query_starts)
+        return y
 
 
 class Mamba2(nn.Module):

@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from quire.errors import ModelError
 from quire.models.common import attention, biases, decoder, head_dim, mlp, pre_norm, rope, tied_by_default
 from quire.models.hf import HF
-from quire.models.names import LLAMA, Names
+from quire.models.names import LLAMA, Names, Split
 from quire.models.spec import Block, Decoder, Mamba, Mamba2, MoE, Norm
 
 LONGEST = 32_768  # of networks whose config names no limit, and that have none: states do not grow
 LINEAR, FULL = ("linear_attention", "mamba"), ("full_attention", "attention")
-NAMES = Names(
-    renames=(
-        (r"^(backbone|model)\.", ""),
-        (r"^embeddings?\.", "embed_tokens."),
-        (r"^norm_f\.", "norm."),
-        (r"\.norm\.", ".attn_norm."),
-        (r"\.mixer\.attn_norm\.", ".mixer.norm."),
-    )
+RENAMES = (
+    (r"^(backbone|model)\.", ""),
+    (r"^embeddings?\.", "embed_tokens."),
+    (r"^norm_f\.", "norm."),
+    (r"\.norm\.", ".attn_norm."),
+    (r"\.mixer\.attn_norm\.", ".mixer.norm."),
 )
+ONE_HEAD = (r"\.mixer\.(x_proj|dt_proj|A_log|D|dt_layernorm|b_layernorm|c_layernorm)\b", r".mixer.heads.0.\1")
 
 HYBRID = (
     *LLAMA,
@@ -38,14 +37,19 @@ def mamba(c: HF, norm: Norm | None = None) -> tuple[Decoder, Names]:
     mixer = Mamba(
         channels=c.intermediate_size or int(c.get("expand", 2) * c.count("hidden_size")),
         state_dim=c.count("state_size"),
-        step_rank=_step_rank(c, "time_step_rank"),
+        step_rank=step_rank(c, "time_step_rank"),
         width=c.count("conv_kernel"),
         norm=norm,
         bias=bool(c.use_bias),
         conv_bias=bool(c.get("use_conv_bias", True)),
     )
     c.skip("expand")
-    return _one_kind(c, mixer, tied=tied_by_default(c)), NAMES
+    names = Names(renames=(*RENAMES, ONE_HEAD), splits=values_and_gate(mixer))
+    return _one_kind(c, mixer, tied=tied_by_default(c)), names
+
+
+def values_and_gate(s: Mamba, per_group: int = 1) -> dict[str, Split]:
+    return {"in_proj": Split(dict.fromkeys(("value_proj", "gate_proj"), s.channels), per_group)}
 
 
 def falcon_mamba(c: HF) -> tuple[Decoder, Names]:
@@ -72,7 +76,7 @@ def mamba2(c: HF) -> tuple[Decoder, Names]:
         conv_bias=bool(c.get("use_conv_bias", True)),
         time_step=time_step(c),
     )
-    return _one_kind(c, mixer), NAMES
+    return _one_kind(c, mixer), Names(renames=RENAMES)
 
 
 def _norm(c: HF) -> Norm:
@@ -92,7 +96,7 @@ def _one_kind(c: HF, mixer: Mamba | Mamba2, **changes: bool) -> Decoder:
     return decoder(c, block, _norm(c), max_length=c.max_position_embeddings or LONGEST, **changes)
 
 
-def _step_rank(c: HF, key: str) -> int:
+def step_rank(c: HF, key: str) -> int:
     rank = c.get(key, "auto")
     return math.ceil(c.count("hidden_size") / 16) if rank == "auto" else c.count(key)
 
@@ -107,7 +111,7 @@ def jamba(c: HF) -> tuple[Decoder, Names]:
     scan = Mamba(
         channels=c.count("mamba_expand") * c.count("hidden_size"),
         state_dim=c.count("mamba_d_state"),
-        step_rank=_step_rank(c, "mamba_dt_rank"),
+        step_rank=step_rank(c, "mamba_dt_rank"),
         width=c.count("mamba_d_conv"),
         norm=norm,
         bias=bool(c.mamba_proj_bias),
@@ -121,8 +125,8 @@ def jamba(c: HF) -> tuple[Decoder, Names]:
         has_experts = i % c.count("expert_layer_period") == c.stated("expert_layer_offset")
         return pre_norm(whole if attends else scan, moe if has_experts else dense, norm)
 
-    renames = (*HYBRID, (r"\.mlp\.router\.", ".mlp.gate."))
-    return decoder(c, block, norm), Names(renames=renames)
+    renames = (*HYBRID, ONE_HEAD, (r"\.mlp\.router\.", ".mlp.gate."))
+    return decoder(c, block, norm), Names(renames=renames, splits=values_and_gate(scan))
 
 
 def bamba(c: HF) -> tuple[Decoder, Names]:

@@ -18,7 +18,7 @@ from quire.models.common import (
     rope,
 )
 from quire.models.hf import HF
-from quire.models.mamba import NAMES, refuse_activation
+from quire.models.mamba import RENAMES, refuse_activation
 from quire.models.names import LLAMA, Names
 from quire.models.spec import MLP, Attention, Block, Decoder, Mamba2, MoE, Norm
 
@@ -59,7 +59,7 @@ def nemotron_h(c: HF) -> tuple[Decoder, Names]:
         "mtp_hybrid_override_pattern",
     )
     renames = (
-        *NAMES.renames,
+        *RENAMES,
         (r"\.mixer\.((up|down)_proj|gate|(shared_)?experts)\.", r".mlp.\1."),
         (r"\.shared_experts\.", ".shared."),
     )

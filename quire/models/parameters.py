@@ -320,15 +320,21 @@ def _lightning(s: Lightning, dim: int) -> Named:
 
 
 def _mamba(s: Mamba, dim: int) -> Named:
-    yield from _linear("in_proj", 2 * s.channels, dim, s.bias)
+    for part in ("value", "gate"):
+        yield from _linear(f"{part}_proj", s.channels, dim, s.bias)
     yield from _conv("conv1d", s.channels, s.width, s.conv_bias)
-    yield from _linear("x_proj", s.step_rank + 2 * s.state_dim, s.channels)
+    for i in range(s.num_heads):
+        yield from _within(f"heads.{i}", _scan(s))
+    yield from _linear("out_proj", dim, s.channels, s.bias)
+
+
+def _scan(s: Mamba) -> Named:
+    yield from _linear("x_proj", s.step_rank + 2 * s.state_dim, s.head_dim)
     for name, size in (("dt", s.step_rank), ("b", s.state_dim), ("c", s.state_dim)):
         yield from _within(f"{name}_layernorm", _norm(s.norm, (size,)))
-    yield from _linear("dt_proj", s.channels, s.step_rank, bias=True)
-    yield "A_log", (s.channels, s.state_dim)
-    yield "D", (s.channels,)
-    yield from _linear("out_proj", dim, s.channels, s.bias)
+    yield from _linear("dt_proj", s.head_dim, s.step_rank, bias=True)
+    yield "A_log", (s.head_dim, s.state_dim)
+    yield "D", (s.head_dim,)
 
 
 def _mamba2(s: Mamba2, dim: int) -> Named:
@@ -360,7 +366,7 @@ def _guided(s: Guided, dim: int) -> Named:
             yield from _linear(f"{name}_b", outputs, rank)
     yield from _linear("guide", dim, dim)
     yield from _within("norm", _norm(s.norm, (dim,)))
-    yield from _within("states", _mamba2(s.states, dim))
+    yield from _within("states", _mixer(s.states, dim))
 
 
 def _rglru(s: RGLRU, dim: int) -> Named:

@@ -145,6 +145,7 @@ FAMILIES: Mapping[str, str] = {  # architecture -> module.function
     "XverseForCausalLM": "llama.llama",
     "YoutuForCausalLM": "deepseek.youtu",
     "Zamba2ForCausalLM": "zamba.zamba2",
+    "ZambaForCausalLM": "zamba.zamba",
 }
 NATIVE, TRANSFORMERS = "native", "transformers"
 Family = Callable[[HF], tuple[Decoder, Names]]

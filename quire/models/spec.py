@@ -194,10 +194,11 @@ class Lightning:
 class Mamba:
     """State spaces with a decay for each channel's each dimension (Gu and Dao 2023).
 
-    Parameters: {in,x,dt,out}_proj, conv1d, A_log, D, {dt,b,c}_layernorm.
+    Parameters: {value,gate,out}_proj, conv1d; of each head heads.N.{x,dt}_proj, .A_log, .D, .{dt,b,c}_layernorm.
     """
 
     channels: int
+    num_heads: int = 1  # that choose what is written and read from their own channels only
     state_dim: int  # of a channel
     step_rank: int  # of the projection that makes time steps
     width: int  # of the convolution
@@ -206,6 +207,10 @@ class Mamba:
     )
     bias: bool = False
     conv_bias: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        return self.channels // self.num_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +323,7 @@ class MoE:
 
 @dataclass(frozen=True, kw_only=True)
 class Guided:
-    """State spaces of x + guide(mlp(attention(x beside the embedding))), with a norm before each (Zamba2).
+    """State spaces of x + guide(mlp(attention(x beside the embedding))), with a norm before each (Zamba).
 
     Layers with the same `shared` have attention, mlp and the norms before them in common: parameters
     shared.N.{attention,mlp}.*, shared.N.{attn,mlp}_norm. Of each layer: states.*, norm, guide, and what it adds to the
@@ -328,7 +333,7 @@ class Guided:
 
     attention: Attention
     mlp: MLP
-    states: Mamba2
+    states: Mamba | Mamba2
     norm: Norm
     shared: int
     qkv_rank: int | None = None

@@ -29,6 +29,7 @@ NAMES = (
     "Mamba2",
     "Jamba",
     "FalconH1",
+    "Zamba",
     "Zamba2",
     "RecurrentGemma",
     # every kind of mixer that keeps a state; and networks of which torch computes a part

@@ -49,6 +49,7 @@ NAMES = (  # every way to share a layer out, and every mixer that cannot be
         "KimiLinear",
         "Bamba",
         "NemotronH",
+        "Zamba",
         "Zamba2",
         "FalconH1",
         "Mamba",

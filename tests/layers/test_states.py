@@ -26,6 +26,7 @@ MIXERS = (
     ShortConv(width=3, bias=True),
     Mamba(channels=56, state_dim=12, step_rank=7, width=4),
     Mamba(channels=56, state_dim=12, step_rank=7, width=3, norm=Norm(), bias=True, conv_bias=False),
+    Mamba(channels=56, num_heads=4, state_dim=12, step_rank=7, width=4),
     RGLRU(channels=56, num_heads=7, width=4, act="gelu_pytorch_tanh"),
     STATES,
     Both(

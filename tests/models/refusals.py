@@ -121,6 +121,10 @@ UNSUPPORTED: tuple[
     ("Zamba2", {"use_conv_bias": False}, "use_conv_bias"),
     ("Zamba2", {"num_key_value_heads": 2}, "use_shared_attention_adapter"),
     ("Zamba2", {"layers_block_type": ["conv"] * 5}, "layer type conv"),
+    ("Zamba", {"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ("Zamba", {"attention_hidden_size": 120}, "attention_hidden_size"),
+    ("Zamba", {"hidden_mamba_act": "gelu"}, "hidden_mamba_act"),
+    ("Zamba", {"layers_block_type": ["conv"] * 5}, "layer type conv"),
     ("Step3Text", {"num_attention_groups": 2}, "num_attention_groups"),
     ("Qwen3", {"quantization_config": {"quant_method": "fp8"}}, "fp8"),
 )

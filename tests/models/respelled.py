@@ -19,6 +19,7 @@ from tests.models.values import (
     STEP3_VL,
     STEP3P5,
     STEP3P5_PUBLISHED,
+    ZAMBA1,
     theta,
     without,
 )
@@ -206,6 +207,16 @@ RESPELLED = (
         BAILING,
     ),
     Case("Emu3", GROUPED | theta(500.0), config="Emu3TextConfig"),
+    Case("Zamba", GROUPED | ZAMBA1),
+    Case(  # layers by their period, without copies of what is shared, and another network's scans
+        "Zamba-plain",
+        PLAIN
+        | ZAMBA1
+        | {"layers_block_type": None, "attn_layer_period": 3, "attn_layer_offset": 0, "n_mamba_heads": 1}
+        | {"mamba_conv_bias": False, "mamba_proj_bias": False, "attention_head_dim": None, "hidden_size": 120}
+        | {"mamba_dt_rank": "auto", "num_key_value_heads": 4, "rms_norm_eps": 14.0},
+        legacy={"layers_block_type": None},
+    ),
     Case("BailingMoeLinearV2", BASE | RING),
     Case("BailingMoeLinearV2-rest", BASE | RING | {"num_hidden_layers": 5, "first_k_dense_replace": 0}),
     Case("BailingMoe", BASE | EXPERTS | {"num_shared_experts": 2, "use_qkv_bias": True, "rope_theta": 500.0}),

@@ -40,7 +40,7 @@ SHAPES = {
     "DeltaNet": "num_k_heads num_v_heads k_dim v_dim width norm",
     "KimiDelta": "num_heads head_dim width norm rank",
     "Lightning": "num_heads head_dim norm",
-    "Mamba": "channels state_dim step_rank width",
+    "Mamba": "channels num_heads state_dim step_rank width",
     "Mamba2": "num_heads head_dim state_dim groups width",
     "RGLRU": "channels num_heads width",
     "Both": "attention states",

@@ -55,6 +55,7 @@ IGNORED = (
     ("MiMoV2Flash", "model.mtp.layers.0.mlp.up_proj.weight"),
     ("Step3p5-published", "model.layers.4.transformer.shared_head.norm.weight"),
     ("Step3VL", "vision_model.embeddings.position_embedding.weight"),
+    ("Zamba", "model.layers.4.shared_transf.self_attn.q_proj.weight"),
     ("Zamba2", "model.layers.4.shared_transformer.self_attn.q_proj.weight"),
     ("Step3VL", "vit_downsampler2.bias"),
 )

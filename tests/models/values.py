@@ -430,6 +430,18 @@ ZAMBA = {
     "time_step_min": 0.4,
     "chunk_size": 16,
 }
+ZAMBA1 = {
+    "hidden_size": 120,
+    "num_hidden_layers": 5,
+    "layers_block_type": ZAMBA["layers_block_type"],
+    "rms_norm_eps": 25.0,  # with less, rounding is blown up; with more, attention fades
+    "attention_head_dim": 40,
+    "n_mamba_heads": 3,
+    "mamba_d_state": 24,
+    "mamba_d_conv": 3,
+    "mamba_dt_rank": 20,
+    "mamba_proj_bias": True,
+}
 KIMI_K2 = {  # as it was published: Transformers knows no such type, and would run the code that comes with it
     "model_type": "kimi_k2",
     "auto_map": {

@@ -13,7 +13,7 @@ from tests.runner.test_fixed import make_engine, mix, run
 
 NAMES = (
     *("Lfm2", "Qwen3Next", "KimiLinear", "MiniMax", "Mamba2", "Jamba", "FalconH1", "RecurrentGemma"),
-    *("BailingHybrid", "BailingMoeLinearV2", "Zamba2"),
+    *("BailingHybrid", "BailingMoeLinearV2", "Zamba", "Zamba2"),
 )
 SHARED = {"temperature": 0.0, "max_tokens": 14, "output_kind": OutputKind.FINAL_ONLY}
 OPTIONS = {"max_num_seqs": 6, "max_num_batched_tokens": 16, "max_model_len": 48}
