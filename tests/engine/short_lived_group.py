@@ -8,6 +8,6 @@ from quire.engine.wire import Channel
 
 def main(sock: socket.socket) -> None:
     channel = Channel(sock)
-    parts = group._launch(channel)
-    if parts is not None:
+    launched = group._launch(channel, None)
+    if launched is not None:
         channel.receive(None)
