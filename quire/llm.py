@@ -79,7 +79,7 @@ class LLM:
             InvalidRequest: a prompt or its parameters cannot work; nothing has been computed then.
         """
         many = _as_list(prompts)
-        return self._run(many, sampling_params, use_tqdm, priority, add_special_tokens=True)
+        return self._run(many, sampling_params, use_tqdm, priority)
 
     def chat(
         self,
@@ -112,7 +112,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self._run(prompts, sampling_params, use_tqdm, priority, add_special_tokens=False)
+        return self._run(prompts, sampling_params, use_tqdm, priority, is_chat=True)
 
     def answers(self, output: RequestOutput, tools: Sequence[Mapping[str, Any]] = ()) -> list[Answer]:
         """What each sequence of an output of `chat` says: reasoning, text, and calls of the `tools` it was given."""
@@ -188,7 +188,12 @@ class LLM:
         self.close()
 
     def _request(
-        self, prompt: Prompt, params: SamplingParams, priority: int, add_special_tokens: bool
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int,
+        add_special_tokens: bool,
+        is_chat: bool = False,
     ) -> Request:
         return self.engine.inputs.request(
             prompt,
@@ -197,6 +202,7 @@ class LLM:
             priority=priority,
             arrival_s=self.engine.clock(),
             add_special_tokens=add_special_tokens,
+            continued="" if is_chat else None,
         )
 
     def _run(
@@ -206,13 +212,13 @@ class LLM:
         show: bool,
         priority: Sequence[int] | None,
         *,
-        add_special_tokens: bool,
+        is_chat: bool = False,
     ) -> list[RequestOutput]:
         count = len(prompts)
         params = _for_each("sampling_params", sampling_params or self.get_default_sampling_params(), count)
         priorities = _for_each("priority", priority or 0, count)
         requests = [
-            self._request(prompt, _final_only(p), order, add_special_tokens)
+            self._request(prompt, _final_only(p), order, not is_chat, is_chat)
             for prompt, p, order in zip(prompts, params, priorities, strict=True)
         ]
         try:

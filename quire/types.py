@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from quire.errors import InvalidRequest
 
@@ -48,6 +48,67 @@ def _is_number(value: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the text must look like: exactly one of the first six. Names and meanings as in vLLM.
+
+    Raises:
+        InvalidRequest: none or several are given, or one is of the wrong type.
+    """
+
+    json: str | Mapping[str, Any] | None = None  # a JSON schema
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None  # Lark, or GBNF as llama.cpp's
+    json_object: bool | None = None
+    structural_tag: str | Mapping[str, Any] | None = None  # structures and triggers
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        texts = ("regex", "grammar", "whitespace_pattern")
+        kinds = dict.fromkeys(texts, (str,)) | dict.fromkeys(("json", "structural_tag"), (str, Mapping))
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            _check(
+                value is None
+                or (isinstance(value, kind) and len(value) > 0)
+                or (name, value) == ("json", {}),
+                name,
+                value,
+                "text that is not empty" if kind == (str,) else "an object, or its JSON",
+            )
+        if self.choice is not None:
+            texts_only = isinstance(self.choice, list | tuple) and all(
+                isinstance(c, str) for c in self.choice
+            )
+            _check(texts_only and len(self.choice) > 0, "choice", self.choice, "a list of at least one text")
+            object.__setattr__(self, "choice", tuple(self.choice))
+        given = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
+        _check(len(given) == 1, "structured_outputs", given, f"exactly one of {', '.join(CONSTRAINTS)}")
+
+
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+
+
+@dataclass(frozen=True, slots=True)
+class Thoughts:
+    """Reasoning before an answer, between two markers; the opening one may be there already."""
+
+    open: str
+    close: str
+    begun: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a text must look like, checked and written as llguidance reads it; nothing holds for thoughts before it."""
+
+    text: str
+    thoughts: Thoughts | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens, when to stop, and what to report. Names and meanings as in vLLM.
 
@@ -78,6 +139,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     skip_reading_prefix_cache: bool | None = None  # None: only when prompt_logprobs is asked for
+    structured_outputs: StructuredOutputsParams | None = None
     output_kind: OutputKind = OutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
@@ -173,6 +235,13 @@ class SamplingParams:
                 _check(ok, name, word, f"non-empty strings of at most {MAX_STOP_CHARS} characters")
         _check(self.detokenize or not self.stop, "stop", self.stop, "empty when detokenize is False")
         _check(isinstance(self.output_kind, OutputKind), "output_kind", self.output_kind, "an OutputKind")
+        given = self.structured_outputs
+        known = given is None or isinstance(given, StructuredOutputsParams)
+        _check(known, "structured_outputs", given, "StructuredOutputsParams")
+        ends = given is None or not self.ignore_eos
+        _check(
+            ends, "ignore_eos", True, "off with structured_outputs, whose text ends with the model's own end"
+        )
 
     @property
     def is_greedy(self) -> bool:
@@ -255,6 +324,7 @@ class Request:
     ] = ()  # tokens of each sequence, of a request that another engine began
     ended: frozenset[int] = frozenset()  # which of those are complete
     marks: Mapping[int, str] | None = None  # characters that stand for special tokens in the text
+    grammar: Grammar | None = None  # of params.structured_outputs
 
 
 @dataclass(slots=True)

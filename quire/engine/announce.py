@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 from quire.scheduler.loop import Device
 from quire.scheduler.plan import Plan, Result
@@ -27,9 +26,9 @@ class Announcer:
             self._tell(plan)
         return self.device.launch(plan)
 
-    def sample(self, plan: Plan, masks: Any) -> Callable[[], Result]:
+    def sample(self, plan: Plan) -> Callable[[], Result]:
         """See `Device.sample`."""
-        return self.device.sample(plan, masks)
+        return self.device.sample(plan)
 
     def _tell(self, plan: Plan) -> None:
         was_in: dict[str, bool] = {}

@@ -23,7 +23,7 @@ class Calls:
         priority: int,
         tenant: str,
         *,
-        add_special_tokens: bool,
+        is_chat: bool,
     ) -> Request:
         """The request for a prompt, which is made off the event loop too: a template takes long as well.
 
@@ -39,7 +39,8 @@ class Calls:
                 priority=priority,
                 tenant=tenant,
                 arrival_s=self.clock(),
-                add_special_tokens=add_special_tokens,
+                add_special_tokens=not is_chat,
+                continued="" if is_chat else None,
             )
 
         return await asyncio.to_thread(make)

@@ -66,7 +66,7 @@ class AsyncEngine:
             EngineDead: the engine stopped.
         """
         request = await self.calls.request(
-            lambda: prompt, sampling_params, request_id, priority, tenant, add_special_tokens=True
+            lambda: prompt, sampling_params, request_id, priority, tenant, is_chat=False
         )
         async for output in self.stream(request):
             yield output
@@ -88,7 +88,7 @@ class AsyncEngine:
             request_id,
             priority,
             tenant,
-            add_special_tokens=False,
+            is_chat=True,
         )
         async for output in self.stream(request):
             yield output

@@ -4,12 +4,15 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, NamedTuple
 
 from quire.engine.announce import Announce, Announcer
 from quire.engine.events import Submission, TokenEvent
 from quire.engine.metrics import StepStats
 from quire.engine.ranks import Team
 from quire.errors import InvalidRequest
+from quire.log import logger
 from quire.runner.runner import Runner, Sampling
 from quire.sampling.philox import fold
 from quire.scheduler.loop import Loop
@@ -17,7 +20,17 @@ from quire.scheduler.plan import Emitted
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import NewSequence, SequenceStats
 from quire.scheduler.trace import Recorder
-from quire.types import SamplingParams
+from quire.types import FinishReason, SamplingParams
+
+WAIT_S = 0.02  # for grammars, while there is nothing else to do but to listen to new requests
+
+
+class Waiting(NamedTuple):
+    """A request whose grammar is being compiled."""
+
+    submission: Submission
+    ordinal: int
+    compiled: Future[Any]
 
 
 class EngineCore:
@@ -44,11 +57,12 @@ class EngineCore:
         self.owner: dict[int, tuple[str, int]] = {}  # sequence -> request and index
         self.members: dict[str, dict[int, int]] = {}  # request -> index -> sequence
         self.progress: dict[int, SequenceStats] = {}  # sequence -> what the scheduler says of it
+        self.waiting: dict[str, Waiting] = {}  # requests whose grammar is being compiled
 
     @property
     def idle(self) -> bool:
         """Nothing waits, runs or is in flight."""
-        return self.loop.idle
+        return self.loop.idle and not self.waiting
 
     def add(self, submission: Submission) -> None:
         """Queue a request's sequences: all of them that have not ended, or none.
@@ -58,10 +72,20 @@ class EngineCore:
         Raises:
             InvalidRequest: its id is in use, it can never fit into the cache, or it holds what is no token id.
         """
+        self._check(submission, submission.outputs or ((),) * submission.params.n)
+        ordinal, compiled = next(self.ordinals), None
+        if submission.grammar is not None:
+            compiled = self.runner.prepare(submission.grammar)
+        if compiled is not None and not compiled.done():
+            self.waiting[submission.request_id] = Waiting(submission, ordinal, compiled)
+        else:
+            self._start(submission, ordinal, compiled)
+
+    def _start(self, submission: Submission, ordinal: int, compiled: Future[Any] | None) -> None:
+        if compiled is not None:
+            compiled.result()  # or what is wrong with it
         name, params = submission.request_id, submission.params
         outputs = submission.outputs or ((),) * params.n
-        self._check(submission, outputs)
-        ordinal = next(self.ordinals)
         base = params.seed if params.seed is not None else fold(self.seed, ordinal)
         root = self._cache_root(submission, ordinal)
         unscored = params
@@ -76,7 +100,7 @@ class EngineCore:
             seq, seed = next(self.ids), base if index == 0 else fold(base, index)
             self.members[name] = members
             self.owner[seq], members[index] = (name, index), seq
-            self.runner.register(seq, Sampling(chosen, seed, stops, submission.bad_words))
+            self.runner.register(seq, Sampling(chosen, seed, stops, submission.bad_words, submission.grammar))
             try:
                 new = _sequence(seq, submission, chosen, output, root)
                 self.progress[seq] = self.scheduler.add(new, self.clock())
@@ -86,6 +110,8 @@ class EngineCore:
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Stop computing a request, or one of its sequences; unknown ones are ignored."""
+        if index is None:
+            self.waiting.pop(request_id, None)
         for member, seq in list(self.members.get(request_id, {}).items()):
             if index is None or index == member:
                 self.scheduler.abort(seq)
@@ -93,12 +119,13 @@ class EngineCore:
 
     def step(self) -> list[TokenEvent]:
         """Compute one step; return what became known."""
+        failed = self._start_waiting()
         events = [self._event(e) for e in self.loop.step() if e.seq in self.owner]
         self.num_generated += len(events)  # but for the few that only say that a sequence failed
         for event in events:
             if event.finish:
                 self._forget(self.members[event.request_id][event.index])
-        return events
+        return failed + events
 
     def attend(self) -> None:
         """Take part in the step of other groups that compute in lockstep with this one, which has none."""
@@ -136,10 +163,27 @@ class EngineCore:
             prefill_tokens=scheduler.prefill_tokens,
         )
 
+    def _start_waiting(self) -> list[TokenEvent]:
+        """Start requests whose grammar is compiled by now; returns how those ended that could not be."""
+        if self.waiting and self.loop.idle:
+            wait([each.compiled for each in self.waiting.values()], WAIT_S, FIRST_COMPLETED)
+        failed: list[TokenEvent] = []
+        for name in [name for name, each in self.waiting.items() if each.compiled.done()]:
+            submission = self.waiting[name].submission
+            try:
+                self._start(*self.waiting.pop(name))
+            except Exception as error:  # whatever one request holds, the others go on
+                if not isinstance(error, InvalidRequest):
+                    logger.exception("request %s could not be started", name)
+                    self.abort(name)
+                outputs = submission.outputs or ((),) * submission.params.n
+                failed += [_failure(name, i, error) for i, output in enumerate(outputs) if output is not None]
+        return failed
+
     def _check(self, submission: Submission, outputs: tuple[tuple[int, ...] | None, ...]) -> None:
         """Refuse what would harm others once it is in a batch."""
         name, num_outputs = submission.request_id, submission.params.n
-        if name in self.members:
+        if name in self.members or name in self.waiting:
             raise InvalidRequest(f"request id {name!r} is in use; choose another", param="request_id")
         if len(outputs) != num_outputs:
             raise InvalidRequest(f"there are outputs for {len(outputs)} sequences, and n is {num_outputs}")
@@ -186,6 +230,12 @@ class EngineCore:
             del self.members[request_id]
         self.progress.pop(seq, None)
         self.runner.forget(seq)
+
+
+def _failure(name: str, index: int, error: Exception) -> TokenEvent:
+    known = isinstance(error, InvalidRequest)
+    why = str(error) if known else f"the request could not be started: {type(error).__name__}"
+    return TokenEvent(request_id=name, index=index, token=None, finish=FinishReason.ERROR.value, error=why)
 
 
 def _sequence(

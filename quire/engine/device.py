@@ -2,7 +2,7 @@
 
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from quire.checkpoint.source import resolve as find_model
 from quire.config import Config
 from quire.engine.precompile import Job, Precompiler, compiled, fix_keys
 from quire.engine.roads import Road, take_road
-from quire.engine.text import model_config
+from quire.engine.text import model_config, read_tokens
 from quire.engine.ticks import in_lockstep
 from quire.errors import ConfigError
+from quire.grammar.matchers import Matchers
 from quire.kernels import ops
 from quire.kernels.gpu import gpu_of
 from quire.layers.base import Network
@@ -39,6 +40,8 @@ from quire.runner.runner import Runner
 from quire.runner.state import SlotState
 from quire.runner.states import StateRows
 from quire.sampling.sampler import Sampler
+
+MOST_MASK_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,13 +257,25 @@ def make_runner(
     ahead = _compile_ahead(config, found.raw, model)
     found.road.load(model, config, found.folder)
     return_memory()
-    runner = _runner(config, memory, model, device)
+    runner = _runner(config, memory, model, device, _grammars(found, config))
     if ahead is not None:
         weakref.finalize(runner, ahead.close)
     return runner
 
 
-def _runner(config: Config, memory: Memory, model: Network, device: torch.device) -> Runner:
+def _grammars(found: Found, config: Config) -> Matchers:
+    """They share this rank's threads with the steps, one after the other."""
+
+    def load() -> tuple[str, Collection[int]]:
+        tokenizer, ends = read_tokens(config, found.folder, found.raw)
+        return ("" if tokenizer is None else tokenizer.to_json()), ends
+
+    return Matchers(load, found.spec.vocab_size, min(torch.get_num_threads(), MOST_MASK_THREADS))
+
+
+def _runner(
+    config: Config, memory: Memory, model: Network, device: torch.device, grammars: Matchers
+) -> Runner:
     max_seqs, length, block_size = config.max_num_seqs, config.max_model_len, config.block_size
     if max_seqs is None or length is None or block_size is None:
         raise ConfigError("the options are not resolved")
@@ -280,4 +295,4 @@ def _runner(config: Config, memory: Memory, model: Network, device: torch.device
     )
     fixed, mixed = _repeated(parts, config, keeps_states=states is not None)
     rows = None if states is None else StateRows(states)
-    return Runner(*parts, block_size=block_size, fixed=fixed, mixed=mixed, states=rows)
+    return Runner(*parts, grammars=grammars, fixed=fixed, mixed=mixed, states=rows)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from quire.types import SamplingParams, TokenLogprobs
+from quire.types import Grammar, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,7 @@ class Submission:
     cache_salt: str = ""
     label: str = ""  # what its user calls it; nothing depends on it
     outputs: tuple[tuple[int, ...] | None, ...] = ()
+    grammar: Grammar | None = None
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quire.engine.events import Submission
+from quire.engine.grammars import GrammarChecks
 from quire.errors import InvalidRequest, PromptTooLong
 from quire.text.chat import ChatTemplate
 from quire.text.tokenizer import Tokenizer, bad_word_ids
 from quire.text.tools.dialect import Dialect
-from quire.types import Prompt, Request, SamplingParams
+from quire.types import Grammar, Prompt, Request, SamplingParams, StructuredOutputsParams
 
 MAX_SALT_CHARS = 128
 
@@ -32,6 +33,7 @@ class InputProcessor:
         self.tokenizer, self.template, self.dialect = tokenizer, template, dialect
         self.vocab_size, self.max_length, self.max_logprobs = vocab_size, max_length, max_logprobs
         self.eos_token_ids, self.defaults = eos_token_ids, dict(defaults)
+        self.grammars = None if tokenizer is None else GrammarChecks(tokenizer, vocab_size, eos_token_ids)
 
     @property
     def chat(self) -> str | None:
@@ -53,11 +55,16 @@ class InputProcessor:
         arrival_s: float = 0.0,
         add_special_tokens: bool = True,
         marks: Mapping[int, str] | None = None,
+        continued: str | None = None,
     ) -> Request:
         """Check one prompt and its parameters.
 
+        `continued`: of a conversation, what the prompt ends with where the answer goes on with a message. There the
+        answer may begin with reasoning, of which structured outputs say nothing.
+
         Raises:
             InvalidRequest: empty, too long, or a token id or parameter that this model cannot take.
+            Overloaded: too many grammars are being checked.
         """
         text, tokens, salt = self._read(prompt, add_special_tokens)
         self._check_prompt(tokens)
@@ -72,6 +79,7 @@ class InputProcessor:
             cache_salt=salt,
             arrival_s=arrival_s,
             marks=marks,
+            grammar=self._grammar(params.structured_outputs, text or "", continued),
         )
 
     def submission(self, request: Request) -> Submission:
@@ -81,7 +89,7 @@ class InputProcessor:
         return Submission(
             request_id=request.id,
             prompt_token_ids=request.prompt_token_ids,
-            params=params,
+            params=dataclasses.replace(params, structured_outputs=None) if request.grammar else params,
             max_tokens=min(room, params.max_tokens or room),
             eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
             bad_words=tuple(tuple(w) for w in words),
@@ -89,6 +97,7 @@ class InputProcessor:
             tenant=request.tenant,
             cache_salt=request.cache_salt,
             outputs=tuple(None if i in request.ended else t for i, t in enumerate(request.outputs)),
+            grammar=request.grammar,
         )
 
     def resumed(
@@ -191,6 +200,17 @@ class InputProcessor:
             " 'prompt_token_ids'",
             param="prompt",
         )
+
+    def _grammar(
+        self, asked: StructuredOutputsParams | None, prompt: str, continued: str | None
+    ) -> Grammar | None:
+        if asked is None:
+            return None
+        if self.grammars is None:
+            self._tokenizer("structured_outputs")
+            return None
+        thoughts = None if continued is None else self.dialect.thoughts(prompt, continued)
+        return Grammar(self.grammars.check(asked), thoughts)
 
     def _check_prompt(self, tokens: Sequence[int]) -> None:
         if not tokens:

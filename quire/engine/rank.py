@@ -29,7 +29,7 @@ from quire.parallel.factory import Rendezvous, communicators
 from quire.resolve import Memory
 from quire.runner.runner import Runner, Sampling
 from quire.scheduler.plan import Plan, Result
-from quire.types import TokenLogprobs
+from quire.types import Grammar, TokenLogprobs
 
 CONNECT_S = 60.0
 REFUSED = 2  # exit code of a rank that rank 0 does not want
@@ -69,7 +69,7 @@ class Joined(Message, frozen=True):
 
 
 class Step(Message, frozen=True):
-    """What to do, in this order: sequences to know, sequences to forget, a plan to carry out.
+    """What to do, in this order: sequences to know, sequences to forget, a plan to carry out. `grammars` come later.
 
     Of groups in lockstep, `most_rows` is the most tokens that one has in the step, in which this may have none.
     """
@@ -78,6 +78,7 @@ class Step(Message, frozen=True):
     gone: list[int]
     plan: Plan
     most_rows: int = 0
+    grammars: list[Grammar] = []
 
 
 class Sampled(Message, frozen=True):
@@ -190,6 +191,8 @@ class Worker:
 
     def _carry_out(self, step: Step) -> None:
         runner, plan = self.runner, step.plan
+        for grammar in step.grammars:
+            runner.prepare(grammar)
         for seq, sampling in step.new:
             runner.register(seq, sampling)
         for seq in step.gone:

@@ -12,11 +12,13 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch.distributed import TCPStore
@@ -39,7 +41,7 @@ from quire.parallel.mesh import Mesh
 from quire.resolve import Memory
 from quire.runner.runner import Runner, Sampling
 from quire.scheduler.plan import Plan, Result
-from quire.types import TokenLogprobs
+from quire.types import Grammar, TokenLogprobs
 
 RANK = "quire.engine.rank"
 LOOPBACK = "127.0.0.1"
@@ -339,6 +341,7 @@ class Team:
         self.runner, self.ranks = runner, ranks
         self.new: list[tuple[int, Sampling]] = []  # since the last step
         self.gone: list[int] = []
+        self.grammars: list[Grammar] = []
         self.is_amid = False  # a step
         self.close = weakref.finalize(self, _end, runner, ranks)  # by itself when nobody has it, too
 
@@ -351,6 +354,11 @@ class Team:
     def logprobs(self) -> dict[int, deque[TokenLogprobs]]:
         """See `Runner`."""
         return self.runner.logprobs
+
+    def prepare(self, grammar: Grammar) -> Future[Any]:
+        """See `Runner.prepare`. Other ranks do so with the next step, if there is one before they need it."""
+        self.grammars.append(grammar)
+        return self.runner.prepare(grammar)
 
     def register(self, seq: int, sampling: Sampling) -> None:
         """See `Runner.register`."""
@@ -378,8 +386,8 @@ class Team:
             )
         self.is_amid = True
         most_rows = self.ranks.turn(sum(work.count + work.drafts for work in plan.work)) if plan.work else 0
-        self.ranks.send(Step(self.new, self.gone, plan, most_rows))
-        self.new, self.gone = [], []
+        self.ranks.send(Step(self.new, self.gone, plan, most_rows, self.grammars))
+        self.new, self.gone, self.grammars = [], [], []
         self.runner.expect(most_rows)
         self.runner.launch(plan)
         self.is_amid = bool(plan.work)
@@ -391,9 +399,9 @@ class Team:
             self.runner.expect(most_rows)
             self.runner.idle()
 
-    def sample(self, plan: Plan, masks: None = None) -> Callable[[], Result]:
+    def sample(self, plan: Plan) -> Callable[[], Result]:
         """See `Runner.sample`. Of several stages, the last one's ranks do it by themselves."""
-        found = self.runner.sample(plan, masks) if self.runner.samples else self._answer
+        found = self.runner.sample(plan) if self.runner.samples else self._answer
         self.is_amid = False
         return found
 

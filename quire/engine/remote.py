@@ -126,7 +126,7 @@ class RemoteEngine:
         """
         await self.check_health()
         request = await self.calls.request(
-            lambda: prompt, sampling_params, request_id, priority, tenant, add_special_tokens=True
+            lambda: prompt, sampling_params, request_id, priority, tenant, is_chat=False
         )
         async for output in self.stream(request):
             yield output
@@ -149,7 +149,7 @@ class RemoteEngine:
             request_id,
             priority,
             tenant,
-            add_special_tokens=False,
+            is_chat=True,
         )
         async for output in self.stream(request):
             yield output

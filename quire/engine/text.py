@@ -52,8 +52,8 @@ def read_text(config: Config) -> Text:
     raw = model_config(config, folder)
     if road(raw, config.model_impl) == NATIVE:
         decoder_spec(raw)  # a network that cannot be served is named before its tokenizer is missed
-    tokenizer = _tokenizer(config, folder)
-    generation = read_generation_config(folder) if config.generation_config == "auto" else {}
+    tokenizer, ends = read_tokens(config, folder, raw)
+    generation = _generation(config, folder)
     template = None if tokenizer is None else ChatTemplate.of(tokenizer, config.chat_template)
     sources = () if template is None else tuple(template.sources.values())
     tools = tool_format(config.tool_call_parser, sources)
@@ -61,7 +61,7 @@ def read_text(config: Config) -> Text:
         tokenizer=tokenizer,
         template=template,
         dialect=Dialect(tools, reasoning_format(config.reasoning_parser, sources), tokenizer),
-        eos_token_ids=end_tokens(generation, raw, tokenizer),
+        eos_token_ids=ends,
         defaults=default_sampling({**generation, **(config.override_generation_config or {})}),
         max_logprobs=config.max_logprobs,
     )
@@ -70,6 +70,22 @@ def read_text(config: Config) -> Text:
 def build_inputs(config: Config, *, vocab_size: int, max_model_len: int) -> InputProcessor:
     """`read_text` and `Text.inputs` in one, for who has both sizes."""
     return read_text(config).inputs(vocab_size=vocab_size, max_model_len=max_model_len)
+
+
+def read_tokens(
+    config: Config, folder: Path, raw: Mapping[str, Any]
+) -> tuple[Tokenizer | None, frozenset[int]]:
+    """The tokenizer, if there is to be one, and the tokens that end a text.
+
+    Raises:
+        ConfigError, ModelError: naming the option or the file.
+    """
+    tokenizer = _tokenizer(config, folder)
+    return tokenizer, end_tokens(_generation(config, folder), raw, tokenizer)
+
+
+def _generation(config: Config, folder: Path) -> dict[str, Any]:
+    return read_generation_config(folder) if config.generation_config == "auto" else {}
 
 
 def model_config(config: Config, folder: Path) -> dict[str, Any]:

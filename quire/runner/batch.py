@@ -40,7 +40,7 @@ class Batch:
         )
 
 
-def make_batch(work: Sequence[Work], state: SlotState, block_size: int) -> Batch:
+def make_batch(work: Sequence[Work], state: SlotState) -> Batch:
     """Gather what the work covers; one upload of indices, the tokens themselves are on the device already."""
     counts = np.array([w.count for w in work])
     begins = np.array([w.start for w in work])
@@ -62,6 +62,7 @@ def make_batch(work: Sequence[Work], state: SlotState, block_size: int) -> Batch
         ),
         state.tokens.device,
     )
+    block_size = state.block_size
     blocks = state.tables[row_slots, at // block_size].long()
     ragged = Ragged(
         positions=at,

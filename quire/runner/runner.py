@@ -9,12 +9,16 @@ alone: they would no longer do the same.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
+from llguidance import LLMatcher
 from torch import Tensor
 
 from quire.attention.base import Cache
+from quire.grammar.matchers import Allowed, Matchers
 from quire.layers.base import Network
 from quire.log import logger
 from quire.runner.advance import ENDED
@@ -27,8 +31,10 @@ from quire.runner.states import StateRows, StatesLost
 from quire.sampling.logprobs import prompt_logprobs
 from quire.sampling.sampler import HostSampled, Sampled, Sampler
 from quire.scheduler.plan import Plan, Result, Start, Work
-from quire.types import SamplingParams, TokenLogprobs
+from quire.types import Grammar, SamplingParams, TokenLogprobs
 
+NOT_A_NUMBER = "the network's output was not a number"
+NOTHING_ALLOWED = f"{NOT_A_NUMBER}, or what the grammar allows is excluded by other parameters"
 PROMPT_ROWS = 256  # rows whose logits are held at once when a prompt's log probabilities are computed
 
 
@@ -40,6 +46,7 @@ class Sampling:
     seed: int
     stop_token_ids: frozenset[int] = frozenset()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
 
 
 Drawn = tuple[tuple[Work, ...], Callable[[], HostSampled]]  # rows, and a call that waits for what they got
@@ -55,7 +62,7 @@ class Runner:
         state: SlotState,
         sampler: Sampler,
         *,
-        block_size: int,
+        grammars: Matchers,
         fixed: FixedSteps | None = None,
         mixed: MixedSteps | None = None,
         states: StateRows | None = None,
@@ -65,7 +72,7 @@ class Runner:
         `states`: those of a network that keeps any.
         """
         self.model, self.caches, self.state, self.sampler = model, caches, state, sampler
-        self.block_size, self.fixed, self.mixed, self.states = block_size, fixed, mixed, states
+        self.grammars, self.fixed, self.mixed, self.states = grammars, fixed, mixed, states
         self.sampling: dict[int, Sampling] = {}  # by sequence, from `register` to `forget`
         self.logprobs: dict[int, deque[TokenLogprobs]] = {}  # by sequence, a token each, oldest first
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by sequence, for prompt tokens 1, 2, ...
@@ -88,11 +95,20 @@ class Runner:
         self.launched, self.drawn = [], []
         axes.close()
 
+    def prepare(self, grammar: Grammar) -> Future[LLMatcher]:
+        """Begin to compile what sequences are about to have; a step that begins one of them waits for it.
+
+        The result raises InvalidRequest if that cannot be done.
+        """
+        return self.grammars.prepare(grammar)
+
     def register(self, seq: int, sampling: Sampling) -> None:
         """Make a sequence known before the scheduler may plan it."""
         self.sampling[seq] = sampling
         self.logprobs[seq] = deque()
         self.prompt_logprobs[seq] = []
+        if sampling.grammar is not None and self.samples:
+            self.grammars.register(seq, sampling.grammar)
 
     def take_prompt_logprobs(self, seq: int) -> tuple[TokenLogprobs, ...] | None:
         """The prompt's, if they were asked for and not taken yet; they are not computed again."""
@@ -106,6 +122,7 @@ class Runner:
         """Drop what is kept for a finished sequence; plans in flight may still name it."""
         for kept in (self.sampling, self.logprobs, self.prompt_logprobs, self.failed):
             kept.pop(seq, None)
+        self.grammars.forget(seq)
 
     def expect(self, most_rows: int) -> None:
         """How many tokens the coming step has where it has most, of groups that compute in lockstep."""
@@ -140,7 +157,7 @@ class Runner:
             self.states.keep(plan.work)
 
     @torch.inference_mode()
-    def sample(self, plan: Plan, masks: None = None) -> Callable[[], Result]:
+    def sample(self, plan: Plan) -> Callable[[], Result]:
         """Draw the tokens of the launched plan; the returned call waits for them."""
         drawn = self.drawn
         for batch, hidden in self.launched:
@@ -161,11 +178,14 @@ class Runner:
             return True
 
     def _start_whole(self, work: tuple[Work, ...]) -> bool:
-        if self.fixed and self.samples and (fetch := self.fixed.sample(work)) is not None:
+        free = not any(w.samples and w.seq in self.grammars for w in work)  # masks are made by the host
+        if self.fixed and self.samples and free and (fetch := self.fixed.sample(work)) is not None:
             self.drawn = [(work, fetch)]
         elif self.fixed and (forwarded := self.fixed.forward(work)) is not None:
             self.launched = [forwarded]
-        elif self.mixed and not any(map(self._to_score, work)) and (drawn := self.mixed.sample(work)):
+        elif (
+            self.mixed and free and not any(map(self._to_score, work)) and (drawn := self.mixed.sample(work))
+        ):
             self.drawn = [drawn]
         return bool(self.drawn or self.launched)
 
@@ -179,7 +199,7 @@ class Runner:
         while todo:
             piece = todo.popleft()
             try:
-                batch = make_batch(piece, self.state, self.block_size)
+                batch = make_batch(piece, self.state)
                 self.launched.append((batch, self.model(batch.token_ids, batch.ragged, self.caches)))
                 continue
             except torch.OutOfMemoryError as error:
@@ -204,9 +224,10 @@ class Runner:
         try:
             logits = self.model.logits(hidden[batch.last_rows])
             positions = [w.start + w.count for w in rows]
-            sampled = self.sampler.sample(logits, [w.slot for w in rows], positions)
+            allowed = self.grammars.allowed([w.seq for w in rows])
+            sampled = self.sampler.sample(logits, [w.slot for w in rows], positions, allowed)
             self.state.append(batch.slots, batch.sample_positions, sampled.token_ids)
-            return [(rows, to_host(sampled))]
+            return [(rows, self._fetched(rows, sampled, allowed))]
         except Exception as error:
             if self.model.axes.splits(error):
                 raise
@@ -221,11 +242,24 @@ class Runner:
         parts = (slice(middle), slice(middle, None))
         return [drawn for part in parts for drawn in self._draw(batch.rows(part), hidden)]
 
+    def _fetched(
+        self, rows: Sequence[Work], sampled: Sampled, allowed: Allowed | None
+    ) -> Callable[[], HostSampled]:
+        """A call that waits for what rows got, of which their grammars learn too."""
+        fetch = cache(to_host(sampled))
+        for i, work in enumerate(rows):
+            if work.seq in self.grammars:
+                self.grammars.drew(work.seq, lambda i=i: fetch().token_ids[i])  # type: ignore[misc]
+        if allowed is not None:
+            self.failed.update(allowed.errors)
+        return fetch
+
     def _admit(self, start: Start) -> None:
         sampling = self.sampling.get(start.seq)
         if sampling is None:
             return  # aborted between planning and launching
         try:
+            self.grammars.begin(start.seq, start.tokens[start.prompt_len :])
             self.sampler.admit(
                 start.slot,
                 sampling.params,
@@ -296,7 +330,9 @@ class Runner:
                     continue
                 tokens[work.seq] = (token,)
                 if bad:
-                    errors.setdefault(work.seq, "the network's output was not a number")
+                    errors.setdefault(
+                        work.seq, NOTHING_ALLOWED if work.seq in self.grammars else NOT_A_NUMBER
+                    )
                 if scores is not None and (kept := self.logprobs.get(work.seq)) is not None:
                     kept.append(scores)
         return Result(tuple(tokens.get(w.seq, ()) for w in plan.work), errors, lost)

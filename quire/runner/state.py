@@ -38,7 +38,7 @@ class SlotState:
         beside: Tensor | None = None,
     ):
         max_blocks = -(-max_length // block_size)
-        self.nobody, self.max_length = num_slots, max_length
+        self.nobody, self.max_length, self.block_size = num_slots, max_length, block_size
         self.tokens = torch.zeros(num_slots + 1, max_length + 1, dtype=torch.int32, device=device)
         self.numbers = torch.zeros(num_slots + 1, 1 + max_blocks, dtype=torch.int32, device=device)
         self.tables = self.numbers[:, 1:]

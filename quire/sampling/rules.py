@@ -21,6 +21,7 @@ from quire.kernels.dispatch import op
 from quire.parallel.vocabulary import Vocabulary
 from quire.sampling import cuda
 from quire.sampling.records import Records
+from quire.sampling.slots import upload
 from quire.types import SamplingParams
 
 ANY = -1  # matches every token
@@ -92,6 +93,24 @@ def record_of(
     values = [list(early.values()), [always.get(token, 0.0) for token in early]]
     floats = np.array(values, np.float32).flatten().view(np.int32)
     return np.concatenate((np.array(header, np.int32), mask, added, floats, lasts, others))
+
+
+def mask(logits: Tensor, rows: Sequence[int], words: np.ndarray, vocabulary: Vocabulary) -> None:
+    """Exclude in `rows` [M] of `logits` [R, own] what `words` [M, W] int32 do not allow: bits as in `Parts.allowed`.
+
+    They are of the whole vocabulary, and tokens beyond them are not allowed. A NaN or infinity stays, as in `restrict`.
+    """
+    own, device = vocabulary.own, logits.device
+    first = own.start // 8
+    part = np.zeros((len(rows), -(-own.stop // 8) - first), np.uint8)
+    found = words.view(np.uint8)[:, first : first + part.shape[1]]
+    part[:, : found.shape[1]] = found
+    sent, index = upload(torch.from_numpy(part), torch.uint8, device), upload(rows, torch.int64, device)
+    bits = (sent[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    skipped = own.start - first * 8
+    barred = bits.flatten(1)[:, skipped : skipped + len(own)] == 0
+    chosen = logits[index]
+    logits[index] = chosen.masked_fill(barred & (chosen < torch.inf), -torch.inf)
 
 
 @op

@@ -3,6 +3,7 @@
 The order is vLLM's:
 
     raw log probabilities
+    what a grammar allows
     allowed_token_ids, bad_words, min_tokens, logit_bias
     penalties: repetition (prompt and outputs), frequency, presence (outputs)
     greedy rows: argmax
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.grammar.matchers import Allowed
 from quire.parallel.vocabulary import Vocabulary
 from quire.sampling import penalties, rules
 from quire.sampling.draw import draw
@@ -121,12 +123,18 @@ class Sampler:
         """The slot's sequence is gone; releasing an empty slot does nothing."""
         self._params.clear(slot)
 
-    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int] | Tensor) -> Sampled:
+    def sample(
+        self,
+        logits: Tensor,
+        slots: Sequence[int],
+        positions: Sequence[int] | Tensor,
+        allowed: Allowed | None = None,
+    ) -> Sampled:
         """Choose a token for each row and count it in its slot's state.
 
-        `logits` [R, own] float32 are the model's, masked by a grammar or not; they may be overwritten.
-        `positions` [R] are the chosen tokens' indices in their sequences: the prompt's length for the first
-        output. A slot appears at most once.
+        `logits` [R, own] float32 are the model's; they may be overwritten. `positions` [R] are the chosen tokens'
+        indices in their sequences: the prompt's length for the first output. A slot appears at most once. `allowed`:
+        what grammars let rows have.
         """
         self._params.flush()
         where, at = self._upload(slots, positions)
@@ -135,8 +143,12 @@ class Sampler:
         asked = self._logprob_rows(slots) if union & Uses.LOGPROBS else {}
         index = {k: self._index(rows, len(slots)) for k, rows in asked.items()}
         raw = {k: logits[rows] for k, rows in index.items()}
-        if union & EXTRAS:  # nothing else writes to the logits, and a slice of them is no copy
+        if (
+            union & EXTRAS or allowed is not None
+        ):  # nothing else writes to the logits, and a slice of them is no copy
             raw = {k: own.clone() if isinstance(index[k], slice) else own for k, own in raw.items()}
+        if allowed is not None:
+            rules.mask(logits, allowed.rows, allowed.words, self._vocabulary)
         token_ids, bad = self._choose(logits, where, at, union)
         groups = [
             compute(raw[k], token_ids[index[k]], k, rows, self._vocabulary) for k, rows in asked.items()

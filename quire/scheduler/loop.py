@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from quire.errors import ConfigError
 from quire.scheduler.plan import Emitted, Plan, Result
@@ -28,19 +28,14 @@ class Device(Protocol):
     def launch(self, plan: Plan) -> object:
         """Apply a plan's changes and start its forward pass. A plan without work brings only changes."""
 
-    def sample(self, plan: Plan, masks: Any) -> Callable[[], Result]:
+    def sample(self, plan: Plan) -> Callable[[], Result]:
         """Start sampling for the plan launched last; the returned call waits for the tokens."""
-
-
-def no_masks(plan: Plan) -> None:
-    """Every token is allowed."""
 
 
 class Loop:
     """One step at a time, with at most `depth - 1` plans in flight between steps; depth 1 is synchronous.
 
-    `masks(plan)` says what the plan's sequences may sample; up to depth 2 it is asked when all earlier tokens
-    are known.
+    Up to depth 2 a plan samples when all earlier tokens are known, on which what is allowed may depend.
     """
 
     def __init__(
@@ -50,11 +45,10 @@ class Loop:
         *,
         depth: int,
         now: Callable[[], float],
-        masks: Callable[[Plan], Any] = no_masks,
     ):
         if depth < 1:
             raise ConfigError(f"depth is {depth}; it must be at least 1, which is synchronous")
-        self.scheduler, self.device, self.depth, self.now, self.masks = scheduler, device, depth, now, masks
+        self.scheduler, self.device, self.depth, self.now = scheduler, device, depth, now
         self.inflight: deque[tuple[Plan, Callable[[], Result]]] = deque()
         self.launched: Plan | None = None  # and not sampled yet
 
@@ -75,8 +69,8 @@ class Loop:
             if not plan.work:
                 return self._settle(len(self.inflight) - 1)
             self.launched = plan
-        emitted = self._settle(max(self.depth - 2, 0))  # the masks may need these tokens
-        sampled = self.device.sample(self.launched, self.masks(self.launched))
+        emitted = self._settle(max(self.depth - 2, 0))  # while the device computes
+        sampled = self.device.sample(self.launched)
         self.inflight.append((self.launched, sampled))
         self.launched = None
         return emitted + self._settle(self.depth - 1)

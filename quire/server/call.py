@@ -76,8 +76,9 @@ class Call:
         add_special_tokens: bool,
         resume: Resume | None,
         marks: Mapping[int, str] | None = None,
+        continued: str | None = None,
     ) -> list[Request]:
-        """Tokenize; call it off the event loop.
+        """Tokenize, and have grammars checked; call it off the event loop. `continued`: see `InputProcessor.request`.
 
         Raises:
             InvalidRequest: a prompt is empty, too long, or together they ask for too much.
@@ -97,6 +98,7 @@ class Call:
                 arrival_s=time.monotonic(),
                 add_special_tokens=add_special_tokens,
                 marks=marks,
+                continued=continued,
             )
             for prompt in prompts
         ]

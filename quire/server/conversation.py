@@ -80,6 +80,7 @@ def begin(
         add_special_tokens=add_special_tokens,
         resume=ask.resume,
         marks=inputs.dialect.marks,
+        continued=asked.continued,
     )
     return [Reading(inputs, asked, requests[0], f"{call.id} {n}") for n in range(params.n)], requests
 

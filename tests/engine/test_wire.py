@@ -14,7 +14,7 @@ from quire.engine.events import Submission, TokenEvent
 from quire.engine.metrics import StepStats
 from quire.engine.wire import Channel, WireError
 from quire.errors import EngineDead
-from quire.types import FinishReason, OutputKind, SamplingParams, TokenLogprobs
+from quire.types import FinishReason, Grammar, OutputKind, SamplingParams, Thoughts, TokenLogprobs
 
 quick = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -49,6 +49,7 @@ PARAMS = {
     "detokenize": st.just(True),
     "skip_special_tokens": st.booleans(),
     "skip_reading_prefix_cache": st.none() | st.booleans(),
+    "structured_outputs": st.none(),  # the submission's grammar is made of it
     "output_kind": st.sampled_from(OutputKind),
 }
 params = st.builds(SamplingParams, **PARAMS)
@@ -65,6 +66,8 @@ submissions = st.builds(
     tenant=texts,
     cache_salt=texts,
     outputs=outputs,
+    grammar=st.none()
+    | st.builds(Grammar, texts, st.none() | st.builds(Thoughts, texts, texts, st.booleans())),
 )
 scores = st.builds(
     TokenLogprobs, many, st.lists(st.floats(allow_nan=False), max_size=4), st.lists(counts, max_size=4)

@@ -187,7 +187,7 @@ def checking(runner: Runner, inner: Callable[[Sequence[Work]], Any]) -> Callable
     def sample(work: Sequence[Work]) -> Any:
         fixed = runner.fixed
         assert fixed is not None
-        batch = make_batch(work, runner.state, runner.block_size)
+        batch = make_batch(work, runner.state)
         started = inner(work)
         if started is not None:
             torch.cuda.synchronize()

@@ -136,7 +136,7 @@ class Device:
         if plan.work:
             self.busy_until = max(self.now, self.busy_until) + self.step_s(num_tokens)
 
-    def sample(self, plan: Plan, masks: object) -> Callable[[], Result]:
+    def sample(self, plan: Plan) -> Callable[[], Result]:
         lost = frozenset(w.seq for w in plan.work if self.slots[w.slot].lost)
         result, done = Result(self.sampled, self.errors, lost), self.busy_until
 

@@ -19,15 +19,16 @@ def test_depth_plans_are_in_flight_at_most(depth: int) -> None:
 
 
 @pytest.mark.parametrize(("depth", "late"), [(1, 0), (2, 0), (3, 1), (4, 2)])
-def test_masks_are_asked_for_when_earlier_tokens_are_known(depth: int, late: int) -> None:
+def test_steps_are_sampled_when_earlier_tokens_are_known(depth: int, late: int) -> None:
     """Up to depth 2 all earlier plans are committed by then; beyond, so many are not."""
     done = Run([Case((1, 2), 20, 0, stops=FOREVER)], Machine(depth=depth))
-    unknown: list[int] = []
+    sample, unknown = done.device.sample, list[int]()
 
-    def masks(plan: Plan) -> None:
+    def sampled(plan: Plan) -> Callable[[], Result]:
         unknown.append(plan.step - 1 - done.device.num_committed)
+        return sample(plan)
 
-    done.loop.masks = masks
+    done.device.sample = sampled  # type: ignore[method-assign]
     for _ in done.steps():
         pass
     assert max(unknown) == late
@@ -101,8 +102,8 @@ def test_a_step_that_was_interrupted_while_it_waited_is_gone_on_with(depth: int,
     done = Run(todo, Machine(depth=depth, stages=stages))
     sample, step, interrupted = done.device.sample, done.loop.step, set[int]()
 
-    def sampled(plan: Plan, masks: object) -> Callable[[], Result]:
-        wait = sample(plan, masks)
+    def sampled(plan: Plan) -> Callable[[], Result]:
+        wait = sample(plan)
 
         def result() -> Result:
             if plan.step % 3 == 0 and plan.step not in interrupted:

@@ -268,7 +268,7 @@ def test_what_was_cached_is_in_the_usage(client: openai.OpenAI) -> None:
     [
         ({"best_of": 2}, 400, "best_of", "removed"),
         ({"suffix": "end"}, 400, "suffix", "middle"),
-        ({"extra_body": {"guided_json": {"type": "object"}}}, 501, "guided_json", "structured_outputs"),
+        ({"extra_body": {"guided_regex": "("}}, 400, "structured_outputs", "unclosed group"),
         ({"extra_body": {"use_beam_search": True}}, 501, "use_beam_search", "cannot"),
         ({"extra_body": {"truncate_prompt_tokens": 5}}, 501, "truncate_prompt_tokens", "never cut"),
         ({"prompt": [5] * 2048}, 400, "input_tokens", "2048"),

@@ -62,8 +62,6 @@ def test_wrong_values_name_the_field_and_the_rule(
     ("field", "value", "status"),
     [
         ("tool_choice", "required", 501),
-        ("response_format", {"type": "json_object"}, 501),
-        ("structured_outputs", {"regex": "a"}, 501),
         ("chat_template", "{{ messages }}", 400),
         ("functions", [{"name": "f"}], 400),
     ],

@@ -70,6 +70,11 @@ def _prepare(front: Frontend, call: Call, ask: ChatRequest) -> "tuple[Writer, li
         )
     inputs = front.service.inputs
     tools = _tools(ask, inputs, call.warnings)
+    params = chat_params(ask, inputs.defaults)
+    if tools and params.structured_outputs is not None:
+        raise not_supported(
+            "tools", "text that is constrained can hold no calls yet; set tool_choice to none"
+        )
     names = effort_names(ask.reasoning_effort)
     if ask.documents is not None:
         names["documents"] = ask.documents
@@ -81,7 +86,6 @@ def _prepare(front: Frontend, call: Call, ask: ChatRequest) -> "tuple[Writer, li
         continued=last if isinstance(last, str) else "",
         most_calls=None if ask.parallel_tool_calls else 1,
     )
-    params = chat_params(ask, inputs.defaults)
     readings, requests = begin(front, call, asked, ask, params, add_special_tokens=ask.add_special_tokens)
     as_ids = ask.return_tokens_as_token_ids
     return Writer(call, ask, LogprobWriter(inputs.tokenizer, as_ids=as_ids), readings), requests

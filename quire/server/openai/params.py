@@ -8,13 +8,15 @@ from quire import __version__
 from quire.server.call import Call
 from quire.server.errors import ApiError, bad_request
 from quire.server.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from quire.server.openai.structured import structured
 from quire.server.sse import event
 from quire.types import Logprob, OutputKind, RequestOutput, SamplingParams
 
 FINGERPRINT = f"quire-{__version__}"
 LOWEST = -9999.0  # JSON has no infinity
 SAME = sorted(
-    GenerationRequest.model_fields.keys() & SamplingParams.__dataclass_fields__.keys() - {"max_tokens"}
+    GenerationRequest.model_fields.keys()
+    & SamplingParams.__dataclass_fields__.keys() - {"max_tokens", "structured_outputs"}
 )
 
 
@@ -24,9 +26,10 @@ def sampling_params(
     """The model's defaults, and over them what the request says.
 
     Raises:
-        InvalidRequest: a value is outside its range.
+        InvalidRequest, ApiError: a value is outside its range.
     """
     given = {name: value for name in SAME if (value := getattr(ask, name)) is not None}
+    given["structured_outputs"] = structured(ask)
     kind = OutputKind.DELTA if ask.stream else OutputKind.FINAL_ONLY
     return SamplingParams(
         **{**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs, "output_kind": kind}

@@ -39,12 +39,6 @@ REFUSED = {
     "web_search_options": LATER,
     "functions": "it was removed from the protocol; use tools",
     "function_call": "it was removed from the protocol; use tool_choice",
-    "structured_outputs": LATER,
-    "response_format": LATER,
-    "guided_json": "it was removed; use structured_outputs",
-    "guided_regex": "it was removed; use structured_outputs",
-    "guided_choice": "it was removed; use structured_outputs",
-    "guided_grammar": "it was removed; use structured_outputs",
     "best_of": f"{REMOVED}; use n",
     "use_beam_search": LATER,
     "length_penalty": "it belongs to beam search, which this server cannot do yet",
@@ -67,7 +61,6 @@ REFUSED = {
 }
 CLIENTS_FAULT = {"best_of", "functions", "function_call", "chat_template", "logits_processors", "suffix"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "function_call": ("none",),
     "tool_choice": ("none", "auto"),
     "modalities": (["text"],),
@@ -77,6 +70,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Fields of the protocol that change no answer here.
 WITHOUT_EFFECT = {
+    "guided_decoding_backend",
     "include_reasoning",
     "metadata",
     "parallel_tool_calls",
@@ -167,6 +161,21 @@ class GenerationRequest(CallAsk, OpenAIAsk):
     return_token_ids: Off = Field(False, description="Token ids of prompt and text too.")
     return_tokens_as_token_ids: Off = Field(
         False, description="Tokens of log probabilities as token_id:7 instead of text."
+    )
+    response_format: dict[str, Any] | None = Field(
+        None, description="text, json_object, json_schema (always strict) or structural_tag."
+    )
+    structured_outputs: dict[str, Any] | None = Field(
+        None,
+        description="One of json, regex, choice, grammar, json_object, structural_tag; docs/server.md says more.",
+    )
+    guided_json: StrictStr | dict[str, Any] | None = Field(None, description="As structured_outputs.json.")
+    guided_regex: StrictStr | None = Field(None, description="As structured_outputs.regex.")
+    guided_choice: Texts | None = Field(None, description="As structured_outputs.choice.")
+    guided_grammar: StrictStr | None = Field(None, description="As structured_outputs.grammar.")
+    guided_json_object: bool | None = Field(None, description="As structured_outputs.json_object.")
+    guided_whitespace_pattern: StrictStr | None = Field(
+        None, description="As structured_outputs.whitespace_pattern."
     )
     user: str | None = None
 

@@ -6,9 +6,11 @@ from typing import Any, Protocol
 
 from quire.text.tools.format import Format, Reasoning, Role, State, combined, without_calls
 from quire.text.tools.parser import Parser, call_ids
+from quire.types import Thoughts
 
 FIRST_MARK = 0xDC00  # characters that no text holds: halves of surrogate pairs
 MAX_MARKS = 0x400
+FINAL = "<|channel|>final<|message|>"  # ends reasoning where that is a channel of its own
 
 
 class Vocabulary(Protocol):
@@ -86,6 +88,15 @@ class Dialect:
             if prompt.rstrip().endswith(mark) or continued.rfind(mark) > continued.rfind(close):
                 return "reasoning"
         return "text" if continued.strip() else "start"
+
+    def thoughts(self, prompt: str, continued: str = "") -> Thoughts | None:
+        """The reasoning that an answer may begin with; None if it may not, or not as far as is known."""
+        state = self.start(prompt, continued)
+        if isinstance(self.reasoning, Format):
+            return None if self._states[state].role is Role.TEXT else Thoughts("", FINAL, begun=True)
+        if self.reasoning is None or state == "text":
+            return None
+        return Thoughts(self.reasoning.open, self.reasoning.close, begun=state == "reasoning")
 
     def _with_marks(self, state: State) -> State:
         """Special tokens are one character each. While the model thinks, those that begin calls are markers too."""
