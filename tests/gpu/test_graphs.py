@@ -203,7 +203,7 @@ def checking(runner: Runner, inner: Callable[[Sequence[Work]], Any]) -> Callable
             for name, (ours, theirs) in pairs.items():
                 assert torch.equal(ours, theirs), (name, ours.tolist(), theirs.tolist(), work)
             for row, length in enumerate(ragged.lengths.tolist()):
-                used = -(-length // runner.block_size)
+                used = -(-length // runner.state.block_size)
                 ours, theirs = inputs.tables[row, :used].tolist(), ragged.block_tables[row, :used].tolist()
                 assert ours == theirs, (row, ours, theirs)
         return started

@@ -69,7 +69,7 @@ def fix(engine: Engine) -> FixedSteps:
     runner = engine.core.runner
     parts = (runner.model, runner.caches, runner.state, runner.sampler)
     graphs = Graphs(capture=False, keeps_states=runner.states is not None)
-    runner.fixed = FixedSteps(*parts, block_size=runner.block_size, graphs=graphs)
+    runner.fixed = FixedSteps(*parts, block_size=runner.state.block_size, graphs=graphs)
     return runner.fixed
 
 
