@@ -94,9 +94,8 @@ def build_core(
     found, platform = find(config), platform_of(config, ranks.seat.index if ranks else group)
     machine, stored = machine_of(platform).part(config.data_parallel_size), dtype_of(found.raw)
     backend = backend_of(config, platform, resolve_dtype(config, stored, machine)[0])
-    block_size = (
-        backend.block_size * config.decode_context_parallel_size
-    )  # all ranks' part of a block together
+    # All ranks' parts of a block together.
+    block_size = backend.block_size * config.decode_context_parallel_size
     machine = dataclasses.replace(machine, block_size=block_size)
     resolved = resolve(config, found.spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config

@@ -90,9 +90,8 @@ def _launch(channel: Channel, post: Post | None) -> tuple[CoreParts, Line] | Non
         raise WireError(f"the first message is a {type(message).__name__}; it must be a Launch")
     try:
         config, followers = Config.of(**message.options), None
-        if post is None and in_lockstep(
-            config
-        ):  # forks come before there are threads, or anything is computed
+        # Forks come before there are threads, or anything is computed.
+        if post is None and in_lockstep(config):
             followers = _fork_groups(config, channel)
             post = followers.post
         others = [] if followers is None else [other.sock for other in followers.channels]

@@ -8,7 +8,6 @@ group goes on with it. The others' streams do not notice.
 import asyncio
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,14 +15,15 @@ from typing import Any
 
 from quire.config import Config
 from quire.engine.admission import Admission
+from quire.engine.division import Division
 from quire.engine.events import Submission, TokenEvent
 from quire.engine.journal import Entry
 from quire.engine.keeper import Client, Keeper
 from quire.engine.metrics import Metrics, StepStats, added
-from quire.engine.router import Router, State, Ticket
+from quire.engine.router import State
 from quire.engine.service import Status
 from quire.engine.supervisor import GROUP, HANG_S
-from quire.engine.ticks import PIECE_TOKENS, chain_of_prompt, in_lockstep
+from quire.engine.ticks import in_lockstep
 from quire.engine.wire import Facts
 from quire.errors import EngineDead, QuireError
 from quire.log import logger
@@ -41,14 +41,14 @@ class Member:
         """See `Client`."""
         for event in events:
             if event.token is not None:
-                self.groups.began(event.request_id)
+                self.groups.division.began(event.request_id)
             if event.finish is not None and event.request_id not in self.keeper.journal.entries:
-                self.groups.ended(event.request_id)
+                self.groups.division.ended(event.request_id)
         self.client.heard(events)
 
     def failed(self, name: str, error: QuireError) -> None:
         """See `Client`."""
-        self.groups.ended(name)
+        self.groups.division.ended(name)
         self.client.failed(name, error)
 
 
@@ -115,11 +115,7 @@ class Groups:
             )
             for number in range(config.data_parallel_size)
         ]
-        names = [f"group-{number}" for number in range(len(self.keepers))]
-        self.router = Router(
-            names, piece_tokens=PIECE_TOKENS, capacity=1, most_s=math.inf, waits=True, seed=config.seed
-        )
-        self.tickets: dict[str, Ticket] = {}  # by the name of an open request
+        self.division = Division(len(self.keepers), config.seed, clock)
         self.members: dict[Client, list[Member]] = {}  # by group
         self.num_restarts_seen = [0] * len(self.keepers)
         self.started = False
@@ -135,7 +131,7 @@ class Groups:
             await asyncio.gather(*starting, return_exceptions=True)
             raise
         for number, facts in enumerate(found):
-            self.router.index.capacities[number] = max(facts.num_blocks * facts.block_size // PIECE_TOKENS, 1)
+            self.division.holds(number, facts.num_blocks * facts.block_size)
         self.started = True
         self.changed.set()
         return first
@@ -149,12 +145,12 @@ class Groups:
 
     def abort(self, name: str, index: int | None = None) -> None:
         """See `Keeping`."""
-        ticket = self.tickets.get(name)
+        ticket = self.division.tickets.get(name)
         if ticket is not None:
             keeper = self.keepers[ticket.replica]
             keeper.abort(name, index)
             if name not in keeper.journal.entries:
-                self.ended(name)
+                self.division.ended(name)
 
     def cancel(self, label: str, error: QuireError) -> int:
         """See `Keepers`."""
@@ -162,9 +158,9 @@ class Groups:
 
     def reset_prefix_cache(self) -> None:
         """See `Keepers`."""
-        for number, keeper in enumerate(self.keepers):
+        for keeper in self.keepers:
             keeper.reset_prefix_cache()
-            self.router.index.forget(number)
+        self.division.forget()
 
     def replace(self) -> bool:
         """See `Keepers`: all that are ready, at once."""
@@ -186,18 +182,6 @@ class Groups:
     def entries(self) -> Iterator[tuple[str, Entry, bool]]:
         """See `Keepers`."""
         return itertools.chain.from_iterable(keeper.entries() for keeper in self.keepers)
-
-    def began(self, name: str) -> None:
-        """A request has its first token."""
-        ticket = self.tickets.get(name)
-        if ticket is not None and not ticket.begun:
-            self.router.began(ticket, self.clock())
-
-    def ended(self, name: str) -> None:
-        """A request is over."""
-        ticket = self.tickets.pop(name, None)
-        if ticket is not None:
-            self.router.ended(ticket)
 
     @property
     def status(self) -> Status:
@@ -237,10 +221,7 @@ class Groups:
     def _route(self, submission: Submission) -> int:
         """The group for a request."""
         self._look()
-        chain = chain_of_prompt(submission)
-        ticket = self.router.route(chain, len(submission.prompt_token_ids), self.clock())
-        self.tickets[submission.request_id] = ticket
-        return ticket.replica
+        return self.division.route(submission)
 
     def _member(self, number: int, client: Client) -> Member:
         members = self.members.setdefault(client, [Member(self, keeper, client) for keeper in self.keepers])
@@ -251,8 +232,8 @@ class Groups:
         for number, keeper in enumerate(self.keepers):
             if keeper.num_restarts != self.num_restarts_seen[number]:
                 self.num_restarts_seen[number] = keeper.num_restarts
-                self.router.turned(number, State.DOWN)
-            self.router.turned(number, ABLE.get(keeper.status, State.DOWN))
+                self.division.router.turned(number, State.DOWN)
+            self.division.router.turned(number, ABLE.get(keeper.status, State.DOWN))
 
     def _abandon(self, number: int) -> None:
         """A group will not come back: others, if there are some, go on with its requests."""
@@ -264,7 +245,7 @@ class Groups:
         owners = dict(keeper.clients)
         for submission in keeper.surrender():
             member = owners[submission.request_id]
-            self.ended(submission.request_id)
+            self.division.ended(submission.request_id)
             if isinstance(member, Member):
                 other = self._route(submission)
                 self.keepers[other].adopt(submission, self._member(other, member.client))

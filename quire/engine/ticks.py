@@ -8,21 +8,19 @@ The first group leads. It alone has the frontend's socket, and divides requests 
 If nobody has work there is no tick, and all wait at their sockets. A group that computes alone has nobody to wait for.
 """
 
-import array
 import dataclasses
 import math
 import select
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from quire.config import Config
+from quire.engine.division import Division
 from quire.engine.events import Submission
 from quire.engine.metrics import StepStats, added
-from quire.engine.router import Router, Ticket, chain_of
 from quire.engine.wire import (
     Abort,
     Add,
@@ -37,8 +35,6 @@ from quire.engine.wire import (
     ToGroup,
 )
 from quire.errors import EngineDead, PeerLost
-
-PIECE_TOKENS = 64
 
 
 class Due(Message, frozen=True):
@@ -163,7 +159,7 @@ class Leader:
         self.channel, self.others, self.num_turns, self.stopped = channel, others, 0, False
         self.due: dict[int, int] = {}  # rows of the step to come, by group
         self.latest: dict[int, StepStats] = {}
-        self.division = Division([f"group-{number}" for number in range(len(others) + 1)], seed)
+        self.division = Sequences(len(others) + 1, seed)
 
     @property
     def wanted(self) -> bool:
@@ -249,43 +245,26 @@ class Leader:
         if isinstance(message, Events):
             self.division.heard(message)
             self.latest[number] = message.stats
-            stats = added(self.latest.values())
-            stats = dataclasses.replace(
-                stats, prefill_tokens=message.stats.prefill_tokens
-            )  # the others' are no news
+            new = message.stats.prefill_tokens  # the others' are no news
+            stats = dataclasses.replace(added(self.latest.values()), prefill_tokens=new)
             message = Events(message.events, stats)
         elif isinstance(message, Refused):
             self.division.ended(message.request_id)
         self.channel.send(message)
 
 
-class Division:
-    """Which group has which request: a new one goes where it is expected to begin first (router.py)."""
+class Sequences(Division):
+    """A division of requests whose sequences end one by one."""
 
-    def __init__(self, names: Sequence[str], seed: int, clock: Callable[[], float] = time.monotonic):
-        self.router = Router(
-            names, piece_tokens=PIECE_TOKENS, capacity=1, most_s=math.inf, waits=True, seed=seed
-        )
-        self.clock = clock
-        self.tickets: dict[str, Ticket] = {}  # by the name of an open request
-        self.num_left: dict[str, int] = {}  # of its sequences
-
-    def holds(self, number: int, num_tokens: int) -> None:
-        """How much a group's cache does."""
-        self.router.index.capacities[number] = max(num_tokens // PIECE_TOKENS, 1)
-
-    def forget(self) -> None:
-        """Nothing is cached any more."""
-        for number in range(len(self.router.replicas)):
-            self.router.index.forget(number)
+    def __init__(self, num_groups: int, seed: int):
+        super().__init__(num_groups, seed)
+        self.num_left: dict[str, int] = {}  # by the name of an open request
 
     def route(self, submission: Submission) -> int:
-        """The group for a request."""
-        name, tokens = submission.request_id, submission.prompt_token_ids
-        ticket = self.router.route(chain_of_prompt(submission), len(tokens), self.clock())
+        """See `Division`."""
         outputs = submission.outputs or ((),) * submission.params.n
-        self.tickets[name], self.num_left[name] = ticket, sum(output is not None for output in outputs)
-        return ticket.replica
+        self.num_left[submission.request_id] = sum(output is not None for output in outputs)
+        return super().route(submission)
 
     def aborted(self, name: str, index: int | None) -> int | None:
         """The group whose request it is, or whose sequence; None if nobody's."""
@@ -298,31 +277,20 @@ class Division:
     def heard(self, message: Events) -> None:
         """Note what begins and ends."""
         for event in message.events:
-            ticket = self.tickets.get(event.request_id)
-            if ticket is not None and event.token is not None and not ticket.begun:
-                self.router.began(ticket, self.clock())
-            if ticket is not None and event.finish is not None:
+            if event.token is not None:
+                self.began(event.request_id)
+            if event.finish is not None and event.request_id in self.tickets:
                 self._less(event.request_id, 1)
 
     def ended(self, name: str) -> None:
-        """A request is over."""
-        ticket = self.tickets.pop(name, None)
-        if ticket is not None:
-            del self.num_left[name]
-            self.router.ended(ticket)
+        """See `Division`."""
+        self.num_left.pop(name, None)
+        super().ended(name)
 
     def _less(self, name: str, count: int) -> None:
         self.num_left[name] -= count
         if self.num_left[name] <= 0:
             self.ended(name)
-
-
-def chain_of_prompt(submission: Submission) -> list[int]:
-    """Names of its pieces, each of all up to its end; see `chain_of`."""
-    tokens = submission.prompt_token_ids
-    root = f"{submission.tenant}\0{submission.cache_salt}".encode("utf-8", "surrogatepass")
-    ends = range(PIECE_TOKENS, len(tokens) + 1, PIECE_TOKENS)
-    return chain_of((array.array("q", tokens[end - PIECE_TOKENS : end]).tobytes() for end in ends), root)
 
 
 def _wait_for(channels: Sequence[Channel], timeout: float | None) -> None:

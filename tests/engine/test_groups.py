@@ -119,8 +119,8 @@ def test_two_groups_say_what_one_says_and_share_the_work(expected: list[list[int
 
 
 def assert_nothing_is_left(site: Site) -> None:
-    assert not site.groups.tickets
-    for keeper, replica in zip(site.groups.keepers, site.groups.router.replicas, strict=True):
+    assert not site.groups.division.tickets
+    for keeper, replica in zip(site.groups.keepers, site.groups.division.router.replicas, strict=True):
         assert not keeper.clients and not keeper.journal.entries
         assert (replica.queued_tokens, replica.num_open, replica.num_running) == (0, 0, 0)
 
@@ -191,7 +191,7 @@ def test_a_prompt_goes_where_its_beginning_is_cached() -> None:
                 outputs = site.engine.generate(prompt, params)
                 found += [output.num_cached_tokens async for output in outputs]
             assert found[0] == 0 and min(found[1:]) > 200
-            assert site.groups.router.num_cached_tokens > 5 * 200
+            assert site.groups.division.router.num_cached_tokens > 5 * 200
 
     asyncio.run(work())
 

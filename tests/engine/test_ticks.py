@@ -19,7 +19,7 @@ from quire.config import Config
 from quire.engine.events import Submission, TokenEvent
 from quire.engine.metrics import NOTHING
 from quire.engine.remote import RemoteEngine
-from quire.engine.ticks import Ask, Division, Follower, FromFollower, Go, Leader, ToFollower
+from quire.engine.ticks import Ask, Follower, FromFollower, Go, Leader, Sequences, ToFollower
 from quire.engine.wire import Channel, Events, Ping, Stop, ToGroup
 from quire.errors import ConfigError, EngineDead
 from quire.models.registry import decoder_spec
@@ -209,7 +209,7 @@ def submission(name: str, n: int = 1) -> Submission:
 
 
 def test_requests_are_divided_and_forgotten_when_they_end() -> None:
-    division = Division(["a", "b", "c"], seed=0)
+    division = Sequences(3, seed=0)
     found = [division.route(submission(str(i), n=2)) for i in range(6)]
     assert {found.count(number) for number in range(3)} == {2}
     for i in range(6):
