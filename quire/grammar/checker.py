@@ -14,7 +14,7 @@ from typing import IO, Any
 import llguidance
 
 from quire.errors import InvalidRequest
-from quire.grammar.compiling import Vocabulary, masks
+from quire.grammar.compiling import Vocabulary, masks, too_complex
 from quire.grammar.source import grammar_of
 
 MEMORY_BYTES = 512 * 2**20
@@ -55,9 +55,7 @@ def _checked(vocabulary: Vocabulary, asked: dict[str, Any]) -> str:
     for _ in range(TRY_TOKENS):
         words = masks(executor, [matcher], vocabulary.num_words)
         if matcher.is_error():
-            raise InvalidRequest(
-                f"the grammar is too complex: {matcher.get_error()[:500]}", param="structured_outputs"
-            )
+            raise InvalidRequest(too_complex(matcher), param="structured_outputs")
         if matcher.is_stopped() or not words.any():
             break
         word = int(words[0].nonzero()[0][-1])

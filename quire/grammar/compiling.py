@@ -71,3 +71,8 @@ def masks(
     rows = [(matcher, row) for row, matcher in enumerate(matchers)]
     executor.unsafe_compute_mask_ptr(rows, words.ctypes.data, num_words * 4, len(rows))
     return words
+
+
+def too_complex(matcher: llguidance.LLMatcher) -> str:
+    """What is wrong with one that got into an error on its way."""
+    return f"the grammar is too complex: {matcher.get_error()[:MOST_CHARS]}"

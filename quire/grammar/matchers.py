@@ -5,14 +5,14 @@ on, that is while the next forward pass runs. All ranks that sample do the same,
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
 import llguidance
 import numpy as np
 
-from quire.grammar.compiling import Vocabulary, masks
+from quire.grammar.compiling import Vocabulary, masks, too_complex
 from quire.types import Grammar, Thoughts
 
 MOST_KEPT = 64  # grammars without a sequence; the next request often has the same
@@ -127,7 +127,7 @@ class Matchers:
         errors: dict[int, str] = {}
         for at, (row, place) in enumerate(bound.items()):
             if place.matcher.is_error():
-                errors[seqs[row]] = f"the grammar is too complex: {place.matcher.get_error()[:500]}"
+                errors[seqs[row]] = too_complex(place.matcher)
                 words[at] = -1
             elif (token := place.may_think) is not None:
                 words[at, token // 32] |= np.int32(np.uint32(1 << token % 32).view(np.int32))
@@ -137,6 +137,10 @@ class Matchers:
         """A sequence has ended."""
         self.known.pop(seq, None)
         self.places.pop(seq, None)
+
+    def concerns(self, seqs: Iterable[int]) -> bool:
+        """Whether any of them has a grammar."""
+        return bool(self.known) and any(seq in self.known for seq in seqs)
 
     def __contains__(self, seq: int) -> bool:
         return seq in self.known

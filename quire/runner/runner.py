@@ -178,7 +178,8 @@ class Runner:
             return True
 
     def _start_whole(self, work: tuple[Work, ...]) -> bool:
-        free = not any(w.samples and w.seq in self.grammars for w in work)  # masks are made by the host
+        # Masks are made by the host.
+        free = not self.grammars.concerns(w.seq for w in work if w.samples)
         if self.fixed and self.samples and free and (fetch := self.fixed.sample(work)) is not None:
             self.drawn = [(work, fetch)]
         elif self.fixed and (forwarded := self.fixed.forward(work)) is not None:

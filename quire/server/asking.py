@@ -90,6 +90,15 @@ class CallAsk(Ask):
 
     model_config = ConfigDict(frozen=True)
 
+    temperature: float | None = Field(
+        None, description="0: the likeliest token always.", json_schema_extra=between(0, 2)
+    )
+    top_p: float | None = Field(
+        None, description="Only the likeliest tokens of that much together.", json_schema_extra=between(0, 1)
+    )
+    top_k: Int | None = Field(
+        None, description="Only so many tokens; 0 or -1: all.", json_schema_extra=between(-1)
+    )
     stream: Off = Field(False, description="Server-sent events.")
     priority: Annotated[Int, unless_null(0)] = Field(0, description="Lower first.")
     cache_salt: str | None = Field(

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from pydantic import ConfigDict, Field, StrictStr
+from pydantic import Field, StrictStr
 
-from quire.server.asking import LATER, Ask, CallAsk, Cap, Int, Objects, Texts, between, example
+from quire.server.asking import LATER, Ask, CallAsk, Cap, Objects, Texts, between, example
 
 
 class CountTokensRequest(Ask):
@@ -33,27 +33,11 @@ class CountTokensRequest(Ask):
 class MessagesRequest(CallAsk, CountTokensRequest):
     """The body of /v1/messages."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "max_tokens": 64,
-                    "messages": [{"role": "user", "content": "What is the capital of France?"}],
-                }
-            ]
-        }
+    model_config = example(
+        max_tokens=64, messages=[{"role": "user", "content": "What is the capital of France?"}]
     )
 
     max_tokens: Cap = Field(
         description="A cap; the context's room holds as well.", json_schema_extra=between(1)
     )
     stop_sequences: Texts | None = Field(None, description="Up to 16 strings that end the answer.")
-    temperature: float | None = Field(
-        None, description="0: the likeliest token always.", json_schema_extra=between(0, 2)
-    )
-    top_p: float | None = Field(
-        None, description="Only the likeliest tokens of that much together.", json_schema_extra=between(0, 1)
-    )
-    top_k: Int | None = Field(
-        None, description="Only so many tokens; 0 or -1: all.", json_schema_extra=between(-1)
-    )

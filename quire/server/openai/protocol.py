@@ -110,15 +110,6 @@ class GenerationRequest(CallAsk, OpenAIAsk):
     model_config = ConfigDict(frozen=True)
 
     n: Int | None = Field(None, description="Outputs for each prompt.", json_schema_extra=between(1))
-    temperature: float | None = Field(
-        None, description="0: the likeliest token always.", json_schema_extra=between(0, 2)
-    )
-    top_p: float | None = Field(
-        None, description="Only the likeliest tokens of that much together.", json_schema_extra=between(0, 1)
-    )
-    top_k: Int | None = Field(
-        None, description="Only so many tokens; 0 or -1: all.", json_schema_extra=between(-1)
-    )
     min_p: float | None = Field(
         None,
         description="Only tokens at least so likely, as a share of the likeliest one.",
