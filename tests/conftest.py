@@ -8,6 +8,7 @@ if (
 ):  # before torch: two processes with two threads each wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,3 +19,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
         "1"  # its kernels run on the CPU; to be said before the first import of it
     )
+
+
+@pytest.fixture(params=["shared memory", "gloo"])
+def way(request: pytest.FixtureRequest) -> str:
+    """How ranks on CPUs exchange tensors."""
+    from quire.parallel import shared_memory
+    from quire.parallel.mesh import Mesh
+
+    if request.param == "shared memory" and (reason := shared_memory.why_not(Mesh(tp=2))):
+        pytest.skip(reason)
+    return str(request.param)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from quire.errors import ConfigError
-from tests.engine.test_ranks import few_blocks, llm, make_engine, outputs, ranks_of
+from tests.engine.test_ranks import check_tokens, llm, make_engine, outputs
 from tests.models.cases import BY_NAME, build_hf
 
 TWO = {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}
@@ -50,17 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ],
 )
 def test_tokens_are_those_of_one_process(folders: dict[str, Path], name: str, size: int, parts: int) -> None:
-    """With prompts in pieces, preemption, a prefix that many share, and several sequences of a prompt."""
-    alone = make_engine(folders[name], block_size=4)
-    want, _, _ = outputs(alone)
-    engine = make_engine(folders[name], **few_blocks(alone, 4, size, parts))
-    try:
-        got, num_preemptions, num_hits = outputs(engine)
-        assert got == want
-        assert num_preemptions > 0 and num_hits > 0
-        assert len(ranks_of(engine).pids) == size - 1
-    finally:
-        engine.close()
+    check_tokens(folders[name], size, 4, parts)
 
 
 @pytest.mark.parametrize(

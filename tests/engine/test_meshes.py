@@ -14,7 +14,6 @@ import pytest
 
 from quire import LLM
 from quire.config import Config
-from quire.engine.device import world_of
 from quire.engine.engine import Engine
 from quire.engine.rank import Sampled
 from quire.engine.ranks import Ranks, Step
@@ -30,13 +29,12 @@ from tests.engine.test_ranks import (
     PROMPTS,
     SMALL,
     TWO,
+    check_losses,
     is_alive,
     make_engine,
     outputs,
-    pids,
     ranks_of,
 )
-from tests.engine.test_remote import all_streams, in_a_loop, running
 from tests.models.cases import BY_NAME, build_hf
 from tests.test_resolve import CPU
 
@@ -229,15 +227,4 @@ def test_what_cannot_be_is_refused(
 @pytest.mark.parametrize("mesh", ["pp2", "pp2-tp2"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_each_rank_may_be_lost_under_load(mesh: str, number: int) -> None:
-    async def work() -> None:
-        config = replace(TWO, **{TP: 1, **MESHES[mesh]})
-        async with running(config) as engine:
-            want = await all_streams(engine)
-        for rank in range(world_of(config).size):
-            async with running(config, hang_s=3.0) as engine:
-                first = pids(engine)
-                got = await all_streams(engine, [300], lambda pid=first[rank]: os.kill(pid, number))
-                assert got == want and engine.keeper.num_restarts == 1
-                assert not any(map(is_alive, first)), "memory and all"
-
-    in_a_loop(work)()
+    check_losses(replace(TWO, **{TP: 1, **MESHES[mesh]}), number, hang_s=3.0)

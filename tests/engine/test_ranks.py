@@ -18,6 +18,7 @@ import torch
 from quire import LLM
 from quire.attention.groups import cache_layout
 from quire.config import Config
+from quire.engine.device import world_of
 from quire.engine.engine import Engine
 from quire.engine.ranks import Ranks, Team
 from quire.engine.remote import RemoteEngine
@@ -137,11 +138,11 @@ def test_so_are_those_of_experts_that_move(
     assert "experts move" in caplog.text
 
 
-def check_tokens(folder: Path, size: int, block_size: int, **options: object) -> None:
-    """With prompts in pieces, preemption, and a prefix that many share."""
+def check_tokens(folder: Path, size: int, block_size: int, parts: int = 1, **options: object) -> None:
+    """With prompts in pieces, preemption, a prefix that many share, and several sequences of a prompt."""
     alone = make_engine(folder, block_size=block_size)
     want, _, _ = outputs(alone)
-    engine = make_engine(folder, **few_blocks(alone, block_size, size), **options)
+    engine = make_engine(folder, **few_blocks(alone, block_size, size, parts), **options)
     try:
         got, num_preemptions, num_hits = outputs(engine)
         assert got == want
@@ -332,12 +333,17 @@ async def test_a_rank_that_stands_still_takes_its_group_with_it() -> None:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_each_rank_may_be_lost_under_load(size: int, number: int) -> None:
+    check_losses(replace(TWO, tensor_parallel_size=size), number, hang_s=1.0)
+
+
+def check_losses(config: Config, number: int, hang_s: float) -> None:
+    """Each of a group's processes gets the signal once, while requests run."""
+
     async def work() -> None:
-        config = replace(TWO, tensor_parallel_size=size)
         async with running(config) as engine:
             want = await all_streams(engine)
-        for rank in range(size):
-            async with running(config, hang_s=1.0) as engine:
+        for rank in range(world_of(config).size):
+            async with running(config, hang_s=hang_s) as engine:
                 first = pids(engine)
                 got = await all_streams(engine, [300], lambda pid=first[rank]: os.kill(pid, number))
                 assert got == want and engine.keeper.num_restarts == 1

@@ -9,7 +9,6 @@ from quire.parallel.mesh import Mesh
 from tests.parallel.lives import LARGE
 from tests.parallel.ranks import Ranks, expect
 
-WAYS = ("shared memory", "gloo")
 SIZES = [{"tp": 1}, {"tp": 2}, {"pp": 3}, {"tp": 4}]
 
 
@@ -18,13 +17,6 @@ def ranks() -> Iterator[Ranks]:
     found = Ranks("tests.parallel.lives")
     yield found
     found.close()
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> str:
-    if request.param == "shared memory" and (reason := shared_memory.why_not(Mesh(tp=2))):
-        pytest.skip(reason)
-    return str(request.param)
 
 
 @pytest.mark.parametrize("mesh", SIZES, ids=str)

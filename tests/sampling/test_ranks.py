@@ -4,11 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from quire.parallel import shared_memory
-from quire.parallel.mesh import Mesh
 from tests.parallel.ranks import Ranks, expect
-
-WAYS = ("shared memory", "gloo")
 
 
 @pytest.fixture(scope="module")
@@ -16,13 +12,6 @@ def ranks() -> Iterator[Ranks]:
     found = Ranks("tests.sampling.lives")
     yield found
     found.close()
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> str:
-    if request.param == "shared memory" and (reason := shared_memory.why_not(Mesh(tp=2))):
-        pytest.skip(reason)
-    return str(request.param)
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
