@@ -60,9 +60,9 @@ class Faults:
             self.before(plan)
             launch(runner, plan)
 
-        def sample_with_faults(sampler: Sampler, logits: Tensor, slots: Any, positions: Any) -> Sampled:
+        def sample_with_faults(sampler: Sampler, logits: Tensor, slots: Any, *args: Any) -> Sampled:
             self.spoil(sampler, logits, slots)
-            return sample(sampler, logits, slots, positions)
+            return sample(sampler, logits, slots, *args)
 
         def admit_with_faults(sampler: Sampler, slot: int, *args: Any, **options: Any) -> None:
             if self.active.get(slot) is Fault.SETUP:
