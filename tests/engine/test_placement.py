@@ -1,4 +1,4 @@
-"""Ranks that Ray places, on a cluster of two nodes that are both this machine."""
+"""Ranks that Ray places, on a cluster of two nodes and a head that are all this machine."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ import pytest
 
 from quire.engine.placement import place
 from quire.errors import ConfigError
-from tests.engine.test_nodes import DEMO
-from tests.engine.test_ranks import GREEDY, PATIENCE_S, TWO, is_alive, llm, ranks_of, wait_for
+from tests.engine.test_nodes import DEMO, children, until
+from tests.engine.test_ranks import GREEDY, PATIENCE_S, TWO, is_alive, llm, ranks_of
 from tests.engine.test_remote import all_streams, in_a_loop, running
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
@@ -39,8 +39,9 @@ def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    found = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    found.add_node(**NODE)
+    found = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):  # one for each bundle, so that any rank's may go; the head may not
+        found.add_node(**NODE)
     found.wait_for_nodes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", found.address)
@@ -49,14 +50,22 @@ def cluster() -> Iterator[Any]:
     found.shutdown()
 
 
-def ranks() -> list[int]:
-    """Process ids of Ray's actors that are ranks."""
-    found = []
+def ranks(cluster: Any) -> list[int]:
+    """Process ids of the cluster's actors that are ranks; other tests may have some of their own."""
+    found, session = [], cluster.head_node.get_session_dir_path()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith(b"ray::RankActor"):
+            is_rank = (folder / "cmdline").read_bytes().startswith(b"ray::RankActor")
+            if is_rank and (folder / "fd" / "1").readlink().is_relative_to(session):
                 found.append(int(folder.name))
     return [pid for pid in found if is_alive(pid)]
+
+
+def node_of(cluster: Any, pid: int) -> Any:
+    (found,) = [
+        node for node in cluster.worker_nodes if pid in children(node.all_processes["raylet"][0].process.pid)
+    ]
+    return found
 
 
 @pytest.mark.slow
@@ -65,23 +74,21 @@ def test_a_rank_or_its_node_may_be_lost_under_load(cluster: Any) -> None:
         async with running(replace(TWO, tensor_parallel_size=1)) as engine:
             want = await all_streams(engine)
         async with running(PLACED) as engine:
-            first = ranks()
-            got = await all_streams(engine, [300], lambda: os.kill(first[0], signal.SIGKILL))
+            (first,) = ranks(cluster)
+            got = await all_streams(engine, [300], lambda: os.kill(first, signal.SIGKILL))
             assert got == want and engine.keeper.num_restarts == 1
-            wait_for(lambda: len(ranks()) == 1)
-            last = ranks()
-            assert last != first
-        wait_for(lambda: not ranks())
+            assert len(last := ranks(cluster)) == 1 and last != [first]
+        await until(lambda: not ranks(cluster))
 
         def replace_node() -> None:
-            (node,) = cluster.worker_nodes
-            cluster.remove_node(node, allow_graceful=False)
+            (rank,) = ranks(cluster)
+            cluster.remove_node(node_of(cluster, rank), allow_graceful=False)
             cluster.add_node(**NODE)
 
         async with running(PLACED) as engine:
             got = await all_streams(engine, [300], replace_node)
             assert got == want and engine.keeper.num_restarts >= 1
-        wait_for(lambda: not ranks())
+        await until(lambda: not ranks(cluster))
 
     in_a_loop(work)()
 

@@ -41,7 +41,7 @@ PROMPTS = [[*SYSTEM, *(10 + (i * j) % 9 for j in range(4 + i))] for i in range(8
 PARAMS = [GREEDY, DRAWN, GREEDY, SCORED, GREEDY, replace(DRAWN, seed=8), GREEDY, GREEDY]
 LATER = 3  # steps between two requests
 LENGTH = 48  # of the longest of them, and more
-PATIENCE_S = 30
+PATIENCE_S = 60
 
 
 def make_engine(folder: Path, **options: object) -> Engine:
@@ -94,6 +94,7 @@ def wait_for(holds: Callable[[], bool]) -> None:
     until = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < until, "it does not come"
+        time.sleep(0.01)  # the core is for whom this waits
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from quire.errors import ConfigError
 from quire.layers.base import Build, Spreading
 from quire.layers.dispatch import FEW_ROWS, Dispatch
 from quire.layers.rope import RopeTables
-from quire.models.parameters import num_parameters
+from quire.models.parameters import num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec
 from quire.models.shard import WholeExperts, shard
 from quire.parallel.axis import Axes, Axis
-from tests.layers.test_shards import NEAR, logits
+from tests.layers.test_shards import NEAR, logits, rows_read
 from tests.models.cases import BY_NAME, build_hf, config_of
 from tests.parallel.threads import Thread, Together, in_ranks
 
@@ -49,6 +49,12 @@ def test_each_rank_reads_its_experts_only(tmp_path: Path) -> None:
     spec, _ = decoder_spec(read_config(tmp_path))
     cut, whole = (shard(spec, 2, 0, experts) for experts in (None, WholeExperts(2)))
     assert num_parameters(whole).total == num_parameters(cut).total
+    first, second = (
+        {name for name in rows if ".experts." in name}
+        for rows in in_ranks(2, lambda axis: rows_read(tmp_path, axis, WholeExperts(2)))
+    )
+    every = {name for name, _ in parameter_shapes(spec) if ".experts." in name}
+    assert len(first) == len(second) and not first & second and first | second == every
 
 
 def test_more_ranks_than_experts_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Networks that several ranks compute, each a part: the same logits as by one, the same bits on all ranks."""
 
+from collections import Counter
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ from quire.layers.shards import Shards
 from quire.models.parameters import num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec
 from quire.models.shard import WholeExperts, check_parts, shard
-from quire.parallel.axis import Axes
+from quire.parallel.axis import Axes, Axis
 from quire.parallel.mesh import Mesh
 from tests.layers.test_chunks import LENGTHS, compute
 from tests.models.cases import BY_NAME, build_hf, config_of, prompt
@@ -134,6 +135,40 @@ def test_every_number_is_some_ranks(name: str, tmp_path: Path) -> None:
         some = Shards(Numbered(), whole, size, 1).tensor(param, shape=parts[1][param], rows=slice(0, 1))
         assert torch.equal(some, found[1][:1])
     assert num_cut > len(shapes) / 4
+
+
+class Noted:
+    """A checkpoint, and how many rows of each weight it was asked for."""
+
+    def __init__(self, weights: Checkpoint):
+        self.weights, self.rows = weights, Counter[str]()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.weights
+
+    def tensor(self, name: str, *, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
+        found = self.weights.tensor(name, shape=shape, rows=rows)
+        self.rows[name] += len(found)
+        return found
+
+
+def rows_read(folder: Path, axis: Axis, experts: WholeExperts | None = None) -> Counter[str]:
+    """How many rows of each weight a rank reads to load its part of the network."""
+    spec, names = decoder_spec(read_config(folder))
+    axes = Axes(tp=axis, ep=axis if experts else Axis(), world=axis)
+    noted = Noted(Checkpoint(folder, names))
+    Decoder(spec, backend=Reference(4), dtype=torch.float32, axes=axes, experts=experts).load(noted)
+    return noted.rows
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1", "DeepseekV3", "Qwen3Next"])
+def test_each_rank_reads_its_rows_only(name: str, tmp_path: Path) -> None:
+    build_hf(BY_NAME[name], tmp_path)
+    whole, size = decoder_spec(read_config(tmp_path))[0], 2
+    num_rows = {param: shape[0] for param, shape in parameter_shapes(whole)}
+    for rank, found in enumerate(in_ranks(size, lambda axis: rows_read(tmp_path, axis))):
+        assert found == {param: shape[0] for param, shape in parameter_shapes(shard(whole, size, rank))}
+        assert sum(found[param] < num for param, num in num_rows.items()) > len(num_rows) / 4
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:

@@ -62,16 +62,25 @@ def test_replicas_follow_from_what_they_have_to_do(pressures: list[float], num_r
 
 
 @pytest.fixture
-def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Of a Serve that has nothing to serve yet, on two nodes that are both this machine."""
-    ray = pytest.importorskip("ray")
-    from ray import serve
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Of two nodes that are both this machine."""
+    pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    cluster.add_node(**NODE)
-    cluster.wait_for_nodes()
+    found = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    found.add_node(**NODE)
+    found.wait_for_nodes()
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture
+def url(cluster: Any) -> Iterator[str]:
+    """Of a Serve that has nothing to serve yet."""
+    ray = pytest.importorskip("ray")
+    from ray import serve
+
     ray.init(address=cluster.address)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -80,7 +89,6 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     finally:
         serve.shutdown()
         ray.shutdown()
-        cluster.shutdown()
 
 
 def said(lines: Iterator[str]) -> str:
@@ -96,14 +104,14 @@ def num_generated(client: httpx.Client) -> float:
 
 
 @pytest.mark.slow
-def test_two_replicas_of_two_ranks_stream(url: str) -> None:
+def test_two_replicas_of_two_ranks_stream(cluster: Any, url: str) -> None:
     """One that is full is passed over."""
     from ray import serve
 
     options = {**SMALL, "tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     server = {"api_key": ("secret",)}
     serve.run(quire.serve_app("demo", num_replicas=2, max_ongoing_requests=1, server=server, **options))
-    assert len(ranks()) == 2
+    assert len(ranks(cluster)) == 2
     body = {"prompt": "hello", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
     call = ("POST", "/v1/completions")
     with httpx.Client(base_url=url, timeout=60) as client:
