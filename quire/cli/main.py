@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "Talk to a model.",
     "demo": "Talk to the small model that comes with Quire.",
     "bench": "Measure throughput, latency or a server, and compare with what the machine could do.",
+    "connect": "Print the settings with which an agent's client uses a running server.",
     "models": "List the architectures that run.",
     "inspect": "Print what a network is, or how two differ.",
     "replay": "Run a recorded schedule again.",
