@@ -139,12 +139,7 @@ class InputProcessor:
         tokenizer = self._tokenizer("prompt")
         most = tokenizer.max_chars(self.max_length)
         if len(text) > most:
-            raise PromptTooLong(
-                f"the prompt has {len(text)} characters, and the {self.max_length} tokens of this model's context"
-                f" hold at most {most}; shorten the prompt or raise max_model_len",
-                num_tokens=-(-len(text) * self.max_length // most),
-                limit=self.max_length,
-            )
+            raise self._too_long("at least ", -(-len(text) * self.max_length // most))
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -218,12 +213,16 @@ class InputProcessor:
         if {*map(type, tokens)} != {int} or min(tokens) < 0 or max(tokens) >= self.vocab_size:
             self._check_tokens(tokens)
         if len(tokens) >= self.max_length:
-            raise PromptTooLong(
-                f"the prompt has {len(tokens)} tokens; with at least one token of output that exceeds the context of"
-                f" {self.max_length}; shorten the prompt or raise max_model_len",
-                num_tokens=len(tokens),
-                limit=self.max_length,
-            )
+            raise self._too_long("", len(tokens))
+
+    def _too_long(self, at_least: str, num_tokens: int) -> PromptTooLong:
+        """The beginning of its message is what agents know a full context by, which they shorten then."""
+        return PromptTooLong(
+            f"the prompt is too long: {at_least}{num_tokens} tokens > {self.max_length - 1}, because the context of"
+            f" {self.max_length} must hold a token of output too; shorten the prompt or raise max_model_len",
+            num_tokens=num_tokens,
+            limit=self.max_length,
+        )
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         """One by one, to name the one that is wrong."""

@@ -77,7 +77,11 @@ class Limits:
                     f"{num_prompt} prompt tokens and {new.max_tokens} output tokens, but {what.format(limit)}"
                 )
                 if num_prompt >= limit:
-                    raise PromptTooLong(f"{rule}; shorten the prompt", num_tokens=num_prompt, limit=limit)
+                    raise PromptTooLong(
+                        f"the prompt is too long: {num_prompt} tokens > {limit - 1}; {rule}; shorten the prompt",
+                        num_tokens=num_prompt,
+                        limit=limit,
+                    )
                 raise InvalidRequest(
                     f"{rule}; shorten the prompt or ask for at most {limit - num_prompt}", param="max_tokens"
                 )

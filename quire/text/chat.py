@@ -13,6 +13,7 @@ from jinja2.exceptions import SecurityError
 from quire.errors import ConfigError, InvalidRequest, ModelError
 from quire.text.budget import Limits, OverBudget
 from quire.text.files import read_text
+from quire.text.fitting import fitted
 from quire.text.messages import ContentFormat, conversation, document_list, plain, refuse, tool_list
 from quire.text.sandbox import Sandbox
 from quire.text.tokenizer import Tokenizer
@@ -95,7 +96,9 @@ class ChatTemplate:
             )
         source = self._choose(tools)
         template, shape = _compiled(source)
-        chat = conversation(messages, self._shape(shape))
+        chat = fitted(
+            conversation(messages, self._shape(shape)), functools.partial(self._writes, template, shape)
+        )
         values = {
             **self._special_tokens,
             **{key: plain(value, "chat_template_kwargs") for key, value in names.items()},
@@ -130,6 +133,18 @@ class ChatTemplate:
         elif self._format == "openai":
             found = replace(found, parts=True, strings=found.parts and found.strings)
         return replace(found, media=self._media)
+
+    def _writes(self, template: jinja2.Template, shape: ContentFormat, *roles: str) -> bool:
+        """Whether it writes a message of each of these roles."""
+        marks = [f"message-{index}" for index in range(len(roles))]
+        asked = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        chat = conversation(asked, self._shape(shape))
+        nothing = {"tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            text = self._run(template, {**self._special_tokens, **nothing, "messages": chat})
+        except (InvalidRequest, ModelError):
+            return False
+        return all(mark in text for mark in marks)
 
     def _run(self, template: jinja2.Template, values: Mapping[str, Any]) -> str:
         try:
@@ -172,7 +187,7 @@ def _source(given: str, files: bool) -> str:
     return text
 
 
-def _open_end(chat: list[dict[str, Any]]) -> str:
+def _open_end(chat: Sequence[dict[str, Any]]) -> str:
     """Marks where the final message ends; returns its text."""
     content = chat[-1].get("content")
     if isinstance(content, str):

@@ -1,6 +1,7 @@
 """Anthropic's client talks to the demo model: tools, thinking and errors, streamed or not, over several turns."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -219,6 +220,14 @@ def test_refusals_have_anthropics_shape(
     assert answer.status_code == status
     answers.MessagesError.model_validate(answer.json(), extra="forbid")
     assert answer.json()["error"]["type"] == kind and words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("words", [3000, 100_000])
+def test_agents_know_a_full_context_by_the_words(live: Live, words: int) -> None:
+    ask = {"messages": [{"role": "user", "content": "word " * words}], "max_tokens": 9}
+    message = live.post(PATH, json=ask).json()["error"]["message"]
+    found = re.search(r"prompt is too long[^0-9]*(\d+) tokens > (\d+)", message)
+    assert found and int(found[1]) > int(found[2]) == 2047
 
 
 def test_keys_come_in_either_header(service: InProcess) -> None:

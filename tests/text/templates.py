@@ -145,6 +145,27 @@ GEMMA = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
 
+STRICT = """\
+{%- for message in messages %}
+    {%- if message.role == 'system' and not loop.first %}
+        {{- raise_exception('System message must be at the beginning.') }}
+    {%- endif %}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
+        {{- raise_exception('Unexpected message role.') }}
+    {%- endif %}
+    {{- '<' + message.role + '>' + message.content + '\\n' }}
+{%- endfor %}"""
+
+FORGETFUL = """\
+{%- if messages[0].role in ['system', 'developer'] %}
+    {{- '<developer>' + messages[0].content + '\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role in ['user', 'assistant', 'tool'] %}
+        {{- '<' + message.role + '>' + message.content + '\\n' }}
+    {%- endif %}
+{%- endfor %}"""
+
 MACROS = """\
 {%- macro write(content) %}
     {%- if content is string %}{{ content }}{% else %}

@@ -283,9 +283,59 @@ def test_deep_nesting_is_refused() -> None:
 
 def test_what_the_template_says_reaches_the_user() -> None:
     with pytest.raises(InvalidRequest, match="Conversation roles must alternate"):
-        ours(templates.GEMMA, [HELLO, HELLO])
+        ours(templates.GEMMA, [HELLO, ANSWER, ANSWER])
     with pytest.raises(InvalidRequest, match="cannot write these messages: TypeError"):
         ours("{{ 'a' + 1 }}", [HELLO])
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+AGENTS = [
+    said("developer", "a"),
+    said("developer", "b"),
+    said("user", "c"),
+    said("user", "d"),
+    said("system", "e"),
+]
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt"),
+    [
+        (templates.STRICT, "<system>a\n\nb\n<user>c\n<user>d\n<user>e\n"),
+        (templates.FORGETFUL, "<developer>a\n\nb\n<user>c\n<user>d\n<user>e\n"),
+        (
+            templates.GEMMA.replace("<end_of_turn>\\n", "|"),
+            "<s><start_of_turn>user\na\n\nb\n\nc\n\nd\n\ne|<start_of_turn>model\n",
+        ),
+        (
+            templates.GEMMA.replace("messages[0]['role'] == 'system'", "false").replace(
+                "<end_of_turn>\\n", "|"
+            ),
+            "<s><start_of_turn>user\na\n\nb\n\nc\n\nd\n\ne|<start_of_turn>model\n",
+        ),
+        (
+            templates.CHATML,
+            "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in AGENTS)
+            + "<|im_start|>assistant\n",
+        ),
+    ],
+)
+def test_what_agents_send_is_written_whole(source: str, prompt: str) -> None:
+    before = copy.deepcopy(AGENTS)
+    assert ours(source, AGENTS) == prompt
+    assert before == AGENTS
+
+
+def test_parts_are_joined_as_parts() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('no') }}"
+    )
+    source += "{% endif %}{% for part in m.content %}[{{ m.role }} {{ part.text }}]{% endfor %}{% endfor %}"
+    parts = {"role": "system", "content": [{"type": "text", "text": "b"}]}
+    assert ours(source, [said("system", "a"), parts, said("user", "c")]) == "[system a][system b][user c]"
 
 
 def test_the_wrong_template_is_the_models_fault() -> None:
