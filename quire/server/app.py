@@ -19,7 +19,7 @@ from quire.server.auth import Auth, Keys
 from quire.server.counts import HttpCounts
 from quire.server.errors import ApiError, ClientGone, error_of
 from quire.server.frontend import Frontend, json_response
-from quire.server.openai import chat, completions, models, tokenize
+from quire.server.openai import chat, completions, models, responses, tokenize
 from quire.server.schema import document
 from quire.server.settings import ServerSettings
 from quire.server.tracing import Traced
@@ -78,7 +78,7 @@ def _api(front: Frontend) -> FastAPI:
         redirect_slashes=False,
     )
     api.state.frontend = front
-    for part in (completions, chat, messages, models, tokenize, ops):
+    for part in (completions, chat, responses, messages, models, tokenize, ops):
         api.include_router(part.router)
     shape: dict[str, Any] = document(api, __version__, front.settings.root_path)
 

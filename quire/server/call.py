@@ -114,9 +114,11 @@ class Writer(Protocol):
 
     Attributes:
         end: what follows the last piece of a stream.
+        goes_on: another server may write the rest of a stream that breaks off.
     """
 
     end: bytes
+    goes_on: bool
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The body of an answer in one piece; outputs are in the order of the prompts."""
@@ -159,7 +161,7 @@ async def run_call(
 
 async def _stream(front: Frontend, http: HttpRequest, call: Call, writer: Writer) -> Response:
     """A stream: perhaps one that another server began, perhaps one that another may have to end."""
-    requests, resumable = call.timing.requests, ASKED in http.headers
+    requests, resumable = call.timing.requests, writer.goes_on and ASKED in http.headers
     write: Pieces = writer.stream
     if resumable:
         requests = [_seeded(request, f"{call.id} {number}") for number, request in enumerate(requests)]

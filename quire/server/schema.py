@@ -11,6 +11,7 @@ from quire.server.anthropic import answers as messages_answers
 from quire.server.anthropic import protocol as messages_protocol
 from quire.server.errors import MESSAGES
 from quire.server.openai import answers, protocol
+from quire.server.openai.requests import ResponsesRequest
 
 REF = "#/components/schemas/{model}"
 ABOUT = "OpenAI's and Anthropic's APIs over one model, with vLLM's extra fields, and what operators ask of a server."
@@ -18,6 +19,7 @@ TEXT = "text/plain"
 REQUESTS: list[type[BaseModel]] = [
     protocol.CompletionRequest,
     protocol.ChatRequest,
+    ResponsesRequest,
     messages_protocol.MessagesRequest,
     messages_protocol.CountTokensRequest,
     protocol.TokenizeRequest,
@@ -27,6 +29,7 @@ REQUESTS: list[type[BaseModel]] = [
 ANSWERS: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/completions": (answers.CompletionAnswer, answers.CompletionChunk),
     "/v1/chat/completions": (answers.ChatAnswer, answers.ChatChunk),
+    "/v1/responses": (answers.ResponseAnswer, answers.ResponseEvent),
     "/v1/messages": (messages_answers.Message, messages_answers.MessagesEvent),
     "/v1/messages/count_tokens": (messages_answers.TokenCount,),
     "/v1/models": (answers.Models,),
@@ -119,12 +122,27 @@ def _success(path: str) -> dict[str, Any]:
         return {"description": "Requests are taken."}
     if path not in ANSWERS:
         return {"description": "As text.", "content": {TEXT: {"schema": {"type": "string"}}}}
-    kinds = ("application/json", "text/event-stream")
-    content = {kind: {"schema": _ref(shape)} for kind, shape in zip(kinds, ANSWERS[path], strict=False)}
+    whole, *events = ANSWERS[path]
+    content: dict[str, Any] = {"application/json": {"schema": _ref(whole)}}
+    if events:
+        content["text/event-stream"] = {"schema": _event(path, events[0])}
     return {
         "description": "The answer." if len(content) == 1 else "The answer; a stream's event.",
         "content": content,
     }
+
+
+def _event(path: str, shape: type[BaseModel]) -> dict[str, Any]:
+    """An event of a stream: its type, where it has one, and what it says, in JSON."""
+    error = messages_answers.MessagesError if MESSAGES.search(path) else answers.ErrorAnswer
+    content = {"anyOf": [_ref(shape), _ref(error)]}
+    said: list[dict[str, Any]] = [{"contentMediaType": "application/json", "contentSchema": content}]
+    fields: dict[str, Any] = {"data": {"type": "string", "anyOf": said}}
+    if "type" in shape.model_fields:
+        fields["event"] = {"type": "string"}
+    else:
+        said.insert(0, {"const": "[DONE]"})
+    return {"type": "object", "required": list(fields), "properties": fields}
 
 
 def _header(name: str, kind: str, about: str) -> dict[str, Any]:

@@ -318,11 +318,14 @@ def test_the_document_says_what_is_answered(served: Served) -> None:
     shapes = document["components"]["schemas"]
     assert shapes["ChatAnswer"]["properties"].keys() >= {"id", "choices", "usage"}
     chat = document["paths"][CHAT]["post"]
-    kinds = {kind: value["schema"]["$ref"] for kind, value in chat["responses"]["200"]["content"].items()}
-    assert kinds == {
-        "application/json": "#/components/schemas/ChatAnswer",
-        "text/event-stream": "#/components/schemas/ChatChunk",
-    }
+    kinds = chat["responses"]["200"]["content"]
+    assert kinds["application/json"]["schema"] == {"$ref": "#/components/schemas/ChatAnswer"}
+    done, said = kinds["text/event-stream"]["schema"]["properties"]["data"]["anyOf"]
+    assert done == {"const": "[DONE]"}
+    assert said["contentSchema"]["anyOf"] == [
+        {"$ref": "#/components/schemas/ChatChunk"},
+        {"$ref": "#/components/schemas/ErrorAnswer"},
+    ]
     assert {"400", "401", "404", "413", "429", "501", "503", "504"} <= chat["responses"].keys()
     assert [shapes[name]["examples"] for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest")]
     undescribed = [

@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi import checks as specs
 
+from quire.server.schema import ANSWERS
 from tests.server.served import Served
+from tests.server.wild import BODIES, JSON
 
 CHECKS = (
     specs.status_code_conformance,
@@ -40,6 +43,19 @@ def explore(operation: Any) -> set[int]:
 
     ask()
     return statuses
+
+
+@pytest.mark.parametrize("path", sorted(path for path, shapes in ANSWERS.items() if len(shapes) > 1))
+def test_streams_are_of_events_as_documented(served: Served, path: str) -> None:
+    document = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+    case = document[path]["POST"].Case(body={**BODIES[path][1], "stream": True}, media_type=JSON)
+    answer = case.call(timeout=60)
+    assert answer.status_code == 200 and "text/event-stream" in answer.headers["content-type"][0]
+    case.validate_response(answer, checks=CHECKS)
+    answer.content = answer.content.replace(b'"id":', b'"ID":')
+    answer.clear_cache()
+    with pytest.raises(FailureGroup):
+        case.validate_response(answer, checks=CHECKS)
 
 
 @pytest.mark.slow

@@ -16,12 +16,14 @@ from quire.server.openai.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from quire.server.openai.requests import ResponsesRequest
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 JSON = "application/json"
 BODIES = {
     "/v1/completions": (CompletionRequest, {"prompt": "hello", "max_tokens": 2}),
     "/v1/chat/completions": (ChatRequest, {"messages": FRANCE, "max_completion_tokens": 2}),
+    "/v1/responses": (ResponsesRequest, {"input": "hello", "max_output_tokens": 2}),
     "/v1/messages": (MessagesRequest, {"messages": FRANCE, "max_tokens": 2}),
     "/v1/messages/count_tokens": (CountTokensRequest, {"messages": FRANCE}),
     "/tokenize": (TokenizeRequest, {"prompt": "hello"}),
@@ -64,7 +66,13 @@ MESSAGES: list[Any] = [
     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}],
 ]
 EDGES = [True, False, None, *NUMBERS, *TEXTS, *LISTS, *OBJECTS, *MESSAGES]
-RARE = {"max_tokens", "max_completion_tokens", "ignore_eos", "n"}  # of which a few make a call long
+RARE = {
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "ignore_eos",
+    "n",
+}  # of which a few make a call long
 SMALL = [0, -1, 1, 2, 3, 16, 17, True, "x", 1.5, [], 2**63]
 
 values = st.sampled_from(EDGES) | st.recursive(
@@ -82,7 +90,7 @@ def bodies(draw: st.DrawFn) -> tuple[str, bytes]:
     names = st.sampled_from([*model.model_fields, *sorted(REFUSED), *sorted(WITHOUT_EFFECT), "unknown"])
     chosen = draw(st.lists(names, max_size=4, unique=True))
     changed = {name: draw(st.sampled_from(SMALL) if name in RARE else values) for name in chosen}
-    if draw(st.integers(0, 3)) == 0 and "max_tokens" in model.model_fields:
+    if draw(st.integers(0, 3)) == 0 and "stream" in model.model_fields:
         changed["stream"] = True
     text = json.dumps({**body, **changed})
     cut = draw(st.none() | st.integers(0, len(text))) if draw(st.integers(0, 9)) == 0 else None

@@ -125,7 +125,7 @@ def _names(ask: CountTokensRequest, warnings: list[str]) -> dict[str, Any]:
 class Writer:
     """Writes the output of one call, as one message or as events."""
 
-    end = b""
+    end, goes_on = b"", True
 
     def __init__(self, call: Call, ask: MessagesRequest, reading: Reading):
         self.call, self.ask, self.reading = call, ask, reading

@@ -3,9 +3,9 @@
 A field without a default is always there.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
@@ -205,6 +205,65 @@ class CompletionAnswer(Envelope):
     choices: list[CompletionChoice]
     usage: Usage
     timing: Timing | None = None
+
+
+class ResponseUsage(BaseModel):
+    """Tokens read, found in the cache, and written; how many of these are reasoning."""
+
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: ReasoningTokens
+    total_tokens: int
+
+
+class ResponseAnswer(BaseModel):
+    """The answer of /v1/responses. `output` has items of type message, reasoning and function_call."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    model: str
+    output: list[dict[str, Any]]
+    error: dict[str, str] | None
+    incomplete_details: dict[str, str] | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, Any]
+    parallel_tool_calls: bool
+    temperature: float
+    top_p: float
+    tool_choice: str
+    tools: list[dict[str, Any]]
+    reasoning: dict[str, Any]
+    text: dict[str, Any]
+    truncation: Literal["disabled"]
+    store: Literal[False]
+    background: Literal[False]
+    previous_response_id: None
+    usage: ResponseUsage | None
+    warnings: list[str] | None = None
+    timing: Timing | None = None
+
+
+class ResponseEvent(BaseModel):
+    """An event of a stream of /v1/responses; `type` says what else it has."""
+
+    type: str
+    sequence_number: int
+    response: ResponseAnswer | None = None
+    output_index: int | None = None
+    content_index: int | None = None
+    item_id: str | None = None
+    item: dict[str, Any] | None = None
+    part: dict[str, Any] | None = None
+    delta: str | None = None
+    text: str | None = None
+    arguments: str | None = None
+    logprobs: list[None] | None = None
 
 
 class Model(BaseModel):

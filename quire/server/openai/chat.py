@@ -113,7 +113,7 @@ def _tools(ask: ChatRequest, inputs: InputProcessor, warnings: list[str]) -> lis
 class Writer:
     """Writes the outputs of one call, as one body or as chunks."""
 
-    end, failed = DONE, staticmethod(failed)
+    end, goes_on, failed = DONE, True, staticmethod(failed)
 
     def __init__(self, call: Call, ask: ChatRequest, logprobs: LogprobWriter, readings: list[Reading]):
         self.call, self.ask, self.logprobs, self.readings = call, ask, logprobs, readings

@@ -75,7 +75,7 @@ def prompts_of(given: Any) -> list[str | list[int]]:
 class Writer:
     """Writes the outputs of one call, as one body or as chunks."""
 
-    end, failed = DONE, staticmethod(failed)
+    end, goes_on, failed = DONE, True, staticmethod(failed)
 
     def __init__(self, call: Call, ask: CompletionRequest, echoes: Sequence[str], logprobs: LogprobWriter):
         self.call, self.ask, self.echoes, self.logprobs = call, ask, echoes, logprobs

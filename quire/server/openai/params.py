@@ -7,33 +7,39 @@ from typing import Any
 from quire import __version__
 from quire.server.call import Call
 from quire.server.errors import ApiError, bad_request
-from quire.server.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from quire.server.openai.structured import structured
+from quire.server.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest, SampledAsk
+from quire.server.openai.requests import ResponsesRequest
+from quire.server.openai.structured import form_of, structured
 from quire.server.sse import event
-from quire.types import Logprob, OutputKind, RequestOutput, SamplingParams
+from quire.types import Logprob, OutputKind, RequestOutput, SamplingParams, StructuredOutputsParams
 
 FINGERPRINT = f"quire-{__version__}"
 LOWEST = -9999.0  # JSON has no infinity
-SAME = sorted(
-    GenerationRequest.model_fields.keys()
-    & SamplingParams.__dataclass_fields__.keys() - {"max_tokens", "structured_outputs"}
-)
+SAME = SamplingParams.__dataclass_fields__.keys() - {"max_tokens", "logprobs", "structured_outputs"}
 
 
 def sampling_params(
-    ask: GenerationRequest, defaults: Mapping[str, Any], *, max_tokens: int | None, logprobs: int | None
+    ask: SampledAsk,
+    defaults: Mapping[str, Any],
+    *,
+    max_tokens: int | None,
+    logprobs: int | None = None,
+    form: StructuredOutputsParams | None,
 ) -> SamplingParams:
     """The model's defaults, and over them what the request says.
 
     Raises:
         InvalidRequest, ApiError: a value is outside its range.
     """
-    given = {name: value for name in SAME if (value := getattr(ask, name)) is not None}
-    given["structured_outputs"] = structured(ask)
-    kind = OutputKind.DELTA if ask.stream else OutputKind.FINAL_ONLY
-    return SamplingParams(
-        **{**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs, "output_kind": kind}
-    )
+    names = SAME & type(ask).model_fields.keys()
+    given = {name: value for name in sorted(names) if (value := getattr(ask, name)) is not None}
+    own = {
+        "max_tokens": max_tokens,
+        "logprobs": logprobs,
+        "structured_outputs": form,
+        "output_kind": OutputKind.DELTA if ask.stream else OutputKind.FINAL_ONLY,
+    }
+    return SamplingParams(**{**defaults, **given, **own})
 
 
 def check_n(ask: GenerationRequest, most: int) -> None:
@@ -49,15 +55,27 @@ def completion_params(ask: CompletionRequest, defaults: Mapping[str, Any]) -> Sa
         max_tokens = 1
     if ask.echo and ask.logprobs is not None and ask.prompt_logprobs is None:
         ask = ask.model_copy(update={"prompt_logprobs": ask.logprobs})
-    return sampling_params(ask, defaults, max_tokens=max_tokens, logprobs=ask.logprobs)
+    form = structured(ask)
+    return sampling_params(ask, defaults, max_tokens=max_tokens, logprobs=ask.logprobs, form=form)
 
 
 def chat_params(ask: ChatRequest, defaults: Mapping[str, Any]) -> SamplingParams:
     """All that the context has room for, unless the request or the model says less."""
     asked = ask.max_tokens if ask.max_completion_tokens is None else ask.max_completion_tokens
-    most = defaults.get("max_tokens")
+    most = defaults.get("max_tokens") if asked is None else asked
     logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
-    return sampling_params(ask, defaults, max_tokens=most if asked is None else asked, logprobs=logprobs)
+    return sampling_params(ask, defaults, max_tokens=most, logprobs=logprobs, form=structured(ask))
+
+
+def response_params(ask: ResponsesRequest, defaults: Mapping[str, Any]) -> SamplingParams:
+    """As of a chat completion."""
+    most = defaults.get("max_tokens") if ask.max_output_tokens is None else ask.max_output_tokens
+    given = (ask.text or {}).get("format") or {"type": "text"}
+    if not isinstance(given, Mapping):
+        raise bad_request(f"text.format is {str(given)[:100]!r}; it must be an object", "text.format")
+    fields = form_of(given, "text.format")
+    form = StructuredOutputsParams(**fields) if fields else None
+    return sampling_params(ask, defaults, max_tokens=most, form=form)
 
 
 def usage(

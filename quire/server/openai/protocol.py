@@ -104,12 +104,11 @@ class OpenAIAsk(Ask):
     without_effect = WITHOUT_EFFECT
 
 
-class GenerationRequest(CallAsk, OpenAIAsk):
-    """What every request for generated text may say."""
+class SampledAsk(CallAsk):
+    """How tokens are drawn, as every request for generated text may say it."""
 
     model_config = ConfigDict(frozen=True)
 
-    n: Int | None = Field(None, description="Outputs for each prompt.", json_schema_extra=between(1))
     min_p: float | None = Field(
         None,
         description="Only tokens at least so likely, as a share of the likeliest one.",
@@ -128,6 +127,14 @@ class GenerationRequest(CallAsk, OpenAIAsk):
     )
     seed: int | None = Field(None, description="The same seed, the same text.")
     stop: StrictStr | Texts | None = Field(None, description="Up to 16 strings that end the text.")
+
+
+class GenerationRequest(SampledAsk, OpenAIAsk):
+    """What requests for completions, of prompts or of chats, may say."""
+
+    model_config = ConfigDict(frozen=True)
+
+    n: Int | None = Field(None, description="Outputs for each prompt.", json_schema_extra=between(1))
     stop_token_ids: Tokens | None = Field(None, description="Tokens that end the text.")
     include_stop_str_in_output: bool | None = Field(None, description="Keep the stop string in the text.")
     ignore_eos: bool | None = Field(None, description="Go on after the model's own end.")

@@ -19,7 +19,7 @@ def structured(ask: GenerationRequest) -> StructuredOutputsParams | None:
         InvalidRequest: what is asked for is nothing, or several things.
     """
     found: dict[str, dict[str, Any]] = {}
-    if ask.response_format is not None and (fields := _format(ask.response_format)):
+    if ask.response_format is not None and (fields := form_of(ask.response_format, "response_format")):
         found["response_format"] = fields
     if ask.structured_outputs is not None:
         found["structured_outputs"] = dict(ask.structured_outputs)
@@ -39,21 +39,23 @@ def structured(ask: GenerationRequest) -> StructuredOutputsParams | None:
     return StructuredOutputsParams(**fields)
 
 
-def _format(given: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's response_format as fields of `StructuredOutputsParams`."""
-    name, kind = "response_format", given.get("type")
+def form_of(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """OpenAI's response_format, or text.format of a response, as fields of `StructuredOutputsParams`.
+
+    Raises:
+        ApiError: it is not what it should be; `name` names it.
+    """
+    kind = given.get("type")
     match kind:
         case "text":
             return {}
         case "json_object":
             return {"json_object": True}
         case "json_schema":
-            schema = given.get("json_schema")
-            if not isinstance(schema, Mapping) or not isinstance(schema.get("schema"), Mapping):
-                raise bad_request("response_format.json_schema must be an object that has a schema", name)
-            return {"json": schema["schema"]}
+            named = given.get("json_schema", given)  # in text.format the schema is in no object of its own
+            if not isinstance(named, Mapping) or not isinstance(named.get("schema"), Mapping):
+                raise bad_request(f"{name}: json_schema must have a schema, which is an object", name)
+            return {"json": named["schema"]}
         case "structural_tag":
             return {"structural_tag": given}
-    raise bad_request(
-        f"response_format.type is {str(kind)[:100]!r}; it must be one of {', '.join(FORMATS)}", name
-    )
+    raise bad_request(f"{name}.type is {str(kind)[:100]!r}; it must be one of {', '.join(FORMATS)}", name)
