@@ -1,5 +1,6 @@
 """Ranks that share out a sequence's tokens: the tokens of one process, from a cache of as many times as many."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from quire.errors import ConfigError
 from tests.engine.test_ranks import check_tokens, llm, make_engine, outputs
+from tests.engine.test_ticks import check_losses, config
 from tests.models.cases import BY_NAME, build_hf
 
 TWO = {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}
@@ -51,6 +53,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 )
 def test_tokens_are_those_of_one_process(folders: dict[str, Path], name: str, size: int, parts: int) -> None:
     check_tokens(folders[name], size, 4, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_each_rank_may_be_lost_under_load(folders: dict[str, Path], number: int) -> None:
+    check_losses(config(folders["latent"], **TWO), number)
 
 
 @pytest.mark.parametrize(

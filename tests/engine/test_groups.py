@@ -23,6 +23,7 @@ from quire.errors import ConfigError, EngineDead, Overloaded
 from quire.resolve import Machine
 from quire.server.load import Load
 from quire.types import RequestOutput, SamplingParams
+from tests.engine.test_ranks import is_alive
 
 OPTIONS = {"model": "demo", "device": "cpu", "num_threads": 1, "kv_cache_memory_bytes": 2**24}
 NUM = 8
@@ -60,6 +61,11 @@ class Site:
             self.news.clear()
             await asyncio.wait_for(self.news.wait(), 60)
 
+    def processes(self) -> list[list[int]]:
+        """Of each group."""
+        found = [keeper.supervisor for keeper in self.groups.keepers]
+        return [[each.pid, *each.ready.result().ranks] for each in found if each.ready is not None]
+
     def places(self) -> dict[int, set[str]]:
         """Labels of open requests by group."""
         return {
@@ -69,8 +75,10 @@ class Site:
 
 
 @asynccontextmanager
-async def running(num_groups: int = 2, admission: Admission | None = None) -> AsyncIterator[Site]:
-    config = Config(**OPTIONS, data_parallel_size=num_groups, disable_log_stats=True)
+async def running(
+    num_groups: int = 2, admission: Admission | None = None, **options: object
+) -> AsyncIterator[Site]:
+    config = Config(**OPTIONS, data_parallel_size=num_groups, disable_log_stats=True, **options)
     engine = RemoteEngine(config, admission=admission)
     await engine.start()
     try:
@@ -125,21 +133,25 @@ def assert_nothing_is_left(site: Site) -> None:
         assert (replica.queued_tokens, replica.num_open, replica.num_running) == (0, 0, 0)
 
 
-def test_a_group_is_killed_and_the_others_streams_do_not_notice(expected: list[list[int]]) -> None:
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_group_loses_a_rank_and_the_others_streams_do_not_notice(num_ranks: int) -> None:
     async def work() -> None:
-        async with running() as site:
+        async with running(tensor_parallel_size=num_ranks, dtype="float32") as site:
+            expected = tokens(await asyncio.gather(*site.streams()))
+            lost, spared = site.processes()
             tasks = site.streams()
             await site.until(lambda: len(site.pieces) == NUM)
-            hit, spared = site.places()[0], site.places()[1]
-            assert hit and spared
-            os.kill(site.groups.pids[0], signal.SIGKILL)
+            hit, others = site.places()[0], site.places()[1]
+            assert hit and others and len(lost) == num_ranks
+            os.kill(lost[-1], signal.SIGKILL)
             outputs = await asyncio.gather(*tasks)
             assert tokens(outputs) == expected
             replayed = {output.request_id for output in outputs if output.metrics.num_replays}
-            assert replayed == hit and not replayed & spared
+            assert replayed == hit and not replayed & others
             assert [keeper.num_restarts for keeper in site.groups.keepers] == [1, 0]
             await site.one(99)
             assert site.engine.status is Status.READY and site.groups.num_replayed == len(hit)
+            assert not any(map(is_alive, lost)) and site.processes()[1] == spared
             assert_nothing_is_left(site)
 
     asyncio.run(work())

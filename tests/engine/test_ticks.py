@@ -111,15 +111,19 @@ def test_tokens_are_those_of_one_process(
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_each_process_may_be_lost_under_load(folders: dict[str, Path], number: int) -> None:
     """Of either group, the first or another rank: all go, and come back with every request."""
+    sizes = {"enable_expert_parallel": True, "data_parallel_size": 2, "tensor_parallel_size": 2}
+    check_losses(config(folders["Qwen2Moe"], **sizes), number)
+
+
+def check_losses(config: Config, number: int) -> None:
+    """Each of the engine's processes gets the signal once, while requests run."""
 
     async def work() -> None:
-        two = config(
-            folders["Qwen2Moe"], enable_expert_parallel=True, data_parallel_size=2, tensor_parallel_size=2
-        )
-        async with running(two) as engine:
-            want = await tokens_of(engine)
-        for victim in range(4):
-            async with running(two, hang_s=3.0) as engine:
+        async with running(config) as engine:
+            want, num_processes = await tokens_of(engine), len(pids(engine))
+        assert num_processes == config.data_parallel_size * config.tensor_parallel_size
+        for victim in range(num_processes):
+            async with running(config, hang_s=3.0) as engine:
                 first = pids(engine)
                 streams = asyncio.create_task(tokens_of(engine))
                 while engine.keeper.metrics.totals.num_generated < 20:
