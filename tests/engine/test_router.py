@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from benchmarks.routing import Simulation, policies, workload
 from quire.engine.router import (
     FAILURES,
     RETRY_RESERVE,
@@ -272,3 +273,19 @@ def test_slow_replicas_are_learned() -> None:
         router.began(ticket, now if ticket.replica == slow else now - 0.8)
         router.ended(ticket)
     assert counts[slow] < counts[1] / 5
+
+
+@pytest.mark.parametrize("slownesses", [(1, 1, 1, 1), (1, 1, 1, 2)])
+def test_more_is_cached_and_first_tokens_come_sooner_than_where_replicas_take_turns(
+    slownesses: tuple[float, ...],
+) -> None:
+    """Of simulated replicas, by their own clock, which is the benchmark's."""
+    found = {
+        name: Simulation(slownesses, choose, router).run(workload(4.0))
+        for name, choose, router in policies(len(slownesses))
+        if name in {"round robin", "cost"}
+    }
+    turns, cost = found["round robin"], found["cost"]
+    assert len(cost.first_s) == len(turns.first_s) > 500
+    assert cost.num_hits > 1.1 * turns.num_hits
+    assert cost.at(0.5) < turns.at(0.5) and cost.at(0.99) < 0.8 * turns.at(0.99)
