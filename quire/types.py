@@ -93,19 +93,36 @@ CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_
 
 @dataclass(frozen=True, slots=True)
 class Thoughts:
-    """Reasoning before an answer, between two markers; the opening one may be there already."""
+    """Reasoning before an answer, between two markers; the opening one may be there already.
+
+    `again`: it may begin anywhere, and more than once.
+    """
 
     open: str
     close: str
     begun: bool
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingBudget:
+    """At most `num_tokens` between the markers of `thoughts`; then come the tokens `closing`, and no more thoughts."""
+
+    num_tokens: int
+    thoughts: Thoughts
+    closing: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What a text must look like, checked and written as llguidance reads it; nothing holds for thoughts before it."""
+    """What a text must look like, checked and written as llguidance reads it; None: anything.
 
-    text: str
+    It says nothing of `thoughts` before the text, of which `budget` says how many there may be.
+    """
+
+    text: str | None
     thoughts: Thoughts | None = None
+    budget: ThinkingBudget | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +157,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     skip_reading_prefix_cache: bool | None = None  # None: only when prompt_logprobs is asked for
     structured_outputs: StructuredOutputsParams | None = None
+    thinking_token_budget: int | None = None  # tokens of reasoning before it is closed; -1: any number
     output_kind: OutputKind = OutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
@@ -158,8 +176,9 @@ class SamplingParams:
             put(name, tuple(getattr(self, name) or ()))
         if self.allowed_token_ids is not None:
             put("allowed_token_ids", tuple(self.allowed_token_ids))
-        if self.seed == -1:
-            put("seed", None)
+        for name in ("seed", "thinking_token_budget"):
+            if getattr(self, name) == -1:
+                put(name, None)
         if self.logprobs is True:
             put("logprobs", 1)
         if _is_number(self.temperature) and GREEDY_BELOW <= self.temperature < LOWEST_TEMPERATURE:
@@ -190,6 +209,8 @@ class SamplingParams:
         if self.max_tokens is not None:
             whole("max_tokens", 1, math.inf, "at least 1, or None for all the context allows")
         whole("min_tokens", 0, math.inf, "at least 0")
+        if self.thinking_token_budget is not None:
+            whole("thinking_token_budget", 0, 2**63 - 1, "-1 (no budget) or an integer from 0 to 2**63 - 1")
         _check(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             "min_tokens",

@@ -40,6 +40,7 @@ from quire.runner.runner import Runner
 from quire.runner.state import SlotState
 from quire.runner.states import StateRows
 from quire.sampling.sampler import Sampler
+from quire.text.tokenizer import Tokenizer
 
 MOST_MASK_THREADS = 8
 
@@ -266,9 +267,11 @@ def make_runner(
 def _grammars(found: Found, config: Config) -> Matchers:
     """They share this rank's threads with the steps, one after the other."""
 
-    def load() -> tuple[str, Collection[int]]:
+    def load() -> tuple[Tokenizer, Collection[int]]:
         tokenizer, ends = read_tokens(config, found.folder, found.raw)
-        return ("" if tokenizer is None else tokenizer.to_json()), ends
+        if tokenizer is None:
+            raise ConfigError("grammars need a tokenizer; start without skip_tokenizer_init")
+        return tokenizer, ends
 
     return Matchers(load, found.spec.vocab_size, min(torch.get_num_threads(), MOST_MASK_THREADS))
 

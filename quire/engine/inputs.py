@@ -10,7 +10,7 @@ from quire.errors import InvalidRequest, PromptTooLong
 from quire.text.chat import ChatTemplate
 from quire.text.tokenizer import Tokenizer, bad_word_ids
 from quire.text.tools.dialect import Dialect
-from quire.types import Grammar, Prompt, Request, SamplingParams, StructuredOutputsParams
+from quire.types import Grammar, Prompt, Request, SamplingParams, ThinkingBudget
 
 MAX_SALT_CHARS = 128
 
@@ -60,7 +60,8 @@ class InputProcessor:
         """Check one prompt and its parameters.
 
         `continued`: of a conversation, what the prompt ends with where the answer goes on with a message. There the
-        answer may begin with reasoning, of which structured outputs say nothing.
+        answer may begin with reasoning, of which structured outputs say nothing. Other texts are theirs from the
+        beginning, and have no reasoning that `thinking_token_budget` could bound.
 
         Raises:
             InvalidRequest: empty, too long, or a token id or parameter that this model cannot take.
@@ -79,7 +80,7 @@ class InputProcessor:
             cache_salt=salt,
             arrival_s=arrival_s,
             marks=marks,
-            grammar=self._grammar(params.structured_outputs, text or "", continued),
+            grammar=self._grammar(params, text, tokens, continued),
         )
 
     def submission(self, request: Request) -> Submission:
@@ -197,15 +198,37 @@ class InputProcessor:
         )
 
     def _grammar(
-        self, asked: StructuredOutputsParams | None, prompt: str, continued: str | None
+        self, params: SamplingParams, text: str | None, tokens: Sequence[int], continued: str | None
     ) -> Grammar | None:
+        asked, budget = params.structured_outputs, None
+        if asked is None or continued is not None:
+            budget = self._budget(params.thinking_token_budget, text, tokens, continued or "")
         if asked is None:
-            return None
+            return None if budget is None else Grammar(None, budget=budget)
         if self.grammars is None:
             self._tokenizer("structured_outputs")
             return None
-        thoughts = None if continued is None else self.dialect.thoughts(prompt, continued)
-        return Grammar(self.grammars.check(asked), thoughts)
+        thoughts = None if continued is None else self.dialect.thoughts(text or "", continued)
+        return Grammar(self.grammars.check(asked), thoughts, budget)
+
+    def _budget(
+        self, asked: int | None, text: str | None, tokens: Sequence[int], continued: str
+    ) -> ThinkingBudget | None:
+        if asked is None:
+            return None
+        tokenizer = self._tokenizer("thinking_token_budget")
+        if self.dialect.reasoning is None:
+            raise InvalidRequest(
+                f"thinking_token_budget is {asked}, and how this model writes reasoning is not known: its chat"
+                " template shows no known format, or reasoning_parser is none; start with --reasoning-parser, or"
+                " leave the budget out",
+                param="thinking_token_budget",
+            )
+        found = self.dialect.bounds(self.text(tokens) if text is None else text, continued)
+        if found is None:
+            return None
+        thoughts, closing = found
+        return ThinkingBudget(asked, thoughts, tuple(tokenizer.encode(closing, add_special_tokens=False)))
 
     def _check_prompt(self, tokens: Sequence[int]) -> None:
         if not tokens:

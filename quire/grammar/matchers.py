@@ -4,7 +4,7 @@ A sequence's newest token is asked for only when the next mask is made: on a dev
 on, that is while the next forward pass runs. All ranks that sample do the same, as they draw the same tokens.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -13,48 +13,80 @@ import llguidance
 import numpy as np
 
 from quire.grammar.compiling import Vocabulary, masks, too_complex
-from quire.types import Grammar, Thoughts
+from quire.grammar.thinking import Bounded, Thinking
+from quire.text.tokenizer import Tokenizer
+from quire.types import Grammar
 
 MOST_KEPT = 64  # grammars without a sequence; the next request often has the same
 
-SPECIAL = b"\xff"  # llguidance writes it before the name of a special token
+MOST_PENDING = 4  # tokens of one sequence: of older steps the scheduler has them too, so nobody waits
 
 
 class Place:
-    """One sequence's."""
+    """One sequence's: in its grammar, in the thoughts before that, in the budget that they have; each may be missing.
 
-    def __init__(self, vocabulary: Vocabulary, matcher: llguidance.LLMatcher, thoughts: Thoughts | None):
-        self.vocabulary, self.matcher, self.thoughts = vocabulary, matcher, thoughts
-        self.thinks = thoughts is not None and thoughts.begun
-        self.tail, self.num_tokens = b"", 0
-        self.newest: Callable[[], int] | None = None  # not taken in yet
+    Attributes:
+        thinking: None once it is over.
+        pending: newest tokens that are not taken in yet.
+    """
+
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher | None,
+        thinking: Thinking | None,
+        budget: Bounded | None,
+        opens: int | None,
+    ):
+        """`opens`: the token that begins thoughts, where there is one."""
+        self.matcher, self.thinking, self.budget, self.opens = matcher, thinking, budget, opens
+        self.pending: deque[Callable[[], int]] = deque()
 
     @property
     def may_think(self) -> int | None:
         """The token that would begin thoughts here; None if none can."""
-        if self.thoughts is None or self.num_tokens or self.thinks:
-            return None
-        tokens = self.vocabulary.tokens.tokenize_str(self.thoughts.open.strip(), parse_special=True)
-        return tokens[0] if len(tokens) == 1 else None
+        return self.opens if self.thinking is not None and not self.thinking.thinks else None
+
+    @property
+    def forced(self) -> int | None:
+        """The token that must come next; None if several may."""
+        return self.budget.forced[0] if self.budget is not None and self.budget.forced else None
+
+    @property
+    def follows(self) -> llguidance.LLMatcher | None:
+        """What says which tokens may come next; None if none does."""
+        return None if self.thinking is not None and self.thinking.thinks else self.matcher
+
+    @property
+    def bound(self) -> bool:
+        """Whether something may be excluded next, as far as can be told without the pending tokens."""
+        budget, num_pending = self.budget, len(self.pending)
+        return self.matcher is not None or (
+            budget is not None and budget.num_tokens + num_pending >= budget.graceful
+        )
+
+    @property
+    def over(self) -> bool:
+        """Nothing will be excluded any more."""
+        return self.matcher is None and (self.budget is None or self.budget.over)
 
     def take(self, token: int) -> None:
         """Go on by a token."""
-        begins, self.num_tokens = token == self.may_think, self.num_tokens + 1
-        if begins:
-            self.thinks = True
-        elif self.thinks and self.thoughts is not None:
-            self.tail += self.vocabulary.tokens.decode_bytes([token]).replace(SPECIAL, b"")
-            close = self.thoughts.close.strip().encode()
-            self.thinks = close not in self.tail
-            self.tail = self.tail[-len(close) :]
-        else:
+        if token < 0:  # none: the sequence has ended
+            return
+        no_text = self.budget is not None and self.budget.take(token)
+        if self.thinking is not None:
+            thought = self.thinking.thinks
+            self.thinking.take(token)
+            no_text |= thought or self.thinking.thinks
+            if not self.thinking.thinks:
+                self.thinking = None
+        if self.matcher is not None and not no_text:
             self.matcher.consume_token(token)
 
-    def settle(self) -> None:
-        """Take in the newest token; waits for it."""
-        if self.newest is not None:
-            newest, self.newest = self.newest, None
-            self.take(newest())
+    def settle(self, num_pending: int = 0) -> None:
+        """Take in all but so many newest tokens; waits for them."""
+        while len(self.pending) > num_pending:
+            self.take(self.pending.popleft()())
 
 
 class Allowed:
@@ -75,17 +107,19 @@ class Allowed:
 class Matchers:
     """By sequence. Compilation runs in a thread of its own, and lets others run meanwhile."""
 
-    def __init__(self, load: Callable[[], tuple[str, Collection[int]]], vocab_size: int, num_threads: int):
-        """`load`: the contents of tokenizer.json, and tokens that end a text."""
+    def __init__(
+        self, load: Callable[[], tuple[Tokenizer, Collection[int]]], vocab_size: int, num_threads: int
+    ):
+        """`load`: the tokenizer, and tokens that end a text."""
         self.load, self.vocab_size, self.num_threads = load, vocab_size, num_threads
-        self.compiled: OrderedDict[str, Future[llguidance.LLMatcher]] = OrderedDict()
-        self.known: dict[int, tuple[Grammar, Future[llguidance.LLMatcher]]] = {}
+        self.compiled: OrderedDict[str | None, Future[llguidance.LLMatcher | None]] = OrderedDict()
+        self.known: dict[int, tuple[Grammar, Future[llguidance.LLMatcher | None]]] = {}
         self.places: dict[int, Place] = {}
 
-    def prepare(self, grammar: Grammar) -> Future[llguidance.LLMatcher]:
+    def prepare(self, grammar: Grammar) -> Future[llguidance.LLMatcher | None]:
         """Begin to compile; the result raises InvalidRequest if that cannot be done."""
         if grammar.text not in self.compiled:
-            self.compiled[grammar.text] = self.compiler.submit(lambda: self.vocabulary.matcher(grammar.text))
+            self.compiled[grammar.text] = self.compiler.submit(self._compile, grammar.text)
             if len(self.compiled) > MOST_KEPT:
                 self.compiled.popitem(last=False)
         self.compiled.move_to_end(grammar.text)
@@ -104,34 +138,57 @@ class Matchers:
         if (known := self.known.get(seq)) is None:
             return
         grammar, compiled = known
-        matcher = compiled.result().deep_copy()  # first of all: that is what made the vocabulary
-        place = Place(self.vocabulary, matcher, grammar.thoughts)
+        matcher = compiled.result()  # first of all: that is what loaded the tokenizer
+        (tokenizer, _), thoughts, budget = self.loaded, grammar.thoughts, grammar.budget
+        place = Place(
+            None if matcher is None else matcher.deep_copy(),
+            None if thoughts is None else Thinking(thoughts, tokenizer),
+            None if budget is None else Bounded(budget, tokenizer),
+            None if thoughts is None else tokenizer.token_id(thoughts.open),
+        )
         for token in outputs:
             place.take(token)
         self.places[seq] = place
+        self._settle(seq, place)
 
-    def drew(self, seq: int, newest: Callable[[], int]) -> None:
-        """A sequence's newest token is drawn; `newest` waits for it."""
-        if seq in self.places:
-            self.places[seq].newest = newest
+    def drew(self, seqs: Iterable[int], tokens: Callable[[], Sequence[int]]) -> None:
+        """Each of these got a token; `tokens` waits for them, and may be called again."""
+        if not self.places:
+            return
+        for row, seq in enumerate(seqs):
+            if (place := self.places.get(seq)) is not None:
+                place.pending.append(lambda row=row: tokens()[row])  # type: ignore[misc]
+                self._settle(seq, place, MOST_PENDING)
 
     def allowed(self, seqs: Sequence[int]) -> Allowed | None:
         """What the rows of a batch may sample; None if everything. Waits for their newest tokens."""
         places = {row: self.places[seq] for row, seq in enumerate(seqs) if seq in self.places}
-        for place in places.values():
-            place.settle()
-        bound = {row: place for row, place in places.items() if not place.thinks}
-        if not bound:
+        places = {row: place for row, place in places.items() if place.bound}
+        for row, place in places.items():
+            self._settle(seqs[row], place)
+        forced = {row: token for row, place in places.items() if (token := place.forced) is not None}
+        ruled = {
+            row: matcher
+            for row, place in places.items()
+            if row not in forced and (matcher := place.follows) is not None
+        }
+        if not forced and not ruled:
             return None
-        words = masks(self.executor, [place.matcher for place in bound.values()], self.vocabulary.num_words)
+        words = np.zeros((0, -(-self.vocab_size // 32)), np.int32)
+        if ruled:
+            words = masks(self.executor, list(ruled.values()), self.vocabulary.num_words)
         errors: dict[int, str] = {}
-        for at, (row, place) in enumerate(bound.items()):
-            if place.matcher.is_error():
-                errors[seqs[row]] = too_complex(place.matcher)
+        for at, (row, matcher) in enumerate(ruled.items()):
+            if matcher.is_error():
+                errors[seqs[row]] = too_complex(matcher)
                 words[at] = -1
-            elif (token := place.may_think) is not None:
-                words[at, token // 32] |= np.int32(np.uint32(1 << token % 32).view(np.int32))
-        return Allowed(list(bound), words, errors)
+            elif (token := places[row].may_think) is not None:
+                _allow(words[at], token)
+        if forced:
+            words = np.concatenate([words, np.zeros((len(forced), words.shape[1]), np.int32)])
+        for at, token in enumerate(forced.values(), len(ruled)):
+            _allow(words[at], token)
+        return Allowed([*ruled, *forced], words, errors)
 
     def forget(self, seq: int) -> None:
         """A sequence has ended."""
@@ -139,17 +196,31 @@ class Matchers:
         self.places.pop(seq, None)
 
     def concerns(self, seqs: Iterable[int]) -> bool:
-        """Whether any of them has a grammar."""
-        return bool(self.known) and any(seq in self.known for seq in seqs)
+        """Whether something may be excluded for any of them."""
+        return bool(self.places) and any(seq in self.places and self.places[seq].bound for seq in seqs)
 
     def __contains__(self, seq: int) -> bool:
         return seq in self.known
 
+    def _compile(self, text: str | None) -> llguidance.LLMatcher | None:
+        """None for no grammar, which needs no more than what is loaded."""
+        return self.vocabulary.matcher(text) if self.loaded and text is not None else None
+
+    def _settle(self, seq: int, place: Place, num_pending: int = 0) -> None:
+        place.settle(num_pending)
+        if place.over:
+            del self.places[seq]
+
+    @cached_property
+    def loaded(self) -> tuple[Tokenizer, Collection[int]]:
+        """What is there when it is first needed."""
+        return self.load()
+
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Made when it is first needed: that takes a second or two."""
-        tokenizer, ends = self.load()
-        return Vocabulary(tokenizer, self.vocab_size, ends)
+        tokenizer, ends = self.loaded
+        return Vocabulary(tokenizer.to_json(), self.vocab_size, ends)
 
     @cached_property
     def compiler(self) -> ThreadPoolExecutor:
@@ -158,3 +229,7 @@ class Matchers:
     @cached_property
     def executor(self) -> llguidance.LLExecutor:
         return llguidance.LLExecutor(self.num_threads)
+
+
+def _allow(words: np.ndarray, token: int) -> None:
+    words[token // 32] |= np.int32(np.uint32(1 << token % 32).view(np.int32))

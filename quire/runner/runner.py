@@ -18,7 +18,7 @@ from llguidance import LLMatcher
 from torch import Tensor
 
 from quire.attention.base import Cache
-from quire.grammar.matchers import Allowed, Matchers
+from quire.grammar.matchers import Matchers
 from quire.layers.base import Network
 from quire.log import logger
 from quire.runner.advance import ENDED
@@ -34,7 +34,9 @@ from quire.scheduler.plan import Plan, Result, Start, Work
 from quire.types import Grammar, SamplingParams, TokenLogprobs
 
 NOT_A_NUMBER = "the network's output was not a number"
-NOTHING_ALLOWED = f"{NOT_A_NUMBER}, or what the grammar allows is excluded by other parameters"
+NOTHING_ALLOWED = (
+    f"{NOT_A_NUMBER}, or what the grammar or thinking_token_budget allows is excluded by other parameters"
+)
 PROMPT_ROWS = 256  # rows whose logits are held at once when a prompt's log probabilities are computed
 
 
@@ -95,7 +97,7 @@ class Runner:
         self.launched, self.drawn = [], []
         axes.close()
 
-    def prepare(self, grammar: Grammar) -> Future[LLMatcher]:
+    def prepare(self, grammar: Grammar) -> Future[LLMatcher | None]:
         """Begin to compile what sequences are about to have; a step that begins one of them waits for it.
 
         The result raises InvalidRequest if that cannot be done.
@@ -181,13 +183,13 @@ class Runner:
         # Masks are made by the host.
         free = not self.grammars.concerns(w.seq for w in work if w.samples)
         if self.fixed and self.samples and free and (fetch := self.fixed.sample(work)) is not None:
-            self.drawn = [(work, fetch)]
+            self.drawn = [self._told(work, fetch)]
         elif self.fixed and (forwarded := self.fixed.forward(work)) is not None:
             self.launched = [forwarded]
         elif (
             self.mixed and free and not any(map(self._to_score, work)) and (drawn := self.mixed.sample(work))
         ):
-            self.drawn = [drawn]
+            self.drawn = [self._told(*drawn)]
         return bool(self.drawn or self.launched)
 
     def _compute(self, work: Sequence[Work]) -> None:
@@ -228,7 +230,9 @@ class Runner:
             allowed = self.grammars.allowed([w.seq for w in rows])
             sampled = self.sampler.sample(logits, [w.slot for w in rows], positions, allowed)
             self.state.append(batch.slots, batch.sample_positions, sampled.token_ids)
-            return [(rows, self._fetched(rows, sampled, allowed))]
+            if allowed is not None:
+                self.failed.update(allowed.errors)
+            return [self._told(rows, cache(to_host(sampled)))]
         except Exception as error:
             if self.model.axes.splits(error):
                 raise
@@ -243,17 +247,10 @@ class Runner:
         parts = (slice(middle), slice(middle, None))
         return [drawn for part in parts for drawn in self._draw(batch.rows(part), hidden)]
 
-    def _fetched(
-        self, rows: Sequence[Work], sampled: Sampled, allowed: Allowed | None
-    ) -> Callable[[], HostSampled]:
-        """A call that waits for what rows got, of which their grammars learn too."""
-        fetch = cache(to_host(sampled))
-        for i, work in enumerate(rows):
-            if work.seq in self.grammars:
-                self.grammars.drew(work.seq, lambda i=i: fetch().token_ids[i])  # type: ignore[misc]
-        if allowed is not None:
-            self.failed.update(allowed.errors)
-        return fetch
+    def _told(self, rows: tuple[Work, ...], fetch: Callable[[], HostSampled]) -> Drawn:
+        """What rows got, of which their grammars learn too."""
+        self.grammars.drew((w.seq for w in rows), lambda: fetch().token_ids)
+        return rows, fetch
 
     def _admit(self, start: Start) -> None:
         sampling = self.sampling.get(start.seq)

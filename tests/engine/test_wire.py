@@ -14,7 +14,15 @@ from quire.engine.events import Submission, TokenEvent
 from quire.engine.metrics import StepStats
 from quire.engine.wire import Channel, WireError
 from quire.errors import EngineDead
-from quire.types import FinishReason, Grammar, OutputKind, SamplingParams, Thoughts, TokenLogprobs
+from quire.types import (
+    FinishReason,
+    Grammar,
+    OutputKind,
+    SamplingParams,
+    ThinkingBudget,
+    Thoughts,
+    TokenLogprobs,
+)
 
 quick = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -50,10 +58,12 @@ PARAMS = {
     "skip_special_tokens": st.booleans(),
     "skip_reading_prefix_cache": st.none() | st.booleans(),
     "structured_outputs": st.none(),  # the submission's grammar is made of it
+    "thinking_token_budget": st.none() | counts,
     "output_kind": st.sampled_from(OutputKind),
 }
 params = st.builds(SamplingParams, **PARAMS)
 outputs = st.lists(st.none() | many.map(tuple), max_size=4).map(tuple)
+thoughts = st.builds(Thoughts, texts, texts, st.booleans(), st.booleans())
 submissions = st.builds(
     Submission,
     request_id=texts,
@@ -67,7 +77,12 @@ submissions = st.builds(
     cache_salt=texts,
     outputs=outputs,
     grammar=st.none()
-    | st.builds(Grammar, texts, st.none() | st.builds(Thoughts, texts, texts, st.booleans())),
+    | st.builds(
+        Grammar,
+        st.none() | texts,
+        st.none() | thoughts,
+        st.none() | st.builds(ThinkingBudget, counts, thoughts, many.map(tuple)),
+    ),
 )
 scores = st.builds(
     TokenLogprobs, many, st.lists(st.floats(allow_nan=False), max_size=4), st.lists(counts, max_size=4)

@@ -68,11 +68,17 @@ def to_engine(server: Server, number: int) -> Callable[[], None]:
 
 
 async def killed(
-    folder: Path, *options: str, num_streams: int, num_kills: int, seed: int = 0, max_tokens: int = 96
+    folder: Path,
+    *options: str,
+    num_streams: int,
+    num_kills: int,
+    seed: int = 0,
+    max_tokens: int = 96,
+    asked: Body | None = None,
 ) -> Report:
-    """SIGKILL of the engine at random points of many streams. `options`: more of the server's."""
+    """SIGKILL of the engine at random points of many streams. `options`: more of the server's; `asked`: of bodies."""
     report = Report("1", f"engine killed {num_kills} times under {num_streams} streams")
-    bodies = streams(num_streams, max_tokens)
+    bodies = [{**body, **(asked or {})} for body in streams(num_streams, max_tokens)]
     points = random.Random(seed).sample(range(1, num_streams * max_tokens * 3 // 4), num_kills)
     async with serving(folder, *options) as server:
         want = await undisturbed(server, bodies)

@@ -18,6 +18,12 @@ def test_kills_lose_nothing(tmp_path: Path) -> None:
     assert max(report.recoveries_s) < 20
 
 
+def test_kills_while_models_think_leave_budgets_as_they_were(tmp_path: Path) -> None:
+    thinks = {"prompt": "What is 17 + 25? <think>\n", "thinking_token_budget": 60, "logit_bias": {4091: -100}}
+    report = run(scenarios.killed(tmp_path, num_streams=16, num_kills=4, asked=thinks))
+    assert report.is_clean
+
+
 def test_a_stopped_engine_is_noticed_and_replaced(tmp_path: Path) -> None:
     report = run(scenarios.stopped(tmp_path, num_streams=32))
     assert report.is_clean and report.num_restarts == 1

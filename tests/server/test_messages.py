@@ -110,9 +110,7 @@ def test_thinking_is_a_block_of_its_own_and_comes_back(live: Live, client: anthr
     assert [block.type for block in hidden.content] == ["text"]
     off = client.messages.create(**{**THINK, "thinking": {"type": "disabled"}})
     assert [block.type for block in off.content] == ["text"]
-    noted = live.post(PATH, json=THINK).json()
-    assert noted["warnings"] == ["'thinking.budget_tokens' has no effect on this server"]
-    answers.Message.model_validate(noted, extra="forbid")
+    answers.Message.model_validate(live.post(PATH, json=THINK).json(), extra="forbid")
 
     def count(*blocks: dict[str, Any]) -> int:
         use = {"type": "tool_use", "id": "a", "name": "get_weather", "input": {}}
@@ -122,6 +120,19 @@ def test_thinking_is_a_block_of_its_own_and_comes_back(live: Live, client: anthr
         return client.messages.count_tokens(model="demo", messages=turns, tools=[WEATHER]).input_tokens
 
     assert count() < count({"type": "thinking", "thinking": "I look.", "signature": "any"})
+
+
+def test_thinking_ends_within_its_budget(client: anthropic.Anthropic) -> None:
+    asked = {**THINK, "thinking": {"type": "enabled", "budget_tokens": 12}}
+    thought, text = client.messages.create(**asked).content
+    assert (thought.type, text.type) == ("thinking", "text") and text.text.startswith("17 + 25")
+    whole = client.messages.create(**THINK).content[0].thinking
+    assert whole.startswith(thought.thinking.strip()) and len(thought.thinking) < len(whole) / 2
+    with client.messages.stream(**asked) as stream:
+        found = stream.get_final_message()
+    assert [block.model_dump() for block in found.content] == [thought.model_dump(), text.model_dump()]
+    off = client.messages.create(**{**asked, "thinking": {"type": "disabled", "budget_tokens": 12}})
+    assert [block.type for block in off.content] == ["text"]
 
 
 def test_why_it_stops(client: anthropic.Anthropic) -> None:
@@ -197,6 +208,12 @@ USE = {"type": "tool_use", "id": "a", "name": "get_weather", "input": {}}
         ({"tool_choice": {"type": "any"}}, 501, "api_error", "use auto"),
         ({"tool_choice": {"type": "all"}}, 400, "invalid_request_error", "auto, any, tool or none"),
         ({"thinking": {"type": "maybe"}}, 400, "invalid_request_error", "thinking.type"),
+        (
+            {"thinking": {"type": "enabled", "budget_tokens": -1}},
+            400,
+            "invalid_request_error",
+            "budget_tokens",
+        ),
         ({"output_config": {"format": {"type": "json_schema"}}}, 501, "api_error", "output_config.format"),
         ({"output_config": {"effort": "all"}}, 400, "invalid_request_error", "output_config.effort"),
         ({"tools": [{"name": "x"}]}, 400, "invalid_request_error", "tools[0].input_schema"),

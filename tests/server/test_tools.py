@@ -134,6 +134,7 @@ def test_none_means_that_the_model_knows_no_tools(client: openai.OpenAI) -> None
         ({"tools": [{"type": "function", "function": {}}]}, 400, "tools"),
         ({"tools": "all"}, 400, "tools"),
         ({"include_reasoning": False, "logprobs": True}, 400, "include_reasoning"),
+        ({"thinking_token_budget": -2}, 400, "thinking_token_budget"),
     ],
 )
 def test_what_cannot_be_done_says_so(live: Live, more: dict[str, Any], status: int, param: str) -> None:
@@ -173,6 +174,25 @@ def test_reasoning_is_told_apart_and_counted(live: Live) -> None:
     assert "reasoning" not in stream
     off = live.post(CHAT, json={**THINK, "reasoning_effort": "none"}).json()
     assert "reasoning" not in off["choices"][0]["message"]
+
+
+def test_reasoning_ends_within_its_budget(live: Live, client: openai.OpenAI) -> None:
+    whole = live.post(CHAT, json=THINK).json()["choices"][0]["message"]["reasoning"]
+    ask = {**THINK, "extra_body": {"thinking_token_budget": 12}}
+    answer = client.chat.completions.create(**ask)
+    (choice,) = answer.choices
+    reasoning = choice.message.model_extra["reasoning"]
+    assert whole.startswith(reasoning.strip()) and len(reasoning) < len(whole) / 2
+    assert choice.message.content.startswith("17 + 25") and choice.finish_reason == "stop"
+    assert 12 <= answer.usage.completion_tokens_details.reasoning_tokens <= 12 + 3
+    found = joined(list(client.chat.completions.create(**ask, stream=True)))
+    assert (found["reasoning"], found["content"]) == (reasoning, choice.message.content)
+    for effort, budget in (("none", 12), ("high", 0)):
+        short = live.post(
+            CHAT, json={**THINK, "reasoning_effort": effort, "thinking_token_budget": budget}
+        ).json()
+        message = short["choices"][0]["message"]
+        assert not message.get("reasoning", "").strip() and message["content"].startswith("17 + 25")
 
 
 def test_thinking_that_is_cut_off_is_all_reasoning(live: Live) -> None:
@@ -226,6 +246,12 @@ def test_a_server_that_reads_nothing_gives_text(unread: Live) -> None:
 
     refused = ask(ASK)
     assert refused.status_code == 400 and "--tool-call-parser" in refused.json()["error"]["message"]
+    refused = ask({**THINK, "thinking_token_budget": 5}).json()["error"]
+    assert refused["param"] == "thinking_token_budget" and "--reasoning-parser" in refused["message"]
+    messages = {"model": "demo", "messages": SUM, "max_tokens": 9, "thinking": {"type": "enabled"}}
+    messages["thinking"]["budget_tokens"] = 5  # which its clients always send
+    (warning,) = unread.post("/v1/messages", json=messages).json()["warnings"]
+    assert "'thinking.budget_tokens' has no effect" in warning
     thought = ask(THINK).json()
     assert thought["choices"][0]["message"]["content"].startswith("<think>")
     assert "completion_tokens_details" not in thought["usage"]

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from quire.server.anthropic.blocks import Blocks, conversation, functions
 from quire.server.anthropic.protocol import CountTokensRequest, MessagesRequest
+from quire.server.asking import MOST
 from quire.server.call import Call, run_call
 from quire.server.conversation import begin, readable, render, thinking_names
 from quire.server.errors import ApiError, bad_request, not_supported
@@ -62,6 +63,7 @@ def _prepare(front: Frontend, call: Call, ask: MessagesRequest) -> "tuple[Writer
             **front.service.inputs.defaults,
             **{name: value for name, value in given.items() if value is not None},
             "max_tokens": ask.max_tokens,
+            "thinking_token_budget": _budget(front, ask.thinking or {}, call.warnings),
             "output_kind": OutputKind.DELTA if ask.stream else OutputKind.FINAL_ONLY,
         }
     )
@@ -100,6 +102,21 @@ def _asked(front: Frontend, ask: CountTokensRequest, warnings: list[str]) -> Con
     )
 
 
+def _budget(front: Frontend, thinking: dict[str, Any], warnings: list[str]) -> int | None:
+    """How many tokens of thinking there may be; clients say so of models that do not think, too."""
+    asked = thinking.get("budget_tokens")
+    if asked is None or thinking.get("type") == "disabled":
+        return None
+    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 0:
+        raise refuse("thinking.budget_tokens", asked, "an integer of at least 0")
+    if front.service.inputs.dialect.reasoning is None:
+        warnings.append(
+            "'thinking.budget_tokens' has no effect: how this model writes reasoning is not known"
+        )
+        return None
+    return min(asked, MOST)
+
+
 def _names(ask: CountTokensRequest, warnings: list[str]) -> dict[str, Any]:
     """What the template is told of thinking."""
     names: dict[str, Any] = {}
@@ -108,8 +125,6 @@ def _names(ask: CountTokensRequest, warnings: list[str]) -> dict[str, Any]:
         raise refuse("thinking.type", kind, "enabled, disabled or adaptive")
     if kind is not None:
         names |= thinking_names(kind != "disabled")
-    if (ask.thinking or {}).get("budget_tokens") is not None:
-        warnings.append("'thinking.budget_tokens' has no effect on this server")
     for name, value in (ask.output_config or {}).items():
         if name == "format" and value:
             raise not_supported("output_config.format", "this server cannot do it yet")

@@ -45,7 +45,6 @@ REFUSED = {
     "suffix": "this model cannot fill in the middle of a text",
     "prompt_embeds": LATER,
     "logprob_token_ids": LATER,
-    "thinking_token_budget": LATER,
     "repetition_detection": LATER,
     "watermarking": LATER,
     "truncate_prompt_tokens": "prompts are never cut; send fewer tokens",
@@ -174,6 +173,11 @@ class GenerationRequest(SampledAsk, OpenAIAsk):
     guided_json_object: bool | None = Field(None, description="As structured_outputs.json_object.")
     guided_whitespace_pattern: StrictStr | None = Field(
         None, description="As structured_outputs.whitespace_pattern."
+    )
+    thinking_token_budget: Int | None = Field(
+        None,
+        description="Tokens of reasoning before it is closed; -1: any number.",
+        json_schema_extra=between(-1),
     )
     user: str | None = None
 

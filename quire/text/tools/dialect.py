@@ -10,7 +10,9 @@ from quire.types import Thoughts
 
 FIRST_MARK = 0xDC00  # characters that no text holds: halves of surrogate pairs
 MAX_MARKS = 0x400
-FINAL = "<|channel|>final<|message|>"  # ends reasoning where that is a channel of its own
+# Where reasoning is a channel of its own: what begins it, what ends a message, and what begins the text.
+ANALYSIS, END = "<|channel|>analysis<|message|>", "<|end|>"
+FINAL = "<|channel|>final<|message|>"
 
 
 class Vocabulary(Protocol):
@@ -97,6 +99,15 @@ class Dialect:
         if self.reasoning is None or state == "text":
             return None
         return Thoughts(self.reasoning.open, self.reasoning.close, begun=state == "reasoning")
+
+    def bounds(self, prompt: str, continued: str = "") -> tuple[Thoughts, str] | None:
+        """The reasoning that a budget counts, and what closes it: text with special tokens. None as of `thoughts`."""
+        if (thoughts := self.thoughts(prompt, continued)) is None:
+            return None
+        if isinstance(self.reasoning, Reasoning):
+            return thoughts, self.reasoning.closing or self.reasoning.close
+        begun = self._states[self.start(prompt, continued)].role is Role.REASONING
+        return Thoughts(ANALYSIS, END, begun, again=True), f"{END}<|start|>assistant{FINAL}"
 
     def _with_marks(self, state: State) -> State:
         """Special tokens are one character each. While the model thinks, those that begin calls are markers too."""

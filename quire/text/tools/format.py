@@ -83,6 +83,7 @@ class Reasoning:
     Attributes:
         names, signs, order: as a Format's.
         dropped: markers around the answer, which are no text.
+        closing: what the model writes around `close` when it comes to an end; "": nothing but that.
     """
 
     names: Sequence[str]
@@ -90,6 +91,7 @@ class Reasoning:
     open: str
     close: str
     dropped: Sequence[str] = ()
+    closing: str = ""
     order: int = 0
 
 
