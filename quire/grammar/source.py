@@ -1,7 +1,8 @@
 """From `StructuredOutputsParams` to the text of a grammar that llguidance reads. Knows no tokens."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import llguidance
@@ -11,8 +12,14 @@ from quire.errors import InvalidRequest
 
 MAX_CHARS = 1 << 18  # of a schema, a regex or a grammar
 MAX_DEPTH = 64  # of a schema
+STEP_ULPS = 4  # it reads a double as one of its neighbours
+TINY = 1e-15  # at least so far is a number from a bound that is excluded: next to 0 there are doubles of 300 digits
 # Of JSON: as it is written on one line or indented. With any number of spaces some models would never end.
 WHITESPACE = r"[\x20\x09]|\r?\n[\x20\x09]{0,80}"
+NAMED = frozenset(
+    ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+)  # hold schemas by name
+VALUES = frozenset(("const", "enum", "default", "examples"))  # hold no schemas
 
 
 def grammar_of(asked: Mapping[str, Any]) -> str:
@@ -40,8 +47,9 @@ def grammar_of(asked: Mapping[str, Any]) -> str:
 
 
 def _json(schema: Any, asked: Mapping[str, Any]) -> str:
+    schema = _changed(schema, _bounded)
     if asked.get("disable_additional_properties"):
-        schema = _closed(schema)
+        schema = _changed(schema, _closed)
     if isinstance(schema, dict):
         options: dict[str, Any] = {"whitespace_flexible": not asked.get("disable_any_whitespace", False)}
         if options["whitespace_flexible"]:
@@ -73,15 +81,51 @@ def _object(name: str, given: Any) -> Any:
     return given
 
 
-def _closed(schema: Any) -> Any:
-    """The same without properties that it does not name."""
+def _changed(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """The same, with each schema in it, itself last, changed."""
     if isinstance(schema, list):
-        return [_closed(each) for each in schema]
+        return [_changed(each, change) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    inner = {key: _closed(value) for key, value in schema.items()}
-    names = isinstance(inner.get("properties"), dict) and inner.get("type", "object") == "object"
-    return {"additionalProperties": False, **inner} if names else inner
+    inner = dict(schema)
+    for key, value in schema.items():
+        if key in NAMED and isinstance(value, dict):
+            inner[key] = {name: _changed(each, change) for name, each in value.items()}
+        elif key not in VALUES:
+            inner[key] = _changed(value, change)
+    return change(inner)
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same without properties that it does not name."""
+    names = isinstance(schema.get("properties"), dict) and schema.get("type", "object") == "object"
+    return {"additionalProperties": False, **schema} if names else schema
+
+
+def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    """With bounds that llguidance keeps: it rounds integers to doubles, and allows some that are excluded."""
+    bounds = {}
+    for kept, excluded, inwards, tightest in (
+        ("minimum", "exclusiveMinimum", 1, max),
+        ("maximum", "exclusiveMaximum", -1, min),
+    ):
+        given = {key: schema[key] for key in (kept, excluded) if type(schema.get(key)) in (int, float)}
+        inside = {key: _inside(bound, inwards, key == excluded) for key, bound in given.items()}
+        if inside != given:
+            bounds[kept] = tightest(inside.values())
+            schema = {key: value for key, value in schema.items() if key not in given}
+    return schema | bounds
+
+
+def _inside(bound: float, inwards: int, is_excluded: bool) -> float:
+    """The bound itself, or a double just inside of it where llguidance would get it wrong."""
+    try:
+        near = float(bound)
+    except OverflowError:
+        raise InvalidRequest("json has a bound that is no double; leave it out", param="json") from None
+    taken = is_excluded and near.is_integer() and near * inwards >= 0  # it would allow 6 in 6 < x < 6.5
+    outside = near < bound if inwards > 0 else near > bound
+    return near + inwards * max(STEP_ULPS * math.ulp(near), TINY) if taken or outside else bound
 
 
 def _tags(tag: Any) -> str:
@@ -108,7 +152,7 @@ def _tags(tag: Any) -> str:
 def _tag(structure: Mapping[str, Any], triggers: list[str]) -> llguidance.StructTag:
     begin = structure["begin"]
     trigger = next(each for each in triggers if each and begin.startswith(each))
-    schema = json.dumps(structure["schema"])
+    schema = json.dumps(_changed(structure["schema"], _bounded))
     return llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure["end"])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks.grammars.many import Many
 from quire import LLM, SamplingParams
 from quire.engine.engine import Engine
 from quire.errors import InvalidRequest
@@ -78,6 +79,16 @@ def test_objects_follow_their_schema_in_every_output(llm: LLM) -> None:
     assert len(set(found)) > 8
     for text in found:
         check(text)
+
+
+def test_random_forms_are_kept_whatever_the_other_parameters_are(llm: LLM) -> None:
+    tally = Many(llm, seed=1, batch=30).run(300)
+    assert not tally.bad
+    assert (
+        tally.counts["ended"] > 100
+        and tally.counts["after thoughts"]
+        and tally.counts["gone on with, and valid"]
+    )
 
 
 def test_an_object_may_hold_only_what_its_schema_names(llm: LLM) -> None:
