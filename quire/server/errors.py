@@ -44,6 +44,9 @@ MESSAGES_NAMES = {  # Anthropic's
 }
 MESSAGES = re.compile(r"/v1/messages(/|\Z)")
 RETRY_AFTER_S = 2  # a restart takes about that long
+NOT_AGAIN = {
+    "x-should-retry": "false"
+}  # OpenAI's and Anthropic's clients, and Claude Code, try again after 5xx else
 
 
 class ApiError(Exception):
@@ -97,7 +100,7 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
 
 
 def not_supported(name: str, why: str) -> ApiError:
-    return ApiError(501, f"{name}: {why}", param=name)
+    return ApiError(501, f"{name}: {why}", param=name, headers=NOT_AGAIN)
 
 
 def unavailable(message: str) -> ApiError:
@@ -127,7 +130,7 @@ def error_of(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, RequestCancelled):
         return ApiError(403, str(error), code="request_cancelled")  # a status that clients do not try again
     if isinstance(error, EngineCrash):
-        return ApiError(500, str(error), code="engine_crash")
+        return ApiError(500, str(error), code="engine_crash", headers=NOT_AGAIN)
     if isinstance(error, TimeoutError):
         return ApiError(504, "the request took longer than this server allows")
     if isinstance(error, EngineDead):

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from quire.server.anthropic import answers
-from quire.server.anthropic.blocks import Blocks
+from quire.server.anthropic.blocks import Blocks, conversation
 from quire.text.tools.events import ArgumentsDelta, CallBegins, CallEnds, TextDelta
 from tests.server.conftest import FRANCE, PARIS, InProcess, Live, serving
 
@@ -245,6 +245,33 @@ def test_agents_know_a_full_context_by_the_words(live: Live, words: int) -> None
     message = live.post(PATH, json=ask).json()["error"]["message"]
     found = re.search(r"prompt is too long[^0-9]*(\d+) tokens > (\d+)", message)
     assert found and int(found[1]) > int(found[2]) == 2047
+
+
+def test_what_cannot_be_done_is_not_tried_again(live: Live) -> None:
+    sent: list[Any] = []
+    http = httpx2.Client(timeout=60, event_hooks={"request": [sent.append]})
+    ask = {**ASK, "messages": [{"role": "user", "content": [IMAGE]}]}
+    with (
+        anthropic.Anthropic(base_url=live.url, max_retries=2, http_client=http, api_key="none") as client,
+        pytest.raises(anthropic.InternalServerError, match="this server reads text"),
+    ):
+        client.messages.create(**ask)
+    assert len(sent) == 1
+
+
+def test_an_image_of_a_tools_is_no_end_of_the_conversation(live: Live) -> None:
+    result = {
+        "type": "tool_result",
+        "tool_use_id": "a",
+        "content": [IMAGE, {"type": "text", "text": "1 x 1"}],
+    }
+    turns = [*QUESTION, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [result]}]
+    answer = live.post(PATH, json={**ASK, "messages": turns, "max_tokens": 4})
+    assert answer.json()["warnings"] == [
+        "messages[2].content[0].content[0] is a block of type 'image', which cannot be read; the model is told so"
+    ]
+    told: list[str] = []
+    assert conversation(turns, None, told)[-1]["content"] == "[image: it cannot be read here]\n1 x 1"
 
 
 def test_keys_come_in_either_header(service: InProcess) -> None:

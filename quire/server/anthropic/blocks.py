@@ -100,7 +100,7 @@ def _heard(
         kind, here = _kind(block, f"{where}[{index}]"), f"{where}[{index}]"
         if kind == "tool_result":
             given = _string(block, "tool_use_id", here)
-            parts = _text_parts(block.get("content") or "", f"{here}.content", warnings)
+            parts = _text_parts(block.get("content") or "", f"{here}.content", warnings, notes=True)
             text = "\n".join(part["text"] for part in parts)
             if block.get("is_error") is True:  # templates have no word for it
                 text = f"Error: {text}"
@@ -117,7 +117,10 @@ def _heard(
     return found or [{"role": role, "content": ""}]
 
 
-def _text_parts(content: object, where: str, warnings: list[str]) -> list[dict[str, str]]:
+def _text_parts(
+    content: object, where: str, warnings: list[str], *, notes: bool = False
+) -> list[dict[str, str]]:
+    """`notes`: the model is told of what it cannot read, instead of refusing every later turn of an agent's."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list):
@@ -127,6 +130,9 @@ def _text_parts(content: object, where: str, warnings: list[str]) -> list[dict[s
         here = f"{where}[{index}]"
         if (kind := _kind(block, here)) == "text":
             parts.append({"type": "text", "text": _string(block, "text", here)})
+        elif notes and kind in NO_MEDIA:
+            warnings.append(f"{here} is a block of type {kind!r}, which cannot be read; the model is told so")
+            parts.append({"type": "text", "text": f"[{kind}: it cannot be read here]"})
         else:
             _leave_out(kind, here, warnings)
     return parts
