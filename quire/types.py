@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, NotRequired, TypedDict
 
@@ -361,6 +361,28 @@ class RequestMetrics:
     num_replays: int = 0  # times that it went on in a new engine, after one was lost
 
 
+@dataclass(frozen=True, slots=True)
+class CacheMisses:
+    """Prompt tokens that were not found in the prefix cache, by the reason."""
+
+    new: int = 0  # nobody is known to have computed them: the text differs from what is kept
+    evicted: int = 0  # their block, or what comes before it, was there and had to make room
+    unfinished: int = 0  # another sequence was computing them, and could not be waited for
+    stateless: int = 0  # keys and values were there, but no state of recurrent layers to go on from
+    tail: int = 0  # they fill no block, or share one with the last token, which is always computed
+    unread: int = 0  # the request does not read the cache, or it is off
+
+    def __add__(self, other: "CacheMisses") -> "CacheMisses":
+        return CacheMisses(*[getattr(self, name) + getattr(other, name) for name in MISS_REASONS])
+
+    def by_reason(self) -> dict[str, int]:
+        """Without the reasons that did not occur."""
+        return {name: num for name in MISS_REASONS if (num := getattr(self, name))}
+
+
+MISS_REASONS = tuple(each.name for each in fields(CacheMisses))
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One of a request's `n` sequences."""
@@ -388,6 +410,7 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # None for the first token
     num_cached_tokens: int = 0
+    cache_misses: CacheMisses = CacheMisses()  # the prompt's other tokens
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
 

@@ -160,14 +160,9 @@ SCHEDULER = [
         "outputs that a sequence brings are called prompt",
     ),
     (
-        "= now, min(seq.planned, len(seq.new.prompt))",
-        "= now, seq.planned",
-        "cached outputs are called prompt",
-    ),
-    (
-        "count(pool, len(seq.new.prompt), ",
-        "count(pool, len(seq.tokens), ",
-        "outputs that a sequence brings count as prompt looked up",
+        "hit if self.checkpoints is None else",
+        "hit if True else",
+        "what lacks only a state is told as evicted",
     ),
     ("if seq.stats.seated_s is None:", "if True:", "a return counts as a first seat"),
     (
@@ -177,7 +172,6 @@ SCHEDULER = [
     ),
     ("        self._settle(seq, first, full)\n", "", "those who wait for a block do not hear of it"),
     ("and not self.seats.has_ends", "", "idle before the device has heard of every end"),
-    ("        self._ended.clear()\n", "", "ended sequences are kept for ever"),
     ("left = min(left, max(", "min(left, max(", "the gap is ignored"),
     (
         "max(most - num_decodes, limits.min_prefill_tokens)",
@@ -216,6 +210,32 @@ BLOCKS = [
         "key in self._evicted or key in self.by_key",
         "key in self._evicted",
         "what is behind a gap was never there",
+    ),
+]
+LOOKUPS = [
+    (
+        "num_tokens = len(seq.new.prompt)\n",
+        "num_tokens = len(seq.tokens)\n",
+        "outputs that a sequence brings count as prompt looked up",
+    ),
+    ("if sharing.is_promised(key):", "if False:", "what is being computed is new"),
+    ("elif pool.was_evicted(key):", "elif False:", "what made room is new"),
+    (
+        "unfinished += size\n        elif",
+        "unfinished += size\n        if",
+        "a block is missed for two reasons",
+    ),
+    ("there = min(num_there, full)", "there = num_found", "no state is ever missed"),
+    ("there = min(num_there, full)", "there = num_there", "states of outputs are missed"),
+    ("if seq.new.read_cache and pool.caching:", "if seq.new.read_cache:", "a cache that is off is read"),
+    ("if seq.new.read_cache and pool.caching:", "if pool.caching:", "a cache that is not to be read is"),
+    ("max(num_tokens // size, num_found)", "num_tokens // size", "outputs that were found are missed"),
+    ("min(full, len(seq.kv.keys))", "len(seq.kv.keys)", "outputs are missed"),
+    ("        self.misses += misses\n", "", "misses are not counted"),
+    (
+        "min(num_found * pool.block_size, num_tokens)",
+        "num_found * pool.block_size",
+        "cached outputs are prompt",
     ),
 ]
 SHARING = [
@@ -393,6 +413,7 @@ MUTANTS = [
         ("checkpoints", CHECKPOINTS),
         ("blocks", BLOCKS),
         ("sharing", SHARING),
+        ("lookups", LOOKUPS),
         ("seats", SEATS),
         ("policy", POLICY),
         ("cost", COST),
@@ -423,7 +444,7 @@ def copy_of_the_package(folder: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "test_mutants.py")
     for path in ("quire/scheduler", "tests/scheduler"):
         shutil.copytree(ROOT / path, folder / path, ignore=ignore)
-    for path in ("quire/__init__.py", "quire/errors.py"):
+    for path in ("quire/__init__.py", "quire/errors.py", "quire/types.py"):
         shutil.copy(ROOT / path, folder / path)
     (folder / "pytest.ini").write_text(CONFIG)
     (folder / "conftest.py").write_text(CONFTEST)

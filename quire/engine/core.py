@@ -156,10 +156,7 @@ class EngineCore:
             cache_hits=lookups.hits,
             num_parked=scheduler.num_parked,
             num_generated=self.num_generated,
-            missed_new=lookups.new,
-            missed_evicted=lookups.evicted,
-            missed_tail=lookups.tail,
-            missed_unread=lookups.unread,
+            cache_misses=lookups.misses,
             prefill_tokens=scheduler.prefill_tokens,
         )
 
@@ -208,6 +205,7 @@ class EngineCore:
         seq, progress = emitted.seq, self.progress[emitted.seq]
         params, scores = self.runner.sampling[seq].params, self.runner.logprobs[seq]
         scored = params.logprobs is not None and emitted.token is not None
+        misses, progress.cache_misses = progress.cache_misses, None
         return TokenEvent(
             request_id=request_id,
             index=index,
@@ -218,6 +216,7 @@ class EngineCore:
             error=emitted.error,
             prompt_logprobs=self.runner.take_prompt_logprobs(seq),
             num_cached_tokens=progress.num_cached_tokens,
+            cache_misses=misses,
             num_preemptions=progress.num_preemptions,
             seated_s=progress.seated_s,
         )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from quire.types import Grammar, SamplingParams, TokenLogprobs
+from quire.types import CacheMisses, Grammar, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # with the first token of index 0, if asked for
     num_cached_tokens: int = 0
+    cache_misses: CacheMisses | None = None  # with a sequence's first event
     num_preemptions: int = 0
     num_replays: int = 0  # how often it went on elsewhere; whoever sends it there fills that in
     seated_s: float | None = None  # when it first took part in a step

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Metric
 from quire.config import Config
 from quire.engine.families import Families, Number, Tally
 from quire.log import logger
-from quire.types import FinishReason, Request, RequestMetrics
+from quire.types import MISS_REASONS, CacheMisses, FinishReason, Request, RequestMetrics
 
 LOG_EVERY_S = 10.0
 FIRST_TOKEN_S = (
@@ -49,12 +49,6 @@ SIZES = {
     "request_params_max_tokens": ("max_tokens of requests that gave it", TOKENS),
     "request_params_n": ("Sequences of a request", FEW),
     "request_num_preemptions": ("Times that a request gave up its blocks", (0.0, *FEW)),
-}
-MISSES = {  # field of StepStats: value of the label
-    "missed_new": "new",
-    "missed_evicted": "evicted",
-    "missed_tail": "tail",
-    "missed_unread": "unread",
 }
 
 
@@ -102,19 +96,17 @@ class StepStats:
     prefill_tokens: int = 0  # of the batched ones: no sequence's newest token
     num_parked: int = 0  # of those waiting: for a block that another sequence computes
     num_generated: int = 0  # tokens
-    missed_new: int = 0  # prompt tokens not found: as far as is known, nobody had computed them
-    missed_evicted: int = 0  # their block had to make room, or what comes before it had
-    missed_tail: int = 0  # they fill no block, or are the last, which is always computed
-    missed_unread: int = 0  # the request does not read the cache
+    cache_misses: CacheMisses = CacheMisses()  # prompt tokens not found
 
 
-NOTHING = StepStats(*[0] * 8)
+NOTHING = StepStats(0, 0, 0, 0, 0, 0, 0, 0)
+STEP_FIELDS = [each.name for each in dataclasses.fields(StepStats)]
 
 
 def added(stats: Iterable[StepStats]) -> StepStats:
     """How several engines stand together."""
-    rows = [dataclasses.astuple(each) for each in stats]
-    return StepStats(*map(sum, zip(*rows, strict=True))) if rows else NOTHING
+    rows = [[getattr(each, name) for name in STEP_FIELDS] for each in stats]
+    return StepStats(*(sum(rest, first) for first, *rest in zip(*rows, strict=True))) if rows else NOTHING
 
 
 class Metrics:
@@ -261,10 +253,11 @@ class StepCounts:
         misses = families.counter(
             "quire:cache_miss_tokens",
             "Prompt tokens not found in the prefix cache. new: nobody is known to have computed them; evicted: they "
-            "had to make room; tail: they fill no block; unread: the request does not read the cache",
+            "had to make room; unfinished: another request was computing them; stateless: no recurrent state was "
+            "kept there; tail: they fill no block; unread: the request does not read the cache, or it is off",
             "reason",
         )
-        self.totals |= {name: misses.number(reason) for name, reason in MISSES.items()}
+        self.misses = {reason: misses.number(reason) for reason in MISS_REASONS}
         self.batch = families.histogram(
             "vllm:iteration_tokens_total", "Tokens computed in a step", STEP_TOKENS
         ).tally()
@@ -294,6 +287,9 @@ class StepCounts:
         self.usage.value = stats.used_blocks / max(stats.num_blocks, 1)
         for name, total in self.totals.items():
             total.value += getattr(stats, name) - getattr(last, name)
+        if stats.cache_misses != last.cache_misses:
+            for reason, total in self.misses.items():
+                total.value += getattr(stats.cache_misses, reason) - getattr(last.cache_misses, reason)
         if stats.batched_tokens:
             self.batch.observe(stats.batched_tokens)
 

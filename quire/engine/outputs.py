@@ -7,6 +7,7 @@ from quire.engine.events import TokenEvent
 from quire.text.detokenize import Detokenizer
 from quire.text.tokenizer import Tokenizer
 from quire.types import (
+    CacheMisses,
     CompletionOutput,
     FinishReason,
     Logprob,
@@ -61,7 +62,7 @@ class RequestState:
         self.prompt_token_ids = list(request.prompt_token_ids)  # one for all outputs: prompts are long
         self.metrics = RequestMetrics(arrival_s=request.arrival_s)
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-        self.num_cached_tokens = 0
+        self.num_cached_tokens, self.cache_misses = 0, CacheMisses()
         self.sequences = [self._sequence(i) for i in range(params.n)]
         for sequence, tokens in zip(self.sequences, request.outputs, strict=False):
             self._restore(sequence, tokens)
@@ -101,6 +102,8 @@ class RequestState:
             self.metrics.scheduled_s = event.seated_s
         if event.index == 0 and not sequence.token_ids:  # later ones may tell of a second start
             self.num_cached_tokens = event.num_cached_tokens
+            if event.cache_misses is not None:
+                self.cache_misses = event.cache_misses
             if event.prompt_logprobs is not None and self.prompt_logprobs is None:
                 self.prompt_logprobs = [None, *map(self._decode, event.prompt_logprobs)]
         self.metrics.num_replays = max(self.metrics.num_replays, event.num_replays)
@@ -137,6 +140,7 @@ class RequestState:
             finished=self.finished,
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=self.num_cached_tokens,
+            cache_misses=self.cache_misses,
             metrics=self.metrics,
         )
 

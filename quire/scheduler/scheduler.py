@@ -57,7 +57,6 @@ class Scheduler:
         self.seats = Seats(limits.max_seqs)
         self.lookups, self.num_preemptions = Lookups(), 0
         self.batched_tokens = self.prefill_tokens = self._num_steps = 0
-        self._ended: dict[int, Sequence] = {}  # since the latest `schedule`
 
     @property
     def pool(self) -> BlockPool:
@@ -83,10 +82,6 @@ class Scheduler:
     def idle(self) -> bool:
         """Nothing waits or runs, and the device has heard of every end."""
         return not self.seqs and not self.seats.has_ends
-
-    def cached_tokens(self, id: int) -> int:
-        """`SequenceStats.num_cached_tokens` of a sequence that runs, or ended since the latest `schedule`."""
-        return (self.seqs.get(id) or self._ended[id]).stats.num_cached_tokens
 
     def add(self, new: NewSequence, now: float) -> SequenceStats:
         """Queue a sequence; what is returned is kept up to date until it ends.
@@ -118,7 +113,6 @@ class Scheduler:
 
     def schedule(self, now: float) -> Plan:
         """Plan the next step: seats first, then running sequences' newest tokens, then prefills."""
-        self._ended.clear()
         if not self.queue.is_empty:
             self._fill_seats(now)
         work: list[Work] = []
@@ -240,6 +234,11 @@ class Scheduler:
     def _seat(self, seq: Sequence, hit: Hit, now: float) -> None:
         """Let a sequence run on the blocks found and new ones for its known tokens."""
         pool, kv, size = self.pool, seq.kv, self.pool.block_size
+        if seq.stats.seated_s is None:
+            seq.stats.seated_s = now
+            # Before it takes blocks that might have held more.
+            there = hit if self.checkpoints is None else self.holdings.find(kv.keys)
+            self.lookups.count(seq, pool, self.sharing, len(hit.blocks), len(there.blocks))
         self.holdings.seat(kv, hit, len(seq.tokens))
         kv.num_published = len(hit.blocks)
         seq.planned = kv.num_published * size
@@ -252,10 +251,6 @@ class Scheduler:
         self.seats.enter(seq)
         # At once, so that the next seat goes to another tenant.
         seq.tenant.served += seq.num_to_prefill * seq.tenant.price
-        if seq.stats.seated_s is None:
-            seq.stats.seated_s, seq.stats.num_cached_tokens = now, min(seq.planned, len(seq.new.prompt))
-            looked_up = islice(kv.keys, self._num_reusable(seq)) if seq.new.read_cache else None
-            self.lookups.count(pool, len(seq.new.prompt), seq.stats.num_cached_tokens, looked_up)
 
     def _make_way(self, seq: Sequence, hit: Hit) -> bool:
         """Preempt sequences of lower priority, the worst first, if that makes room; whether it does."""
@@ -295,7 +290,7 @@ class Scheduler:
             self._vacate(seq)
         seq.state = State.FINISHED
         self.tenants.leave(seq.tenant)
-        self._ended[seq.id] = self.seqs.pop(seq.id)
+        del self.seqs[seq.id]
 
     def _vacate(self, seq: Sequence) -> None:
         if seq.state is State.PREFILLING:

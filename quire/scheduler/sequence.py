@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from operator import attrgetter
 
+from quire.types import CacheMisses
+
 
 class State(Enum):
     """Where a sequence is. Only PREFILLING and DECODING ones run: they have a seat and hold blocks."""
@@ -79,6 +81,7 @@ class SequenceStats:
     added_s: float
     seated_s: float | None = None  # first
     num_cached_tokens: int = 0  # of the prompt, found in the cache when it was first seated
+    cache_misses: CacheMisses | None = None  # the prompt's other tokens; whoever passes them on may take them
     num_preemptions: int = 0
 
 

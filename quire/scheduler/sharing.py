@@ -39,6 +39,10 @@ class Sharing:
             found = key
         return found
 
+    def is_promised(self, key: bytes) -> bool:
+        """Somebody computes the block of this key."""
+        return key in self._owner
+
     def owner(self, key: bytes) -> Sequence:
         """Who will compute the block of a key that `awaited` returned."""
         return self._owner[key]

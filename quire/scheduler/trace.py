@@ -83,10 +83,6 @@ class Recorder:
         )
         return self._scheduler.commit(plan, result, now)
 
-    def cached_tokens(self, id: int) -> int:
-        """See `Scheduler.cached_tokens`."""
-        return self._scheduler.cached_tokens(id)
-
     @property
     def idle(self) -> bool:
         """See `Scheduler.idle`."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -18,7 +19,7 @@ from quire.engine.metrics import (
     Metrics,
     StepStats,
 )
-from quire.types import Request, RequestMetrics
+from quire.types import CacheMisses, Request, RequestMetrics
 
 PROMPT = "The same words again, and then again. " * 8
 NAMES = [
@@ -57,7 +58,7 @@ OURS = ["engine_restarts", "requests_replayed", "cache_miss_tokens"]
 OURS += [f"saturation_queued_{unit}" for unit in ("requests", "tokens", "seconds")]
 
 
-def stats(**given: int) -> StepStats:
+def stats(**given: Any) -> StepStats:
     names = "num_running num_waiting used_blocks num_blocks batched_tokens num_preemptions cache_queries cache_hits"
     return StepStats(**{**dict.fromkeys(names.split(), 0), **given})
 
@@ -124,18 +125,26 @@ def test_a_bucket_holds_its_bound() -> None:
 
 
 def test_steps_are_totals_and_moments() -> None:
-    metrics = Metrics("m", log_stats=False)
+    metrics, missed = Metrics("m", log_stats=False), CacheMisses(new=7, evicted=2)
     metrics.step(
-        stats(num_running=3, num_waiting=5, num_parked=2, cache_queries=40, missed_new=7, batched_tokens=9),
+        stats(
+            num_running=3,
+            num_waiting=5,
+            num_parked=2,
+            cache_queries=40,
+            cache_misses=missed,
+            batched_tokens=9,
+        ),
         0.0,
     )
-    metrics.step(stats(used_blocks=1, num_blocks=4, cache_queries=50, cache_hits=8, missed_new=7), 1.0)
+    metrics.step(stats(used_blocks=1, num_blocks=4, cache_queries=50, cache_hits=8, cache_misses=missed), 1.0)
     found = values(metrics)
     assert found["vllm:prefix_cache_queries_total"] == 50 and found["vllm:prefix_cache_hits_total"] == 8
     assert found["vllm:num_requests_running"] == 0 and found["vllm:kv_cache_usage_perc"] == 0.25
     assert found["quire:cache_miss_tokens_total new"] == 7
+    assert found["quire:cache_miss_tokens_total evicted"] == 2
     assert found["vllm:iteration_tokens_total_count"] == 1 and found["vllm:iteration_tokens_total_sum"] == 9
-    metrics.step(stats(num_waiting=5, num_parked=2, cache_queries=50, cache_hits=8, missed_new=7), 1.5)
+    metrics.step(stats(num_waiting=5, num_parked=2, cache_queries=50, cache_hits=8, cache_misses=missed), 1.5)
     assert values(metrics)["vllm:num_requests_waiting_by_reason capacity"] == 3
     assert values(metrics)["vllm:num_requests_waiting_by_reason deferred"] == 2
     metrics.restarted(2.0)
@@ -189,7 +198,16 @@ def test_an_engine_fills_all_of_them() -> None:
     assert queries == 5 * length and hits == 3 * again.num_cached_tokens
     misses = {k.split()[1]: v for k, v in found.items() if k.startswith("quire:cache_miss_tokens")}
     tail = length - again.num_cached_tokens
-    assert misses == {"new": again.num_cached_tokens, "evicted": 0, "tail": 4 * tail, "unread": length}
+    assert misses == {
+        "new": again.num_cached_tokens,
+        "evicted": 0,
+        "unfinished": 0,
+        "stateless": 0,
+        "tail": 4 * tail,
+        "unread": length,
+    }
+    assert first.cache_misses.by_reason() == {"new": again.num_cached_tokens, "tail": tail}
+    assert again.cache_misses.by_reason() == {"tail": tail}
     assert sum(misses.values()) == queries - hits
     assert found["vllm:prompt_tokens_total"] == 4 * length
     cached, computed = (
@@ -222,12 +240,11 @@ def test_blocks_that_made_room_are_missed_as_evicted() -> None:
     with LLM("demo", disable_log_stats=True, **options) as llm:
         for prompt in ([7] * 100, [8] * 100, [9] * 100):
             llm.generate(prompt, params, use_tqdm=False)
-        before = llm.engine.core.stats()
-        llm.generate([7] * 100, params, use_tqdm=False)
-        after = llm.engine.core.stats()
-    assert before.missed_evicted == 0 and before.missed_new == 3 * 96 and before.missed_tail == 3 * 4
-    assert after.missed_evicted == 96 and after.missed_new == before.missed_new
-    assert after.missed_tail - before.missed_tail == 4
+        before = llm.engine.core.stats().cache_misses
+        (again,) = llm.generate([7] * 100, params, use_tqdm=False)
+        after = llm.engine.core.stats().cache_misses
+    assert before == CacheMisses(new=3 * 96, tail=3 * 4)
+    assert again.cache_misses == CacheMisses(evicted=96, tail=4) and after == before + again.cache_misses
 
 
 def test_a_reset_cache_has_nothing_that_was_there() -> None:

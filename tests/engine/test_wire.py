@@ -15,6 +15,7 @@ from quire.engine.metrics import StepStats
 from quire.engine.wire import Channel, WireError
 from quire.errors import EngineDead
 from quire.types import (
+    CacheMisses,
     FinishReason,
     Grammar,
     OutputKind,
@@ -87,6 +88,7 @@ submissions = st.builds(
 scores = st.builds(
     TokenLogprobs, many, st.lists(st.floats(allow_nan=False), max_size=4), st.lists(counts, max_size=4)
 )
+misses = st.builds(CacheMisses, *[counts] * len(dataclasses.fields(CacheMisses)))
 events = st.builds(
     TokenEvent,
     request_id=texts,
@@ -98,10 +100,11 @@ events = st.builds(
     error=st.none() | texts,
     prompt_logprobs=st.none() | st.lists(scores, max_size=3).map(tuple),
     num_cached_tokens=counts,
+    cache_misses=st.none() | misses,
     num_preemptions=counts,
     seated_s=st.none() | st.floats(0, 1e12),
 )
-stats = st.builds(StepStats, *[counts] * len(dataclasses.fields(StepStats)))
+stats = st.builds(StepStats, *[counts] * (len(dataclasses.fields(StepStats)) - 1), misses)
 options = st.just(
     {f.name: f.default for f in dataclasses.fields(Config)} | {"hf_overrides": {"a": [1, None]}}
 )

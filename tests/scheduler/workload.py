@@ -16,8 +16,10 @@ from quire.scheduler.near import Near
 from quire.scheduler.plan import Emitted, Plan, Result
 from quire.scheduler.scheduler import NewSequence, Scheduler, SequenceStats
 from quire.scheduler.trace import Recorder
+from quire.types import CacheMisses
 from tests.scheduler.checks import check
 from tests.scheduler.device import EOS, SECRET, Device, Model
+from tests.scheduler.misses import Misses
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Run:
         self.device.near = machine.near
         if states is not None:
             self.device.rows, self.device.lose_every = {}, machine.lose_every
+        self.misses = Misses(self.scheduler)
         self.recorder = Recorder(self.scheduler, trace) if trace else None
         self.planner = self.recorder or self.scheduler
         self.loop = Loop(self, self.device, depth=machine.depth, now=self.device.clock)
@@ -151,13 +154,14 @@ class Run:
         scheduler, limits = self.scheduler, self.scheduler.limits
         decoding = {s.id: s.epoch for s in scheduler.seats.decoding if s.planned < s.limit}
         ready = {id for id in decoding if limits.stages == 1 or not scheduler.seqs[id].pending}
+        self.misses.about_to_schedule()
         plan = self.planner.schedule(now)
         check(scheduler, self.device)
         planned = {w.seq for w in plan.work}
         kept = [id for id, epoch in decoding.items() if scheduler.seqs[id].epoch == epoch]
         left = sum(id not in planned for id in kept if id in ready)
         assert left <= max(len(ready) - -(-len(kept) // limits.stages), 0), "a decoding sequence skips a step"
-        assert not scheduler._ended, "ended sequences pile up"
+        self.misses.scheduled()
         # One that was preempted and seated again in this very plan is a prefill.
         decodes = sum(w.count + w.drafts for w in plan.work if decoding.get(w.seq) == w.epoch)
         prefills = scheduler.batched_tokens - decodes
@@ -193,9 +197,6 @@ class Run:
         assert emitted.seq not in self.aborted, "news of a sequence after its abort"
         assert not got or got[-1].finish is None, "news after the last token"
         got.append(emitted)
-        if emitted.finish:
-            cached = self.planner.cached_tokens(emitted.seq)
-            assert cached == self.stats[emitted.seq].num_cached_tokens
 
     def _finish(self) -> None:
         for id, got in self.got.items():
@@ -217,7 +218,14 @@ class Run:
         seated = [id for id, s in self.stats.items() if s.seated_s is not None]
         assert self.scheduler.lookups.queries == sum(len(self.sequences[id].prompt) for id in seated)
         assert self.scheduler.lookups.hits == sum(self.stats[id].num_cached_tokens for id in seated)
+        assert self.scheduler.lookups.misses == sum(map(self.misses_of, seated), CacheMisses())
         assert sum(s.num_preemptions for s in self.stats.values()) == self.scheduler.num_preemptions
+
+    def misses_of(self, id: int) -> CacheMisses:
+        """Of a sequence that was seated."""
+        misses = self.stats[id].cache_misses
+        assert misses is not None
+        return misses
 
     def _check_answer(self, id: int, got: list[Emitted]) -> None:
         outputs, finish, stop = self.model.answer(self.sequences[id], self.seeds[id])

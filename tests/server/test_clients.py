@@ -261,6 +261,9 @@ def test_what_was_cached_is_in_the_usage(client: openai.OpenAI) -> None:
     *_, last = client.chat.completions.create(**options, **USAGE)
     assert first.prompt_tokens_details.cached_tokens == 0
     assert 0 < last.usage.prompt_tokens_details.cached_tokens < last.usage.prompt_tokens
+    for usage in (first, last.usage):
+        told = usage.prompt_tokens_details
+        assert told.cached_tokens + sum(told.missed_tokens.values()) == usage.prompt_tokens
 
 
 @pytest.mark.parametrize(

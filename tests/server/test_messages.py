@@ -161,6 +161,7 @@ def test_tokens_are_counted_as_they_are_read(client: anthropic.Anthropic) -> Non
     usage = answer.usage
     assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
     assert usage.cache_creation_input_tokens == 0
+    assert sum(usage.cache_missed_input_tokens.values()) == usage.input_tokens
 
 
 def test_a_line_that_changes_each_time_is_left_out(service: InProcess, client: anthropic.Anthropic) -> None:

@@ -78,6 +78,9 @@ def test_a_repeated_prompt_is_found_in_the_cache(live: Live) -> None:
     usages = [live.client().completions.create(prompt=prompt, **GREEDY).usage for _ in range(2)]
     cached = [u.prompt_tokens_details.cached_tokens for u in usages if u and u.prompt_tokens_details]
     assert cached[0] == 0 and 0 < cached[1] < usages[1].prompt_tokens
+    first, again = (u.prompt_tokens_details.missed_tokens for u in usages if u and u.prompt_tokens_details)
+    tail = usages[1].prompt_tokens - cached[1]
+    assert first == {"new": cached[1], "tail": tail} and again == {"tail": tail}
 
 
 def test_completions_of_text_and_of_tokens(live: Live) -> None:

@@ -4,18 +4,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from quire.server.openai.answers import Problem, Timing
+from quire.server.openai.answers import Misses, Problem, Timing
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
 
 class MessagesUsage(BaseModel):
-    """Tokens read, without those found in the cache; found there; and written."""
+    """Tokens read, without those found in the cache; found there; written; and why the first were not found."""
 
     input_tokens: int
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    cache_missed_input_tokens: Misses
 
 
 class Block(BaseModel):

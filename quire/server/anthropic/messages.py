@@ -216,10 +216,11 @@ class Writer:
         full = "max_tokens" if self.num_generated >= self.ask.max_tokens else "model_context_window_exceeded"
         return {"stop_reason": STOP_REASONS.get(reason or "", full), "stop_sequence": None}
 
-    def _usage(self, output: RequestOutput) -> dict[str, int]:
+    def _usage(self, output: RequestOutput) -> dict[str, Any]:
         return {
             "input_tokens": len(output.prompt_token_ids) - output.num_cached_tokens,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": output.num_cached_tokens,
             "output_tokens": self.num_generated,
+            "cache_missed_input_tokens": output.cache_misses.by_reason(),
         }

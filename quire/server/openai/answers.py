@@ -9,12 +9,14 @@ from pydantic import BaseModel, ConfigDict
 
 FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
+Misses = dict[Literal["new", "evicted", "unfinished", "stateless", "tail", "unread"], int]
 
 
 class CachedTokens(BaseModel):
-    """Prompt tokens that did not have to be computed."""
+    """Prompt tokens that did not have to be computed, and the others by why they were not found in the cache."""
 
     cached_tokens: int
+    missed_tokens: Misses
 
 
 class ReasoningTokens(BaseModel):

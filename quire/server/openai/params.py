@@ -11,7 +11,14 @@ from quire.server.openai.protocol import ChatRequest, CompletionRequest, Generat
 from quire.server.openai.requests import ResponsesRequest
 from quire.server.openai.structured import form_of, structured
 from quire.server.sse import event
-from quire.types import Logprob, OutputKind, RequestOutput, SamplingParams, StructuredOutputsParams
+from quire.types import (
+    CacheMisses,
+    Logprob,
+    OutputKind,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 FINGERPRINT = f"quire-{__version__}"
 LOWEST = -9999.0  # JSON has no infinity
@@ -85,11 +92,12 @@ def usage(
     outputs = list(outputs)
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     cached = sum(output.num_cached_tokens for output in outputs)
+    missed = sum((output.cache_misses for output in outputs), CacheMisses()).by_reason()
     return {
         "prompt_tokens": prompt,
         "completion_tokens": num_generated,
         "total_tokens": prompt + num_generated,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": cached, "missed_tokens": missed},
         **(
             {}
             if num_reasoning is None
