@@ -78,6 +78,7 @@ SERVER_OPTIONS = {
     "ssl_keyfile",
     "keep_volatile_lines",
     "max_request_bytes",
+    "response_store_bytes",
     "max_n",
     "max_num_queued_reqs",
     "max_num_queued_tokens",

@@ -9,9 +9,8 @@ import dataclasses
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from quire.config import Config
 from quire.engine.admission import Admission
@@ -27,8 +26,7 @@ from quire.engine.service import Status
 from quire.engine.supervisor import GROUP, HANG_S
 from quire.engine.text import read_text
 from quire.engine.wire import Facts
-from quire.errors import EngineDead, InvalidRequest, Overloaded, QuireError
-from quire.text.tokenizer import Tokenizer
+from quire.errors import EngineDead, Overloaded, QuireError
 from quire.types import Prompt, Request, RequestOutput, SamplingParams
 
 
@@ -131,29 +129,6 @@ class RemoteEngine:
         async for output in self.stream(request):
             yield output
 
-    async def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        sampling_params: SamplingParams | None = None,
-        request_id: str | None = None,
-        *,
-        priority: int = 0,
-        tenant: str = "",
-        **template: Any,
-    ) -> AsyncIterator[RequestOutput]:
-        """As `generate`, for a conversation; `template` options are those of `LLM.chat`."""
-        await self.check_health()
-        request = await self.calls.request(
-            lambda: self.inputs.chat_prompt(messages, None, **template),
-            sampling_params,
-            request_id,
-            priority,
-            tenant,
-            is_chat=True,
-        )
-        async for output in self.stream(request):
-            yield output
-
     async def stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run a request that `inputs.request` made; otherwise as `generate`. Leaving early aborts it."""
         await self.check_health()
@@ -173,12 +148,6 @@ class RemoteEngine:
         for each in [request_id] if isinstance(request_id, str) else list(request_id):
             if (name := self.requests.names.get(each)) is not None:
                 self._abort(name)
-
-    def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
-        if self.inputs.tokenizer is None:
-            raise InvalidRequest("the engine was started with skip_tokenizer_init; it has no tokenizer")
-        return self.inputs.tokenizer
 
     async def check_health(self) -> None:
         """Raises EngineDead if the engine stopped for good; a restart is no reason to worry."""

@@ -20,6 +20,7 @@ from quire.server.counts import HttpCounts
 from quire.server.errors import ApiError, ClientGone, error_of
 from quire.server.frontend import Frontend, json_response
 from quire.server.openai import chat, completions, models, responses, tokenize
+from quire.server.openai.store import Store
 from quire.server.schema import document
 from quire.server.settings import ServerSettings
 from quire.server.tracing import Traced
@@ -49,7 +50,7 @@ def wrap(front: Frontend) -> ASGIApp:
         app = CORSMiddleware(
             app,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
@@ -78,6 +79,7 @@ def _api(front: Frontend) -> FastAPI:
         redirect_slashes=False,
     )
     api.state.frontend = front
+    api.state.responses = Store(front.settings.response_store_bytes)
     for part in (completions, chat, responses, messages, models, tokenize, ops):
         api.include_router(part.router)
     shape: dict[str, Any] = document(api, __version__, front.settings.root_path)

@@ -71,12 +71,13 @@ class Ask(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name in self.silent:
                 continue
+            nothing = value in NOTHING or value in self.neutral.get(name, ())
             if name in self.without_effect:
-                if value not in NOTHING:
+                if not nothing:
                     warnings.append(f"{name!r} has no effect on this server")
             elif name not in self.refused:
                 warnings.append(f"{name[:100]!r} is not a known field; it had no effect")
-            elif value not in NOTHING and value not in self.neutral.get(name, ()):
+            elif not nothing:
                 raise (
                     bad_request(f"{name}: {self.refused[name]}", name)
                     if name in self.clients_fault

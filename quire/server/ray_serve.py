@@ -183,7 +183,12 @@ def _check(
         raise ConfigError(
             f"server has {', '.join(unknown)}, and there are no such options; see quire serve --help"
         )
-    ServerSettings(**server)
+    found = ServerSettings(**server)
+    if found.response_store_bytes and (autoscaling is not None or (num_replicas or 1) > 1):
+        raise ConfigError(
+            f"response_store_bytes is {found.response_store_bytes}, and a replica does not find the responses of"
+            " another; use one replica, or leave it out"
+        )
     if num_replicas is not None and autoscaling is not None:
         raise ConfigError(
             f"num_replicas is {num_replicas}, and autoscaling is given, which finds their number; leave one of them out"

@@ -13,6 +13,7 @@ from quire.server.errors import MESSAGES
 from quire.server.openai import answers, protocol
 from quire.server.openai.requests import ResponsesRequest
 
+RESPONSE = "/v1/responses/{response_id}"
 REF = "#/components/schemas/{model}"
 ABOUT = "OpenAI's and Anthropic's APIs over one model, with vLLM's extra fields, and what operators ask of a server."
 TEXT = "text/plain"
@@ -30,6 +31,8 @@ ANSWERS: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/completions": (answers.CompletionAnswer, answers.CompletionChunk),
     "/v1/chat/completions": (answers.ChatAnswer, answers.ChatChunk),
     "/v1/responses": (answers.ResponseAnswer, answers.ResponseEvent),
+    RESPONSE: (answers.ResponseAnswer,),
+    f"delete {RESPONSE}": (answers.DeletedResponse,),
     "/v1/messages": (messages_answers.Message, messages_answers.MessagesEvent),
     "/v1/messages/count_tokens": (messages_answers.TokenCount,),
     "/v1/models": (answers.Models,),
@@ -42,7 +45,7 @@ ANSWERS: dict[str, tuple[type[BaseModel], ...]] = {
 REFUSALS = {
     400: "A value is wrong; the error names it, the limit and the way out.",
     401: "No valid key.",
-    404: "There is no such model.",
+    404: "There is no such model, or response.",
     408: "The body did not arrive.",
     413: "The body is too large.",
     429: "More than this key may ask for now; Retry-After says when.",
@@ -97,8 +100,9 @@ def document(app: FastAPI, version: str, root_path: str = "") -> dict[str, Any]:
         "key": {"type": "http", "scheme": "bearer", "description": "Where the server has keys."}
     }
     for path, methods in found["paths"].items():
-        for operation in methods.values():
-            operation["responses"] = _responses(path, generates="requestBody" in operation)
+        for method, operation in methods.items():
+            named = f"{method} {path}" if f"{method} {path}" in ANSWERS else path
+            operation["responses"] = _responses(named, generates="requestBody" in operation)
             if len(ANSWERS.get(path, ())) > 1:
                 operation["parameters"] = [_header(*header) for header in HEADERS]
             if path not in PROBES:
@@ -110,6 +114,8 @@ def _responses(path: str, *, generates: bool) -> dict[str, Any]:
     refusals: tuple[int, ...] = tuple(REFUSALS) if generates else PROBES.get(path, ASKED)
     if path == "/v1/models/{name}":
         refusals = (*refusals, 404)
+    if RESPONSE in path:
+        refusals = (400, 401, 404, 501)
     plain = path in PROBES
     found = {
         str(status): _refusal(path, status, plain=plain, empty=path in EMPTY) for status in sorted(refusals)

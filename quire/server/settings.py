@@ -39,6 +39,9 @@ class ServerSettings:
         False, "Keep lines at the front of prompts that clients change from call to call (docs/server.md)."
     )
     max_request_bytes: int = option(32 << 20, "Largest body of a request.")
+    response_store_bytes: int = option(
+        0, "Memory for responses that clients go on with or ask for again, such as 256M; 0 keeps none."
+    )
     max_n: int = option(16, "Most outputs a request may ask for with n.")
     max_num_queued_reqs: int = option(4096, "Most requests that may wait ahead of one.")
     max_num_queued_tokens: int = option(4_000_000, "Most prompt tokens that may wait, its own included.")
@@ -77,6 +80,14 @@ class ServerSettings:
         for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         check(0 < self.api_server_count <= 64, "api_server_count", self.api_server_count, "from 1 to 64")
+        store = self.response_store_bytes
+        check(store >= 0, "response_store_bytes", store, "at least 0")
+        check(
+            not store or self.api_server_count == 1,
+            "response_store_bytes",
+            store,
+            "0 with an api_server_count above 1, as its processes would not find each other's responses",
+        )
         check(self.drain_timeout >= 0, "drain_timeout", self.drain_timeout, "at least 0")
         port = self.admin_port
         check(port is None or 0 <= port < 1 << 16, "admin_port", port, "from 0 to 65535")

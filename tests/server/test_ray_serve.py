@@ -14,7 +14,7 @@ from quire.errors import ConfigError
 from quire.server.ray_serve import num_wanted, pressure
 from tests.engine.test_nodes import free_port
 from tests.engine.test_placement import ranks
-from tests.engine.test_ranks import PATIENCE_S, wait_for
+from tests.engine.test_ranks import wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
@@ -33,6 +33,10 @@ SMALL = {
         ({"server": {"port": 1, "host": "x"}}, "server has host, port, which Ray Serve decides"),
         ({"server": {"api_keys": ["k"]}}, "server has api_keys, and there are no such options"),
         ({"server": {"max_n": 0}}, "max_n is 0"),
+        (
+            {"num_replicas": 2, "server": {"response_store_bytes": 9}},
+            "response_store_bytes is 9.*one replica",
+        ),
         ({"num_replicas": 2, "autoscaling": {}}, "num_replicas is 2, and autoscaling is given"),
         ({"data_parallel_size": 2}, "data_parallel_size is 2.*use num_replicas"),
         ({"distributed_executor_backend": "env"}, "backend is env"),
@@ -91,17 +95,16 @@ def url(cluster: Any) -> Iterator[str]:
         ray.shutdown()
 
 
-def streamed(client: httpx.Client, body: dict[str, object], begun: Event | None = None) -> str:
-    """A whole answer, that says when it begins."""
-    events = []
-    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-        for line in answer.iter_lines():
-            if line:
-                events.append(line.removeprefix("data: "))
-            if begun is not None:
-                begun.set()
+def said(lines: Iterator[str]) -> str:
+    """What is left of a stream."""
+    events = [line.removeprefix("data: ") for line in lines if line]
     assert events.pop() == "[DONE]"
     return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
+def num_generated(client: httpx.Client) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
 
 @pytest.mark.slow
@@ -113,20 +116,22 @@ def test_two_replicas_of_two_ranks_stream(cluster: Any, url: str) -> None:
     server = {"api_key": ("secret",)}
     serve.run(quire.serve_app("demo", num_replicas=2, max_ongoing_requests=1, server=server, **options))
     assert len(ranks(cluster)) == 2
-    body = {"prompt": "hello", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-    with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
+    body = {"prompt": "hello", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
+    call = ("POST", "/v1/completions")
+    with httpx.Client(base_url=url, timeout=60) as client:
         assert client.post("/v1/completions", json=body).status_code == 401
         client.headers["authorization"] = "Bearer secret"
-        text, other = streamed(client, body), ""
+        with client.stream(*call, json=body) as first:
+            text = said(first.iter_lines())
+        other = ""
         while not other:
-            begun = Event()
-            long = pool.submit(streamed, client, body, begun)
-            assert begun.wait(PATIENCE_S)
-            short = streamed(client, {**body, "max_tokens": 8})
-            if not long.done():  # its replica was full all the time
-                other = short
-            assert long.result() == text
-        assert text.startswith(other)
+            with client.stream(*call, json=body) as first:
+                lines = first.iter_lines()
+                next(lines)
+                if not num_generated(client):  # the other one, which had nothing to do yet
+                    with client.stream(*call, json={**body, "max_tokens": 8}) as second:
+                        other = said(second.iter_lines())
+        assert other and text.startswith(other)
 
 
 @pytest.mark.slow

@@ -99,12 +99,16 @@ def test_an_answer_that_is_cut_off_is_incomplete(client: openai.OpenAI) -> None:
 def test_what_is_not_known_is_named(live: Live) -> None:
     items = [*QUESTION, {"type": "web_search_call", "id": "ws"}]
     more = {"tools": [{"type": "web_search"}, WEATHER], "input": items, "store": True, "speed": 1}
+    more |= {"truncation": "auto", "reasoning": {"summary": "auto"}}
     answer = live.post(PATH, json={**ASK, **more}).json()
     answers.ResponseAnswer.model_validate(answer, extra="forbid")
     assert [warning.partition(";")[0].partition(",")[0] for warning in answer["warnings"]] == [
         "'speed' is not a known field",
+        "'truncation' has no effect on this server",
+        "'reasoning.summary' has no effect on this server",
         "tools of type 'web_search' are not known",
         "input[1] is of type 'web_search_call'",
+        "'store' has no effect on this server: it keeps none (--response-store-bytes)",
     ]
     assert answer["output"][0]["type"] == "function_call"
 
@@ -126,15 +130,16 @@ def test_a_text_is_of_the_form_that_was_asked_for(client: openai.OpenAI, streams
 @pytest.mark.parametrize(
     ("more", "status", "words"),
     [
-        ({"previous_response_id": "resp_1"}, 501, "keeps no responses"),
-        ({"background": True}, 501, "keeps no responses"),
+        ({"previous_response_id": "resp_1"}, 404, "start it with --response-store-bytes"),
+        ({"background": True}, 501, "background"),
+        ({"conversation": "conv_1"}, 501, "use previous_response_id"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, 400, "send the item itself"),
         ({"tool_choice": "required"}, 501, "use auto"),
         ({"text": {"format": {"type": "json_schema"}}}, 400, "text.format"),
         ({"text": {"format": {"type": "xml"}}}, 400, "text.format.type"),
         ({"text": {"format": "json"}}, 400, "text.format"),
         ({"text": {"format": {"type": "json_object"}}}, 501, "set tool_choice to none"),
         ({"reasoning": {"effort": "all"}}, 400, "reasoning.effort"),
-        ({"truncation": "auto"}, 501, "never cut"),
         ({"input": []}, 400, "at least one message"),
         ({"input": [{"role": "robot", "content": ""}]}, 400, "input[0].role"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 501, "reads text"),
@@ -147,3 +152,20 @@ def test_a_text_is_of_the_form_that_was_asked_for(client: openai.OpenAI, streams
 def test_what_cannot_be_done_says_so(live: Live, more: dict[str, Any], status: int, words: str) -> None:
     answer = live.post(PATH, json={**ASK, **more})
     assert (answer.status_code, words in answer.json()["error"]["message"]) == (status, True), answer.text
+
+
+def test_calls_of_custom_tools_are_read(client: openai.OpenAI) -> None:
+    called = {"type": "custom_tool_call", "call_id": "c", "name": "patch", "input": "*** Begin"}
+    result = {"type": "custom_tool_call_output", "call_id": "c", "output": "Done."}
+    answer = client.responses.create(model="demo", input=[*FRANCE, called, result])
+    function = {
+        "type": "function_call",
+        "call_id": "c",
+        "name": "patch",
+        "arguments": '{"input": "*** Begin"}',
+    }
+    same = client.responses.create(
+        model="demo", input=[*FRANCE, function, {**result, "type": "function_call_output"}]
+    )
+    assert answer.usage.input_tokens == same.usage.input_tokens
+    assert "warnings" not in (answer.model_extra or {})

@@ -65,5 +65,7 @@ def test_every_operation(served: Served) -> None:
     statuses = {operation.label: explore(operation) for operation in operations}
     assert len(statuses) >= 15
     assert {label: found for label, found in statuses.items() if 200 not in found} == {
-        "GET /v1/models/{name}": {404}
+        "GET /v1/models/{name}": {404},
+        "GET /v1/responses/{response_id}": {404},  # none is kept
+        "DELETE /v1/responses/{response_id}": {404},
     }

@@ -243,12 +243,20 @@ class ResponseAnswer(BaseModel):
     reasoning: dict[str, Any]
     text: dict[str, Any]
     truncation: Literal["disabled"]
-    store: Literal[False]
+    store: bool
     background: Literal[False]
-    previous_response_id: None
+    previous_response_id: str | None
     usage: ResponseUsage | None
     warnings: list[str] | None = None
     timing: Timing | None = None
+
+
+class DeletedResponse(BaseModel):
+    """The answer to DELETE of /v1/responses/{response_id}."""
+
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
 
 
 class ResponseEvent(BaseModel):

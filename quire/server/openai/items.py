@@ -1,57 +1,79 @@
 """Items of the Responses API to messages and tools of the internal form, and an answer's events to items."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from quire.server.conversation import no_such_tool
-from quire.server.errors import not_supported
+from quire.server.errors import bad_request, not_supported
 from quire.text.messages import refuse
 from quire.text.tools.events import ArgumentsDelta, CallBegins, CallEnds, Event, ReasoningDelta, TextDelta
 
-ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+ROLES = ("user", "assistant", "system", "developer")
 TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
 NO_MEDIA = ("input_image", "input_file", "input_audio")
 Item = dict[str, Any]
 
 
-def conversation(given: str | list[Item], instructions: str | None, warnings: list[str]) -> list[Item]:
+def items_of(given: str | list[Item], suffix: str) -> list[Item]:
+    """The input of a request as items, each with a type and an id."""
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    found = []
+    for number, item in enumerate(items):
+        kind, own_id = item.get("type") or "message", item.get("id") or f"in_{suffix}_{number}"
+        item = {**item, "type": kind, "id": own_id}
+        if kind == "message" and isinstance(item.get("content"), str):
+            part = "output_text" if item.get("role") == "assistant" else "input_text"
+            item["content"] = [{"type": part, "text": item["content"]}]
+        found.append(item)
+    return found
+
+
+def conversation(
+    items: Sequence[Item], instructions: str | None, warnings: list[str], *, num_old: int = 0
+) -> list[Item]:
     """The messages of a request. What the assistant thought, wrote and called in turn is one message.
+
+    Args:
+        items: as `items_of` makes them.
+        num_old: the first of them are not the request's own.
 
     Raises:
         ApiError, InvalidRequest: names what is wrong, or cannot be read yet.
     """
-    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     found: list[Item] = [{"role": "system", "content": instructions}] if instructions else []
     names: dict[str, str] = {}
-    for index, item in enumerate(items):
-        where, kind = f"input[{index}]", item.get("type", "message")
+    for index, item in enumerate(items, -num_old):
+        where, kind = f"input[{index}]", item["type"]
         if kind == "message":
-            role = ROLES.get(str(item.get("role")))
-            if role is None:
+            role = item.get("role")
+            if role not in ROLES:
                 raise refuse(f"{where}.role", item.get("role"), f"one of {', '.join(ROLES)}")
             text = _text(item.get("content"), f"{where}.content")
             last = _assistant(found) if role == "assistant" else None
             if last is not None:
                 last["content"] = f"{last['content']}\n{text}" if last["content"] else text
-            elif role == "system" and found and found[-1]["role"] == "system":  # many templates take only one
-                found[-1]["content"] += f"\n\n{text}"
             else:
                 found.append({"role": role, "content": text})
         elif kind == "reasoning":
             last = _assistant(found, new=True)
             thought = _text(item.get("content") or item.get("summary") or "", f"{where}.content")
             last["reasoning_content"] = last.get("reasoning_content", "") + thought
-        elif kind == "function_call":
+        elif kind in ("function_call", "custom_tool_call"):
             name, given_id = _string(item, "name", where), _string(item, "call_id", where)
             names[given_id] = name
+            if kind == "custom_tool_call":
+                item = {**item, "arguments": json.dumps({"input": _string(item, "input", where)})}
             function = {"name": name, "arguments": _string(item, "arguments", where)}
             call = {"id": given_id, "type": "function", "function": function}
             _assistant(found, new=True).setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             call_id, text = _string(item, "call_id", where), _text(item.get("output"), f"{where}.output")
             known = {"name": names[call_id]} if call_id in names else {}
             found.append({"role": "tool", "tool_call_id": call_id, **known, "content": text})
-        else:
+        elif kind == "item_reference":
+            raise bad_request(f"{where} refers to an item; send the item itself", "input")
+        elif index >= 0:
             warnings.append(
                 f"{where} is of type {str(kind)[:100]!r}, which the model cannot read; it was left out"
             )
@@ -114,7 +136,7 @@ class Items:
     """
 
     def __init__(self, suffix: str):
-        """`suffix` ends the items' ids."""
+        """`suffix` is part of the items' ids."""
         self.suffix = suffix
         self.output: list[Item] = []
         self._item: Item | None = None  # the open one

@@ -7,27 +7,28 @@ from pydantic import ConfigDict, Field, StrictStr
 from quire.server.asking import LATER, Cap, Objects, On, between, example
 from quire.server.openai.protocol import SampledAsk
 
-NOT_KEPT = "this server keeps no responses; send the whole conversation as input"
-
 
 class ResponsesRequest(SampledAsk):
     """The body of /v1/responses."""
 
     model_config = ConfigDict(frozen=True, **example(input="What is the capital of France?"))
     refused = {
-        "previous_response_id": NOT_KEPT,
-        "conversation": NOT_KEPT,
-        "background": NOT_KEPT,
+        "conversation": "this server has no conversations; use previous_response_id",
+        "background": LATER,
         "prompt": "this server has no templates of prompts; use input and instructions",
         "max_tool_calls": LATER,
         "structured_outputs": LATER,
         "top_logprobs": LATER,
-        "truncation": "prompts are never cut; send fewer tokens",
     }
-    neutral = {"truncation": ("disabled",), "top_logprobs": (0,)}
-    without_effect = {"service_tier", "stream_options", "context_management"}
+    neutral = {
+        "truncation": ("disabled",),
+        "top_logprobs": (0,),
+        "service_tier": ("auto", "default"),
+        "stream_options": ({"include_obfuscation": False},),
+    }
+    without_effect = {"service_tier", "stream_options", "context_management", "truncation"}
     silent = {
-        *("store", "include", "user", "safety_identifier", "client_metadata"),
+        *("include", "user", "safety_identifier", "client_metadata"),
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
     }
 
@@ -35,6 +36,12 @@ class ResponsesRequest(SampledAsk):
         description="A text, or items: messages, calls and their outputs, reasoning."
     )
     instructions: StrictStr | None = Field(None, description="The system prompt, before the input.")
+    previous_response_id: StrictStr | None = Field(
+        None, description="A response that was kept: its conversation comes before the input."
+    )
+    store: bool | None = Field(
+        None, description="Keep the response; without it as the server does (--response-store-bytes)."
+    )
     max_output_tokens: Cap | None = Field(
         None, description="A cap; the context's room holds as well.", json_schema_extra=between(1)
     )

@@ -1,7 +1,8 @@
-"""POST /v1/responses: a conversation as items. Responses are not kept: each request brings the whole conversation."""
+"""/v1/responses: a conversation as items, which may be kept here and gone on with."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,31 +12,65 @@ from starlette.responses import Response
 from quire.server.call import Call, run_call
 from quire.server.conversation import begin, effort_names, readable, render
 from quire.server.errors import ApiError, bad_request, not_supported
-from quire.server.frontend import Frontend, Numbered
-from quire.server.openai.items import Items, conversation, functions
+from quire.server.frontend import Frontend, Numbered, json_response
+from quire.server.limits import MAX_MESSAGES
+from quire.server.openai.items import Items, conversation, functions, items_of
 from quire.server.openai.params import response_params
 from quire.server.openai.requests import ResponsesRequest
+from quire.server.openai.store import Key, Store
 from quire.server.reading import Conversation, Reading
-from quire.server.schema import body_of
+from quire.server.schema import RESPONSE, body_of
 from quire.server.sse import typed
 from quire.text.messages import refuse
 from quire.types import CompletionOutput, Request, RequestOutput, SamplingParams
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+OBEYED = ("reasoning.effort", "text.format")
+Keep = Callable[[dict[str, Any]], bool]
 router = APIRouter()
 
 
 @router.post("/v1/responses", openapi_extra=body_of(ResponsesRequest))
 async def create_response(http: HttpRequest) -> Response:
     """Answer a conversation of items."""
-    return await run_call(http, ResponsesRequest, "resp_", _prepare)
+    return await run_call(http, ResponsesRequest, "resp_", partial(_prepare, _store(http)))
 
 
-def _prepare(front: Frontend, call: Call, ask: ResponsesRequest) -> "tuple[Writer, list[Request]]":
+@router.get(RESPONSE)
+async def retrieve_response(http: HttpRequest, response_id: str) -> Response:
+    """A response that was kept."""
+    if http.query_params.get("stream") in ("true", "1"):
+        raise not_supported("stream", "responses that were kept are not streamed; leave stream out")
+    _, answer = _store(http).find(_key(http, response_id))
+    return json_response(answer)
+
+
+@router.delete(RESPONSE)
+async def delete_response(http: HttpRequest, response_id: str) -> Response:
+    """Keep it no longer."""
+    store, key = _store(http), _key(http, response_id)
+    store.find(key)
+    store.delete(key)
+    return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
+def _store(http: HttpRequest) -> Store:
+    found: Store = http.app.state.responses
+    return found
+
+
+def _key(http: HttpRequest, response_id: str) -> Key:
+    return http.scope["tenant"], response_id
+
+
+def _prepare(
+    store: Store, front: Frontend, call: Call, ask: ResponsesRequest
+) -> "tuple[Writer, list[Request]]":
     if ask.resume is not None:
         raise bad_request("streams of responses cannot go on; send the request again", "resume")
     if ask.tool_choice not in (None, "none", "auto"):
         raise not_supported("tool_choice", "calls cannot be forced yet; use auto")
+    call.warnings.extend(_without_effect(ask))
     effort = (ask.reasoning or {}).get("effort")
     if effort is not None and effort not in EFFORTS:
         raise refuse("reasoning.effort", effort, f"one of {', '.join(EFFORTS)}")
@@ -47,12 +82,39 @@ def _prepare(front: Frontend, call: Call, ask: ResponsesRequest) -> "tuple[Write
         raise not_supported(
             "tools", "text that is constrained can hold no calls yet; set tool_choice to none"
         )
-    messages = conversation(ask.input, ask.instructions, call.warnings)
+    items, old = items_of(ask.input, call.id.removeprefix("resp_")), list[dict[str, Any]]()
+    if ask.previous_response_id is not None:
+        read, before = store.find((call.tenant, ask.previous_response_id), "previous_response_id")
+        old = [*read, *before["output"]]
+    items = [*old, *items]
+    if len(items) > MAX_MESSAGES:
+        raise bad_request(f"the conversation has {len(items)} items, above {MAX_MESSAGES}", "input")
+    messages = conversation(items, ask.instructions, call.warnings, num_old=len(old))
     prompt = render(front, messages, tools=told, names=effort_names(effort), kwargs=ask.chat_template_kwargs)
     most_calls = None if ask.parallel_tool_calls else 1
     asked = Conversation(prompt=prompt, tools=told or (), most_calls=most_calls)
     (reading,), requests = begin(front, call, asked, ask, params)
-    return Writer(call, ask, reading, params), requests
+    keep = _keeper(store, call, ask, items)
+    return Writer(call, ask, reading, params, keep), requests
+
+
+def _keeper(store: Store, call: Call, ask: ResponsesRequest, items: list[dict[str, Any]]) -> "Keep | None":
+    """What keeps the response; None: it is not to be kept."""
+    if store.most_bytes and ask.store is not False:
+        return partial(store.keep, (call.tenant, call.id), items)
+    if ask.store:
+        call.warnings.append("'store' has no effect on this server: it keeps none (--response-store-bytes)")
+    return None
+
+
+def _without_effect(ask: ResponsesRequest) -> list[str]:
+    """Warnings about parts of fields."""
+    return [
+        f"{f'{name}.{key}'[:100]!r} has no effect on this server"
+        for name, given in (("reasoning", ask.reasoning), ("text", ask.text))
+        for key, value in (given or {}).items()
+        if value is not None and f"{name}.{key}" not in OBEYED
+    ]
 
 
 class Writer:
@@ -60,22 +122,28 @@ class Writer:
 
     end, goes_on = b"", False  # events are numbered, and another server would count others
 
-    def __init__(self, call: Call, ask: ResponsesRequest, reading: Reading, params: SamplingParams):
+    def __init__(
+        self, call: Call, ask: ResponsesRequest, reading: Reading, params: SamplingParams, keep: Keep | None
+    ):
+        """`keep`: see `Store.keep`; None: the response is not kept."""
         self.call, self.ask, self.reading, self.params = call, ask, reading, params
+        self.kept = keep is not None
+        self.keep: Keep = keep or (lambda answer: True)
         self.items = Items(call.id.removeprefix("resp_"))
         self.num_generated = self.num_events = 0
 
     def failed(self, error: ApiError) -> bytes:
         """The event of a stream that breaks off."""
-        told = {"code": "server_error", "message": error.message}
-        return self._numbered({"type": "response.failed", "response": self._response("failed", error=told)})
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        told = {"code": code, "message": error.message}
+        return self._numbered({"type": "response.failed", "response": self._ended("failed", error=told)})
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The response in one piece."""
         (output,) = outputs
         (new,) = output.outputs
         self._take(new)
-        return self._response(_status(new), output)
+        return self._ended(_status(new), output)
 
     async def stream(self, outputs: AsyncGenerator[Numbered, None]) -> AsyncGenerator[bytes, None]:
         """Events of what is new, between the response as it begins and as it ends."""
@@ -85,7 +153,7 @@ class Writer:
                 (new,) = output.outputs
                 events: list[dict[str, Any]] = []
                 if not latest:
-                    began = self._response("in_progress")
+                    began = self.response("in_progress")
                     events = [
                         {"type": f"response.{name}", "response": began} for name in ("created", "in_progress")
                     ]
@@ -93,7 +161,7 @@ class Writer:
                 events += self._take(new)
                 if new.finish_reason is not None:
                     status = _status(new)
-                    response = self._response(status, output)
+                    response = self._ended(status, output)
                     if self.ask.return_timing:
                         response["timing"] = self.call.timing.body()
                     events.append({"type": f"response.{status}", "response": response})
@@ -110,9 +178,21 @@ class Writer:
         events = self.items.take(self.reading.take(new))
         return events if new.finish_reason is None else [*events, *self.items.end(_status(new))]
 
-    def _response(
+    def _ended(
         self, status: str, output: RequestOutput | None = None, error: dict[str, str] | None = None
     ) -> dict[str, Any]:
+        """The response as it is kept. One that has no room says that it was not."""
+        response = self.response(status, output, error)
+        if not self.keep(response):
+            response["store"] = False
+            warning = "the response was not kept: there is no room for it (--response-store-bytes)"
+            response["warnings"] = [*self.call.warnings, warning]
+        return response
+
+    def response(
+        self, status: str, output: RequestOutput | None = None, error: dict[str, str] | None = None
+    ) -> dict[str, Any]:
+        """The response as it is by now."""
         ask = self.ask
         return self.call.noted(
             {
@@ -135,9 +215,9 @@ class Writer:
                 "reasoning": {"effort": None, "summary": None, **(ask.reasoning or {})},
                 "text": {"format": {"type": "text"}, **(ask.text or {})},
                 "truncation": "disabled",
-                "store": False,
+                "store": self.kept,
                 "background": False,
-                "previous_response_id": None,
+                "previous_response_id": ask.previous_response_id,
                 "usage": None if output is None else self._usage(output),
             }
         )
