@@ -11,6 +11,7 @@ import random
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import jsonschema
@@ -75,13 +76,16 @@ def _refuse(constant: str) -> None:
 
 
 def by_schema(schema: Any) -> Check:
-    """Of names that come twice, which JSON allows, the first value counts as well as the last."""
-    validator = jsonschema.Draft202012Validator(schema, format_checker=FORMATS)
+    """Of names that come twice, which JSON allows, the first value counts as well as the last. Numbers are decimals."""
+    exact = json.loads(json.dumps(schema), parse_float=Decimal)
+    validator = jsonschema.Draft202012Validator(exact, format_checker=FORMATS)
 
     def check(text: str) -> bool:
         try:
-            last = json.loads(text, parse_constant=_refuse)
-            first = json.loads(text, object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+            last = json.loads(text, parse_float=Decimal, parse_constant=_refuse)
+            first = json.loads(
+                text, parse_float=Decimal, object_pairs_hook=lambda pairs: dict(reversed(pairs))
+            )
         except ValueError:
             return False
         return validator.is_valid(last) and validator.is_valid(first)
@@ -144,7 +148,7 @@ class Schemas:
     def number(self) -> Json:
         low = round(self.chance.uniform(-10, 10), self.chance.randint(0, 3))
         least, most = self.chance.choice([("minimum", "maximum"), ("exclusiveMinimum", "exclusiveMaximum")])
-        return {"type": "number", least: low, most: low + self.chance.choice([0.5, 1, 12.25])}
+        return {"type": "number", least: low, most: round(low + self.chance.choice([0.5, 1, 12.25]), 3)}
 
     def string(self) -> Json:
         least = self.chance.randint(0, 3)

@@ -22,8 +22,8 @@ from quire.text.tokenizer import Tokenizer
 from quire.types import CompletionOutput, Request, StructuredOutputsParams
 
 QUESTION = [{"role": "user", "content": "Tell me about it, please."}]
-REPEATS = 4  # of a case
-MAX_TOKENS, MORE_TOKENS = 50, 200
+REPEATS = 8  # of a case
+MAX_TOKENS, MORE_TOKENS = 40, 200
 GONE_ON_WITH = 0.04  # of those which were cut
 SHOWN = 20
 
@@ -66,7 +66,7 @@ def bias_of(tokenizer: Tokenizer, case: Case, thinks: bool) -> dict[int, float]:
 
 
 def draw_params(chance: random.Random, case: Case, bias: dict[int, float]) -> SamplingParams:
-    num_outputs = chance.choice([1, 1, 1, 2, 3])
+    num_outputs = chance.choice([1, 1, 2, 4, 8])
     return SamplingParams(
         max_tokens=MAX_TOKENS,
         n=num_outputs,
@@ -87,7 +87,7 @@ def draw_params(chance: random.Random, case: Case, bias: dict[int, float]) -> Sa
 class Many:
     """Asks one engine, so many cases at once. `number` tells requests apart."""
 
-    def __init__(self, llm: LLM, seed: int, batch: int = 128):
+    def __init__(self, llm: LLM, seed: int, batch: int = 64):
         self.llm, self.chance, self.batch = llm, random.Random(seed), batch
         self.number, self.tally = 0, Tally()
 

@@ -12,6 +12,10 @@ from quire.errors import InvalidRequest
 
 MAX_CHARS = 1 << 18  # of a schema, a regex or a grammar
 MAX_DEPTH = 64  # of a schema
+DATES = (  # without 29 February of years that have none
+    r"^(\d{4}-(0[13-9]|1[0-2])|\d{4}-02-([01]\d|2[0-8])"
+    r"|(\d\d(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)-02-29)"
+)
 STEP_ULPS = 4  # it reads a double as one of its neighbours
 TINY = 1e-15  # at least so far is a number from a bound that is excluded: next to 0 there are doubles of 300 digits
 # Of JSON: as it is written on one line or indented. With any number of spaces some models would never end.
@@ -47,7 +51,7 @@ def grammar_of(asked: Mapping[str, Any]) -> str:
 
 
 def _json(schema: Any, asked: Mapping[str, Any]) -> str:
-    schema = _changed(schema, _bounded)
+    schema = _changed(schema, _exact)
     if asked.get("disable_additional_properties"):
         schema = _changed(schema, _closed)
     if isinstance(schema, dict):
@@ -102,9 +106,9 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
     return {"additionalProperties": False, **schema} if names else schema
 
 
-def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
-    """With bounds that llguidance keeps: it rounds integers to doubles, and allows some that are excluded."""
-    bounds = {}
+def _exact(schema: dict[str, Any]) -> dict[str, Any]:
+    """As llguidance keeps it: it rounds integers to doubles, and allows some excluded bounds, and leap days."""
+    bounds: dict[str, Any] = {}
     for kept, excluded, inwards, tightest in (
         ("minimum", "exclusiveMinimum", 1, max),
         ("maximum", "exclusiveMaximum", -1, min),
@@ -114,6 +118,8 @@ def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
         if inside != given:
             bounds[kept] = tightest(inside.values())
             schema = {key: value for key, value in schema.items() if key not in given}
+    if schema.get("format") in ("date", "date-time") and isinstance(schema.get("allOf", []), list):
+        bounds["allOf"] = [*schema.get("allOf", []), {"pattern": DATES}]
     return schema | bounds
 
 
@@ -152,7 +158,7 @@ def _tags(tag: Any) -> str:
 def _tag(structure: Mapping[str, Any], triggers: list[str]) -> llguidance.StructTag:
     begin = structure["begin"]
     trigger = next(each for each in triggers if each and begin.startswith(each))
-    schema = json.dumps(_changed(structure["schema"], _bounded))
+    schema = json.dumps(_changed(structure["schema"], _exact))
     return llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure["end"])
 
 

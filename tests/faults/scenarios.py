@@ -70,18 +70,18 @@ def to_engine(server: Server, number: int) -> Callable[[], None]:
 async def killed(
     folder: Path,
     *options: str,
-    num_streams: int,
+    bodies: Sequence[Body],
     num_kills: int,
     seed: int = 0,
-    max_tokens: int = 96,
-    asked: Body | None = None,
+    is_right: Callable[[Answer], bool] = lambda _: True,
 ) -> Report:
-    """SIGKILL of the engine at random points of many streams. `options`: more of the server's; `asked`: of bodies."""
-    report = Report("1", f"engine killed {num_kills} times under {num_streams} streams")
-    bodies = [{**body, **(asked or {})} for body in streams(num_streams, max_tokens)]
-    points = random.Random(seed).sample(range(1, num_streams * max_tokens * 3 // 4), num_kills)
+    """SIGKILL of the engine at random points of many streams. `options`: more of the server's."""
+    report = Report("1", f"engine killed {num_kills} times under {len(bodies)} streams")
     async with serving(folder, *options) as server:
         want = await undisturbed(server, bodies)
+        assert all(map(is_right, want))
+        num_tokens = sum(len(tokens) for answer in want for tokens in answer.tokens.values())
+        points = random.Random(seed).sample(range(1, num_tokens * 3 // 4), num_kills)
         load = Load(server.url, bodies)
         for point in sorted(points):
             await load.tokens(point)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from tests.faults import crowds, scenarios
+from tests.faults.client import streams
 from tests.faults.injection import Fault
 from tests.faults.scenarios import Report
 
@@ -28,9 +29,9 @@ def poison(fault: Fault, at: int, hang_s: float = 10.0) -> Scenario:
 
 
 FULL_SIZE: list[tuple[str, Scenario]] = [
-    ("1", lambda folder: scenarios.killed(folder, num_streams=64, num_kills=10, max_tokens=200)),
-    ("1", lambda folder: scenarios.killed(folder, num_streams=64, num_kills=10, seed=1, max_tokens=200)),
-    ("1", lambda folder: scenarios.killed(folder, num_streams=64, num_kills=10, seed=2, max_tokens=200)),
+    ("1", lambda folder: scenarios.killed(folder, bodies=streams(64, 200), num_kills=10)),
+    ("1", lambda folder: scenarios.killed(folder, bodies=streams(64, 200), num_kills=10, seed=1)),
+    ("1", lambda folder: scenarios.killed(folder, bodies=streams(64, 200), num_kills=10, seed=2)),
     ("3", lambda folder: scenarios.stopped(folder, num_streams=64, hang_s=10.0)),
     ("4", lambda folder: scenarios.cannot_be_sampled(folder, num_streams=64)),
     ("5", poison(Fault.EXITS, 0)),

@@ -59,6 +59,15 @@ def test_integers_keep_their_bounds(vocabulary: Vocabulary) -> None:
     assert found == [False, True, True, True, False]
 
 
+@pytest.mark.parametrize("more", [{}, {"allOf": [{"pattern": "^[0-9]"}]}, {"pattern": "^[0-9]"}])
+@pytest.mark.parametrize(("name", "rest"), [("date", ""), ("date-time", "T10:00:00Z")])
+def test_a_day_is_one_of_its_year(vocabulary: Vocabulary, name: str, rest: str, more: dict[str, Any]) -> None:
+    schema = {"type": "string", "format": name, **more}
+    days = ("2024-02-29", "2000-02-29", "2023-12-31", "2023-02-28", "2023-02-29", "1900-02-29", "2024-04-31")
+    found = [accepts(vocabulary, {"json": schema}, f'"{day}{rest}"') for day in days]
+    assert found == [True, True, True, True, False, False, False]
+
+
 def test_what_is_no_schema_stays_as_it_is(vocabulary: Vocabulary) -> None:
     value = {"properties": {"a": 1}, "exclusiveMinimum": 3}
     for schema in ({"const": value}, {"enum": [value]}):

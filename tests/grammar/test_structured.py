@@ -82,7 +82,7 @@ def test_objects_follow_their_schema_in_every_output(llm: LLM) -> None:
 
 
 def test_random_forms_are_kept_whatever_the_other_parameters_are(llm: LLM) -> None:
-    tally = Many(llm, seed=1, batch=30).run(300)
+    tally = Many(llm, seed=1, batch=15).run(300)
     assert not tally.bad
     assert (
         tally.counts["ended"] > 100
