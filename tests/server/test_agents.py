@@ -27,8 +27,8 @@ CLAUDE_HEADERS = {
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:
     assert answer.status_code == 200, answer.text
-    datas = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
-    return [json.loads(data) for data in datas if data != "[DONE]"]
+    lines = (line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: "))
+    return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
 def text(words: str, **more: Any) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def test_opencode_goes_on_with_results_from_the_cache(live: Live) -> None:
     assert function["name"] == "get_weather" and json.loads(function["arguments"]) == {"city": "Paris"}
     call = {"id": calls[0]["id"], "type": "function", "function": function}
     turns += [
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "assistant", "content": "", "reasoning_content": "I look it up.", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": calls[0]["id"], "content": RESULT},
     ]
     read = told[-1]["usage"]["prompt_tokens"]
