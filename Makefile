@@ -5,12 +5,12 @@
 report: ## lines per family, fields by number of users, lines that stand twice
 	python scripts/report.py
 
-EARLIEST = 5.17.0
+EARLIEST = $(shell sed -n 's/^EARLIEST = "\(.*\)".*/\1/p' tests/models/case.py)
 
 oracles: ## what is compared with Transformers, on the earliest version that is supported; the other tests have the latest
 	folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && \
 	python -m pip install -qq --no-deps --target "$$folder" transformers==$(EARLIEST) "huggingface-hub<2" && \
-	PYTHONPATH="$$folder:$(CURDIR)" python -m pytest -n 2 -m "not slow and not gpu" \
+	PYTHONPATH="$$folder:$(CURDIR)" python -m pytest -n 2 -m "not gpu" \
 		tests/models tests/layers tests/engine/test_oracle.py tests/engine/test_model_impl.py
 
 meshes: ## every mesh of up to four processes, on a dense, an MoE and an MLA network; the slow tests have some of them

@@ -22,8 +22,10 @@ from quire.layers.hf.states import Piece, pieces
 from quire.models.catalog import refused, rows
 from quire.models.foreign import generating
 from quire.models.registry import TRANSFORMERS
+from tests.models.case import EARLIEST, IS_EARLIEST
 from tests.models.cases import BY_NAME, build_hf, config_of
-from tests.models.foreign import config, outcome
+from tests.models.foreign import UNLIKE, config, outcome
+from tests.models.published import PUBLISHED
 
 VERIFIED = {row["architecture"]: list(row["features"]) for row in rows() if row["road"] == TRANSFORMERS}
 SOME = (
@@ -44,15 +46,17 @@ ALONE = (  # no attention function, positions by the cache's length, biases or m
     "DogeForCausalLM",
     "RoFormerForCausalLM",
 )
-UNLIKE = {  # what runs otherwise in an earlier version, or not at all
-    # no decoders, whatever config.json says
-    *(
-        ("5.17.0", f"{name}ForCausalLM")
-        for name in ("BigBird", "MegatronBert", "Moshi", "RemBert", "RoFormer")
-    ),
-    # experts that have no shape without numbers; no small network; its own config; no attention function and no cache
-    *(("5.17.0", f"{name}ForCausalLM") for name in ("AriaText", "CohereCompass", "Dbrx", "Git")),
-}
+# Published configs leave out what their classes take for granted, which is of the size of the published network.
+BRIEF = ("Phi-3-mini-128k", "GPT-Neo-2.7B", "gemma-3-1b")
+LONGER = [
+    name
+    for name, (raw, *_) in PUBLISHED.items()
+    if raw["architectures"][0] in VERIFIED and name not in (*BRIEF, "BLOOM-560m")  # which says no length
+]
+LATE = (  # what begins behind many positions in published networks: a class, a key, and its value without that
+    ("Llama4ForCausalLM", "attn_temperature_tuning", False),
+    ("Llama4ForCausalLM", "attention_chunk_size", 64),
+)
 Change = Callable[[Call], Call]
 Pieces = Callable[[list[Piece]], list[Piece]]
 CONTROLS: dict[str, tuple[str, Change]] = {  # a class that has the feature, and the feature lost
@@ -69,8 +73,8 @@ CONTROLS: dict[str, tuple[str, Change]] = {  # a class that has the feature, and
 
 
 def installed(architecture: str) -> str:
-    if (transformers.__version__, architecture) in UNLIKE:
-        pytest.skip(f"Transformers {transformers.__version__} computes {architecture} otherwise")
+    if IS_EARLIEST and architecture in UNLIKE:
+        pytest.skip(f"Transformers {EARLIEST} computes {architecture} otherwise")
     if architecture not in generating():
         pytest.skip(f"Transformers {transformers.__version__} has no {architecture}")
     return architecture
@@ -81,6 +85,22 @@ def test_pieces_in_batches_equal_whole_sequences(architecture: str) -> None:
     found = check(config(installed(architecture)))
     assert found.difference <= TOLERANCE
     assert found.alone == (architecture in ALONE)
+
+
+@pytest.mark.parametrize("name", [*BRIEF, *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER)])
+def test_configs_as_they_were_published_agree(name: str) -> None:
+    raw = PUBLISHED[name][0]
+    installed(raw["architectures"][0])
+    assert check(raw).difference <= TOLERANCE
+
+
+@pytest.mark.parametrize(("architecture", "key", "value"), LATE)
+def test_what_begins_late_shows_in_a_small_network(architecture: str, key: str, value: object) -> None:
+    raw = config(installed(architecture))
+    trial, is_alone = prepare(raw), check(raw).alone
+    without = hf_config(trial.config.to_dict() | {"architectures": [architecture], key: value})
+    assert difference(trial, is_alone) <= TOLERANCE
+    assert difference(dataclasses.replace(trial, config=without), is_alone) > TOLERANCE
 
 
 @pytest.mark.slow
@@ -125,9 +145,9 @@ def lose_scale_of_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_nothing_else_runs() -> None:
-    served = {name for name in generating() if not isinstance(outcome(name), str)}
     if transformers.__version__ != conformance_version():
         pytest.skip("the list is of another version of Transformers")
+    served = {name for name in generating() if not isinstance(outcome(name), str)}
     assert served == set(VERIFIED)
     assert refused().keys() == generating().keys() - served
 

@@ -76,6 +76,13 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
 }
 
+UNLIKE = {  # classes that run otherwise in the earliest version, or not at all
+    # no decoders, whatever config.json says
+    *(f"{name}ForCausalLM" for name in ("BigBird", "MegatronBert", "Moshi", "RemBert", "RoFormer")),
+    # experts that have no shape without numbers; no small network; its own config; no attention function and no cache
+    *(f"{name}ForCausalLM" for name in ("AriaText", "CohereCompass", "Dbrx", "Git")),
+}
+
 
 def config(architecture: str) -> dict[str, Any]:
     """What config.json would be."""

@@ -23,7 +23,12 @@ from tests.models.published_composites import DEEPSEEK_OCR
 from tests.models.test_controls import SAME, far, logits
 from tests.models.values import without
 
+QUICK = ("Gemma3", "Qwen2_5_VL-flat")
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+by_case_slowly = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.id, marks=() if case.id in QUICK else pytest.mark.slow) for case in CASES],
+)
 
 
 def test_every_composite_has_a_case() -> None:
@@ -60,14 +65,17 @@ def test_defaults_are_those_of_hugging_face(case: Composite) -> None:
         assert ours == decoder_spec(full.to_dict() | {"architectures": [case.architecture]}), key
 
 
-@pytest.mark.parametrize("name", ["Gemma3", "Qwen2_5_VL-flat"])
-def test_an_engine_serves_the_text(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = build(next(case for case in CASES if case.id == name), tmp_path)
+@by_case_slowly
+def test_an_engine_serves_the_text(case: Composite, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In chunks, beside each other, and once more with what is kept of the first time."""
+    model = build(case, tmp_path)
     prompts = [prompt(n, seed=n) for n in (1, 9, 40)]
     greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
     with caplog.at_level(logging.INFO), LLM(str(tmp_path), **ENGINE, max_num_batched_tokens=17) as llm:
-        outputs = llm.generate(prompts, greedy, use_tqdm=False)
-    assert [o.outputs[0].token_ids for o in outputs] == [reference(model, p)[0] for p in prompts]
+        outputs, again = (llm.generate(prompts, greedy, use_tqdm=False) for _ in range(2))
+    want = [reference(model, p)[0] for p in prompts]
+    assert [[o.outputs[0].token_ids for o in some] for some in (outputs, again)] == [want, want]
+    assert again[-1].num_cached_tokens > 0
     assert sum("only its text is served" in message for message in caplog.messages) == 1
 
 

@@ -97,8 +97,8 @@ def prepare(raw: Mapping[str, Any]) -> Trial:
         UnsupportedModel, ModelError: the network is no decoder, or too large.
     """
     architecture = raw["architectures"][0]
-    hf_config(raw)  # which says what is wrong with it in the user's own terms
-    config = hf_config(shrink(raw))
+    whole = hf_config(raw).to_dict()  # with the class's defaults, which are as large as what config.json says
+    config = hf_config(shrink(whole | {"architectures": raw["architectures"]}))
     if (
         size := sum(p.numel() for p in empty(architecture, config, alone=True).parameters())
     ) > MOST_PARAMETERS:

@@ -30,7 +30,7 @@ SIZES: Sequence[tuple[str, int]] = (
         r".*intermediate_size.*|n_inner|((de|en)coder_)?ffn_(dim|hidden_size)|ffn_hidden_size|d_ff|inner_dim",
         112,
     ),
-    (r"(sliding|attention|local)_(window|chunk)(_size)?|sliding_window_size|window_size", 5),
+    (r"(sliding|attention|local)_(window|chunk)(_size)?|sliding_window_size|window_size|floor_scale", 5),
     (r"index_topk", 6),
     (r"index_block_size", 4),
     (r"index_topk_blocks", 2),
