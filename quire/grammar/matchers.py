@@ -31,20 +31,15 @@ class Place:
     """
 
     def __init__(
-        self,
-        matcher: llguidance.LLMatcher | None,
-        thinking: Thinking | None,
-        budget: Bounded | None,
-        opens: int | None,
+        self, matcher: llguidance.LLMatcher | None, thinking: Thinking | None, budget: Bounded | None
     ):
-        """`opens`: the token that begins thoughts, where there is one."""
-        self.matcher, self.thinking, self.budget, self.opens = matcher, thinking, budget, opens
+        self.matcher, self.thinking, self.budget = matcher, thinking, budget
         self.pending: deque[Callable[[], int]] = deque()
 
     @property
     def may_think(self) -> int | None:
         """The token that would begin thoughts here; None if none can."""
-        return self.opens if self.thinking is not None and not self.thinking.thinks else None
+        return self.thinking.opening if self.thinking is not None and not self.thinking.thinks else None
 
     @property
     def forced(self) -> int | None:
@@ -144,7 +139,6 @@ class Matchers:
             None if matcher is None else matcher.deep_copy(),
             None if thoughts is None else Thinking(thoughts, tokenizer),
             None if budget is None else Bounded(budget, tokenizer),
-            None if thoughts is None else tokenizer.token_id(thoughts.open),
         )
         for token in outputs:
             place.take(token)

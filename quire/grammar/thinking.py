@@ -14,6 +14,7 @@ class Thinking:
     """What of a text is thoughts.
 
     Attributes:
+        opening: the token that begins them, where it is one.
         thinks: the next token is a thought, or ends them.
         over: no more can begin.
     """
@@ -21,6 +22,7 @@ class Thinking:
     def __init__(self, thoughts: Thoughts, tokenizer: Tokenizer):
         self.tokenizer, self.again = tokenizer, thoughts.again
         self.open, self.close = thoughts.open.encode(), thoughts.close.encode()
+        self.opening = tokenizer.token_id(thoughts.open)
         self.thinks, self.over, self.tail = thoughts.begun, False, b""
 
     def take(self, token: int) -> None:

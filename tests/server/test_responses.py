@@ -78,6 +78,14 @@ def test_reasoning_is_an_item_and_counted(client: openai.OpenAI) -> None:
     assert [item.type for item in off.output] == ["message"]
 
 
+def test_reasoning_ends_within_its_budget(client: openai.OpenAI) -> None:
+    ask = {"model": "demo", "input": SUM, "temperature": 0, "reasoning": {"effort": "high"}}
+    answer = client.responses.create(**ask, extra_body={"thinking_token_budget": 12})
+    thought, message = answer.output
+    assert (thought.type, message.type) == ("reasoning", "message") and answer.output_text
+    assert 12 <= answer.usage.output_tokens_details.reasoning_tokens <= 12 + 3
+
+
 def test_instructions_and_developers_are_one_system_prompt(live: Live, client: openai.OpenAI) -> None:
     developer = {"role": "developer", "content": [{"type": "input_text", "text": "Be kind."}]}
     both = client.responses.create(model="demo", instructions="Be brief.", input=[developer, *FRANCE])

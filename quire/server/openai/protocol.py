@@ -126,6 +126,11 @@ class SampledAsk(CallAsk):
     )
     seed: int | None = Field(None, description="The same seed, the same text.")
     stop: StrictStr | Texts | None = Field(None, description="Up to 16 strings that end the text.")
+    thinking_token_budget: Int | None = Field(
+        None,
+        description="Tokens of reasoning before it is closed; -1: any number.",
+        json_schema_extra=between(-1),
+    )
 
 
 class GenerationRequest(SampledAsk, OpenAIAsk):
@@ -173,11 +178,6 @@ class GenerationRequest(SampledAsk, OpenAIAsk):
     guided_json_object: bool | None = Field(None, description="As structured_outputs.json_object.")
     guided_whitespace_pattern: StrictStr | None = Field(
         None, description="As structured_outputs.whitespace_pattern."
-    )
-    thinking_token_budget: Int | None = Field(
-        None,
-        description="Tokens of reasoning before it is closed; -1: any number.",
-        json_schema_extra=between(-1),
     )
     user: str | None = None
 
