@@ -43,7 +43,9 @@ def test_a_call_is_answered_over_several_turns(client: openai.OpenAI) -> None:
     turns = [*QUESTION, *(item.model_dump() for item in first.output), output]
     second = client.responses.create(**{**ASK, "input": turns})
     assert "21" in second.output_text and "sunny" in second.output_text
-    assert second.usage.input_tokens_details.cached_tokens > 0
+    read = second.usage.input_tokens_details
+    assert 0 < read.cached_tokens < second.usage.input_tokens
+    assert read.cached_tokens + sum(read.missed_tokens.values()) == second.usage.input_tokens
     turns += [*(item.model_dump() for item in second.output), *BOTH]
     third = client.responses.create(**{**ASK, "input": turns})
     assert {item.type for item in third.output} == {"function_call"}
@@ -160,6 +162,19 @@ def test_a_text_is_of_the_form_that_was_asked_for(client: openai.OpenAI, streams
 def test_what_cannot_be_done_says_so(live: Live, more: dict[str, Any], status: int, words: str) -> None:
     answer = live.post(PATH, json={**ASK, **more})
     assert (answer.status_code, words in answer.json()["error"]["message"]) == (status, True), answer.text
+
+
+def test_an_image_of_a_tools_ends_no_conversation(client: openai.OpenAI) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"}
+    image = [{"type": "input_text", "text": "Here:"}, {"type": "input_image", "image_url": "data:,"}]
+    result = {"type": "function_call_output", "call_id": "c", "output": image}
+    answer = client.responses.create(model="demo", input=[*FRANCE, call, result])
+    same = {**result, "output": "Here:\n[input_image: it cannot be read here]"}
+    told = client.responses.create(model="demo", input=[*FRANCE, call, same])
+    assert answer.usage.input_tokens == told.usage.input_tokens
+    assert answer.model_extra["warnings"] == [
+        "input[2].output[1] is of type 'input_image', which cannot be read; the model is told so"
+    ]
 
 
 def test_calls_of_custom_tools_are_read(client: openai.OpenAI) -> None:

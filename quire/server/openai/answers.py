@@ -209,11 +209,17 @@ class CompletionAnswer(Envelope):
     timing: Timing | None = None
 
 
+class InputTokens(CachedTokens):
+    """As of a chat completion; whatever can be kept in the cache is, and none of it has a price."""
+
+    cache_write_tokens: Literal[0]
+
+
 class ResponseUsage(BaseModel):
     """Tokens read, found in the cache, and written; how many of these are reasoning."""
 
     input_tokens: int
-    input_tokens_details: dict[str, int]
+    input_tokens_details: InputTokens
     output_tokens: int
     output_tokens_details: ReasoningTokens
     total_tokens: int

@@ -68,7 +68,10 @@ def conversation(
             call = {"id": given_id, "type": "function", "function": function}
             _assistant(found, new=True).setdefault("tool_calls", []).append(call)
         elif kind in ("function_call_output", "custom_tool_call_output"):
-            call_id, text = _string(item, "call_id", where), _text(item.get("output"), f"{where}.output")
+            call_id, text = (
+                _string(item, "call_id", where),
+                _text(item.get("output"), f"{where}.output", warnings),
+            )
             known = {"name": names[call_id]} if call_id in names else {}
             found.append({"role": "tool", "tool_call_id": call_id, **known, "content": text})
         elif kind == "item_reference":
@@ -105,7 +108,8 @@ def _assistant(found: list[Item], *, new: bool = False) -> Any:
     return found[-1] if new else None
 
 
-def _text(content: object, where: str) -> str:
+def _text(content: object, where: str, notes: list[str] | None = None) -> str:
+    """With `notes`, warnings, the model is told of what it cannot read, instead of refusing all of the conversation."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -113,7 +117,10 @@ def _text(content: object, where: str) -> str:
     texts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in NO_MEDIA:
+        if kind in NO_MEDIA and notes is not None:
+            notes.append(f"{where}[{index}] is of type {kind!r}, which cannot be read; the model is told so")
+            part, kind = {"text": f"[{kind}: it cannot be read here]"}, "text"
+        elif kind in NO_MEDIA:
             raise not_supported(f"{where}[{index}]", f"{kind} cannot be read; this server reads text")
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
         if kind not in TEXTS or not isinstance(text, str):

@@ -15,7 +15,7 @@ from quire.server.errors import ApiError, bad_request, not_supported
 from quire.server.frontend import Frontend, Numbered, json_response
 from quire.server.limits import MAX_MESSAGES
 from quire.server.openai.items import Items, conversation, functions, items_of
-from quire.server.openai.params import response_params
+from quire.server.openai.params import response_params, usage
 from quire.server.openai.requests import ResponsesRequest
 from quire.server.openai.store import Key, Store
 from quire.server.reading import Conversation, Reading
@@ -223,13 +223,13 @@ class Writer:
         )
 
     def _usage(self, output: RequestOutput) -> dict[str, Any]:
-        num_prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens
+        counts = usage([output], self.num_generated, self.reading.num_reasoning_tokens)
         return {
-            "input_tokens": num_prompt,
-            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-            "output_tokens": self.num_generated,
-            "output_tokens_details": {"reasoning_tokens": self.reading.num_reasoning_tokens},
-            "total_tokens": num_prompt + self.num_generated,
+            "input_tokens": counts["prompt_tokens"],
+            "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
+            "output_tokens": counts["completion_tokens"],
+            "output_tokens_details": counts["completion_tokens_details"],
+            "total_tokens": counts["total_tokens"],
         }
 
 
