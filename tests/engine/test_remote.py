@@ -49,7 +49,7 @@ def in_a_loop(work: Callable[[], Awaitable[None]]) -> Callable[[], None]:
     """A test that runs in an event loop, with an end to waiting."""
 
     def run() -> None:
-        asyncio.run(asyncio.wait_for(work(), 120))
+        asyncio.run(asyncio.wait_for(work(), 240))
 
     run.__name__, run.__doc__ = work.__name__, work.__doc__
     return run
@@ -182,7 +182,7 @@ def test_a_poison_fails_alone(mark: int, hang_s: float, at: int) -> None:
             assert engine.keeper.num_restarts == 3
             assert (await collect(engine, "after", GREEDY))[-1].finished
 
-    asyncio.run(asyncio.wait_for(work(), 120))
+    asyncio.run(asyncio.wait_for(work(), 240))
 
 
 @pytest.mark.slow
