@@ -7,7 +7,7 @@ from typing import Any
 from quire.engine.inputs import InputProcessor
 from quire.server.asking import CallAsk
 from quire.server.call import Call
-from quire.server.errors import bad_request
+from quire.server.errors import ApiError, bad_request
 from quire.server.frontend import Frontend
 from quire.server.reading import Conversation, Reading
 from quire.types import Request, SamplingParams
@@ -112,6 +112,17 @@ def readable(tools: list[dict[str, Any]], inputs: InputProcessor) -> list[dict[s
             "tools",
         )
     return tools
+
+
+def no_media(where: str, kind: str) -> ApiError:
+    """The refusal of what is no text: the client's fault, since clients try again after what is the server's."""
+    return bad_request(f"{where}: {kind} cannot be read; this server reads text", where.partition("[")[0])
+
+
+def unread(where: str, kind: str, warnings: list[str]) -> str:
+    """What the model is told instead of a part of a tool's result, which would end every conversation of an agent's."""
+    warnings.append(f"{where}: {kind} cannot be read; the model is told so")
+    return f"[{kind}: it cannot be read here]"
 
 
 def no_such_tool(kind: object) -> str:

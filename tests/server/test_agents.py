@@ -1,6 +1,6 @@
 """Conversations of the shapes that agents' own clients send (docs/agents.md), with the demo model and tools of ours.
 
-Claude Code 2.1.197, opencode 1.18.33: every field that they send is here, with a text of ours.
+Claude Code 2.1.197, Codex 0.171.0, opencode 1.18.33: every field that they send is here, with a text of ours.
 """
 
 import json
@@ -131,3 +131,47 @@ def test_opencode_goes_on_with_results_from_the_cache(live: Live) -> None:
     words = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in told if chunk["choices"])
     assert "21" in words and "sunny" in words
     assert told[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] > 0.8 * read
+
+
+def codex(items: list[dict[str, Any]]) -> dict[str, Any]:
+    function = {"type": "function", "name": "get_weather", "description": "Tells the weather."}
+    agents = {"type": "namespace", "name": "multi_agent_v1", "description": "Agents.", "tools": [function]}
+    return {
+        "model": "demo",
+        "tools": [{**function, "strict": False, "parameters": SCHEMA}, agents],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "reasoning": {"summary": "auto"},
+        "store": False,
+        "stream": True,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "01a22971-37e3-7d50-bc13-aa47e2e61df7",
+        "client_metadata": {"thread_id": "01a22971-37e3-7d50-bc13-aa47e2e61df7"},
+        "input": items,
+    }
+
+
+def item(role: str, words: str, given: str) -> dict[str, Any]:
+    return {"type": "message", "id": given, "role": role, "content": [{"type": "input_text", "text": words}]}
+
+
+def test_codex_goes_on_with_results_from_the_cache(live: Live) -> None:
+    items = [
+        item("developer", "You are an agent.", "msg_1"),
+        item("developer", "<permissions instructions>\nRead only.\n</permissions instructions>", "msg_2"),
+        item("user", "<environment_context>\n  <cwd>/tmp</cwd>\n</environment_context>", "msg_3"),
+        item("user", QUESTION, "msg_4"),
+    ]
+    done = events(live.post("/v1/responses", json=codex(items)))[-1]["response"]
+    assert done["warnings"] == [
+        "'reasoning.summary' has no effect on this server",
+        "tools of type 'namespace' are not known; they had no effect",
+    ]
+    call = done["output"][-1]
+    assert call["name"] == "get_weather" and json.loads(call["arguments"]) == {"city": "Paris"}
+    result = {"type": "function_call_output", "id": "fco_1", "call_id": call["call_id"], "output": RESULT}
+    again = events(live.post("/v1/responses", json=codex([*items, *done["output"], result])))[-1]["response"]
+    words = again["output"][-1]["content"][0]["text"]
+    assert "21" in words and "sunny" in words
+    cached = again["usage"]["input_tokens_details"]["cached_tokens"]
+    assert cached > 0.8 * done["usage"]["input_tokens"]

@@ -219,7 +219,7 @@ USE = {"type": "tool_use", "id": "a", "name": "get_weather", "input": {}}
         ({"output_config": {"effort": "all"}}, 400, "invalid_request_error", "output_config.effort"),
         ({"tools": [{"name": "x"}]}, 400, "invalid_request_error", "tools[0].input_schema"),
         ({"messages": []}, 400, "invalid_request_error", "at least one message"),
-        ({"messages": [{"role": "user", "content": [IMAGE]}]}, 501, "api_error", "this server reads text"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "invalid_request_error", "reads text"),
         ({"messages": [{"role": "user", "content": [USE]}]}, 400, "invalid_request_error", "'tool_use'"),
         (
             {"messages": [*FRANCE, {"role": "assistant", "content": [USE]}]},
@@ -251,10 +251,10 @@ def test_agents_know_a_full_context_by_the_words(live: Live, words: int) -> None
 def test_what_cannot_be_done_is_not_tried_again(live: Live) -> None:
     sent: list[Any] = []
     http = httpx2.Client(timeout=60, event_hooks={"request": [sent.append]})
-    ask = {**ASK, "messages": [{"role": "user", "content": [IMAGE]}]}
+    ask = {**ASK, "extra_body": {"container": "x"}}
     with (
         anthropic.Anthropic(base_url=live.url, max_retries=2, http_client=http, api_key="none") as client,
-        pytest.raises(anthropic.InternalServerError, match="this server reads text"),
+        pytest.raises(anthropic.InternalServerError, match="container: this server cannot do it yet"),
     ):
         client.messages.create(**ask)
     assert len(sent) == 1
@@ -269,7 +269,7 @@ def test_an_image_of_a_tools_is_no_end_of_the_conversation(live: Live) -> None:
     turns = [*QUESTION, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [result]}]
     answer = live.post(PATH, json={**ASK, "messages": turns, "max_tokens": 4})
     assert answer.json()["warnings"] == [
-        "messages[2].content[0].content[0] is a block of type 'image', which cannot be read; the model is told so"
+        "messages[2].content[0].content[0]: image cannot be read; the model is told so"
     ]
     told: list[str] = []
     assert conversation(turns, None, told)[-1]["content"] == "[image: it cannot be read here]\n1 x 1"

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quire.errors import InvalidRequest
-from quire.server.conversation import no_such_tool
-from quire.server.errors import not_supported
+from quire.server.conversation import no_media, no_such_tool, unread
 from quire.text.messages import refuse
 from quire.text.tools.events import ArgumentsDelta, CallBegins, CallEnds, Event, ReasoningDelta, TextDelta
 
@@ -120,7 +119,7 @@ def _heard(
 def _text_parts(
     content: object, where: str, warnings: list[str], *, notes: bool = False
 ) -> list[dict[str, str]]:
-    """`notes`: the model is told of what it cannot read, instead of refusing every later turn of an agent's."""
+    """`notes`: the model is told of what it cannot read."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list):
@@ -131,8 +130,7 @@ def _text_parts(
         if (kind := _kind(block, here)) == "text":
             parts.append({"type": "text", "text": _string(block, "text", here)})
         elif notes and kind in NO_MEDIA:
-            warnings.append(f"{here} is a block of type {kind!r}, which cannot be read; the model is told so")
-            parts.append({"type": "text", "text": f"[{kind}: it cannot be read here]"})
+            parts.append({"type": "text", "text": unread(here, kind, warnings)})
         else:
             _leave_out(kind, here, warnings)
     return parts
@@ -153,7 +151,7 @@ def _string(block: Block, name: str, where: str) -> str:
 
 def _leave_out(kind: str, where: str, warnings: list[str]) -> None:
     if kind in NO_MEDIA:
-        raise not_supported(where, f"blocks of type {kind} cannot be read; this server reads text")
+        raise no_media(where, kind)
     if kind not in FOREIGN and not kind.endswith("_tool_result"):
         known = "text, thinking, tool_use and tool_result, each where it belongs"
         raise InvalidRequest(

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from quire.server.conversation import no_such_tool
-from quire.server.errors import bad_request, not_supported
+from quire.server.conversation import no_media, no_such_tool, unread
+from quire.server.errors import bad_request
 from quire.text.messages import refuse
 from quire.text.tools.events import ArgumentsDelta, CallBegins, CallEnds, Event, ReasoningDelta, TextDelta
 
@@ -68,10 +68,8 @@ def conversation(
             call = {"id": given_id, "type": "function", "function": function}
             _assistant(found, new=True).setdefault("tool_calls", []).append(call)
         elif kind in ("function_call_output", "custom_tool_call_output"):
-            call_id, text = (
-                _string(item, "call_id", where),
-                _text(item.get("output"), f"{where}.output", warnings),
-            )
+            call_id = _string(item, "call_id", where)
+            text = _text(item.get("output"), f"{where}.output", warnings)
             known = {"name": names[call_id]} if call_id in names else {}
             found.append({"role": "tool", "tool_call_id": call_id, **known, "content": text})
         elif kind == "item_reference":
@@ -118,10 +116,9 @@ def _text(content: object, where: str, notes: list[str] | None = None) -> str:
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in NO_MEDIA and notes is not None:
-            notes.append(f"{where}[{index}] is of type {kind!r}, which cannot be read; the model is told so")
-            part, kind = {"text": f"[{kind}: it cannot be read here]"}, "text"
+            part, kind = {"text": unread(f"{where}[{index}]", kind, notes)}, "text"
         elif kind in NO_MEDIA:
-            raise not_supported(f"{where}[{index}]", f"{kind} cannot be read; this server reads text")
+            raise no_media(f"{where}[{index}]", kind)
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
         if kind not in TEXTS or not isinstance(text, str):
             raise refuse(f"{where}[{index}]", part, 'a part such as {"type": "input_text", "text": "..."}')
