@@ -130,13 +130,22 @@ class Writer(Protocol):
         """The event of a stream that breaks off; `end` follows it."""
 
 
+Written = TypeVar("Written", bound=Writer)
+
+
 async def run_call(
     http: HttpRequest,
     kind: type[Ask],
     prefix: str,
-    prepare: Callable[[Frontend, Call, Ask], tuple[Writer, list[Request]]],
+    prepare: Callable[[Frontend, Call, Ask], tuple[Written, list[Request]]],
+    at_once: Callable[[Written], Response | None] = lambda writer: None,
 ) -> Response:
-    """A generation call from its body to its answer. `prefix` begins its id; `prepare` runs in a thread.
+    """A generation call from its body to its answer.
+
+    Args:
+        prefix: begins its id.
+        prepare: runs in a thread.
+        at_once: answers a call that goes on without its client, if it is one.
 
     Raises:
         ApiError, QuireError: it is refused, or failed before anything was sent.
@@ -145,6 +154,8 @@ async def run_call(
     ask = await front.read(http, kind)
     call = Call.of(front, http, ask, prefix)
     writer, requests = await asyncio.to_thread(lambda: prepare(front, call, ask))
+    if (answer := at_once(writer)) is not None:
+        return answer
     http.scope["timing"] = call.timing  # for whoever traces
     if ask.stream:
         return await _stream(front, http, call, writer)

@@ -33,6 +33,8 @@ ANSWERS: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/responses": (answers.ResponseAnswer, answers.ResponseEvent),
     RESPONSE: (answers.ResponseAnswer,),
     f"delete {RESPONSE}": (answers.DeletedResponse,),
+    f"{RESPONSE}/cancel": (answers.ResponseAnswer,),
+    f"{RESPONSE}/input_items": (answers.ResponseItems,),
     "/v1/messages": (messages_answers.Message, messages_answers.MessagesEvent),
     "/v1/messages/count_tokens": (messages_answers.TokenCount,),
     "/v1/models": (answers.Models,),

@@ -141,7 +141,7 @@ def test_a_text_is_of_the_form_that_was_asked_for(client: openai.OpenAI, streams
     ("more", "status", "words"),
     [
         ({"previous_response_id": "resp_1"}, 404, "start it with --response-store-bytes"),
-        ({"background": True}, 501, "background"),
+        ({"background": True}, 501, "keeps no responses"),
         ({"conversation": "conv_1"}, 501, "use previous_response_id"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, 400, "send the item itself"),
         ({"tool_choice": "required"}, 501, "use auto"),

@@ -68,4 +68,6 @@ def test_every_operation(served: Served) -> None:
         "GET /v1/models/{name}": {404},
         "GET /v1/responses/{response_id}": {404},  # none is kept
         "DELETE /v1/responses/{response_id}": {404},
+        "POST /v1/responses/{response_id}/cancel": {404},
+        "GET /v1/responses/{response_id}/input_items": {404},
     }

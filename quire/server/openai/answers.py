@@ -233,7 +233,7 @@ class ResponseAnswer(BaseModel):
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
     model: str
     output: list[dict[str, Any]]
     error: dict[str, str] | None
@@ -250,7 +250,7 @@ class ResponseAnswer(BaseModel):
     text: dict[str, Any]
     truncation: Literal["disabled"]
     store: bool
-    background: Literal[False]
+    background: bool
     previous_response_id: str | None
     usage: ResponseUsage | None
     warnings: list[str] | None = None
@@ -263,6 +263,16 @@ class DeletedResponse(BaseModel):
     id: str
     object: Literal["response"]
     deleted: Literal[True]
+
+
+class ResponseItems(BaseModel):
+    """The answer of /v1/responses/{response_id}/input_items."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class ResponseEvent(BaseModel):

@@ -32,6 +32,7 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None = None,
     form: StructuredOutputsParams | None,
+    streams: bool = False,
 ) -> SamplingParams:
     """The model's defaults, and over them what the request says.
 
@@ -44,7 +45,7 @@ def sampling_params(
         "max_tokens": max_tokens,
         "logprobs": logprobs,
         "structured_outputs": form,
-        "output_kind": OutputKind.DELTA if ask.stream else OutputKind.FINAL_ONLY,
+        "output_kind": OutputKind.DELTA if streams or ask.stream else OutputKind.FINAL_ONLY,
     }
     return SamplingParams(**{**defaults, **given, **own})
 
@@ -82,7 +83,7 @@ def response_params(ask: ResponsesRequest, defaults: Mapping[str, Any]) -> Sampl
         raise bad_request(f"text.format is {str(given)[:100]!r}; it must be an object", "text.format")
     fields = form_of(given, "text.format")
     form = StructuredOutputsParams(**fields) if fields else None
-    return sampling_params(ask, defaults, max_tokens=most, form=form)
+    return sampling_params(ask, defaults, max_tokens=most, form=form, streams=ask.background)
 
 
 def usage(

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, StrictStr
 
-from quire.server.asking import LATER, Cap, Objects, On, between, example
+from quire.server.asking import LATER, Cap, Objects, Off, On, between, example
 from quire.server.openai.protocol import SampledAsk
 
 
@@ -14,7 +14,6 @@ class ResponsesRequest(SampledAsk):
     model_config = ConfigDict(frozen=True, **example(input="What is the capital of France?"))
     refused = {
         "conversation": "this server has no conversations; use previous_response_id",
-        "background": LATER,
         "prompt": "this server has no templates of prompts; use input and instructions",
         "max_tool_calls": LATER,
         "structured_outputs": LATER,
@@ -41,6 +40,9 @@ class ResponsesRequest(SampledAsk):
     )
     store: bool | None = Field(
         None, description="Keep the response; without it as the server does (--response-store-bytes)."
+    )
+    background: Off = Field(
+        False, description="Answer at once, and go on without a client; ask for it by id."
     )
     max_output_tokens: Cap | None = Field(
         None, description="A cap; the context's room holds as well.", json_schema_extra=between(1)

@@ -1,5 +1,6 @@
 """/v1/responses: a conversation as items, which may be kept here and gone on with."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
@@ -11,8 +12,8 @@ from starlette.responses import Response
 
 from quire.server.call import Call, run_call
 from quire.server.conversation import begin, effort_names, readable, render
-from quire.server.errors import ApiError, bad_request, not_supported
-from quire.server.frontend import Frontend, Numbered, json_response
+from quire.server.errors import ApiError, bad_request, not_supported, unavailable
+from quire.server.frontend import Frontend, Numbered, frontend_of, json_response
 from quire.server.limits import MAX_MESSAGES
 from quire.server.openai.items import Items, conversation, functions, items_of
 from quire.server.openai.params import response_params, usage
@@ -25,6 +26,7 @@ from quire.text.messages import refuse
 from quire.types import CompletionOutput, Request, RequestOutput, SamplingParams
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+RUNNING = ("queued", "in_progress")
 OBEYED = ("reasoning.effort", "text.format")
 Keep = Callable[[dict[str, Any]], bool]
 router = APIRouter()
@@ -33,12 +35,23 @@ router = APIRouter()
 @router.post("/v1/responses", openapi_extra=body_of(ResponsesRequest))
 async def create_response(http: HttpRequest) -> Response:
     """Answer a conversation of items."""
-    return await run_call(http, ResponsesRequest, "resp_", partial(_prepare, _store(http)))
+    store = _store(http)
+
+    def at_once(writer: Writer) -> Response | None:
+        if not writer.ask.background:
+            return None
+        begun, timeout_s = writer.response("queued"), frontend_of(http).timeout_s(http)
+        if not writer.keep(begun):
+            raise unavailable("there is no room to keep a response (--response-store-bytes); try again later")
+        store.run((writer.call.tenant, writer.call.id), _alone(http, writer, timeout_s))
+        return json_response(begun)
+
+    return await run_call(http, ResponsesRequest, "resp_", partial(_prepare, store), at_once)
 
 
 @router.get(RESPONSE)
 async def retrieve_response(http: HttpRequest, response_id: str) -> Response:
-    """A response that was kept."""
+    """A response that was kept, as it is by now."""
     if http.query_params.get("stream") in ("true", "1"):
         raise not_supported("stream", "responses that were kept are not streamed; leave stream out")
     _, answer = _store(http).find(_key(http, response_id))
@@ -47,11 +60,46 @@ async def retrieve_response(http: HttpRequest, response_id: str) -> Response:
 
 @router.delete(RESPONSE)
 async def delete_response(http: HttpRequest, response_id: str) -> Response:
-    """Keep it no longer."""
+    """Keep it no longer; what still runs is stopped."""
     store, key = _store(http), _key(http, response_id)
     store.find(key)
+    await store.stop(key)
     store.delete(key)
     return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
+@router.post(f"{RESPONSE}/cancel")
+async def cancel_response(http: HttpRequest, response_id: str) -> Response:
+    """Stop a response that runs in the background."""
+    store, key = _store(http), _key(http, response_id)
+    if not store.find(key)[1]["background"]:
+        raise bad_request("only responses with background: true can be cancelled", "response_id")
+    await store.stop(key)
+    items, answer = store.find(key)
+    if answer["status"] in RUNNING:
+        answer["status"] = "cancelled"
+        store.keep(key, items, answer)
+    return json_response(answer)
+
+
+@router.get(f"{RESPONSE}/input_items")
+async def list_input_items(http: HttpRequest, response_id: str) -> Response:
+    """What the model has read for a response, a page at a time, the latest first."""
+    (items, _), query = _store(http).find(_key(http, response_id)), http.query_params
+    limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
+    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= 100:
+        raise refuse("limit", limit, "a number from 1 to 100")
+    if order not in ("asc", "desc"):
+        raise refuse("order", order, "asc or desc")
+    if order == "desc":
+        items.reverse()
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise refuse("after", after, "the id of an item")
+    begin = 0 if after is None else ids.index(after) + 1
+    page = items[begin : begin + int(limit)]
+    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+    return json_response({"object": "list", "data": page, **ends, "has_more": begin + len(page) < len(items)})
 
 
 def _store(http: HttpRequest) -> Store:
@@ -61,6 +109,20 @@ def _store(http: HttpRequest) -> Store:
 
 def _key(http: HttpRequest, response_id: str) -> Key:
     return http.scope["tenant"], response_id
+
+
+async def _alone(http: HttpRequest, writer: "Writer", timeout_s: float) -> None:
+    """Answer, though nobody reads it."""
+    front = frontend_of(http)
+    try:
+        async with (
+            asyncio.timeout(timeout_s),
+            aclosing(writer.stream(front.run(writer.call.timing.requests))) as pieces,
+        ):
+            async for _ in pieces:
+                pass
+    except Exception as error:  # whatever it is, whoever asks for the response reads it there
+        writer.failed(front.explained(http, error))
 
 
 def _prepare(
@@ -85,6 +147,8 @@ def _prepare(
     items, old = items_of(ask.input, call.id.removeprefix("resp_")), list[dict[str, Any]]()
     if ask.previous_response_id is not None:
         read, before = store.find((call.tenant, ask.previous_response_id), "previous_response_id")
+        if before["status"] in RUNNING:
+            raise bad_request("it still runs; go on with it when it has ended", "previous_response_id")
         old = [*read, *before["output"]]
     items = [*old, *items]
     if len(items) > MAX_MESSAGES:
@@ -99,9 +163,21 @@ def _prepare(
 
 
 def _keeper(store: Store, call: Call, ask: ResponsesRequest, items: list[dict[str, Any]]) -> "Keep | None":
-    """What keeps the response; None: it is not to be kept."""
+    """What keeps the response; None: it is not to be kept.
+
+    Raises:
+        ApiError: it runs in the background, and would not be kept.
+    """
+    if ask.background and ask.stream:
+        raise not_supported(
+            "stream", "nobody reads a response in the background; leave stream out, and ask for it"
+        )
     if store.most_bytes and ask.store is not False:
         return partial(store.keep, (call.tenant, call.id), items)
+    if ask.background and store.most_bytes:
+        raise bad_request("background is set, and store is false; nobody could ask for the response", "store")
+    if ask.background:
+        raise not_supported("background", "this server keeps no responses (--response-store-bytes)")
     if ask.store:
         call.warnings.append("'store' has no effect on this server: it keeps none (--response-store-bytes)")
     return None
@@ -154,6 +230,8 @@ class Writer:
                 events: list[dict[str, Any]] = []
                 if not latest:
                     began = self.response("in_progress")
+                    if self.ask.background:
+                        self.keep(began)
                     events = [
                         {"type": f"response.{name}", "response": began} for name in ("created", "in_progress")
                     ]
@@ -216,7 +294,7 @@ class Writer:
                 "text": {"format": {"type": "text"}, **(ask.text or {})},
                 "truncation": "disabled",
                 "store": self.kept,
-                "background": False,
+                "background": ask.background,
                 "previous_response_id": ask.previous_response_id,
                 "usage": None if output is None else self._usage(output),
             }

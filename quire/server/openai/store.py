@@ -1,7 +1,9 @@
 """Responses that are kept for whoever goes on with them: in memory, up to a number of bytes."""
 
+import asyncio
 import threading
 from collections import OrderedDict
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
@@ -13,12 +15,13 @@ Item = dict[str, Any]
 
 
 class Store:
-    """The one that nobody has asked for the longest goes first. Threads may share it."""
+    """The one that nobody has asked for the longest goes first, unless it still runs. Threads may share it."""
 
     def __init__(self, most_bytes: int):
         """0 bytes: nothing is kept."""
         self.most_bytes, self.num_bytes = most_bytes, 0
         self._kept: OrderedDict[Key, bytes] = OrderedDict()  # as JSON, whose size is known
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._lock = threading.Lock()
 
     def keep(self, key: Key, items: list[Item], answer: dict[str, Any]) -> bool:
@@ -32,7 +35,10 @@ class Store:
             if len(kept) > self.most_bytes:
                 return False
             while self.num_bytes + len(kept) > self.most_bytes:
-                self._forget(next(iter(self._kept)))
+                oldest = next((other for other in self._kept if other not in self._tasks), None)
+                if oldest is None:
+                    return False
+                self._forget(oldest)
             self._kept[key] = kept
             self.num_bytes += len(kept)
         return True
@@ -55,6 +61,17 @@ class Store:
             )
         code = "previous_response_not_found" if param == "previous_response_id" else "response_not_found"
         raise ApiError(404, f"there is no response {key[1][:200]!r}: {why}", param=param, code=code)
+
+    def run(self, key: Key, work: Coroutine[Any, Any, None]) -> None:
+        """Work at a response that nobody waits for; until its end it stays."""
+        task = self._tasks[key] = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+
+    async def stop(self, key: Key) -> None:
+        """Stop that work, if there is any."""
+        if (task := self._tasks.get(key)) is not None:
+            task.cancel()
+            await asyncio.wait([task])
 
     def delete(self, key: Key) -> None:
         """Keep it no longer."""
