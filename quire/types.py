@@ -328,39 +328,6 @@ class TokenLogprobs:
     ranks: list[int]  # from 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the engine runs: one prompt as token ids, `params.n` sequences."""
-
-    id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    prompt: str | None = None
-    priority: int = 0  # lower runs first
-    tenant: str = ""  # shares the machine fairly with other tenants
-    cache_salt: str = ""  # requests with different salts never share cached blocks
-    arrival_s: float = 0.0
-    outputs: tuple[
-        tuple[int, ...], ...
-    ] = ()  # tokens of each sequence, of a request that another engine began
-    ended: frozenset[int] = frozenset()  # which of those are complete
-    marks: Mapping[int, str] | None = None  # characters that stand for special tokens in the text
-    grammar: Grammar | None = None  # of params.structured_outputs
-
-
-@dataclass(slots=True)
-class RequestMetrics:
-    """Times are seconds on the engine's monotonic clock."""
-
-    arrival_s: float = 0.0
-    scheduled_s: float | None = None
-    first_token_s: float | None = None
-    last_token_s: float | None = None
-    num_preemptions: int = 0
-    num_generated_tokens: int = 0  # of all sequences
-    num_replays: int = 0  # times that it went on in a new engine, after one was lost
-
-
 @dataclass(frozen=True, slots=True)
 class CacheMisses:
     """Prompt tokens that were not found in the prefix cache, by the reason."""
@@ -381,6 +348,41 @@ class CacheMisses:
 
 
 MISS_REASONS = tuple(each.name for each in fields(CacheMisses))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the engine runs: one prompt as token ids, `params.n` sequences."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    prompt: str | None = None
+    priority: int = 0  # lower runs first
+    tenant: str = ""  # shares the machine fairly with other tenants
+    cache_salt: str = ""  # requests with different salts never share cached blocks
+    arrival_s: float = 0.0
+    outputs: tuple[
+        tuple[int, ...], ...
+    ] = ()  # tokens of each sequence, of a request that another engine began
+    ended: frozenset[int] = frozenset()  # which of those are complete
+    num_cached_tokens: int = 0  # of the prompt, as that engine found it
+    cache_misses: CacheMisses = CacheMisses()  # the prompt's other tokens
+    marks: Mapping[int, str] | None = None  # characters that stand for special tokens in the text
+    grammar: Grammar | None = None  # of params.structured_outputs
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times are seconds on the engine's monotonic clock."""
+
+    arrival_s: float = 0.0
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    num_preemptions: int = 0
+    num_generated_tokens: int = 0  # of all sequences
+    num_replays: int = 0  # times that it went on in a new engine, after one was lost
 
 
 @dataclass(slots=True)

@@ -7,7 +7,6 @@ from quire.engine.events import TokenEvent
 from quire.text.detokenize import Detokenizer
 from quire.text.tokenizer import Tokenizer
 from quire.types import (
-    CacheMisses,
     CompletionOutput,
     FinishReason,
     Logprob,
@@ -62,7 +61,7 @@ class RequestState:
         self.prompt_token_ids = list(request.prompt_token_ids)  # one for all outputs: prompts are long
         self.metrics = RequestMetrics(arrival_s=request.arrival_s)
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-        self.num_cached_tokens, self.cache_misses = 0, CacheMisses()
+        self.num_cached_tokens, self.cache_misses = request.num_cached_tokens, request.cache_misses
         self.sequences = [self._sequence(i) for i in range(params.n)]
         for sequence, tokens in zip(self.sequences, request.outputs, strict=False):
             self._restore(sequence, tokens)

@@ -54,7 +54,7 @@ class Requests:
             if stopped:
                 self.stop(event.request_id, event.index)
         if last_s is None and event.index == 0 and event.token is not None:
-            self.counts.began(len(state.prompt_token_ids), state.num_cached_tokens)
+            self.counts.began(len(state.prompt_token_ids), event.num_cached_tokens)
         if state.finished:
             self._close(event.request_id, now)
         return state

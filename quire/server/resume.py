@@ -5,6 +5,7 @@ the stream breaks off, it sends the same request elsewhere, with the tokens that
 make is not sent again, and the rest follows.
 """
 
+import dataclasses
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Self
@@ -16,7 +17,7 @@ from quire.engine.inputs import InputProcessor
 from quire.engine.outputs import RequestState
 from quire.server.errors import bad_request
 from quire.server.frontend import Numbered
-from quire.types import Request, RequestOutput
+from quire.types import CacheMisses, Request, RequestOutput
 
 ASKED = "x-engine-resumable"  # a header: of a request, that tokens are wanted; of an answer, that they come
 COMMENT = b": tokens "
@@ -24,6 +25,9 @@ MOST = (1 << 31) - 1
 
 Pieces = Callable[[AsyncGenerator[Numbered, None]], AsyncGenerator[bytes, None]]
 Begun = list[tuple[int, RequestOutput]]
+LookedUpPrompt = tuple[
+    int, int, dict[str, int]
+]  # its number, tokens found in the cache, others by the reason
 
 
 class Had(BaseModel):
@@ -36,6 +40,16 @@ class Had(BaseModel):
     ended: bool = False
 
 
+class LookedUp(BaseModel):
+    """What was found of a prompt in the cache, as its usage says it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    index: StrictInt = Field(ge=0, le=MOST)
+    cached_tokens: StrictInt = Field(ge=0, le=MOST)
+    missed_tokens: CacheMisses
+
+
 class Resume(BaseModel):
     """Where a stream that broke off goes on."""
 
@@ -43,13 +57,17 @@ class Resume(BaseModel):
 
     created: StrictInt = Field(0, ge=0, le=MOST, description="As the chunks so far have it.")
     choices: Annotated[list[Had], Field(fail_fast=True)] = Field(description="Those that have begun.")
+    prompts: list[LookedUp] = Field([], description="Those of choices that have begun.")
 
 
 class Told(msgspec.Struct, array_like=True, frozen=True):
-    """What a comment says: whether all is complete with this piece, and what is new of each choice."""
+    """What a comment says: whether all is complete with this piece, what is new of each choice, and which prompts were
+    looked up.
+    """
 
     done: bool
     choices: list[tuple[int, list[int], bool]]  # index, tokens, whether it ended
+    prompts: list[LookedUpPrompt] = []
 
     @classmethod
     def read(cls, comment: bytes) -> Self:
@@ -67,6 +85,7 @@ def resumed(inputs: InputProcessor, requests: Sequence[Request], resume: Resume)
     had = {choice.index: choice for choice in resume.choices}
     if len(had) != len(resume.choices) or any(index >= n * len(requests) for index in had):
         raise bad_request(f"resume must name choices from 0 to {n * len(requests) - 1}, each once", "resume")
+    looked_up = {prompt.index: prompt for prompt in resume.prompts}
     found = []
     for number, request in enumerate(requests):
         own = [had.get(number * n + index) for index in range(n)]
@@ -75,11 +94,25 @@ def resumed(inputs: InputProcessor, requests: Sequence[Request], resume: Resume)
             ended = frozenset(
                 index for index, choice in enumerate(own) if choice is not None and choice.ended
             )
-            request = inputs.resumed(request, outputs, ended)
+            request = _with_lookup(inputs.resumed(request, outputs, ended), looked_up.get(number))
         found.append(request)
     if all(is_over(request) for request in found):
         raise bad_request("resume says that every choice has ended; there is nothing left", "resume")
     return found
+
+
+def _with_lookup(request: Request, found: LookedUp | None) -> Request:
+    if found is None:
+        return request
+    nums, num_tokens = found.missed_tokens.by_reason().values(), len(request.prompt_token_ids)
+    if found.cached_tokens + sum(nums) != num_tokens or min(nums, default=0) < 0:
+        raise bad_request(
+            f"resume must say of all {num_tokens} tokens of prompt {found.index} how they were found",
+            "resume",
+        )
+    return dataclasses.replace(
+        request, num_cached_tokens=found.cached_tokens, cache_misses=found.missed_tokens
+    )
 
 
 def is_over(request: Request) -> bool:
@@ -125,6 +158,8 @@ def told(write: Pieces, n: int, num_open: int) -> Pieces:
     async def pieces(outputs: AsyncGenerator[Numbered, None]) -> AsyncGenerator[bytes, None]:
         news: dict[int, tuple[list[int], bool]] = {}
         known: set[int] = set()  # choices that have begun
+        prompts: list[LookedUpPrompt] = []  # and what was not told yet
+        looked_up: set[int] = set()
         left = num_open
 
         async def noted() -> AsyncGenerator[Numbered, None]:
@@ -132,6 +167,11 @@ def told(write: Pieces, n: int, num_open: int) -> Pieces:
             async with aclosing(outputs):
                 async for number, output in outputs:
                     left -= output.finished
+                    if number not in looked_up and (
+                        output.num_cached_tokens or output.cache_misses.by_reason()
+                    ):
+                        looked_up.add(number)
+                        prompts.append((number, output.num_cached_tokens, output.cache_misses.by_reason()))
                     for new in output.outputs:
                         index, over = number * n + new.index, new.finish_reason is not None
                         if new.token_ids or over or index not in known:
@@ -142,8 +182,10 @@ def told(write: Pieces, n: int, num_open: int) -> Pieces:
 
         async with aclosing(write(noted())) as written:
             async for piece in written:
-                yield piece + _comment(not left, news) if news else piece
-                news.clear()
+                if news:
+                    piece += _comment(not left, news, prompts)
+                    news, prompts = {}, []
+                yield piece
 
     return pieces
 
@@ -159,6 +201,10 @@ def numbered(write: Pieces, numbers: Sequence[int]) -> Pieces:
     return lambda outputs: write(outer(outputs))
 
 
-def _comment(done: bool, news: Mapping[int, tuple[list[int], bool]]) -> bytes:
-    fields = Told(done, [(index, tokens, ended) for index, (tokens, ended) in news.items()])
+def _comment(done: bool, news: Mapping[int, tuple[list[int], bool]], prompts: list[LookedUpPrompt]) -> bytes:
+    fields = Told(
+        done,
+        [(index, tokens, ended) for index, (tokens, ended) in news.items()],
+        prompts,
+    )
     return COMMENT + msgspec.json.encode(fields) + b"\n\n"

@@ -314,12 +314,17 @@ def test_a_stream_that_goes_on_elsewhere_adds_up_to_the_same(live: Live) -> None
     pieces = stream().split("\n\n")
     cut = next(n for n, piece in enumerate(pieces) if piece.startswith(": tokens") and n > 10)
     told = [json.loads(p.removeprefix(": tokens ")) for p in pieces[: cut + 1] if p.startswith(": tokens")]
-    tokens = [token for _, choices in told for _, some, _ in choices for token in some]
-    rest = stream(resume={"choices": [{"index": 0, "token_ids": tokens}]}).split("\n\n")
+    tokens = [token for _, choices, _ in told for _, some, _ in choices for token in some]
+    (((_, cached, missed),),) = (prompts for _, _, prompts in told if prompts)
+    prompt = {"index": 0, "cached_tokens": cached, "missed_tokens": missed}
+    resume = {"choices": [{"index": 0, "token_ids": tokens}], "prompts": [prompt]}
+    rest = stream(resume=resume).split("\n\n")
 
     def deltas(pieces: list[str]) -> str:
         events = [json.loads(p.partition("data: ")[2]) for p in pieces if p.startswith("event:")]
         return "".join(e["delta"].get("partial_json", "") for e in events if "delta" in e)
 
     assert deltas(pieces[:cut]) + deltas(rest) == deltas(pieces)
+    (usage,) = (json.loads(p.partition("data: ")[2])["usage"] for p in rest if "message_delta" in p)
+    assert (usage["cache_read_input_tokens"], usage["cache_missed_input_tokens"]) == (cached, missed)
     assert "message_start" not in "".join(rest) and rest[-3].startswith("event: message_stop")

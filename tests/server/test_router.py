@@ -1,18 +1,20 @@
 """A router in front of one server or more: what comes through, and what becomes of requests when a server fails."""
 
+import asyncio
 import json
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 
-from quire.server.resume import ASKED
+from quire.server.resume import ASKED, COMMENT, Told, told
+from quire.types import CacheMisses, CompletionOutput, RequestOutput
 from tests.cli.peer import Manners, Peer
 from tests.cli.peer import serving as peer
 from tests.server.conftest import FRANCE, PARIS, InProcess, Live, serving
@@ -186,15 +188,19 @@ def pieces_of(live: Live, path: str, body: dict[str, object]) -> list[str]:
     return re.split(r"(?<=\n\n)(?=data: .*\n\n)", answer.text)
 
 
-def had(text: str) -> list[dict[str, object]]:
+def had(text: str) -> dict[str, list[dict[str, object]]]:
     """What comments tell, as a request takes it."""
     choices: dict[int, dict[str, object]] = {}
+    prompts: list[dict[str, object]] = []
     for line in re.findall(r"(?m)^: tokens (.*)$", text):
-        for index, tokens, ended in json.loads(line)[1]:
+        _, news, looked_up = json.loads(line)
+        names = ("index", "cached_tokens", "missed_tokens")
+        prompts += [dict(zip(names, prompt, strict=True)) for prompt in looked_up]
+        for index, tokens, ended in news:
             choice = choices.setdefault(index, {"index": index, "token_ids": [], "ended": False})
             choice["token_ids"] += tokens
             choice["ended"] |= ended
-    return list(choices.values())
+    return {"choices": list(choices.values()), "prompts": prompts}
 
 
 CHAT = {"messages": FRANCE, "max_tokens": 12, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -239,7 +245,7 @@ def by_choice(text: str) -> dict[int, Any]:
                 ends = ends + [choice["finish_reason"]] * (choice["finish_reason"] is not None)
                 found[index] = (text + said, offsets, tokens + (choice.get("token_ids") or []), ends)
             if not event["choices"]:
-                found[-1] = str({k: v for k, v in event["usage"].items() if k.endswith("tokens")})
+                found[-1] = event["usage"]
     return found
 
 
@@ -249,11 +255,14 @@ def test_a_stream_goes_on_elsewhere_where_it_was_cut(live: Live, name: str) -> N
     whole = "".join(pieces_of(live, path, body))
     ends = [m.end() for m in re.finditer(r"(?m)^: tokens \[false.*\n\n", whole)]
     assert len(ends) >= 3
-    assert name != "of several lengths" or [c["ended"] for c in had(whole[: ends[-1]])].count(True) == 1
+    assert (
+        name != "of several lengths"
+        or [c["ended"] for c in had(whole[: ends[-1]])["choices"]].count(True) == 1
+    )
     created = int(re.search(r'"created":(\d+)', whole)[1])
     for end in (ends[0], ends[len(ends) // 2], ends[-1]):
         before = whole[:end]
-        resume = {"created": created, "choices": had(before)}
+        resume = {"created": created, **had(before)}
         rest = live.post(path, json={**body, "resume": resume}, headers={**ID, ASKED: "1"})
         assert rest.status_code == 200, rest.text
         assert by_choice(before + rest.text) == by_choice(whole)
@@ -263,6 +272,27 @@ def test_a_stream_goes_on_elsewhere_where_it_was_cut(live: Live, name: str) -> N
             if line.startswith("data: {")
         }
         assert ids == {(json.loads(whole.split("\n")[0][6:])["id"], created)}
+
+
+def test_a_prompt_is_told_of_once_it_has_been_looked_up() -> None:
+    """The first sequence's first event says what was found; the second's may come before."""
+
+    async def outputs() -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        for found in (CacheMisses(), CacheMisses(tail=1), CacheMisses(tail=1)):
+            news = [CompletionOutput(index, "a", [5]) for index in range(2)]
+            yield 0, RequestOutput("x", None, [1], news, False, cache_misses=found)
+
+    async def write(outputs: AsyncGenerator[tuple[int, RequestOutput], None]) -> AsyncGenerator[bytes, None]:
+        async for _ in outputs:
+            yield b""
+
+    async def comments() -> list[Told]:
+        return [Told.read(piece[len(COMMENT) :]) async for piece in told(write, 2, 1)(outputs())]
+
+    assert [each.prompts for each in asyncio.run(comments())] == [[], [(0, 0, {"tail": 1})], []]
+
+
+BEGUN = {"choices": [{"index": 0, "token_ids": [5]}]}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +305,9 @@ def test_a_stream_goes_on_elsewhere_where_it_was_cut(live: Live, name: str) -> N
         ({"choices": [{"index": 0, "token_ids": [5] * 12}]}, "at most 12"),
         ({"choices": [{"index": 0, "token_ids": [5], "ended": True}]}, "nothing left"),
         ({"choices": [{"index": 0, "token_ids": ["5"]}]}, "integer"),
+        ({**BEGUN, "prompts": [{"index": 0, "cached_tokens": 1, "missed_tokens": {"new": 1}}]}, "of all"),
+        ({**BEGUN, "prompts": [{"index": 0, "cached_tokens": 99, "missed_tokens": {"new": -80}}]}, "of all"),
+        ({**BEGUN, "prompts": [{"index": 0, "cached_tokens": -1, "missed_tokens": {}}]}, "equal to 0"),
     ],
 )
 def test_what_no_stream_can_have_had_is_refused(live: Live, resume: dict[str, object], message: str) -> None:
@@ -284,7 +317,7 @@ def test_what_no_stream_can_have_had_is_refused(live: Live, resume: dict[str, ob
 
 
 def test_a_server_that_stops_hands_its_streams_over(service: InProcess) -> None:
-    body = {**STREAM, "max_tokens": 300}
+    body = {**STREAM, "max_tokens": 300, "stream_options": {"include_usage": True}}
     with serving(service) as one, serving(service) as two, routing(one.url, two.url) as routed:
         with ExitStack() as stack:
             client = stack.enter_context(httpx.Client(timeout=60))
@@ -294,7 +327,12 @@ def test_a_server_that_stops_hands_its_streams_over(service: InProcess) -> None:
             (busy,) = [server for server in (one, two) if server.front.num_calls]
             busy.drain(0.0).result(30)
             text = "\n".join([*begun, *lines])
-        assert by_choice(text) == by_choice(routed.post("/v1/completions", json=body).text) != {}
+        moved, whole = by_choice(text), by_choice(routed.post("/v1/completions", json=body).text)
+        usage, _ = moved.pop(-1), whole.pop(-1)
+        assert moved == whole != {}
+        looked_up = usage["prompt_tokens_details"]
+        known = looked_up["cached_tokens"] + sum(looked_up["missed_tokens"].values())
+        assert known == usage["prompt_tokens"] > 0
         assert metric(routed.url, "quire:router_replays_total") == 1
         routed.poll()
         busy_state = routed.site.forwarder.router.replicas[(one, two).index(busy)].state

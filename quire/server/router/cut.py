@@ -36,11 +36,13 @@ class Cut:
 
     Attributes:
         choices: what the client has.
+        prompts: what was found of their prompts in the cache.
         done: the last piece has come; it is kept until the stream ends, so that something is left to ask for.
     """
 
     def __init__(self) -> None:
         self.choices: dict[int, Choice] = {}
+        self.prompts: dict[int, dict[str, Any]] = {}
         self.done = False
         self._buffer = bytearray()
         self._last = b""
@@ -64,6 +66,8 @@ class Cut:
                 choice = self.choices.setdefault(index, Choice())
                 choice.tokens += tokens
                 choice.ended |= ended
+            for index, cached, missed in told.prompts:
+                self.prompts[index] = {"index": index, "cached_tokens": cached, "missed_tokens": missed}
         return whole
 
     def rest(self) -> bytes:
@@ -92,4 +96,5 @@ class Cut:
             {"index": index, "token_ids": choice.tokens, "ended": choice.ended}
             for index, choice in self.choices.items()
         ]
-        return msgspec.json.encode({**fields, "resume": {"created": created, "choices": choices}})
+        resume = {"created": created, "choices": choices, "prompts": list(self.prompts.values())}
+        return msgspec.json.encode({**fields, "resume": resume})
