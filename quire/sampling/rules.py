@@ -10,11 +10,13 @@ What a row has generated, which decides about phrases, is on the device already.
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from quire.errors import InvalidRequest
 from quire.kernels.dispatch import op
@@ -25,6 +27,7 @@ from quire.sampling.slots import upload
 from quire.types import SamplingParams
 
 ANY = -1  # matches every token
+CACHED_LOGITS = 1 << 18  # a megabyte
 
 
 class Header(NamedTuple):
@@ -98,19 +101,26 @@ def record_of(
 def mask(logits: Tensor, rows: Sequence[int], words: np.ndarray, vocabulary: Vocabulary) -> None:
     """Exclude in `rows` [M] of `logits` [R, own] what `words` [M, W] int32 do not allow: bits as in `Parts.allowed`.
 
-    They are of the whole vocabulary, and tokens beyond them are not allowed. A NaN or infinity stays, as in `restrict`.
+    They are of the whole vocabulary, and tokens beyond them are not allowed. A NaN stays, and infinity turns to one.
     """
     own, device = vocabulary.own, logits.device
     first = own.start // 8
     part = np.zeros((len(rows), -(-own.stop // 8) - first), np.uint8)
     found = words.view(np.uint8)[:, first : first + part.shape[1]]
     part[:, : found.shape[1]] = found
-    sent, index = upload(torch.from_numpy(part), torch.uint8, device), upload(rows, torch.int64, device)
-    bits = (sent[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
-    skipped = own.start - first * 8
-    barred = bits.flatten(1)[:, skipped : skipped + len(own)] == 0
-    chosen = logits[index]
-    logits[index] = chosen.masked_fill(barred & (chosen < torch.inf), -torch.inf)
+    sent = upload(torch.from_numpy(part), torch.int32, device)
+    index, skipped = upload(rows, torch.int64, device), own.start - first * 8
+    at_once = max(CACHED_LOGITS // len(own), 1) if device.type == "cpu" else len(rows)
+    for at in range(0, len(rows), at_once):
+        bars = embedding(sent[at : at + at_once], _bars(device)).flatten(1)
+        logits.index_add_(0, index[at : at + at_once], bars[:, skipped : skipped + len(own)])
+
+
+@cache
+def _bars(device: torch.device) -> Tensor:
+    """[256, 8] float32: what to add to the logits of eight tokens, by their bits."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy(np.where(bits == 1, 0.0, -np.inf)).to(device, torch.float32)
 
 
 @op
