@@ -58,7 +58,7 @@ class Vocabulary:
         matcher = llguidance.LLMatcher(self.tokens, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise InvalidRequest(
-                f"the grammar cannot be used: {matcher.get_error()[:MOST_CHARS]}", param="structured_outputs"
+                f"the grammar cannot be used: {_reason(matcher)}", param="structured_outputs"
             )
         return matcher
 
@@ -75,4 +75,9 @@ def masks(
 
 def too_complex(matcher: llguidance.LLMatcher) -> str:
     """What is wrong with one that got into an error on its way."""
-    return f"the grammar is too complex: {matcher.get_error()[:MOST_CHARS]}"
+    return f"the grammar is too complex: {_reason(matcher)}"
+
+
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    """Without the parser's state, which follows."""
+    return matcher.get_error().partition("\n<state>")[0][:MOST_CHARS]

@@ -11,6 +11,7 @@ from benchmarks.grammars.many import Many
 from quire import LLM, SamplingParams
 from quire.engine.engine import Engine
 from quire.errors import InvalidRequest
+from quire.grammar.checker import TRY_TOKENS
 from quire.types import Request, StructuredOutputsParams, Thoughts
 
 SCHEMA = {
@@ -195,6 +196,17 @@ def test_patterns_that_are_slow_elsewhere_are_followed_or_refused(llm: LLM, patt
     else:
         assert output.outputs[0].finish_reason in ("stop", "length", "error")
     assert texts(llm, StructuredOutputsParams(choice=["yes"])) == ["yes"]
+
+
+def test_what_gets_too_complex_on_its_way_fails_alone(llm: LLM) -> None:
+    """Beyond the tokens that a check tries."""
+    late = StructuredOutputsParams(regex="[0-9]{70}((((a|b){1,999}){1,999}){1,99}c)")
+    free = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+    (alone,) = llm.generate("Hello", free, use_tqdm=False)
+    bound = SamplingParams(max_tokens=150, structured_outputs=late)
+    failed, beside = llm.generate(["Hi", "Hello"], [bound, free], use_tqdm=False)
+    assert failed.outputs[0].finish_reason == "error" and len(failed.outputs[0].token_ids) > TRY_TOKENS
+    assert beside.outputs[0].token_ids == alone.outputs[0].token_ids
 
 
 def test_a_checker_that_is_killed_is_started_again(llm: LLM) -> None:
