@@ -27,6 +27,7 @@ from quire.types import (
     Request,
     RequestOutput,
     SamplingParams,
+    Turn,
 )
 
 Messages = Sequence[Mapping[str, Any]]
@@ -202,7 +203,7 @@ class LLM:
             priority=priority,
             arrival_s=self.engine.clock(),
             add_special_tokens=add_special_tokens,
-            continued="" if is_chat else None,
+            turn=Turn() if is_chat else None,
         )
 
     def _run(

@@ -117,12 +117,37 @@ class ThinkingBudget:
 class Grammar:
     """What a text must look like, checked and written as llguidance reads it; None: anything.
 
-    It says nothing of `thoughts` before the text, of which `budget` says how many there may be.
+    It says nothing of `thoughts` before the text, of which `budget` says how many there may be. `loose`: tools whose
+    arguments are only sure to be an object, because their schemas cannot be obeyed.
     """
 
     text: str | None
     thoughts: Thoughts | None = None
     budget: ThinkingBudget | None = None
+    loose: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRules:
+    """Which calls an answer may make: of functions in OpenAI's form; at least one, or at most one, if that is said."""
+
+    tools: Sequence[Mapping[str, Any]]
+    required: bool = False
+    single: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The assistant's, in a conversation. It may begin with reasoning, of which structured outputs say nothing. Other
+    texts are theirs from the beginning, and have no reasoning that `thinking_token_budget` could bound.
+
+    Attributes:
+        continued: what the prompt ends with where the answer goes on with a message.
+        calls: None: they are not constrained.
+    """
+
+    continued: str = ""
+    calls: CallRules | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

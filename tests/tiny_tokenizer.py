@@ -54,7 +54,7 @@ def _characters(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _bytes(vocab_size: int) -> Tokenizer:
+def byte_tokenizer(vocab_size: int) -> Tokenizer:
     """Byte-level BPE as GPT-2's, with merges learned from `CORPUS`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,7 +81,7 @@ def make_tokenizer(folder: Path, vocab_size: int) -> None:
     if vocab_size < 16:
         raise ValueError(f"vocab_size is {vocab_size}; a tokenizer needs at least 16 tokens")
     wide = vocab_size >= NUM_BYTES + len(SPECIAL_TOKENS)
-    tokenizer = _bytes(vocab_size) if wide else _characters(vocab_size)
+    tokenizer = byte_tokenizer(vocab_size) if wide else _characters(vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

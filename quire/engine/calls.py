@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable
 
 from quire.engine.inputs import InputProcessor
-from quire.types import Prompt, Request, SamplingParams
+from quire.types import Prompt, Request, SamplingParams, Turn
 
 
 class Calls:
@@ -40,7 +40,7 @@ class Calls:
                 tenant=tenant,
                 arrival_s=self.clock(),
                 add_special_tokens=not is_chat,
-                continued="" if is_chat else None,
+                turn=Turn() if is_chat else None,
             )
 
         return await asyncio.to_thread(make)

@@ -15,9 +15,10 @@ from typing import Any
 
 from quire.engine.processes import command
 from quire.errors import InvalidRequest, Overloaded
+from quire.grammar.calls import LOOSE
 from quire.log import logger
 from quire.text.tokenizer import Tokenizer
-from quire.types import StructuredOutputsParams
+from quire.types import CallRules, StructuredOutputsParams
 
 CHECKER = "quire.grammar.checker"
 MOST_PROCESSES = 2
@@ -49,8 +50,8 @@ class Checker:
             self.close()
             raise
 
-    def ask(self, asked: dict[str, Any], timeout_s: float) -> str:
-        """The grammar. Where the process did not survive that, it is `close`d.
+    def ask(self, asked: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Its answer, with the grammar. Where the process did not survive that, it is `close`d.
 
         Raises:
             InvalidRequest: it was refused, or took too long or too much.
@@ -71,10 +72,10 @@ class Checker:
             self.close()
             logger.warning("a grammar was refused, whose check ended a process made for that")
             raise InvalidRequest("the grammar takes too much memory to check; simplify it", param=FIELD)
-        answer = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise InvalidRequest(answer["error"], param=answer["param"] or FIELD)
-        return str(answer["grammar"])
+        return answer
 
 
 class GrammarChecks:
@@ -85,7 +86,7 @@ class GrammarChecks:
         self.idle: queue.LifoQueue[Checker | None] = queue.LifoQueue()
         for _ in range(MOST_PROCESSES):
             self.idle.put(None)
-        self.known: OrderedDict[str, str] = OrderedDict()
+        self.known: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def check(self, params: StructuredOutputsParams) -> str:
         """The grammar that these parameters mean; call it off an event loop.
@@ -94,7 +95,41 @@ class GrammarChecks:
             InvalidRequest: they mean none, or one that is not supported or too complex; the message says why.
             Overloaded: too many are being checked.
         """
-        asked = _asked(params)
+        return str(self._answer(_asked(params))["grammar"])
+
+    def check_calls(
+        self, rules: CallRules, form: str, start: str, text: StructuredOutputsParams | None
+    ) -> tuple[str, tuple[str, ...]]:
+        """The grammar of answers that call tools; and tools whose schemas cannot be obeyed, where no call is required.
+
+        Args:
+            form: the name of the format of calls.
+            start: the state of that format in which the answer begins.
+            text: what an answer must be that is no call.
+
+        Raises:
+            InvalidRequest, Overloaded: as `check`.
+        """
+        functions = [tool.get("function", tool) for tool in rules.tools]
+        schemas = {function["name"]: function.get("parameters") for function in functions}
+        asked: dict[str, Any] = {
+            "format": form,
+            "start": start,
+            "required": rules.required,
+            "single": rules.single,
+            "tools": schemas,
+            "text": None if text is None else _asked(text),
+        }
+        try:
+            answer = self._answer(asked)
+        except InvalidRequest:
+            if rules.required:
+                raise
+            answer = self._answer({**asked, "tools": dict.fromkeys(schemas, LOOSE)})
+            return str(answer["grammar"]), tuple(schemas)
+        return str(answer["grammar"]), tuple(answer["loose"])
+
+    def _answer(self, asked: dict[str, Any]) -> dict[str, Any]:
         key = json.dumps(asked)
         if (found := self.known.get(key)) is not None:
             return found
@@ -122,9 +157,9 @@ class GrammarChecks:
             "eos_token_ids": self.eos_token_ids,
         }
 
-    def _keep(self, key: str, grammar: str) -> None:
-        self.known[key] = grammar
-        while sum(len(k) + len(v) for k, v in self.known.copy().items()) > KEPT_CHARS:
+    def _keep(self, key: str, answer: dict[str, Any]) -> None:
+        self.known[key] = answer
+        while sum(len(k) + len(v["grammar"]) for k, v in self.known.copy().items()) > KEPT_CHARS:
             self.known.popitem(last=False)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 from quire.engine.events import Submission
 from quire.engine.grammars import GrammarChecks
 from quire.errors import InvalidRequest, PromptTooLong
+from quire.log import logger
 from quire.text.chat import ChatTemplate
 from quire.text.tokenizer import Tokenizer, bad_word_ids
 from quire.text.tools.dialect import Dialect
-from quire.types import Grammar, Prompt, Request, SamplingParams, ThinkingBudget
+from quire.types import CallRules, Grammar, Prompt, Request, SamplingParams, ThinkingBudget, Turn
 
 MAX_SALT_CHARS = 128
 
@@ -55,13 +56,9 @@ class InputProcessor:
         arrival_s: float = 0.0,
         add_special_tokens: bool = True,
         marks: Mapping[int, str] | None = None,
-        continued: str | None = None,
+        turn: Turn | None = None,
     ) -> Request:
-        """Check one prompt and its parameters.
-
-        `continued`: of a conversation, what the prompt ends with where the answer goes on with a message. There the
-        answer may begin with reasoning, of which structured outputs say nothing. Other texts are theirs from the
-        beginning, and have no reasoning that `thinking_token_budget` could bound.
+        """Check one prompt and its parameters. `turn`: the prompt is a conversation.
 
         Raises:
             InvalidRequest: empty, too long, or a token id or parameter that this model cannot take.
@@ -80,7 +77,7 @@ class InputProcessor:
             cache_salt=salt,
             arrival_s=arrival_s,
             marks=marks,
-            grammar=self._grammar(params, text, tokens, continued),
+            grammar=self._grammar(params, text, tokens, turn),
         )
 
     def submission(self, request: Request) -> Submission:
@@ -198,18 +195,46 @@ class InputProcessor:
         )
 
     def _grammar(
-        self, params: SamplingParams, text: str | None, tokens: Sequence[int], continued: str | None
+        self, params: SamplingParams, text: str | None, tokens: Sequence[int], turn: Turn | None
     ) -> Grammar | None:
-        asked, budget = params.structured_outputs, None
-        if asked is None or continued is not None:
-            budget = self._budget(params.thinking_token_budget, text, tokens, continued or "")
-        if asked is None:
-            return None if budget is None else Grammar(None, budget=budget)
-        if self.grammars is None:
+        asked, budget, continued = params.structured_outputs, None, "" if turn is None else turn.continued
+        if asked is None or turn is not None:
+            budget = self._budget(params.thinking_token_budget, text, tokens, continued)
+        found = Grammar(None, budget=budget)
+        if turn is not None:
+            found = dataclasses.replace(found, thoughts=self.dialect.thoughts(text or "", continued))
+        if turn is not None and turn.calls is not None and self.dialect.tools is not None:
+            found = self._with_calls(found, params, turn.calls, self.dialect.start(text or "", continued))
+        elif asked is not None and self.grammars is None:
             self._tokenizer("structured_outputs")
-            return None
-        thoughts = None if continued is None else self.dialect.thoughts(text or "", continued)
-        return Grammar(self.grammars.check(asked), thoughts, budget)
+        elif asked is not None and self.grammars is not None:
+            found = dataclasses.replace(found, text=self.grammars.check(asked))
+        return found if found.text is not None or budget is not None else None
+
+    def _with_calls(self, found: Grammar, params: SamplingParams, calls: CallRules, start: str) -> Grammar:
+        """The grammar of a turn that begins in a state of the format of calls, as far as it can be constrained."""
+        form, asked = self.dialect.tools, params.structured_outputs
+        if form is None or self.grammars is None:
+            return found
+        if params.ignore_eos or (form.reasons and found.budget is not None):
+            if not calls.required:
+                return found
+            name = "ignore_eos" if params.ignore_eos else "thinking_token_budget"
+            raise InvalidRequest(
+                f"{name} is set, and would keep this model from a call; leave it out", param=name
+            )
+        if form.reasons:  # its grammar has the reasoning too
+            found = dataclasses.replace(found, thoughts=None)
+        elif start == "reasoning":
+            start = "start"
+        try:
+            text, loose = self.grammars.check_calls(calls, form.names[0], start, asked)
+        except InvalidRequest as error:
+            if calls.required or asked is not None:
+                raise
+            logger.warning("calls of tools are not constrained: %s", error)
+            return found
+        return dataclasses.replace(found, text=text, loose=loose)
 
     def _budget(
         self, asked: int | None, text: str | None, tokens: Sequence[int], continued: str

@@ -4,6 +4,7 @@ The limits bound what one grammar costs: its memory, its own compilation, and ea
 ends in an error of that matcher.
 """
 
+import json
 from collections.abc import Collection
 
 import llguidance
@@ -61,6 +62,17 @@ class Vocabulary:
                 f"the grammar cannot be used: {_reason(matcher)}", param="structured_outputs"
             )
         return matcher
+
+
+def special_tokens(vocabulary: Vocabulary, tokenizer: str) -> dict[str, int | None]:
+    """Those that no plain text is matched by -> their ids; those that end a text have none."""
+    ends = set(vocabulary.tokens.eos_tokens)
+    added = {each["content"]: each["id"] for each in json.loads(tokenizer).get("added_tokens") or ()}
+    return {
+        text: None if token in ends else token
+        for text, token in added.items()
+        if text and vocabulary.tokens.is_special_token(token)
+    }
 
 
 def masks(

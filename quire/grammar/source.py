@@ -37,14 +37,14 @@ def grammar_of(asked: Mapping[str, Any]) -> str:
     if asked.get("json_object"):
         return _json({"type": "object"}, asked)
     if asked.get("regex") is not None:
-        return _within(str(llguidance.LLMatcher.grammar_from_regex(_plain("regex", asked["regex"]))))
+        return within(str(llguidance.LLMatcher.grammar_from_regex(_plain("regex", asked["regex"]))))
     if asked.get("choice") is not None:
         texts = (json.dumps(_plain("choice", text), ensure_ascii=False) for text in asked["choice"])
-        return _within("start: " + " | ".join(dict.fromkeys(texts)))
+        return within("start: " + " | ".join(dict.fromkeys(texts)))
     if asked.get("grammar") is not None:
         text = _plain("grammar", asked["grammar"])
         try:
-            return _within(any_to_lark(text))
+            return within(any_to_lark(text))
         except Exception as error:  # it raises whatever its parser does
             raise InvalidRequest(f"grammar cannot be read: {str(error)[:500]}", param="grammar") from None
     return _tags(_object("structural_tag", asked["structural_tag"]))
@@ -55,19 +55,21 @@ def _json(schema: Any, asked: Mapping[str, Any]) -> str:
     if asked.get("disable_additional_properties"):
         schema = _changed(schema, _closed)
     if isinstance(schema, dict):
-        options: dict[str, Any] = {"whitespace_flexible": not asked.get("disable_any_whitespace", False)}
-        if options["whitespace_flexible"]:
-            options["whitespace_pattern"] = _plain(
-                "whitespace_pattern", asked.get("whitespace_pattern") or WHITESPACE
-            )
-        schema = {**schema, "x-guidance": options}
-    return _within(json.dumps({"grammars": [{"json_schema": schema}]}))
+        spaces = _plain("whitespace_pattern", asked.get("whitespace_pattern") or WHITESPACE)
+        schema = spaced(schema, None if asked.get("disable_any_whitespace") else spaces)
+    return within(json.dumps({"grammars": [{"json_schema": schema}]}))
+
+
+def spaced(schema: Mapping[str, Any], spaces: str | None = WHITESPACE) -> dict[str, Any]:
+    """The schema, with what may stand between JSON's words, in llguidance's own keyword; None: nothing."""
+    options = {"whitespace_flexible": spaces is not None}
+    return {**schema, "x-guidance": options if spaces is None else {**options, "whitespace_pattern": spaces}}
 
 
 def _object(name: str, given: Any) -> Any:
     """A value, or what its JSON says."""
     if isinstance(given, str):
-        _within(given, name)
+        within(given, name)
         try:
             given = json.loads(given)
         except (ValueError, RecursionError) as error:
@@ -146,7 +148,7 @@ def _tags(tag: Any) -> str:
         )
     try:
         tags = [_tag(each, triggers) for each in structures]
-        return _within(llguidance.StructTag.to_grammar(tags, assume_special=False))
+        return within(llguidance.StructTag.to_grammar(tags, assume_special=False))
     except (KeyError, TypeError, AttributeError, AssertionError, StopIteration) as error:
         raise InvalidRequest(
             "each of structural_tag's structures must have begin, schema and end, and begin with one of its triggers:"
@@ -170,7 +172,21 @@ def _plain(name: str, text: str) -> str:
     return text
 
 
-def _within(text: str, name: str = "structured_outputs") -> str:
+def read_schema(given: Any) -> Any:
+    """The schema of a tool's arguments; None where there is none.
+
+    Raises:
+        InvalidRequest: it is no object, or nested too deeply.
+    """
+    return None if given is None else _object("parameters", given)
+
+
+def within(text: str, name: str = "structured_outputs") -> str:
+    """The text, which is not too long.
+
+    Raises:
+        InvalidRequest: it is.
+    """
     if len(text) > MAX_CHARS:
         raise InvalidRequest(
             f"{name} has {len(text):,} characters; at most {MAX_CHARS:,} are allowed", param=name

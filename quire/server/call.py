@@ -23,7 +23,7 @@ from quire.server.load import Load
 from quire.server.resume import ASKED, Pieces, Resume, begun, going_on, is_over, numbered, resumed, told
 from quire.server.sse import EventStream
 from quire.server.timing import Timing
-from quire.types import Prompt, Request, RequestOutput, SamplingParams
+from quire.types import Prompt, Request, RequestOutput, SamplingParams, Turn
 
 PRIORITY = re.compile(r"-?[0-9]{1,8}")
 
@@ -76,9 +76,9 @@ class Call:
         add_special_tokens: bool,
         resume: Resume | None,
         marks: Mapping[int, str] | None = None,
-        continued: str | None = None,
+        turn: Turn | None = None,
     ) -> list[Request]:
-        """Tokenize, and have grammars checked; call it off the event loop. `continued`: see `InputProcessor.request`.
+        """Tokenize, and have grammars checked; call it off the event loop. `turn`: see `InputProcessor.request`.
 
         Raises:
             InvalidRequest: a prompt is empty, too long, or together they ask for too much.
@@ -98,10 +98,15 @@ class Call:
                 arrival_s=time.monotonic(),
                 add_special_tokens=add_special_tokens,
                 marks=marks,
-                continued=continued,
+                turn=turn,
             )
             for prompt in prompts
         ]
+        loose = made[0].grammar.loose if made[0].grammar is not None else ()
+        self.warnings.extend(
+            f"the schema of {name[:100]!r} cannot be obeyed; its arguments may be any object"
+            for name in loose
+        )
         _check_scores(front.service.inputs, made, params)
         if resume is not None:
             made = resumed(front.service.inputs, made, resume)

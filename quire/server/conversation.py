@@ -10,10 +10,12 @@ from quire.server.call import Call
 from quire.server.errors import ApiError, bad_request
 from quire.server.frontend import Frontend
 from quire.server.reading import Conversation, Reading
-from quire.types import Request, SamplingParams
+from quire.text.messages import refuse
+from quire.types import CallRules, Request, SamplingParams, Turn
 
 # What known clients put at the front and change from call to call, so that nothing is found in the cache.
 VOLATILE = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
+MODES = ("auto", "none", "required")
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 Messages = Sequence[Mapping[str, Any]]
 
@@ -80,7 +82,7 @@ def begin(
         add_special_tokens=add_special_tokens,
         resume=ask.resume,
         marks=inputs.dialect.marks,
-        continued=asked.continued,
+        turn=Turn(asked.continued, asked.calls),
     )
     return [Reading(inputs, asked, requests[0], f"{call.id} {n}") for n in range(params.n)], requests
 
@@ -123,6 +125,56 @@ def unread(where: str, kind: str, warnings: list[str]) -> str:
     """What the model is told instead of a part of a tool's result, which would end every conversation of an agent's."""
     warnings.append(f"{where}: {kind} cannot be read; the model is told so")
     return f"[{kind}: it cannot be read here]"
+
+
+def call_rules(
+    tools: Sequence[Mapping[str, Any]] | None, choice: str | Mapping[str, Any] | None, *, single: bool = False
+) -> CallRules | None:
+    """What OpenAI's `tool_choice` says of the `tools` that the model is told of; None if it may call none.
+
+    `single`: at most one call. One function that is named is called exactly once.
+
+    Raises:
+        ApiError: it is not what it should be, or names a function that is not there.
+    """
+    if isinstance(choice, str) and choice not in MODES:
+        raise bad_request(
+            f"tool_choice must be {', '.join(MODES)}, a function or allowed_tools", "tool_choice"
+        )
+    if choice in (None, "auto", "none") and not tools:
+        return None
+    if not tools:
+        raise bad_request("tool_choice says to call a function, and there are no tools", "tool_choice")
+    if choice is None or isinstance(choice, str):
+        return (
+            None if choice == "none" else CallRules(tools=tools, required=choice == "required", single=single)
+        )
+    match choice.get("type"):
+        case "function":
+            return CallRules(tools=_named(tools, [choice]), required=True, single=True)
+        case "allowed_tools":
+            allowed = choice.get("allowed_tools", choice)
+            mode = allowed.get("mode") if isinstance(allowed, Mapping) else None
+            if mode not in ("auto", "required"):
+                raise refuse("tool_choice.mode", mode, "auto or required")
+            return CallRules(
+                tools=_named(tools, allowed.get("tools")), required=mode == "required", single=single
+            )
+    raise refuse("tool_choice.type", choice.get("type"), "function or allowed_tools")
+
+
+def _named(tools: Sequence[Mapping[str, Any]], chosen: object) -> list[Mapping[str, Any]]:
+    """Those of the tools that are chosen: {"type": "function", "function": {"name": ...}}, or the name without that."""
+    found, known = [], {tool["function"]["name"]: tool for tool in tools}
+    for each in chosen if isinstance(chosen, list) else ():
+        named = each.get("function", each) if isinstance(each, Mapping) else None
+        name = named.get("name") if isinstance(named, Mapping) else None
+        if not isinstance(name, str) or name not in known:
+            raise refuse("tool_choice", name, f"one of the tools: {', '.join(known)[:500]}")
+        found.append(known[name])
+    if not found:
+        raise bad_request("tool_choice.tools must name at least one of the tools", "tool_choice")
+    return found
 
 
 def no_such_tool(kind: object) -> str:

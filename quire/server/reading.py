@@ -9,7 +9,7 @@ from typing import Any
 from quire.engine.inputs import InputProcessor
 from quire.text.detokenize import Detokenizer
 from quire.text.tools.events import Event, TextDelta
-from quire.types import CompletionOutput, Request
+from quire.types import CallRules, CompletionOutput, Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,14 @@ class Conversation:
     Attributes:
         tools: those that the model was told of, in OpenAI's format.
         continued: the end of the prompt, where the answer goes on with a message.
+        calls: what may be called; None: nothing, or whatever the model calls.
         most_calls: further calls are left out.
     """
 
     prompt: str
     tools: Sequence[Mapping[str, Any]] = ()
     continued: str = ""
+    calls: CallRules | None = None
     most_calls: int | None = None
 
 

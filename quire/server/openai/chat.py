@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from quire.engine.inputs import InputProcessor
 from quire.server.call import Call, run_call
-from quire.server.conversation import begin, effort_names, no_such_tool, readable, render
-from quire.server.errors import bad_request, not_supported
+from quire.server.conversation import begin, call_rules, effort_names, no_such_tool, readable, render
+from quire.server.errors import bad_request
 from quire.server.frontend import Frontend, Numbered
 from quire.server.openai.logprobs import LogprobWriter
 from quire.server.openai.params import chat_params, check_n, ending, envelope, failed, prompt_scores, usage
@@ -71,10 +71,6 @@ def _prepare(front: Frontend, call: Call, ask: ChatRequest) -> "tuple[Writer, li
     inputs = front.service.inputs
     tools = _tools(ask, inputs, call.warnings)
     params = chat_params(ask, inputs.defaults)
-    if tools and params.structured_outputs is not None:
-        raise not_supported(
-            "tools", "text that is constrained can hold no calls yet; set tool_choice to none"
-        )
     names = effort_names(ask.reasoning_effort)
     if ask.documents is not None:
         names["documents"] = ask.documents
@@ -84,6 +80,7 @@ def _prepare(front: Frontend, call: Call, ask: ChatRequest) -> "tuple[Writer, li
         prompt=prompt,
         tools=tools or (),
         continued=last if isinstance(last, str) else "",
+        calls=call_rules(tools, ask.tool_choice, single=not ask.parallel_tool_calls),
         most_calls=None if ask.parallel_tool_calls else 1,
     )
     readings, requests = begin(front, call, asked, ask, params, add_special_tokens=ask.add_special_tokens)
@@ -95,12 +92,8 @@ def _tools(ask: ChatRequest, inputs: InputProcessor, warnings: list[str]) -> lis
     """Those that the model is told of; what is no function is left out with a warning.
 
     Raises:
-        ApiError: calls must be made, or could not be read.
+        ApiError: calls could not be read.
     """
-    if ask.tool_choice not in (None, "none", "auto"):
-        if isinstance(ask.tool_choice, str) and ask.tool_choice != "required":
-            raise bad_request("tool_choice must be auto, none, required or a function", "tool_choice")
-        raise not_supported("tool_choice", "calls cannot be forced yet; use auto")
     tools = []
     for tool in ask.tools or ():
         if tool.get("type", "function") == "function":
@@ -232,7 +225,7 @@ class Writer:
         """What a choice has besides its text."""
         rest: dict[str, Any] = {
             "logprobs": None,
-            "finish_reason": self.readings[new.index].finish_reason(new.finish_reason),
+            "finish_reason": self._finish_reason(new),
             "stop_reason": new.stop_reason,
         }
         if self.ask.logprobs:
@@ -241,6 +234,12 @@ class Writer:
         if self.ask.return_token_ids:
             rest["token_ids"] = new.token_ids
         return rest
+
+    def _finish_reason(self, new: CompletionOutput) -> str | None:
+        """As OpenAI says it: a call of the one function that the request names is no reason."""
+        choice = self.ask.tool_choice
+        named = isinstance(choice, dict) and choice.get("type") == "function"
+        return new.finish_reason if named else self.readings[new.index].finish_reason(new.finish_reason)
 
 
 def _reasoning(text: str) -> dict[str, Any]:

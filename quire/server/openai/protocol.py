@@ -230,9 +230,10 @@ class ChatRequest(GenerationRequest):
     )
     tools: Objects | None = Field(None, description="Functions that the model may call.")
     tool_choice: StrictStr | dict[str, Any] | None = Field(
-        None, description="auto, or none: the model is told of no tools."
+        None,
+        description="auto, required, a function, allowed_tools; or none: the model is told of no tools.",
     )
-    parallel_tool_calls: On = Field(True, description="Off: calls after the first one are left out.")
+    parallel_tool_calls: On = Field(True, description="Off: at most one call.")
     include_reasoning: On = Field(True, description="Off: reasoning is left out.")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         None, description="Sets the template's enable_thinking and thinking, true unless it is none."

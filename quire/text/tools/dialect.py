@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from quire.text.tools.format import Format, Reasoning, Role, State, combined, without_calls
+from quire.text.tools.format import ASSISTANT, Format, Reasoning, Role, State, combined, without_calls
 from quire.text.tools.parser import Parser, call_ids
 from quire.types import Thoughts
 
@@ -81,7 +81,7 @@ class Dialect:
     def start(self, prompt: str, continued: str = "") -> str:
         """The state in which a prompt leaves the answer: most templates open reasoning, some close it at once."""
         if isinstance(self.reasoning, Format):
-            _, found, head = prompt.rpartition("<|start|>assistant")
+            _, found, head = prompt.rpartition(ASSISTANT)
             parser = Parser(self._states)
             parser.feed(head if found else "")
             return parser.state

@@ -6,6 +6,8 @@ from enum import Enum
 
 NAME = r"(?P<name>[^\s\"'<>{}()\[\],=\udc00-\udfff]+)"
 
+ASSISTANT = "<|start|>assistant"  # begins messages where reasoning is one of its own
+
 
 class Role(Enum):
     """What the text in a state is.
@@ -42,6 +44,12 @@ class State:
         escapes: of MEMBERS: a backslash in a string begins an escape, as in Python.
         opened: of CALLS: the marker before it is the bracket that opens them.
         known: of roles that begin calls: names of tools that the request does not have are no calls.
+        writes: what models write there, before a marker or as a name; of HEADER: in whole, at the head of a call.
+            {name} stands for the tool's, {number} for any number. Nothing else is said where calls are constrained.
+        thinks: of HEADER: what may come before the first call even where one must come.
+        keys: of CALLS: an object's members in the order in which models write them; name and arguments must be there.
+        listed: of CALLS: objects stand in a list.
+        between: of CALLS that are not listed: what stands between objects; "": there is one.
     """
 
     role: Role
@@ -53,6 +61,11 @@ class State:
     escapes: bool = True
     opened: str = ""
     known: bool = False
+    writes: Sequence[str] = ()
+    thinks: str = ""
+    keys: Sequence[str] = ("name", "arguments")
+    listed: bool = False
+    between: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,13 @@ def parameters_of(tools: Sequence[Mapping[str, Any]]) -> Parameters:
         schema = function.get("parameters") or {}
         properties = schema.get("properties")
         known = properties.items() if isinstance(properties, Mapping) else ()
-        found[function["name"]] = {name: _types(value, schema, set()) for name, value in known}
+        found[function["name"]] = {name: types_of(value, schema) for name, value in known}
     return found
+
+
+def types_of(schema: object, root: Mapping[str, Any]) -> frozenset[str]:
+    """The types that a value may have; none are known where it may have any. References are into `root`."""
+    return _types(schema, root, set())
 
 
 def _types(schema: object, root: Mapping[str, Any], seen: set[int]) -> frozenset[str]:
