@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 
@@ -20,7 +21,7 @@ ASK: dict[str, Any] = {
     "tools": [WEATHER, NOW],
     "max_tokens": 300,
     "seed": 1,
-    "temperature": 1
+    "temperature": 1,
 }
 NUMBER = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
 AS_NUMBER = {
@@ -155,4 +156,42 @@ def test_whatever_a_tool_has_for_a_schema_the_answer_comes(live: Live, parameter
 )
 def test_what_cannot_be_called_says_so(live: Live, more: dict[str, Any]) -> None:
     answer = live.post(CHAT, json={**ASK, **more})
-    assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(("tool_choice", "ignore_eos"))
+    assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(
+        ("tool_choice", "ignore_eos")
+    )
+
+
+def test_anthropics_client_requires_calls_and_forms(live: Live) -> None:
+    tools = [
+        {"name": t["function"]["name"], "input_schema": t["function"]["parameters"]} for t in (WEATHER, NOW)
+    ]
+    ask: dict[str, Any] = {"model": "demo", "messages": SUM, "max_tokens": 300}
+    form = {"format": {"type": "json_schema", "schema": AS_NUMBER["json_schema"]["schema"]}}
+    with anthropic.Anthropic(base_url=live.url, api_key="none") as client:
+        for choice in (
+            {"type": "any"},
+            {"type": "tool", "name": "now"},
+            {"type": "any", "disable_parallel_tool_use": True},
+        ):
+            message = client.messages.create(**ask, tools=tools, tool_choice=choice)
+            assert message.stop_reason == "tool_use"
+            calls = [(block.name, block.input) for block in message.content if block.type == "tool_use"]
+            assert calls
+            assert len(choice) == 1 or len(calls) == 1
+            check(calls)
+        *_, block = client.messages.create(**ask, output_config=form).content
+        assert isinstance(json.loads(block.text)["sum"], int)
+
+
+def test_responses_require_calls(client: openai.OpenAI) -> None:
+    tools = [{"type": "function", **tool["function"]} for tool in (WEATHER, NOW)]
+    for choice in ("required", {"type": "function", "name": "now"}):
+        ask = {"model": "demo", "input": SUM[0]["content"], "temperature": 1, "max_output_tokens": 300}
+        response = client.responses.create(**ask, tools=tools, tool_choice=choice)
+        calls = [
+            (each.name, json.loads(each.arguments))
+            for each in response.output
+            if each.type == "function_call"
+        ]
+        assert calls and (choice == "required" or [name for name, _ in calls] == ["now"])
+        check(calls)

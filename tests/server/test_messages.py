@@ -206,7 +206,7 @@ USE = {"type": "tool_use", "id": "a", "name": "get_weather", "input": {}}
         ({"max_tokens": 0}, 400, "invalid_request_error", "max_tokens"),
         ({"temperature": 3}, 400, "invalid_request_error", "from 0 to 2"),
         ({"model": "other"}, 404, "not_found_error", "there is no model 'other'"),
-        ({"tool_choice": {"type": "any"}}, 501, "api_error", "use auto"),
+        ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "there are no tools"),
         ({"tool_choice": {"type": "all"}}, 400, "invalid_request_error", "auto, any, tool or none"),
         ({"thinking": {"type": "maybe"}}, 400, "invalid_request_error", "thinking.type"),
         (
@@ -215,7 +215,12 @@ USE = {"type": "tool_use", "id": "a", "name": "get_weather", "input": {}}
             "invalid_request_error",
             "budget_tokens",
         ),
-        ({"output_config": {"format": {"type": "json_schema"}}}, 501, "api_error", "output_config.format"),
+        (
+            {"output_config": {"format": {"type": "json_schema"}}},
+            400,
+            "invalid_request_error",
+            "output_config.format",
+        ),
         ({"output_config": {"effort": "all"}}, 400, "invalid_request_error", "output_config.effort"),
         ({"tools": [{"name": "x"}]}, 400, "invalid_request_error", "tools[0].input_schema"),
         ({"messages": []}, 400, "invalid_request_error", "at least one message"),

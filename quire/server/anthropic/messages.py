@@ -13,17 +13,25 @@ from quire.server.anthropic.blocks import Blocks, conversation, functions
 from quire.server.anthropic.protocol import CountTokensRequest, MessagesRequest
 from quire.server.asking import MOST
 from quire.server.call import Call, run_call
-from quire.server.conversation import begin, readable, render, thinking_names
-from quire.server.errors import ApiError, bad_request, not_supported
+from quire.server.conversation import begin, call_rules, readable, render, thinking_names
+from quire.server.errors import ApiError, bad_request
 from quire.server.frontend import Frontend, Numbered, frontend_of, json_response
 from quire.server.reading import Conversation, Reading
 from quire.server.schema import body_of
 from quire.server.sse import typed
 from quire.text.messages import refuse
-from quire.types import CompletionOutput, OutputKind, Request, RequestOutput, SamplingParams
+from quire.types import (
+    CompletionOutput,
+    OutputKind,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 PATH = "/v1/messages"
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
+CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": None}  # as OpenAI's
 STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use"}
 router = APIRouter()
 
@@ -63,6 +71,7 @@ def _prepare(front: Frontend, call: Call, ask: MessagesRequest) -> "tuple[Writer
             **front.service.inputs.defaults,
             **{name: value for name, value in given.items() if value is not None},
             "max_tokens": ask.max_tokens,
+            "structured_outputs": _form(ask),
             "thinking_token_budget": _budget(front, ask.thinking or {}, call.warnings),
             "output_kind": OutputKind.DELTA if ask.stream else OutputKind.FINAL_ONLY,
         }
@@ -74,12 +83,12 @@ def _prepare(front: Frontend, call: Call, ask: MessagesRequest) -> "tuple[Writer
 def _asked(front: Frontend, ask: CountTokensRequest, warnings: list[str]) -> Conversation:
     """Raises ApiError, InvalidRequest: a field cannot be obeyed, or the template refuses the messages."""
     choice = ask.tool_choice or {}
-    if choice.get("type", "auto") in ("any", "tool"):
-        raise not_supported("tool_choice", "calls cannot be forced yet; use auto")
-    if choice.get("type", "auto") not in ("auto", "none"):
-        raise refuse("tool_choice.type", choice["type"], "auto, any, tool or none")
+    if (kind := choice.get("type", "auto")) not in CHOICES:
+        raise refuse("tool_choice.type", kind, "auto, any, tool or none")
     tools = functions(ask.tools or (), warnings)
-    told = None if choice.get("type") == "none" else readable(tools, front.service.inputs)
+    told = None if kind == "none" else readable(tools, front.service.inputs)
+    single = bool(choice.get("disable_parallel_tool_use"))
+    chosen = CHOICES[kind] or {"type": "function", "name": choice.get("name")}
     messages = conversation(ask.messages, ask.system, warnings)
     last = messages[-1] if messages else {}
     continues = last.get("role") == "assistant"
@@ -98,8 +107,20 @@ def _asked(front: Frontend, ask: CountTokensRequest, warnings: list[str]) -> Con
         prompt=prompt,
         tools=told or (),
         continued=last["content"] if continues else "",
-        most_calls=1 if choice.get("disable_parallel_tool_use") else None,
+        calls=call_rules(told, chosen, single=single),
+        most_calls=1 if single else None,
     )
+
+
+def _form(ask: CountTokensRequest) -> StructuredOutputsParams | None:
+    """What the text must look like; None if any will do."""
+    given = (ask.output_config or {}).get("format") or ask.output_format
+    if not given:
+        return None
+    schema = given.get("schema") if isinstance(given, dict) and given.get("type") == "json_schema" else None
+    if not isinstance(schema, dict):
+        raise refuse("output_config.format", given, '{"type": "json_schema", "schema": {...}}')
+    return StructuredOutputsParams(json=schema)
 
 
 def _budget(front: Frontend, thinking: dict[str, Any], warnings: list[str]) -> int | None:
@@ -126,8 +147,6 @@ def _names(ask: CountTokensRequest, warnings: list[str]) -> dict[str, Any]:
     if kind is not None:
         names |= thinking_names(kind != "disabled")
     for name, value in (ask.output_config or {}).items():
-        if name == "format" and value:
-            raise not_supported("output_config.format", "this server cannot do it yet")
         if name == "effort" and value is not None:
             if value not in EFFORTS:
                 raise refuse("output_config.effort", value, f"one of {', '.join(EFFORTS)}")

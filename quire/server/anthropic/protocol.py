@@ -11,7 +11,7 @@ class CountTokensRequest(Ask):
     """The body of /v1/messages/count_tokens."""
 
     model_config = example(messages=[{"role": "user", "content": "What is the capital of France?"}])
-    refused = {"mcp_servers": LATER, "container": LATER, "output_format": LATER}
+    refused = {"mcp_servers": LATER, "container": LATER}
     without_effect = {"service_tier", "context_management", "inference_geo"}
     silent = {"metadata"}
 
@@ -19,14 +19,16 @@ class CountTokensRequest(Ask):
     system: StrictStr | Objects | None = Field(None, description="A text, or blocks of text.")
     tools: Objects | None = Field(None, description="Functions that the model may call.")
     tool_choice: dict[str, Any] | None = Field(
-        None, description="Of type auto, or none: the model is told of no tools."
+        None, description="Of type auto, any, tool; or none: the model is told of no tools."
     )
     thinking: dict[str, Any] | None = Field(
         None, description="Sets the template's enable_thinking and thinking; without it the template decides."
     )
     output_config: dict[str, Any] | None = Field(
-        None, description="effort: goes to the template as reasoning_effort."
+        None,
+        description="effort: goes to the template as reasoning_effort; format: the JSON schema of the text.",
     )
+    output_format: dict[str, Any] | None = Field(None, description="As output_config.format.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="More names for the template.")
 
 

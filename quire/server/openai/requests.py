@@ -49,9 +49,10 @@ class ResponsesRequest(SampledAsk):
     )
     tools: Objects | None = Field(None, description="Functions that the model may call.")
     tool_choice: StrictStr | dict[str, Any] | None = Field(
-        None, description="auto, or none: the model is told of no tools."
+        None,
+        description="auto, required, a function, allowed_tools; or none: the model is told of no tools.",
     )
-    parallel_tool_calls: On = Field(True, description="Off: calls after the first one are left out.")
+    parallel_tool_calls: On = Field(True, description="Off: at most one call.")
     reasoning: dict[str, Any] | None = Field(
         None, description="effort: as reasoning_effort of a chat completion."
     )

@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from quire.server.call import Call, run_call
-from quire.server.conversation import begin, effort_names, readable, render
+from quire.server.conversation import begin, call_rules, effort_names, readable, render
 from quire.server.errors import ApiError, bad_request, not_supported, unavailable
 from quire.server.frontend import Frontend, Numbered, frontend_of, json_response
 from quire.server.limits import MAX_MESSAGES
@@ -130,8 +130,6 @@ def _prepare(
 ) -> "tuple[Writer, list[Request]]":
     if ask.resume is not None:
         raise bad_request("streams of responses cannot go on; send the request again", "resume")
-    if ask.tool_choice not in (None, "none", "auto"):
-        raise not_supported("tool_choice", "calls cannot be forced yet; use auto")
     call.warnings.extend(_without_effect(ask))
     effort = (ask.reasoning or {}).get("effort")
     if effort is not None and effort not in EFFORTS:
@@ -140,10 +138,6 @@ def _prepare(
     tools = functions(ask.tools or (), call.warnings)
     told = None if ask.tool_choice == "none" else readable(tools, inputs)
     params = response_params(ask, inputs.defaults)
-    if told and params.structured_outputs is not None:
-        raise not_supported(
-            "tools", "text that is constrained can hold no calls yet; set tool_choice to none"
-        )
     items, old = items_of(ask.input, call.id.removeprefix("resp_")), list[dict[str, Any]]()
     if ask.previous_response_id is not None:
         read, before = store.find((call.tenant, ask.previous_response_id), "previous_response_id")
@@ -156,7 +150,8 @@ def _prepare(
     messages = conversation(items, ask.instructions, call.warnings, num_old=len(old))
     prompt = render(front, messages, tools=told, names=effort_names(effort), kwargs=ask.chat_template_kwargs)
     most_calls = None if ask.parallel_tool_calls else 1
-    asked = Conversation(prompt=prompt, tools=told or (), most_calls=most_calls)
+    calls = call_rules(told, ask.tool_choice, single=not ask.parallel_tool_calls)
+    asked = Conversation(prompt=prompt, tools=told or (), calls=calls, most_calls=most_calls)
     (reading,), requests = begin(front, call, asked, ask, params)
     keep = _keeper(store, call, ask, items)
     return Writer(call, ask, reading, params, keep), requests
