@@ -195,3 +195,15 @@ def test_responses_require_calls(client: openai.OpenAI) -> None:
         ]
         assert calls and (choice == "required" or [name for name, _ in calls] == ["now"])
         check(calls)
+
+
+def test_a_call_that_is_required_goes_on_elsewhere(live: Live) -> None:
+    def stream(**more: Any) -> list[dict[str, Any]]:
+        body = {**ASK, "tool_choice": "required", "stream": True, "return_token_ids": True, **more}
+        text = live.post(CHAT, json=body, headers={"X-Request-Id": "broken"}).text
+        return [json.loads(event.removeprefix("data: "))["choices"][0] for event in text.split("\n\n")[:-2]]
+
+    tokens = [token for choice in stream() for token in choice.get("token_ids", ())]
+    for had in (1, len(tokens) // 2, len(tokens) - 1):
+        rest = stream(resume={"choices": [{"index": 0, "token_ids": tokens[:had]}]})
+        assert [token for choice in rest for token in choice.get("token_ids", ())] == tokens[had:]
