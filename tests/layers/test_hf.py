@@ -111,16 +111,16 @@ def test_every_class_that_is_listed(architecture: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", VERIFIED)
-def test_every_class_notices_another_scale_and_lost_states(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_class_notices_what_it_lost(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale, windows, sinks, caps, and states."""
     raw = config(installed(architecture))
     is_alone = "alone" in VERIFIED[architecture]
     trial, spec = prepare(raw), describe(architecture, hf_config(shrink(raw)), is_alone)
     if spec.attention:
-        with monkeypatch.context() as patch:
-            lose_scale_of_kept(patch) if is_alone else lose(CONTROLS["scale"][1], patch)
-            assert difference(trial, is_alone) > TOLERANCE
+        for name in ("scale", *(name for name in CONTROLS if f"attention.{name}" in VERIFIED[architecture])):
+            with monkeypatch.context() as patch:
+                lose_scale_of_kept(patch) if is_alone else lose(CONTROLS[name][1], patch)
+                assert difference(trial, is_alone) > TOLERANCE, name
     if spec.states:
         lose_states(monkeypatch, lost)
         assert difference(trial) > TOLERANCE

@@ -111,6 +111,10 @@ class Composite:
         return f"{self.name}{self.model}"
 
     @property
+    def config_class(self) -> str:
+        return f"{self.name}Config"
+
+    @property
     def described(self) -> str:
         """The architecture in config.json."""
         names: list[str] = self.legacy.get("architectures", [self.architecture])
@@ -205,7 +209,7 @@ def _small(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of(case: Composite) -> Any:
-    kind = vars(transformers).get(f"{case.name}Config") or getattr(transformers, f"{case.name}Config")
+    kind = getattr(transformers, case.config_class)
     usual = kind().to_dict()
     others = {
         key: _small(inner)

@@ -21,6 +21,13 @@ ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_
 SLIDING = LOCAL | ALTERNATING | {"use_sliding_window": True, "max_window_layers": 2}
 MIXED = ["linear_attention", "full_attention"] * 2
 CONVOLVED = {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}
+ALTERNATING_EXPERTS = SLIDING | {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}
+GRANITE = {
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+}
 GROUPS = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
@@ -50,21 +57,25 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "dots1": GROUPS | SLIDING | {"routed_scaling_factor": 2.5, "n_shared_experts": 2},
     "gemma2": {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.7},
     "glm4_moe": {"routed_scaling_factor": 2.5},
-    "granite": {
-        "attention_multiplier": 0.2,
-        "residual_multiplier": 0.3,
-        "embedding_multiplier": 3.0,
-        "logits_scaling": 2.0,
-    },
-    "granitemoehybrid": {"layer_types": MIXED, "num_hidden_layers": 4},
+    **dict.fromkeys(
+        ("granite", "granitemoe", "granitemoeshared", "granite_swa", "granitemoe_swa", "hyperclovax"), GRANITE
+    ),
+    "granitemoehybrid": GRANITE | {"layer_types": MIXED, "num_hidden_layers": 4},
     "hunyuan_v1_dense": {"head_dim": 64},
     "hunyuan_v1_moe": {"head_dim": 64},
+    "laguna": ALTERNATING_EXPERTS | {"num_attention_heads_per_layer": [48] * 4},
     "lfm2": CONVOLVED,
     "lfm2_moe": CONVOLVED,
+    "mellum": ALTERNATING_EXPERTS,
+    "minimax": LOCAL,
     "ministral": {"head_dim": 64},
+    "ministral3": LOCAL,
     "mixtral": LOCAL,
     "nemotron": {"head_dim": 64, "num_key_value_heads": 8},
+    "olmo": {"clip_qkv": 0.5},
+    "olmoe": {"clip_qkv": 0.5},
     "phi3": LOCAL,
+    "phi4_multimodal": LOCAL,
     "phimoe": LOCAL,
     "qwen2": SLIDING,
     "qwen2_moe": SLIDING,

@@ -20,11 +20,11 @@ from quire.models.catalog import VERIFIED
 from quire.models.hf import HARMLESS
 from quire.models.parameters import kv_bytes_per_token, num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec, families, family
-from tests.models.case import found, is_installed
+from tests.models.case import EARLIEST, IS_EARLIEST, found, is_installed
 from tests.models.cases import BY_NAME, CASES, COMPUTED, Case, build_hf, config_of
 from tests.models.published import PUBLISHED
 from tests.models.refusals import UNSUPPORTED
-from tests.models.verified import DOCS, as_json, as_page, written_foreign
+from tests.models.verified import DOCS, LACKING, as_json, as_page, lacking, written_foreign
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -212,6 +212,11 @@ def test_what_is_said_to_be_verified_is() -> None:
     """Else `python -m tests.models.verified` is due."""
     assert VERIFIED.read_text() == as_json(written_foreign())
     assert DOCS.read_text() == as_page()
+
+
+@pytest.mark.skipif(not IS_EARLIEST, reason=f"Transformers is not {EARLIEST}")
+def test_what_the_earliest_transformers_lacks_is_said() -> None:
+    assert json.loads(LACKING.read_text()) == lacking()
 
 
 def test_every_family_has_a_case() -> None:

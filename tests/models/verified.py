@@ -1,21 +1,23 @@
 """What the oracle cases verify: writes quire/models/verified.json and docs/models.md.
 
-python -m tests.models.verified
+python -m tests.models.verified         with the earliest Transformers, writes what that lacks instead of verified.json
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from quire.models.catalog import VERIFIED, refused, rows
+from quire.models.catalog import VERIFIED, Row, refused, rows
 from quire.models.foreign import generating
 from quire.models.registry import decoder_spec, is_native
-from tests.models.cases import BY_NAME, CASES, config_of
+from tests.models import composites, foreign
+from tests.models.case import EARLIEST, IS_EARLIEST, UNLIKE, is_installed
+from tests.models.cases import BY_NAME, CASES, Case, config_of
 from tests.models.foreign import outcome
 from tests.models.mutations import mutations
 from tests.models.refusals import UNSUPPORTED
@@ -24,6 +26,7 @@ ROADS = ("native", "transformers")
 NO_FEATURES = {"Attention.rope", "Norm.eps", "Rope.theta"}
 NO_FEATURES |= {"Attention.window off by one", "Attention.growth off by one"}
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+LACKING = Path(__file__).with_name("lacking.json")
 PAGE = """# Models
 
 Architectures by the class that a model's `config.json` names, as `quire models` prints them. `python -m
@@ -73,7 +76,16 @@ the same, unless `--model-impl transformers` asks for Transformers' modules.
 
 | class | native | why not |
 |---|---|---|
-{refused}"""
+{refused}
+## With Transformers {earliest}
+
+`make oracles` makes the same comparisons with the earliest version that is supported, of {both_native} native
+architectures and of {both_transformers} of the classes. The others it lacks, or computes otherwise than later versions.
+Architectures are native with either.
+
+| road | without a class | computed otherwise |
+|---|---|---|
+{earlier}"""
 
 
 def features() -> dict[str, list[str]]:
@@ -139,6 +151,27 @@ def written_foreign() -> dict[str, Any]:
     return {key: found[key] for key in ("version", "transformers", "refused")}
 
 
+def lacking() -> dict[str, dict[str, list[str]]]:
+    """By road, what the installed Transformers has no class of, and what it computes otherwise than it should."""
+    by_name = defaultdict(list)
+    for case in (*CASES, *composites.CASES):
+        by_name[case.described].append(case)
+    absent = {name for name, cases in by_name.items() if not any(map(is_there, cases))}
+    unlike = {name for name, cases in by_name.items() if all(case.name in UNLIKE for case in cases)}
+    listed = json.loads(VERIFIED.read_text())["transformers"].keys()
+    return {
+        "native": {"absent": sorted(absent), "unlike": sorted(unlike - absent)},
+        "transformers": {
+            "absent": sorted(listed - generating().keys()),
+            "unlike": sorted(listed & foreign.UNLIKE & generating().keys()),
+        },
+    }
+
+
+def is_there(case: Case | composites.Composite) -> bool:
+    return is_installed(case.architecture) and is_installed(case.config_class)
+
+
 def as_page() -> str:
     """From what was written, as it is published."""
     tables = {road: [row for row in rows() if row["road"] == road] for road in ROADS}
@@ -158,9 +191,27 @@ def as_page() -> str:
             for name, reason in refused().items()
         ),
         refusals=len(refused()),
+        **earliest(tables),
     )
 
 
+def earliest(tables: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """What the page says of that version; `tables`: all rows by road."""
+    found: dict[str, dict[str, list[str]]] = json.loads(LACKING.read_text())
+    others = {road: sum(map(len, kinds.values())) for road, kinds in found.items()}
+    return {
+        "earliest": EARLIEST,
+        **{f"both_{road}": len(tables[road]) - others[road] for road in ROADS},
+        "earlier": "".join(
+            f"| {road} | {', '.join(kinds['absent'])} | {', '.join(kinds['unlike'])} |\n"
+            for road, kinds in found.items()
+        ),
+    }
+
+
 if __name__ == "__main__":
-    VERIFIED.write_text(as_json(found_foreign()))
+    if IS_EARLIEST:
+        LACKING.write_text(json.dumps(lacking(), indent=1) + "\n")
+    else:
+        VERIFIED.write_text(as_json(found_foreign()))
     DOCS.write_text(as_page())
