@@ -19,7 +19,7 @@ from benchmarks.grammars.cases import Case, draw_case
 from quire import LLM, SamplingParams
 from quire.errors import InvalidRequest
 from quire.text.tokenizer import Tokenizer
-from quire.types import CompletionOutput, Request, StructuredOutputsParams
+from quire.types import CompletionOutput, Request, StructuredOutputsParams, Turn
 
 QUESTION = [{"role": "user", "content": "Tell me about it, please."}]
 REPEATS = 8  # of a case
@@ -116,8 +116,8 @@ class Many:
         bias = bias_of(self.llm.get_tokenizer(), case, thinks)
         prompt = inputs.chat_prompt(QUESTION, None) if thinks else f"Number {self.number % 50}:"
         params = draw_params(self.chance, case, bias)
-        continued = "" if thinks else None
-        request = inputs.request(prompt, params, request_id=str(self.number), continued=continued)
+        turn = Turn() if thinks else None
+        request = inputs.request(prompt, params, request_id=str(self.number), turn=turn)
         return Asked(case, request, thinks)
 
     def _finish(self, requests: Sequence[Request]) -> dict[str, list[CompletionOutput]]:

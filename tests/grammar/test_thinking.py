@@ -18,7 +18,7 @@ from quire.text.tokenizer import Tokenizer
 from quire.text.tools.dialect import ANALYSIS, END, FINAL, Dialect
 from quire.text.tools.events import answer
 from quire.text.tools.registry import reasonings
-from quire.types import Grammar, RequestOutput, StructuredOutputsParams, ThinkingBudget
+from quire.types import Grammar, RequestOutput, StructuredOutputsParams, ThinkingBudget, Turn
 from tests.grammar.test_structured import AS_JSON, check, run
 from tests.tree import PACKAGE
 
@@ -228,7 +228,7 @@ def test_then_the_grammar_holds(llm: LLM) -> None:
 
 def test_what_went_on_elsewhere_is_what_it_would_have_been(llm: LLM) -> None:
     inputs, asked = llm.engine.inputs, params(25, max_tokens=100, temperature=1, logit_bias=NEVER)
-    whole = inputs.request(begun(llm), asked, request_id="whole", continued="")
+    whole = inputs.request(begun(llm), asked, request_id="whole", turn=Turn())
     tokens = run(llm.engine, whole)
     assert CLOSE in tokens
     for cut in range(1, len(tokens), 3):

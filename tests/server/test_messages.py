@@ -206,7 +206,7 @@ USE = {"type": "tool_use", "id": "a", "name": "get_weather", "input": {}}
         ({"max_tokens": 0}, 400, "invalid_request_error", "max_tokens"),
         ({"temperature": 3}, 400, "invalid_request_error", "from 0 to 2"),
         ({"model": "other"}, 404, "not_found_error", "there is no model 'other'"),
-        ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "there are no tools"),
+        ({"tool_choice": {"type": "tool", "name": "x"}}, 400, "invalid_request_error", "one of the tools"),
         ({"tool_choice": {"type": "all"}}, 400, "invalid_request_error", "auto, any, tool or none"),
         ({"thinking": {"type": "maybe"}}, 400, "invalid_request_error", "thinking.type"),
         (
