@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import transformers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.checkpoint.files import read_config
@@ -168,7 +168,7 @@ JSON = st.recursive(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(derandomize=True, deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_config_gives_a_spec_or_a_model_error(data: st.DataObject) -> None:
     known = [case for case in CASES if is_installed(case.config_class)]
