@@ -1,9 +1,10 @@
-"""What a decode step takes with structured outputs and without: milliseconds of processor time, medians of rounds.
+"""What a decode step takes with structured outputs and without, in milliseconds, medians of rounds.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.grammars.speed [MODEL] [--load-format dummy] [--batch 64]
+    OMP_NUM_THREADS=1 python -m benchmarks.grammars.speed [MODEL] [--load-format dummy] [--batch 64] [--clock wall]
 
-All rows have the form, and none ends. Rounds of all forms take turns. The last column is without what the engine does
-around its runner, with and without forms alike.
+Of processor time, which other programs do not change; only a wall clock shows what is done at the same time. All rows
+have the form, and none ends. Rounds of all forms take turns. The last column is without what the engine does around its
+runner, with and without forms alike.
 """
 
 import argparse
@@ -33,20 +34,23 @@ FORMS: dict[str, dict[str, Any] | None] = {
 SKIPPED = 4  # steps after all rows have begun
 
 
-class Meter:
-    """Counts processor time inside of a runner."""
+CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 
-    def __init__(self, runner: Any):
-        self.s = 0.0
+
+class Meter:
+    """Counts time inside of a runner."""
+
+    def __init__(self, runner: Any, clock: Callable[[], float]):
+        self.s, self.clock = 0.0, clock
         runner.launch, runner.sample = self.timed(runner.launch), self.timed(runner.sample)
 
     def timed(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def timed(plan: Any) -> Any:
-            began = time.process_time()
+            began = self.clock()
             try:
                 return call(plan)
             finally:
-                self.s += time.process_time() - began
+                self.s += self.clock() - began
 
         return timed
 
@@ -66,9 +70,9 @@ def round_of(
         engine.step()
     whole, inside = [], []
     for _ in range(SKIPPED + count):
-        began, before = time.process_time(), meter.s
+        began, before = meter.clock(), meter.s
         engine.step()
-        whole.append(time.process_time() - began)
+        whole.append(meter.clock() - began)
         inside.append(meter.s - before)
         if engine.core.stats().batched_tokens != batch:
             raise RuntimeError("a sequence ended")
@@ -88,10 +92,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="of a round")
+    parser.add_argument("--clock", choices=CLOCKS, default="processor")
     args = parser.parse_args()
     options = {"max_num_seqs": args.batch, "max_model_len": 2048, "load_format": args.load_format}
     with LLM(args.model, device="cpu", disable_log_stats=True, **options) as llm:
-        meter = Meter(llm.engine.core.runner)
+        meter = Meter(llm.engine.core.runner, CLOCKS[args.clock])
         for form in FORMS.values():
             round_of(llm, meter, form, args.batch, args.steps)
         rounds = [

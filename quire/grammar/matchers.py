@@ -1,7 +1,8 @@
 """Where each constrained sequence of a runner stands in its grammar, and what it may sample next. Knows no logits.
 
-A sequence's newest token is asked for only when the next mask is made: on a device that computes while the host goes
-on, that is while the next forward pass runs. All ranks that sample do the same, as they draw the same tokens.
+A sequence's newest token is asked for only when the next mask is made: while the next forward pass runs, on a device
+that computes while the host goes on, and on the host beside it. All ranks that sample do the same, as they draw the
+same tokens.
 """
 
 from collections import OrderedDict, deque
@@ -110,6 +111,7 @@ class Matchers:
         self.compiled: OrderedDict[str | None, Future[llguidance.LLMatcher | None]] = OrderedDict()
         self.known: dict[int, tuple[Grammar, Future[llguidance.LLMatcher | None]]] = {}
         self.places: dict[int, Place] = {}
+        self.foreseen: tuple[Sequence[int], Future[Allowed | None]] | None = None
 
     def prepare(self, grammar: Grammar) -> Future[llguidance.LLMatcher | None]:
         """Begin to compile; the result raises InvalidRequest if that cannot be done."""
@@ -154,8 +156,26 @@ class Matchers:
                 place.pending.append(lambda row=row: tokens()[row])  # type: ignore[misc]
                 self._settle(seq, place, MOST_PENDING)
 
+    def foresee(self, seqs: Sequence[int]) -> None:
+        """Begin to find out in a thread what `allowed` will be asked for, while others compute on the host."""
+        self._wait()
+        self.foreseen = seqs, self.foreseer.submit(self._allowed, seqs)
+
     def allowed(self, seqs: Sequence[int]) -> Allowed | None:
         """What the rows of a batch may sample; None if everything. Waits for their newest tokens."""
+        foreseen = self._wait()
+        if foreseen is not None and foreseen[0] == seqs:
+            return foreseen[1].result()
+        return self._allowed(seqs)
+
+    def _wait(self) -> tuple[Sequence[int], "Future[Allowed | None]"] | None:
+        """What was foreseen: matchers are for one thread at a time, and what they allow is right once."""
+        foreseen, self.foreseen = self.foreseen, None
+        if foreseen is not None:
+            foreseen[1].exception()
+        return foreseen
+
+    def _allowed(self, seqs: Sequence[int]) -> Allowed | None:
         places = {row: self.places[seq] for row, seq in enumerate(seqs) if seq in self.places}
         places = {row: place for row, place in places.items() if place.bound}
         for row, place in places.items():
@@ -203,7 +223,7 @@ class Matchers:
     def _settle(self, seq: int, place: Place, num_pending: int = 0) -> None:
         place.settle(num_pending)
         if place.over:
-            del self.places[seq]
+            self.places.pop(seq, None)  # it may be forgotten meanwhile
 
     @cached_property
     def loaded(self) -> tuple[Tokenizer, Collection[int]]:
@@ -219,6 +239,10 @@ class Matchers:
     @cached_property
     def compiler(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, thread_name_prefix="quire-grammars")
+
+    @cached_property
+    def foreseer(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="quire-masks")
 
     @cached_property
     def executor(self) -> llguidance.LLExecutor:

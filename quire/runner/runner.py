@@ -151,9 +151,14 @@ class Runner:
         if self.states is not None:
             self.states.begin(plan.starts)
         self.launched, self.drawn = [], []
+        free = not self.grammars.concerns(seqs := [w.seq for w in plan.work if w.samples])
+        if (
+            not free and self.state.tokens.device.type == "cpu"
+        ):  # other devices compute while the host goes on
+            self.grammars.foresee(seqs)
         if plan.work and (spreading := self.model.build.spreading) is not None:
             spreading.between()
-        if plan.work and not self._launch_whole(plan.work):
+        if plan.work and not self._launch_whole(plan.work, free):
             self._compute(plan.work)
         if self.states is not None:
             self.states.keep(plan.work)
@@ -171,17 +176,18 @@ class Runner:
         lost = frozenset(w.seq for w in plan.work if self._is_lost(w))
         return lambda: self._result(plan, drawn, lost)
 
-    def _launch_whole(self, work: tuple[Work, ...]) -> bool:
-        """Start the work's step in fixed memory, with its sampling if possible; whether nothing is left to compute."""
+    def _launch_whole(self, work: tuple[Work, ...], free: bool) -> bool:
+        """Start the work's step in fixed memory, with its sampling if possible; whether nothing is left to compute.
+
+        `free`: nothing is excluded by masks, which the host makes.
+        """
         try:
-            return self._start_whole(work)
+            return self._start_whole(work, free)
         except StatesLost:
             self._lose(work)
             return True
 
-    def _start_whole(self, work: tuple[Work, ...]) -> bool:
-        # Masks are made by the host.
-        free = not self.grammars.concerns(w.seq for w in work if w.samples)
+    def _start_whole(self, work: tuple[Work, ...], free: bool) -> bool:
         if self.fixed and self.samples and free and (fetch := self.fixed.sample(work)) is not None:
             self.drawn = [self._told(work, fetch)]
         elif self.fixed and (forwarded := self.fixed.forward(work)) is not None:

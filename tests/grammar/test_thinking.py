@@ -292,3 +292,26 @@ def test_preemption(alone: list[list[int]]) -> None:
 @pytest.mark.parametrize("axis", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_several_processes(alone: list[list[int]], axis: str) -> None:
     assert tokens_of(**{axis: 2})[0] == alone
+
+
+def test_what_is_foreseen_is_what_is_allowed() -> None:
+    """Masks are made in a thread beside a forward pass; what is asked for then may be less, or nothing any more."""
+    _, grammar = bounded("think", 0, "<think>")
+    found, alone = matchers(), matchers()
+    for each in (found, alone):
+        for seq in range(3):
+            each.register(seq, grammar)
+            each.begin(seq, [])
+    for step, asked in enumerate(([0, 1, 2], [2], [0, 1])):
+        found.foresee([0, 1, 2])
+        got, want = found.allowed(asked), alone.allowed(asked)
+        assert got is not None and want is not None and got.rows == want.rows
+        assert np.array_equal(got.words, want.words)
+        drawn = [grammar.budget.closing[step > 0]] * len(asked)
+        for each in (found, alone):
+            each.drew(asked, lambda drawn=drawn: drawn)
+    found.foresee([0, 1, 2])
+    for seq in range(3):
+        found.forget(seq)
+    found.allowed([0, 1, 2])
+    assert not found.places and not found.concerns([0, 1, 2])
