@@ -31,7 +31,7 @@ def test_one_question(quire: Quire) -> None:
 def test_a_question_that_is_too_long_fails_the_command(quire: Quire) -> None:
     done = quire("demo", "word " * 3000, "--max-model-len", "64")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the prompt has 15050 characters")
+    assert done.stderr.startswith("error: the prompt is too long: at least 941 tokens > 63")
     assert done.stdout == ""
 
 

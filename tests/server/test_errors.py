@@ -61,7 +61,7 @@ def test_wrong_values_name_the_field_and_the_rule(
 @pytest.mark.parametrize(
     ("field", "value", "status"),
     [
-        ("tool_choice", "required", 501),
+        ("modalities", ["text", "audio"], 501),
         ("chat_template", "{{ messages }}", 400),
         ("functions", [{"name": "f"}], 400),
     ],

@@ -49,7 +49,7 @@ def hf_config(raw: Mapping[str, Any], max_length: int | None = None) -> Any:
     if kind not in CONFIG_MAPPING:
         raise UnsupportedModel(f"{architecture}: this version of Transformers knows no model_type {kind!r}")
     try:
-        config = CONFIG_MAPPING[kind].from_dict({**raw})
+        config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(raw)))
     except Exception as error:
         raise ModelError(f"config.json: Transformers refuses it: {error}") from error
     if "vocab_size" not in config.to_dict():
