@@ -265,7 +265,7 @@ def make_runner(
 
 
 def _grammars(found: Found, config: Config) -> Matchers:
-    """They share this rank's threads with the steps, one after the other."""
+    """As many threads as a step has, a few at most: on a CPU masks are made while its forward pass runs."""
 
     def load() -> tuple[Tokenizer, Collection[int]]:
         tokenizer, ends = read_tokens(config, found.folder, found.raw)

@@ -49,8 +49,9 @@ class Place:
 
     @property
     def follows(self) -> llguidance.LLMatcher | None:
-        """What says which tokens may come next; None if none does."""
-        return None if self.thinking is not None and self.thinking.thinks else self.matcher
+        """What says which tokens of the text may come next; None if none does."""
+        thinks = self.thinking is not None and self.thinking.thinks
+        return None if thinks or self.forced is not None else self.matcher
 
     @property
     def bound(self) -> bool:
@@ -181,11 +182,7 @@ class Matchers:
         for row, place in places.items():
             self._settle(seqs[row], place)
         forced = {row: token for row, place in places.items() if (token := place.forced) is not None}
-        ruled = {
-            row: matcher
-            for row, place in places.items()
-            if row not in forced and (matcher := place.follows) is not None
-        }
+        ruled = {row: matcher for row, place in places.items() if (matcher := place.follows) is not None}
         if not forced and not ruled:
             return None
         words = np.zeros((0, -(-self.vocab_size // 32)), np.int32)

@@ -25,9 +25,7 @@ MOST = (1 << 31) - 1
 
 Pieces = Callable[[AsyncGenerator[Numbered, None]], AsyncGenerator[bytes, None]]
 Begun = list[tuple[int, RequestOutput]]
-LookedUpPrompt = tuple[
-    int, int, dict[str, int]
-]  # its number, tokens found in the cache, others by the reason
+LookedUpPrompt = tuple[int, int, dict[str, int]]  # its number, tokens that were cached, others by the reason
 
 
 class Had(BaseModel):
