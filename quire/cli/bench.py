@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.cli import bench_kernels, bench_serve
 from quire.cli.options import add_config_options, config_options, whole
+from quire.cli.starting import starting
 
 if TYPE_CHECKING:
     import random
@@ -110,6 +111,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+@starting()
 def _backend(args: argparse.Namespace) -> "Backend":
     options = {"disable_log_stats": True, **config_options(args)}
     if args.backend == "hf":

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from quire.cli.options import add_config_options, add_sampling_options, config_options, sampling_options
+from quire.cli.starting import starting
 
 MAX_TOKENS, REFUSED = 1024, 2
 HELP = "/reset forgets the conversation, /quit ends it."
@@ -23,16 +24,18 @@ def main(args: argparse.Namespace) -> int:
 
 def talk(args: argparse.Namespace, turns: Iterable[str]) -> int:
     """Answer each of the user's turns, with what was said before in mind; returns 2 if the last one was refused."""
-    from rich.console import Console
+    with starting():
+        from rich.console import Console
 
-    from quire.cli.terminal import write_stream
-    from quire.errors import InvalidRequest
-    from quire.llm import LLM
+        from quire.cli.terminal import write_stream
+        from quire.errors import InvalidRequest
+        from quire.llm import LLM
 
+        llm = LLM(**{"disable_log_stats": True, **config_options(args)})
     screen = Console(stderr=True, highlight=False)
     opening = [{"role": "system", "content": args.system}] if args.system else []
     messages, code = list(opening), 0
-    with LLM(**{"disable_log_stats": True, **config_options(args)}) as llm:
+    with llm:
         for words in turns:
             if words == "/reset":
                 messages = list(opening)

@@ -9,6 +9,7 @@ from typing import Protocol, cast
 
 from quire import __version__
 from quire.cli.options import same_dashes
+from quire.cli.starting import INTERRUPTED, starting
 from quire.errors import EngineDead, QuireError, RequestFailed
 
 COMMANDS = {
@@ -23,7 +24,7 @@ COMMANDS = {
     "inspect": "Print what a network is, or how two differ.",
     "replay": "Run a recorded schedule again.",
 }
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+FAILED, USER_ERROR = 1, 2
 
 
 class Command(Protocol):
@@ -39,7 +40,8 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     name = _command(words[:1])
     # A module meets the protocol by its functions, which the type checker does not see through import_module.
-    command = cast(Command, importlib.import_module(f"quire.cli.{name}"))
+    with starting():
+        command = cast(Command, importlib.import_module(f"quire.cli.{name}"))
     parser = argparse.ArgumentParser(prog=f"quire {name}", description=COMMANDS[name], allow_abbrev=False)
     command.add_options(parser)
     args = parser.parse_args(same_dashes(words[1:]))

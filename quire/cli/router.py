@@ -7,6 +7,7 @@ import sys
 
 from quire.cli.options import add_flags, config_options
 from quire.cli.serve import EVERYWHERE, keys_of_environment, url_of
+from quire.cli.starting import starting
 from quire.server.router.settings import RouterSettings
 
 
@@ -15,6 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, RouterSettings, "router options")
 
 
+@starting()
 def main(args: argparse.Namespace) -> int:
     settings = RouterSettings(**config_options(args, RouterSettings))
     import asyncio

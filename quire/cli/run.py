@@ -5,6 +5,7 @@ import sys
 import time
 
 from quire.cli.options import add_config_options, add_sampling_options, config_options, sampling_options
+from quire.cli.starting import starting
 
 MAX_TOKENS = 256
 
@@ -18,12 +19,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from quire.cli.terminal import write_stream
-    from quire.llm import LLM
-
     start = time.perf_counter()
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    with LLM(**{"disable_log_stats": True, **config_options(args)}) as llm:
+    with starting():
+        from quire.cli.terminal import write_stream
+        from quire.llm import LLM
+
+        llm = LLM(**{"disable_log_stats": True, **config_options(args)})
+    with llm:
         ready = time.perf_counter()
         text, stats = write_stream(llm, prompt, sampling_options(args))
         sys.stdout.write("" if text.endswith("\n") else "\n")

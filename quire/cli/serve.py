@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Protocol
 
 from quire.cli.options import add_config_options, add_flags, config_from, config_options
+from quire.cli.starting import starting
 from quire.engine.site import located, site_of
 from quire.server.settings import ServerSettings
 
@@ -49,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, ServerSettings, "server options")
 
 
+@starting()
 def main(args: argparse.Namespace) -> int:
     settings, config = ServerSettings(**config_options(args, ServerSettings)), located(config_from(args))
     if site_of(config).process:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,11 @@ class Done:
 
 
 Quire = Callable[..., Done]
+
+
+def heed_interrupts() -> None:
+    """A shell's background jobs, such as this test run may be, ignore them, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

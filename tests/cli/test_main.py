@@ -13,7 +13,7 @@ from quire import __version__
 from quire.cli.main import main
 from quire.cli.options import same_dashes, whole
 from quire.models.catalog import rows
-from tests.cli.conftest import COMMAND, Quire
+from tests.cli.conftest import COMMAND, Quire, heed_interrupts
 
 
 def test_version(process: Quire) -> None:
@@ -108,11 +108,6 @@ def test_dashes_and_underscores_are_equal() -> None:
 def test_what_is_no_whole_number(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number"):
         whole(text)
-
-
-def heed_interrupts() -> None:
-    """A shell's background jobs, such as this test run may be, ignore them, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_interrupting_is_quiet(tiny: str) -> None:

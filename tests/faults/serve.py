@@ -9,15 +9,18 @@ import sys
 sys.stdout.write("importing\n")
 sys.stdout.flush()
 
-import asyncio  # noqa: E402
-import functools  # noqa: E402
-import signal  # noqa: E402
-import time  # noqa: E402
+from quire.cli.starting import starting  # noqa: E402
 
-from quire.cli.main import main  # noqa: E402
-from quire.engine import keeper, remote  # noqa: E402
-from quire.server import run, sse  # noqa: E402
-from tests.faults.injection import Board, Injection, jumping_clock  # noqa: E402
+with starting():  # as the command's own imports
+    import asyncio
+    import functools
+    import signal
+    import time
+
+    from quire.cli.main import main
+    from quire.engine import keeper, remote
+    from quire.server import run, sse
+    from tests.faults.injection import Board, Injection, jumping_clock
 
 ENTRY = "tests.faults.group"
 

@@ -45,7 +45,7 @@ def code_of(number: int, otherwise: int) -> int:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_during_imports(tmp_path: Path, number: int) -> None:
-    """Nothing handles signals yet: it dies of the signal, as any program, unless it has come further by then."""
+    """It dies of the signal, as any program, or ends by itself if it has come to where it handles that."""
 
     async def work() -> None:
         async with started(tmp_path) as server:
