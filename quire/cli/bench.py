@@ -99,12 +99,14 @@ def main(args: argparse.Namespace) -> int:
     )
     chance = random.Random(args.seed if "seed" in args else 0)
     with _backend(args) as backend:
-        speed = _measure(backend)
+        from quire.cli.bound import measure_ranks  # loads torch
+
+        speed = measure_ranks(backend.config)
         warmup = Shape(input_len=WARMUP_LEN, output_len=WARMUP_LEN, num_prompts=1)
         backend.run(warmup.draw(chance, backend.spec.vocab_size), show=False)
         run = _throughput if args.kind == "throughput" else _latency
         work, seconds, found = run(args, backend, shape, chance)
-        speed = speed.best_of(_measure(backend))
+        speed = speed.best_of(measure_ranks(backend.config))
         found |= _compare(backend, work, seconds, speed)
     if args.output_json:
         args.output_json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -168,14 +170,6 @@ def _latency(
     for percent, seconds in percentiles.items():
         _say(f"{percent}% percentile latency: {seconds:.4f} seconds")
     return draw(), average, {"avg_latency": average, "latencies": latencies, "percentiles": percentiles}
-
-
-def _measure(backend: "Backend") -> "Speed":
-    import torch
-
-    from quire.cli.bound import measure
-
-    return measure(torch.device(backend.config.device), getattr(torch, backend.config.dtype))
 
 
 def _compare(backend: "Backend", work: "Workload", seconds: float, speed: "Speed") -> dict[str, Any]:

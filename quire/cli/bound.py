@@ -14,6 +14,8 @@ from typing import Self
 
 import torch
 
+from quire.config import Config
+from quire.engine.device import mesh_of
 from quire.models.parameters import block_shapes, index_values, kv_values_read, shared_shapes
 from quire.models.spec import MLA, Block, Decoder, MoE, attention_of
 
@@ -34,6 +36,25 @@ class Speed:
             bytes_per_s=max(self.bytes_per_s, other.bytes_per_s),
             flops_per_s=max(self.flops_per_s, other.flops_per_s),
         )
+
+    def times(self, count: int) -> "Speed":
+        """Of so many devices together."""
+        return Speed(bytes_per_s=count * self.bytes_per_s, flops_per_s=count * self.flops_per_s)
+
+
+def measure_ranks(config: Config) -> Speed:
+    """Measure one device of an engine whose options are resolved, all of whose devices are taken to be as fast."""
+    own = torch.get_num_threads()  # where ranks share a CPU, this one's
+    torch.set_num_threads(config.num_threads or own)
+    try:
+        return measure(torch.device(config.device), getattr(torch, config.dtype)).times(num_devices(config))
+    finally:
+        torch.set_num_threads(own)
+
+
+def num_devices(config: Config) -> int:
+    """GPUs, of which each rank has one, or machines, whose CPU's threads ranks share."""
+    return config.nnodes if config.device == "cpu" else mesh_of(config).size
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Speed:

@@ -47,6 +47,8 @@ class Transformers:
         raw = read_config(folder)
         name, _ = resolve_dtype(config, dtype_of(raw), machine_of(platform))  # as the engine chooses
         dtype = getattr(torch, name)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
         self.batch_size, self.device = batch_size, platform.device
         self.config = replace(config, device=platform.name, dtype=name, block_size=None)
         self.spec: Spec = decoder_spec(raw)[0]

@@ -5,10 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quire.attention.shapes import block_bytes
-from quire.cli.bound import Needs, Speed, bound_s
+from quire.cli import bound
+from quire.cli.bound import Needs, Speed, bound_s, measure_ranks, num_devices
+from quire.config import Config
 from quire.models.registry import decoder_spec
 from quire.models.spec import MLA, MLP, Attention, Block, Decoder, Indexer, MoE, Norm, Rope
 
@@ -102,6 +106,44 @@ def test_short_outputs_leave_the_batch() -> None:
     need, speed = needs(decoder()), Speed(bytes_per_s=1e30, flops_per_s=1000.0)
     both = bound_s(speed, need, [4, 4], [1, 3])
     assert both == pytest.approx(bound_s(speed, need, [4, 4], [1, 1]) + 2 * need.flops(1, 1) / 1000)
+
+
+class Threads(TorchDispatchMode):
+    """How many threads operations have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.add(torch.get_num_threads())
+        return operation(*args, **(kwargs or {}))
+
+
+def test_ranks_on_cpus_are_measured_with_all_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bound, "READ_BYTES", 2**20)
+    monkeypatch.setattr(bound, "ROUNDS", 1)
+    own = torch.get_num_threads()
+    config = Config(
+        model="m", device="cpu", dtype="float32", num_threads=2 * own + 2, tensor_parallel_size=2
+    )
+    with Threads() as threads:
+        measure_ranks(config)
+    assert (threads.seen, torch.get_num_threads()) == ({2 * own + 2}, own)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"device": "cpu", "tensor_parallel_size": 4}, 1),
+        ({"device": "cpu", "tensor_parallel_size": 4, "nnodes": 2}, 2),
+        ({"device": "cuda"}, 1),
+        ({"device": "cuda", "tensor_parallel_size": 4, "pipeline_parallel_size": 2, "nnodes": 2}, 8),
+    ],
+)
+def test_ranks_on_gpus_have_one_each(options: dict[str, object], count: int) -> None:
+    assert num_devices(Config.of(model="m", **options)) == count
+    assert Speed(bytes_per_s=3.0, flops_per_s=2.0).times(4) == Speed(bytes_per_s=12.0, flops_per_s=8.0)
 
 
 def test_the_best_of_two_measurements() -> None:
