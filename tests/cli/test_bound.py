@@ -124,9 +124,7 @@ def test_ranks_on_cpus_are_measured_with_all_their_threads(monkeypatch: pytest.M
     monkeypatch.setattr(bound, "READ_BYTES", 2**20)
     monkeypatch.setattr(bound, "ROUNDS", 1)
     own = torch.get_num_threads()
-    config = Config(
-        model="m", device="cpu", dtype="float32", num_threads=2 * own + 2, tensor_parallel_size=2
-    )
+    config = Config(model="m", device="cpu", dtype="float32", num_threads=2 * own + 2, tensor_parallel_size=2)
     with Threads() as threads:
         measure_ranks(config)
     assert (threads.seen, torch.get_num_threads()) == ({2 * own + 2}, own)
