@@ -50,9 +50,7 @@ ALONE = (  # no attention function, positions by the cache's length, biases or m
 # Published configs leave out what their classes take for granted, which is of the size of the published network.
 BRIEF = ("Phi-3-mini-128k", "GPT-Neo-2.7B", "gemma-3-1b")
 LONGER = [
-    name
-    for name, (raw, *_) in PUBLISHED.items()
-    if raw["architectures"][0] in VERIFIED and name not in (*BRIEF, "BLOOM-560m")  # which says no length
+    name for name, (raw, *_) in PUBLISHED.items() if raw["architectures"][0] in VERIFIED and name not in BRIEF
 ]
 LATE = (  # what begins behind many positions in published networks: a class, a key, and its value without that
     ("Llama4ForCausalLM", "attn_temperature_tuning", False),
@@ -95,6 +93,11 @@ def test_configs_as_they_were_published_agree(name: str) -> None:
     before = json.dumps(raw)
     assert check(raw).difference <= TOLERANCE
     assert json.dumps(raw) == before, "classes of Transformers' write into what they are made of"
+
+
+def test_a_window_that_a_class_ignores_is_ignored() -> None:
+    raw = config(installed("NemotronHForCausalLM"))
+    assert check({**raw, "sliding_window": 5}).difference <= TOLERANCE
 
 
 @pytest.mark.parametrize(("architecture", "key", "value"), LATE)

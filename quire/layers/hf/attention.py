@@ -135,8 +135,8 @@ def _window(module: nn.Module, told: bool) -> int | None:
     """Of a layer that leaves its window to a mask, which nobody makes here; `told`: it says itself that it has none."""
     known = vars(module)
     config, number = known.get("config"), known.get("layer_idx")
-    values = {} if config is None else vars(config)
-    types, window = values.get("layer_types"), values.get("sliding_window")
+    values, own = ({}, {}) if config is None else (vars(config), config.attribute_map)
+    types, window = (values.get(own.get(name, name)) for name in ("layer_types", "sliding_window"))
     if not types or not isinstance(number, int) or number >= len(types):
         return None if told or types else window
     if types[number] == "chunked_attention":

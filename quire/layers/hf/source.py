@@ -31,6 +31,7 @@ LENGTHS = (
     "n_ctx",
     "model_max_length",
 )
+TRAINED = {"bloom": 2048}  # positions that scores by the distance have learned, which no config states
 BODIES = ("model", "transformer", "backbone")  # where a class's own word for it is wrong
 
 
@@ -286,6 +287,8 @@ def _products(model: Any) -> Iterator[str]:
 def _max_length(architecture: str, config: Any, keeps_states: bool) -> int:
     if length := _stated_length(config):
         return length
+    if config.model_type in TRAINED:
+        return TRAINED[config.model_type]
     if keeps_states:
         return LONGEST
     raise ModelError(
