@@ -162,10 +162,16 @@ namespace {
 // A token's x [dim] in a page of keys, or of values. The rest of its `stored` numbers are zeros.
 template <int PER_UNIT, class T>
 void put(bool is_key, T* page, int64_t token, const T* x, int64_t dim, int64_t stored) {
-  for (int64_t d = 0; d < stored; d++) {
-    const int64_t at = is_key ? (d / PER_UNIT * PAGE + token) * PER_UNIT + d % PER_UNIT
-                              : (token / PER_UNIT * stored + d) * PER_UNIT + token % PER_UNIT;
-    page[at] = d < dim ? x[d] : T{};
+  if (is_key) {
+    const int64_t whole = dim / PER_UNIT;
+    T* to = page + token * PER_UNIT;
+    for (int64_t u = 0; u < whole; u++) memcpy(to + u * PAGE * PER_UNIT, x + u * PER_UNIT, PER_UNIT * sizeof(T));
+    for (int64_t d = whole * PER_UNIT; d < stored; d++)
+      to[d / PER_UNIT * PAGE * PER_UNIT + d % PER_UNIT] = d < dim ? x[d] : T{};
+  } else {
+    T* to = page + token / PER_UNIT * stored * PER_UNIT + token % PER_UNIT;
+    for (int64_t d = 0; d < dim; d++) to[d * PER_UNIT] = x[d];
+    for (int64_t d = dim; d < stored; d++) to[d * PER_UNIT] = T{};
   }
 }
 

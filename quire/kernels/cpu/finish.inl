@@ -4,6 +4,8 @@
 #include "activations.inl"
 #include "heads.inl"
 
+constexpr int64_t ROWS_AHEAD = 8;
+
 static inline Floats get(const void* p, bool is_bf16, int64_t at, int64_t n) {
   return is_bf16 ? get((const Bf16*)p + at, n) : get((const float*)p + at, n);
 }
@@ -25,6 +27,20 @@ static inline Floats result(const Finish& a, const float* sums, int64_t row, int
     x = x * a.x_scales[row];
   }
   return a.bias ? x + get(a.bias, a.bias_bf16, at, n) : x;
+}
+
+// Rows are far apart, so what is read and written soon is asked for.
+static inline void ask_for_row(const Finish& a, int64_t row, int64_t start) {
+  const Fused& to = a.fused;
+  const int64_t size = to.residual_bf16 ? 2 : 4, out_size = a.out_bf16 ? 2 : 4;
+  const char* residual = (const char*)to.residual + (row * to.residual_stride + start) * size;
+  const char* total = (const char*)to.total + (row * a.outputs + start) * size;
+  const char* out = (const char*)a.out + (row * a.out_stride + start) * out_size;
+  for (int64_t i = 0; i < BLOCK * size; i += 64) {
+    __builtin_prefetch(residual + i);
+    __builtin_prefetch(total + i, 1);
+  }
+  for (int64_t i = 0; i < BLOCK * out_size; i += 64) __builtin_prefetch(out + i, 1);
 }
 
 static inline void add_row(const Finish& a, const float* sums, int64_t row, int64_t start, int64_t count) {
@@ -73,6 +89,7 @@ static void finish_rows(const Finish& a, const float* sums, int64_t top, int64_t
   const int64_t start = item * BLOCK, count = a.outputs - start < BLOCK ? a.outputs - start : BLOCK;
   for (int64_t row = top; row < top + rows; row++, sums += BLOCK) {
     if (a.fused.residual) {
+      if (row + ROWS_AHEAD < top + rows) ask_for_row(a, row + ROWS_AHEAD, start);
       add_row(a, sums, row, start, count);
     } else if (a.fused.heads) {
       a.fused.heads->interleaved ? head_row<Neighbours>(a, sums, row, item) : head_row<Apart>(a, sums, row, item);

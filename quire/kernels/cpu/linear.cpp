@@ -25,8 +25,8 @@ constexpr int64_t SERIAL_ROWS = 16;    // which one thread copies sooner than ot
 
 // Of an x that does not fit into the second cache beside what else is there, tiles of rows follow each other in memory, and
 // are read once for several blocks: [units / PANEL_UNITS][padded_rows / 16][PANEL_UNITS / 16][16 rows][16 units]. The last
-// panel may have fewer units.
-constexpr int64_t PANEL_UNITS = 256;
+// panel may have fewer units. Half of a block's columns lie in half of the first cache's sets, of which 128 units take 8 ways.
+constexpr int64_t PANEL_UNITS = 128;
 constexpr int64_t PANEL_ROWS = 6 * CHUNK_ROWS;  // computed together
 constexpr int64_t LEAST_PANEL_BYTES = 5 << 18;
 
@@ -125,7 +125,8 @@ void linear_by_panels(const LinearCall& a, const Finish& finish) {
       const int64_t rows = a.rows - top < PANEL_ROWS ? a.rows - top : PANEL_ROWS, num_blocks = (last - first) * parts;
       int64_t blocks[MOST_PARTS];
       for (int64_t b = 0; b < num_blocks; b++) blocks[b] = finish.block(first + b / parts, b % parts);
-      amx::sums_by_panels(panels, finish.kind, top, rows, blocks, num_blocks, sums);
+      const int64_t further = tops == 1 ? finish.block(together, 0) : 0;
+      amx::sums_by_panels(panels, finish.kind, top, rows, blocks, num_blocks, further, sums);
       for (int64_t row = 0; row < rows; row += CHUNK_ROWS)
         for (int64_t item = first; item < last; item++) {
           const int64_t set = row / CHUNK_ROWS * MOST_PARTS + (item - first) * parts;

@@ -102,35 +102,42 @@ static void sums_by_tiles(const Linear& a, int64_t block, int64_t top, int64_t r
 }
 
 // Sums of up to PANEL_ROWS rows and MOST_PARTS blocks (finish.h), a set of them for each CHUNK_ROWS. A panel of a block's
-// weight stays in the first cache while rows pass by, and one of x in the second while blocks do.
+// weight stays in the first cache while rows pass by, and one of x in the second while blocks do. The panels after them
+// are on their way meanwhile, of the last ones those of the blocks that are `further` from these.
 template <Kind KIND>
 static void sums_of_kind(const Panels& a, int64_t top, int64_t rows, const int64_t* blocks, int64_t num_blocks,
-                           float* sums) {
+                         int64_t further, float* sums) {
+  const int64_t pairs = (rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
+  const int64_t x_lines = (2 * TILE_ROWS + 2 * num_blocks - 1) / (2 * num_blocks);
+  const int64_t weight_lines = (2 * TILE_UNITS + pairs - 1) / pairs;
+  const auto units_of = [&](int64_t unit) { return a.units - unit < PANEL_UNITS ? a.units - unit : PANEL_UNITS; };
   configure_tiles(2 * TILE_ROWS);
   for (int64_t unit = 0; unit < a.units; unit += PANEL_UNITS) {
-    const int64_t units = a.units - unit < PANEL_UNITS ? a.units - unit : PANEL_UNITS, steps = units / TILE_UNITS;
+    const int64_t units = units_of(unit), steps = units / TILE_UNITS;
+    const bool is_last = unit + units == a.units;
+    const int64_t then = is_last ? 0 : unit + units;
     const char* x = a.x + unit * 4 * a.padded_rows + top * units * 4;
-    for (int64_t b = 0; b < num_blocks; b++)
+    Ahead ahead_x{a.x + then * 4 * a.padded_rows + top * units_of(then) * 4, x_lines};
+    for (int64_t b = 0; b < num_blocks; b++) {
+      const int64_t next = blocks[b] + (is_last ? further : 0);
+      Ahead ahead_weight{a.weight + (next * a.units + then) * BLOCK * 4, weight_lines};
       for (int64_t half = 0; half < 2; half++) {
         const char* weight = a.weight + (blocks[b] * a.units + unit) * BLOCK * 4 + half * 128;
         for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS) {
           const int64_t chunk = row / CHUNK_ROWS * MOST_PARTS + b;
           float* to = sums + (chunk * CHUNK_ROWS + row % CHUNK_ROWS) * BLOCK + half * 32;
-          if (row == 0) {
-            panel_products<KIND, PANEL_UNITS * BLOCK * 4>(x, weight, steps, to, unit == 0);
-          } else {
-            panel_products<KIND, 0>(x + row * units * 4, weight, steps, to, unit == 0);
-          }
+          panel_products<KIND>(x + row * units * 4, weight, steps, to, unit == 0, ahead_x, ahead_weight);
         }
       }
+    }
   }
   _tile_release();
 }
 
 static void sums_by_panels(const Panels& a, Kind kind, int64_t top, int64_t rows, const int64_t* blocks,
-                           int64_t num_blocks, float* sums) {
-  kind == BF16 ? sums_of_kind<BF16>(a, top, rows, blocks, num_blocks, sums)
-               : sums_of_kind<BYTES>(a, top, rows, blocks, num_blocks, sums);
+                           int64_t num_blocks, int64_t further, float* sums) {
+  kind == BF16 ? sums_of_kind<BF16>(a, top, rows, blocks, num_blocks, further, sums)
+               : sums_of_kind<BYTES>(a, top, rows, blocks, num_blocks, further, sums);
 }
 #endif
 

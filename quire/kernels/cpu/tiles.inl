@@ -65,10 +65,21 @@ static inline void tile_products(const char* x, int64_t x_stride, int64_t rows, 
   }
 }
 
+// Memory that is asked for while something else is computed: so many lines a step, so that none of them is waited for.
+struct Ahead {
+  const char* next;
+  int64_t lines;
+  inline void ask() {
+    for (int64_t i = 0; i < lines; i++) __builtin_prefetch(next + i * 64, 0, 2);
+    next += lines * 64;
+  }
+};
+
 // sums [32][64], 32 of each row's, of two tiles of packed rows (linear.cpp), `steps` times 16 units each, by the same of 32
-// columns, added to what is there unless it is the `first`; asks for the weight `AHEAD` bytes further on, if any.
-template <Kind KIND, int64_t AHEAD>
-static inline void panel_products(const char* x, const char* weight, int64_t steps, float* sums, bool first) {
+// columns, added to what is there unless it is the `first`.
+template <Kind KIND>
+static inline void panel_products(const char* x, const char* weight, int64_t steps, float* sums, bool first, Ahead& ahead_x,
+                                  Ahead& ahead_weight) {
   float* rest = sums + TILE_ROWS * BLOCK;
   if (first) {
     _tile_zero(0);
@@ -83,9 +94,8 @@ static inline void panel_products(const char* x, const char* weight, int64_t ste
   }
   for (int64_t s = 0; s < steps; s++) {
     const char* w = weight + s * TILE_UNITS * BLOCK * 4;
-    if (AHEAD)
-      for (int i = 0; i < TILE_UNITS; i++)
-        for (int line = 0; line < 2; line++) __builtin_prefetch(w + AHEAD + i * BLOCK * 4 + line * 64, 0, 2);
+    ahead_x.ask();
+    ahead_weight.ask();
     _tile_loadd(4, x + s * TILE_BYTES, 64);
     _tile_loadd(6, w, BLOCK * 4);
     QUIRE_TILES(0, 4, 6)
