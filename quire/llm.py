@@ -80,7 +80,7 @@ class LLM:
             InvalidRequest: a prompt or its parameters cannot work; nothing has been computed then.
         """
         many = _as_list(prompts)
-        return self._run(many, sampling_params, use_tqdm, priority)
+        return self._run([(prompt, None) for prompt in many], sampling_params, use_tqdm, priority)
 
     def chat(
         self,
@@ -97,13 +97,15 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them; `answers` reads reasoning and calls of tools.
 
+        Calls of `tools` fit their schemas, as far as the model's format of calls is known.
+
         Raises:
             InvalidRequest: as `generate`, or messages that the template refuses.
         """
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         template = None if chat_template is None else ChatTemplate.of(self.get_tokenizer(), chat_template)
-        prompts = [
-            self.engine.inputs.chat_prompt(
+        turns = [
+            self.engine.inputs.turn(
                 conversation,  # type: ignore[arg-type]
                 template,
                 tools=tools,
@@ -113,7 +115,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self._run(prompts, sampling_params, use_tqdm, priority, is_chat=True)
+        return self._run(turns, sampling_params, use_tqdm, priority)
 
     def answers(self, output: RequestOutput, tools: Sequence[Mapping[str, Any]] = ()) -> list[Answer]:
         """What each sequence of an output of `chat` says: reasoning, text, and calls of the `tools` it was given."""
@@ -194,7 +196,7 @@ class LLM:
         params: SamplingParams,
         priority: int,
         add_special_tokens: bool,
-        is_chat: bool = False,
+        turn: Turn | None = None,
     ) -> Request:
         return self.engine.inputs.request(
             prompt,
@@ -203,24 +205,22 @@ class LLM:
             priority=priority,
             arrival_s=self.engine.clock(),
             add_special_tokens=add_special_tokens,
-            turn=Turn() if is_chat else None,
+            turn=turn,
         )
 
     def _run(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[tuple[Prompt, Turn | None]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         show: bool,
         priority: Sequence[int] | None,
-        *,
-        is_chat: bool = False,
     ) -> list[RequestOutput]:
         count = len(prompts)
         params = _for_each("sampling_params", sampling_params or self.get_default_sampling_params(), count)
         priorities = _for_each("priority", priority or 0, count)
         requests = [
-            self._request(prompt, _final_only(p), order, not is_chat, is_chat)
-            for prompt, p, order in zip(prompts, params, priorities, strict=True)
+            self._request(prompt, _final_only(p), order, turn is None, turn)
+            for (prompt, turn), p, order in zip(prompts, params, priorities, strict=True)
         ]
         try:
             for request in requests:

@@ -17,30 +17,29 @@ class Calls:
 
     async def request(
         self,
-        prompt_of: Callable[[], Prompt],
+        read: Callable[[], tuple[Prompt, Turn | None]],
         params: SamplingParams | None,
         request_id: str | None,
         priority: int,
         tenant: str,
-        *,
-        is_chat: bool,
     ) -> Request:
-        """The request for a prompt, which is made off the event loop too: a template takes long as well.
+        """The request for what `read` gives, off the event loop too: a template takes long as well.
 
         Raises:
             InvalidRequest: it cannot be served.
         """
 
         def make() -> Request:
+            prompt, turn = read()
             return self.inputs.request(
-                prompt_of(),
+                prompt,
                 params or self.inputs.default_params(),
                 request_id=request_id or f"request-{next(self.numbers)}",
                 priority=priority,
                 tenant=tenant,
                 arrival_s=self.clock(),
-                add_special_tokens=not is_chat,
-                turn=Turn() if is_chat else None,
+                add_special_tokens=turn is None,
+                turn=turn,
             )
 
         return await asyncio.to_thread(make)

@@ -66,7 +66,7 @@ class AsyncEngine:
             EngineDead: the engine stopped.
         """
         request = await self.calls.request(
-            lambda: prompt, sampling_params, request_id, priority, tenant, is_chat=False
+            lambda: (prompt, None), sampling_params, request_id, priority, tenant
         )
         async for output in self.stream(request):
             yield output
@@ -83,12 +83,11 @@ class AsyncEngine:
     ) -> AsyncIterator[RequestOutput]:
         """As `generate`, for a conversation; `template` options are those of `LLM.chat`."""
         request = await self.calls.request(
-            lambda: self.inputs.chat_prompt(messages, None, **template),
+            lambda: self.inputs.turn(messages, None, **template),
             sampling_params,
             request_id,
             priority,
             tenant,
-            is_chat=True,
         )
         async for output in self.stream(request):
             yield output

@@ -128,6 +128,14 @@ class InputProcessor:
             )
         return chosen.render(messages, **options)
 
+    def turn(
+        self, messages: Sequence[Mapping[str, Any]], template: ChatTemplate | None, **options: Any
+    ) -> tuple[str, Turn]:
+        """Render a conversation for the assistant's turn, in which calls of its `tools`, if any come, fit them."""
+        prompt, tools = self.chat_prompt(messages, template, **options), options.get("tools")
+        last = messages[-1].get("content") if options.get("continue_final_message") else ""
+        return prompt, Turn(last if isinstance(last, str) else "", CallRules(tools=tools) if tools else None)
+
     def tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
 

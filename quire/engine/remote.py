@@ -124,7 +124,7 @@ class RemoteEngine:
         """
         await self.check_health()
         request = await self.calls.request(
-            lambda: prompt, sampling_params, request_id, priority, tenant, is_chat=False
+            lambda: (prompt, None), sampling_params, request_id, priority, tenant
         )
         async for output in self.stream(request):
             yield output

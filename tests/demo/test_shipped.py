@@ -1,5 +1,6 @@
 """The models that come with Quire: their files, Transformers as the judge of their tokens, what they can do."""
 
+import copy
 import json
 import math
 import re
@@ -239,6 +240,15 @@ def test_answers_are_read_offline(llm: LLM) -> None:
     assert (found.text, found.reasoning) == ("", "")
     (found,) = llm.answers(output)
     assert found.calls == [] and found.text == output.outputs[0].text.strip()
+
+
+def test_calls_offline_fit_their_schemas(llm: LLM) -> None:
+    elsewhere = copy.deepcopy(WEATHER)
+    elsewhere["function"]["parameters"]["properties"]["city"]["enum"] = ["Oslo", "Lima"]
+    output = llm.chat([ASK_TWO], GREEDY, use_tqdm=False, tools=[TIME, elsewhere])[0]
+    (found,) = llm.answers(output, [TIME, elsewhere])
+    assert [call.name for call in found.calls] == ["get_weather"] * 2
+    assert all(json.loads(call.arguments)["city"] in ("Oslo", "Lima") for call in found.calls)
 
 
 def test_the_results_of_tools_are_used(llm: LLM) -> None:

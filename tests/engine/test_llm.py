@@ -164,6 +164,10 @@ def test_chat_renders_the_template_and_batches_conversations(llm: LLM) -> None:
         prefilled, GREEDY, use_tqdm=False, add_generation_prompt=False, continue_final_message=True
     )
     assert continued.prompt.endswith("<|im_start|>assistant\nwell")
+    _, turn = llm.engine.inputs.turn(
+        prefilled, None, add_generation_prompt=False, continue_final_message=True
+    )
+    assert turn.continued == "well"
     [own] = llm.chat(conversation, GREEDY, use_tqdm=False, chat_template="{{ messages[0].content }}!")
     assert own.prompt == "hi!"
 
