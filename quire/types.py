@@ -1,7 +1,7 @@
 """What users send and what they get back: plain values, validated once, importing nothing heavy."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, NotRequired, TypedDict
@@ -327,6 +327,7 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: list[int]
     prompt: NotRequired[str]
     cache_salt: NotRequired[str]
+    positions: NotRequired[Sequence[Sequence[int]]]  # in time, height and width, one of each for each token
 
 
 Prompt = str | list[int] | TextPrompt | TokensPrompt
@@ -375,6 +376,32 @@ class CacheMisses:
 MISS_REASONS = tuple(each.name for each in fields(CacheMisses))
 
 
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Where a prompt's tokens are in time, height and width, which rotary embedding turns them by.
+
+    What follows is one after another from beyond the greatest of them, in all three: `offset` from its number.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    offset: int
+
+    @classmethod
+    def of(cls, rows: Iterable[Iterable[int]]) -> "Coordinates":
+        """With what follows; rows of one length, not empty."""
+        found = tuple(map(tuple, rows))
+        return cls(found, max(map(max, found)) + 1 - len(found[0]))
+
+    def between(self, first: int, last: int) -> tuple[tuple[int, ...], ...]:
+        """Of tokens `first` to `last` - 1, whether the prompt's or not."""
+        after = range(max(first, len(self.rows[0])) + self.offset, last + self.offset)
+        return tuple((*row[first:last], *after) for row in self.rows)
+
+    def up_to(self, num_tokens: int) -> "Coordinates":
+        """Those of the prompt and what follows as one prompt of so many tokens."""
+        return Coordinates(self.between(0, num_tokens), self.offset)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What the engine runs: one prompt as token ids, `params.n` sequences."""
@@ -394,6 +421,7 @@ class Request:
     num_cached_tokens: int = 0  # of the prompt, as that engine found it
     cache_misses: CacheMisses = CacheMisses()  # the prompt's other tokens
     marks: Mapping[int, str] | None = None  # characters that stand for special tokens in the text
+    coordinates: Coordinates | None = None  # None: tokens are one after another
     grammar: Grammar | None = None  # of params.structured_outputs
 
 

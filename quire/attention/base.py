@@ -52,6 +52,8 @@ class Ragged:
     mixed: bool = False  # there may be sequences of one position beside longer ones
     shared: Shared | None = None
     beside: Tensor | None = None  # [parts, num_blocks] int32: the blocks beside each block, if any; groups.py
+    # [T], or [3, T] in time, height and width, int64: what rotation goes by instead of `positions`.
+    coordinates: Tensor | None = None
     order: Tensor | None = (
         None  # [T] int64: the rows of the step that sequences own, if not their own; parted.py
     )
@@ -112,10 +114,17 @@ class Turn:
     interleaved: bool
     weights: Tensor | None = None  # [H + Hkv, D] float32
     eps: float = 0.0
+    at: Tensor | None = None  # [T] int64: each token's row of cos and sin, if not its position
 
-    def applied(self, qk: Tensor, positions: Tensor) -> Tensor:
+    def rows(self, step: Ragged) -> Tensor:
+        """Each token's row of cos and sin [T] int64."""
+        return step.positions if self.at is None else self.at
+
+    def applied(self, qk: Tensor, step: Ragged) -> Tensor:
         """Heads qk [T, H + Hkv, D] turned, perhaps in place."""
-        return ops.norm_rope(qk, self.weights, self.eps, self.cos, self.sin, positions, self.interleaved)
+        return ops.norm_rope(
+            qk, self.weights, self.eps, self.cos, self.sin, self.rows(step), self.interleaved
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +298,7 @@ def turn_and_write(backend: Backend, cache: LayerCache, heads: Tensor, turn: Tur
     """Turn the queries and keys of heads [T, H + 2 * Hkv, D], store keys and values; the queries [T, H, D]."""
     num_kv_heads = cache.shape.num_kv_heads
     num_heads = heads.shape[1] - 2 * num_kv_heads
-    qk = turn.applied(heads.narrow(1, 0, num_heads + num_kv_heads), step.positions)
+    qk = turn.applied(heads.narrow(1, 0, num_heads + num_kv_heads), step)
     v = heads.narrow(1, num_heads + num_kv_heads, num_kv_heads)
     backend.write(cache, qk.narrow(1, num_heads, num_kv_heads), v, step)
     return qk.narrow(1, 0, num_heads)

@@ -158,7 +158,7 @@ class Cpu:
         heads = _Heads(
             cache=ctypes.addressof(cache.handle),
             slots=step.slot_mapping.data_ptr(),
-            positions=step.positions.data_ptr(),
+            positions=turn.rows(step).data_ptr(),
             weights=pointer(turn.weights),
             cos=turn.cos.data_ptr(),
             sin=turn.sin.data_ptr(),

@@ -252,5 +252,6 @@ def _sequence(
         tenant=submission.tenant,
         share=submission.share,
         cache_root=root,
+        coordinates=submission.coordinates,
         read_cache=params.prompt_logprobs is None and not params.skip_reading_prefix_cache,
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from quire.types import CacheMisses, Grammar, SamplingParams, TokenLogprobs
+from quire.types import CacheMisses, Coordinates, Grammar, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,7 @@ class Submission:
     cache_salt: str = ""
     label: str = ""  # what its user calls it; nothing depends on it
     outputs: tuple[tuple[int, ...] | None, ...] = ()
+    coordinates: Coordinates | None = None
     grammar: Grammar | None = None
 
 

@@ -11,7 +11,7 @@ from quire.log import logger
 from quire.text.chat import ChatTemplate
 from quire.text.tokenizer import Tokenizer, bad_word_ids
 from quire.text.tools.dialect import Dialect
-from quire.types import CallRules, Grammar, Prompt, Request, SamplingParams, ThinkingBudget, Turn
+from quire.types import CallRules, Coordinates, Grammar, Prompt, Request, SamplingParams, ThinkingBudget, Turn
 
 MAX_SALT_CHARS = 128
 
@@ -30,10 +30,12 @@ class InputProcessor:
         max_logprobs: int,
         eos_token_ids: frozenset[int],
         defaults: Mapping[str, Any],
+        has_axes: bool = False,
     ):
+        """`has_axes`: tokens may have positions in time, height and width."""
         self.tokenizer, self.template, self.dialect = tokenizer, template, dialect
         self.vocab_size, self.max_length, self.max_logprobs = vocab_size, max_length, max_logprobs
-        self.eos_token_ids, self.defaults = eos_token_ids, dict(defaults)
+        self.eos_token_ids, self.defaults, self.has_axes = eos_token_ids, dict(defaults), has_axes
         self.grammars = None if tokenizer is None else GrammarChecks(tokenizer, vocab_size, eos_token_ids)
 
     @property
@@ -77,12 +79,14 @@ class InputProcessor:
             cache_salt=salt,
             arrival_s=arrival_s,
             marks=marks,
+            coordinates=self._coordinates(prompt, len(tokens)),
             grammar=self._grammar(params, text, tokens, turn),
         )
 
     def submission(self, request: Request) -> Submission:
         """The request as the engine core takes it."""
-        params, room = request.params, self.max_length - len(request.prompt_token_ids)
+        params, at = request.params, request.coordinates
+        room = self.max_length - len(request.prompt_token_ids) - (0 if at is None else max(at.offset, 0))
         words = bad_word_ids(self._tokenizer("bad_words"), params.bad_words) if params.bad_words else []
         return Submission(
             request_id=request.id,
@@ -95,6 +99,7 @@ class InputProcessor:
             tenant=request.tenant,
             cache_salt=request.cache_salt,
             outputs=tuple(None if i in request.ended else t for i, t in enumerate(request.outputs)),
+            coordinates=at,
             grammar=request.grammar,
         )
 
@@ -173,7 +178,7 @@ class InputProcessor:
         if isinstance(prompt, str):
             return prompt, self.tokens(prompt, add_special_tokens=add_special_tokens), ""
         if isinstance(prompt, Mapping):
-            known = {"prompt", "prompt_token_ids", "cache_salt"}
+            known = {"prompt", "prompt_token_ids", "cache_salt", "positions"}
             if unknown := sorted(set(prompt) - known):
                 raise InvalidRequest(
                     f"prompt has unknown keys {unknown}; known are {sorted(known)}", param="prompt"
@@ -201,6 +206,31 @@ class InputProcessor:
             " 'prompt_token_ids'",
             param="prompt",
         )
+
+    def _coordinates(self, prompt: Prompt, num_tokens: int) -> Coordinates | None:
+        rows: Any = prompt.get("positions") if isinstance(prompt, Mapping) else None
+        if rows is None:
+            return None
+        if not self.has_axes:
+            raise InvalidRequest(
+                "the prompt has positions, and this network has no rotary embedding by sections (time, height, width),"
+                " or it runs through Transformers' modules; leave them out",
+                param="positions",
+            )
+        are_rows = isinstance(rows, list | tuple) and all(isinstance(row, list | tuple) for row in rows)
+        if not are_rows or [{*map(type, row)} == {int} and len(row) for row in rows] != [num_tokens] * 3:
+            raise InvalidRequest(
+                f"positions must be three rows (time, height, width) of {num_tokens} integers, one for each token",
+                param="positions",
+            )
+        low, high = min(map(min, rows)), max(map(max, rows))
+        if low < 0 or high > self.max_length - 2:
+            raise InvalidRequest(
+                f"positions go from {low} to {high}; they must be from 0 to {self.max_length - 2}, because the context"
+                f" of {self.max_length} (max_model_len) must hold a token of output beyond them",
+                param="positions",
+            )
+        return Coordinates.of(rows)
 
     def _grammar(
         self, params: SamplingParams, text: str | None, tokens: Sequence[int], turn: Turn | None

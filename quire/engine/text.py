@@ -10,6 +10,7 @@ from quire.checkpoint.source import resolve as find_model
 from quire.config import Config
 from quire.engine.inputs import InputProcessor
 from quire.models.registry import NATIVE, decoder_spec, road
+from quire.models.spec import has_axes
 from quire.text.chat import ChatTemplate
 from quire.text.generation import default_sampling, end_tokens
 from quire.text.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ class Text:
     eos_token_ids: frozenset[int]
     defaults: Mapping[str, Any]  # of sampling
     max_logprobs: int
+    has_axes: bool  # see `has_axes` of models.spec
 
     def inputs(self, *, vocab_size: int, max_model_len: int) -> InputProcessor:
         """What turns prompts into requests, once the sizes are known that the device half has settled."""
@@ -39,6 +41,7 @@ class Text:
             max_logprobs=self.max_logprobs,
             eos_token_ids=self.eos_token_ids,
             defaults=self.defaults,
+            has_axes=self.has_axes,
         )
 
 
@@ -50,8 +53,9 @@ def read_text(config: Config) -> Text:
     """
     folder = find_model(config.model, config.revision, weights=False, download_dir=config.download_dir).folder
     raw = model_config(config, folder)
+    axes = False
     if road(raw, config.model_impl) == NATIVE:
-        decoder_spec(raw)  # a network that cannot be served is named before its tokenizer is missed
+        axes = has_axes(decoder_spec(raw)[0])  # what cannot be served is named before its tokenizer is missed
     tokenizer, ends = read_tokens(config, folder, raw)
     generation = _generation(config, folder)
     template = None if tokenizer is None else ChatTemplate.of(tokenizer, config.chat_template)
@@ -64,6 +68,7 @@ def read_text(config: Config) -> Text:
         eos_token_ids=ends,
         defaults=default_sampling({**generation, **(config.override_generation_config or {})}),
         max_logprobs=config.max_logprobs,
+        has_axes=axes,
     )
 
 

@@ -108,16 +108,17 @@ class Attention(nn.Module):
         """x [T, dim] -> [T, H, D]."""
         s, backend, step = self.spec, self.build.backend, step.seen_by(cache, self.chunk)
         how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
-        if self.turn is not None and self._is_one_product() and more is None:
+        turn = self._turn_of(step)
+        if turn is not None and self._is_one_product() and more is None:
             product = Product(x.values, x.scale, self.qkv.weight, self.qkv.bias, s.head_dim)
-            return backend.attend_product(product, cache, self.turn, step, **how)
+            return backend.attend_product(product, cache, turn, step, **how)
         qk, v = self._heads(x, more)
         if s.shares is not None:
-            q, _ = self._place(qk, step.positions)
+            q, _ = self._place(qk, step)
         else:
             # Before keys are turned, perhaps in place.
             v = self._values(qk[:, s.num_heads :] if s.keys_as_values else v)
-            q, k = self._place(qk, step.positions)
+            q, k = self._place(qk, step)
             if self.slopes is not None:
                 q, k = self.slopes.queries(q), self.slopes.keys(k, step.positions)
             backend.write(cache, k, v, step)
@@ -173,17 +174,32 @@ class Attention(nn.Module):
             return None
         return Turn(*self.table, s.rope.interleaved, eps=norm.eps if norm else 0.0)
 
-    def _place(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, step: Ragged) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Cosines and sines, and which of their rows are the step's [T]; None without rotation."""
+        if self.spec.rope is None or self.table is None:
+            return None
+        if step.coordinates is None:
+            return *self.table, step.positions
+        return self.build.ropes.rows(self.table, step.coordinates)
+
+    def _turn_of(self, step: Ragged) -> Turn | None:
+        """`turn` by the step's own coordinates, if it has any."""
+        if self.turn is None or step.coordinates is None or (rows := self._rows(step)) is None:
+            return self.turn
+        cos, sin, at = rows
+        return replace(self.turn, cos=cos, sin=sin, at=at)
+
+    def _place(self, qk: Tensor, step: Ragged) -> tuple[Tensor, Tensor]:
         """Normalise and rotate qk [T, H + Hkv, D], or queries only, in whatever order."""
-        s = self.spec
-        if self.turn is not None:
-            qk = self.turn.applied(qk, positions)
+        s, turn = self.spec, self._turn_of(step)
+        if turn is not None:
+            qk = turn.applied(qk, step)
         else:
             if not s.norm_after_rope:
                 qk = self._norm(qk)
             qk = self._clip(qk)
-            if s.rope is not None and self.table is not None:
-                qk = ops.norm_rope(qk, None, 0.0, *self.table, positions, s.rope.interleaved)
+            if s.rope is not None and (rows := self._rows(step)) is not None:
+                qk = ops.norm_rope(qk, None, 0.0, *rows, s.rope.interleaved)
             if s.norm_after_rope:
                 qk = self._norm(qk)
         return qk[:, : s.num_heads], qk[:, s.num_heads :]

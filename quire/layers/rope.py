@@ -99,6 +99,9 @@ class RopeTables:
     def __init__(self, num_positions: int, device: torch.device):
         self.num_positions, self.device = num_positions, device
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}
+        self._coordinates: Tensor | None = None  # of the step whose rows are at hand
+        self._rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by the address of a table's cosines
+        self._axes: dict[int, Tensor] = {}  # [R] int64, likewise
 
     def table(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each [num_positions, rope.dim / 2] float32."""
@@ -107,5 +110,22 @@ class RopeTables:
             inverse, gain = frequencies(rope, self.num_positions)
             angles = torch.arange(self.num_positions).float()[:, None] * inverse
             cos, sin = angles.cos() * gain, angles.sin() * gain
-            self._tables[key] = cos.to(self.device), sin.to(self.device)
+            self._tables[key] = cos, sin = cos.to(self.device), sin.to(self.device)
+            self._axes[cos.data_ptr()] = torch.tensor(rope.axes or [0] * len(inverse), device=self.device)
         return self._tables[key]
+
+    def rows(self, table: tuple[Tensor, Tensor], coordinates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosines and sines, each [any, R] float32, and which of their rows are those of `coordinates` [T].
+
+        Of coordinates [3, T] each pair has those of its axis, which are gathered once for all layers of a step.
+        """
+        cos, sin = table
+        if coordinates.dim() == 1:
+            return cos, sin, coordinates
+        if self._coordinates is not coordinates:
+            self._coordinates, self._rows = coordinates, {}
+        if (key := cos.data_ptr()) not in self._rows:
+            at = coordinates[self._axes[key]].T.contiguous()  # [T, R], as what is gathered lies
+            pairs = torch.arange(cos.shape[1], device=self.device)
+            self._rows[key] = cos[at, pairs], sin[at, pairs], torch.arange(len(at), device=self.device)
+        return self._rows[key]

@@ -186,14 +186,15 @@ def rope(
     *,
     local: bool = False,
     partial: float | None = None,
-    sections: bool = False,
+    alternating: Sequence[int] | None = None,
     **changes: Any,
 ) -> Rope:
     """Rotary embedding of `dim`-dimensional heads, from the new `rope_parameters` or the old separate keys.
 
     Args:
         local: the layer is local, where the config has parameters per layer type.
-        sections: the config may have sections of dimensions for time, height and width, which are one in text.
+        alternating: how wide sections for time, height and width are by default, whose pairs alternate; None if there
+            are none, unless the config is of a composite (composite.py), which says how they lie.
         partial: the default of `partial_rotary_factor`; None if the architecture rotates whole heads.
         changes: fields of Rope; `theta` is the default for configs that do not say.
     """
@@ -204,12 +205,32 @@ def rope(
     beside = c.partial_rotary_factor  # which Transformers 5 wrote in both places at first
     factor = found.get("partial_rotary_factor") or beside or partial or 1.0
     c.refuse(partial is None and factor != 1.0, f"partial_rotary_factor={factor}")
-    c.refuse("mrope_section" in found and not sections, "rotary embedding by sections (mrope_section)")
+    sections = found.get("sections")
+    if not isinstance(sections, tuple):  # which config.json cannot have
+        sections = None if alternating is None else (found.get("mrope_section", alternating), True)
+    c.refuse("mrope_section" in found and sections is None, "rotary embedding by sections (mrope_section)")
     rotated = int(dim * factor)
     c.refuse(rotated % 2 == 1, f"rotary embedding of an odd number of dimensions ({rotated})")
     theta = found.get("rope_theta") or c.rope_theta or default_theta
     scaling, stretch = stretched(c, found, rotated)
-    return Rope(dim=rotated, theta=theta * stretch, scaling=scaling, **changes)
+    axes = None if sections is None else _axes(*sections, num_pairs=rotated // 2)
+    return Rope(dim=rotated, theta=theta * stretch, scaling=scaling, axes=axes, **changes)
+
+
+def _axes(sizes: Any, alternate: bool, *, num_pairs: int) -> tuple[int, ...]:
+    """The axis of each pair: a section of pairs for each, or every third pair while a section of height or width lasts.
+
+    Raises:
+        ModelError: there are no three sections, or they are not as many pairs as there are.
+    """
+    is_counts = isinstance(sizes, list | tuple) and len(sizes) == 3 and {*map(type, sizes)} == {int}
+    if not is_counts or min(sizes) < 0 or (sum(sizes) != num_pairs and not alternate):
+        raise ModelError(
+            f"config.json: mrope_section of rope_parameters is {sizes!r}; it must be three counts of {num_pairs} pairs"
+        )
+    if alternate:
+        return tuple(i % 3 if i < 3 * sizes[i % 3] else 0 for i in range(num_pairs))
+    return tuple(axis for axis, size in enumerate(sizes) for _ in range(size))
 
 
 def _proportional(c: HF, found: Mapping[str, Any], dim: int, theta: float, **changes: Any) -> Rope:

@@ -1,7 +1,7 @@
 """Checkpoints of several networks, one of which computes text: which it is, and what the others' tensors are called.
 
-Only text is served. Where nothing is seen or heard, positions in time, height and width are one, and so are the
-sections of rotary embeddings that turn by them.
+Only text is served. Where nothing is seen or heard, positions in time, height and width are one, unless a prompt brings
+its own, by which sections of rotary embeddings turn.
 """
 
 from collections.abc import Mapping
@@ -80,6 +80,13 @@ FAMILIES: Mapping[str, str] = {  # model_type of the network that computes text 
     "qwen3_vl_text": "qwen.qwen3",
     "smollm3": "llama.smollm3",
 }
+SECTIONS: Mapping[
+    str, tuple[list[int], bool]
+] = {  # how wide if config.json does not say; whether they alternate
+    **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), ([16, 24, 24], False)),
+    **dict.fromkeys(("qwen3_vl_text", "qwen3_vl_moe_text"), ([24, 20, 20], True)),
+    **dict.fromkeys(("glm4v_text", "glm4v_moe_text"), ([8, 12, 12], False)),
+}
 PREFIXES = (r"^(model\.)?(language_model|text_model)\.(model\.)*", "model.")
 OTHERS = (
     r"^(model\.)?("
@@ -138,19 +145,22 @@ def text_part(config: Mapping[str, Any]) -> Part | None:
             f" (known: {', '.join(FAMILIES)})"
         )
     whole = {key: config[key] for key in WHOLE if key in config}
-    ropes = {key: _of_text(inner[key]) for key in ("rope_parameters", "rope_scaling") if key in inner}
+    ropes = _in_sections(inner, *SECTIONS[kind]) if kind in SECTIONS else {}
     values = {**DEFAULTS.get(kind, {}), **inner, **whole, **ropes, "architectures": names}
     if inner.get("rope_parameters"):  # which have it
         values.pop("rope_theta", None)
     return Part(values, FAMILIES[kind])
 
 
-def _of_text(rope: object) -> object:
-    """Rope parameters less the sections."""
-    if not isinstance(rope, Mapping):
-        return rope
-    found = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
-    return {key: "default" if value == "mrope" else value for key, value in found.items()}
+def _in_sections(inner: Mapping[str, Any], usual: list[int], alternate: bool) -> Mapping[str, Any]:
+    """Rope parameters with `sections` and whether they alternate, as the class has them, in place of mrope_*."""
+    found = {key: inner.get(key) for key in ("rope_parameters", "rope_scaling")}
+    given = {key: rope for key, rope in found.items() if rope and isinstance(rope, Mapping)}
+    for key, rope in (given or {"rope_parameters": {}}).items():
+        kept = {name: value for name, value in rope.items() if not name.startswith("mrope_")}
+        kept |= {name: "default" for name, value in kept.items() if value == "mrope"}
+        found[key] = {**kept, "sections": (rope.get("mrope_section", usual), alternate)}
+    return found
 
 
 LLAMA_7B = {

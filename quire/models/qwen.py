@@ -26,6 +26,7 @@ NEXT = (
 OTHERS = (r"^mtp\.", r"^visual\.")  # what predicts further tokens, and what sees
 
 LOCAL_THETA, GLOBAL_THETA = 10_000.0, 500_000.0  # of Mellum's layers, unless the config says otherwise
+SECTIONS = (11, 11, 10)  # of Qwen 3.5's pairs for time, height and width, unless the config says otherwise
 
 
 def qwen2(c: HF) -> tuple[Decoder, Names]:
@@ -132,21 +133,21 @@ def qwen3_next(c: HF) -> tuple[Decoder, Names]:
         "in_proj_qkvz": Split({"q_proj": q, "k_proj": q, "v_proj": v, "g_proj": v}, delta.num_k_heads),
         "in_proj_ba": Split(dict.fromkeys(("b_proj", "a_proj"), delta.num_v_heads), delta.num_k_heads),
     }
-    spec = _hybrid(c, delta, lambda i: moe if _is_sparse(c, i) else mlp(c))
+    spec = _hybrid(c, delta, lambda i: moe if _is_sparse(c, i) else mlp(c), None)
     return spec, _next_names(spec, delta, per_head)
 
 
 def qwen3_5(c: HF) -> tuple[Decoder, Names]:
     """The text half of a network that also sees."""
     delta, feed_forward = _delta_net(c), mlp(c)
-    spec = _hybrid(c, delta, lambda _: feed_forward)
+    spec = _hybrid(c, delta, lambda _: feed_forward, SECTIONS)
     return spec, _next_names(spec, delta, _in_proj_qkv(delta))
 
 
 def qwen3_5_moe(c: HF) -> tuple[Decoder, Names]:
     c.skip("intermediate_size")
     delta, moe = _delta_net(c), replace(_experts(c, **_shared(c)), renorm=True)
-    spec = _hybrid(c, delta, lambda _: moe)
+    spec = _hybrid(c, delta, lambda _: moe, SECTIONS)
     both = Split(dict.fromkeys(("gate_proj", "up_proj"), moe.expert.hidden))
     return spec, _next_names(spec, delta, {**_in_proj_qkv(delta), "gate_up_proj": both})
 
@@ -163,11 +164,13 @@ def _delta_net(c: HF) -> DeltaNet:
     )
 
 
-def _hybrid(c: HF, delta: DeltaNet, feed_forward: Callable[[int], MLP | MoE]) -> Decoder:
+def _hybrid(
+    c: HF, delta: DeltaNet, feed_forward: Callable[[int], MLP | MoE], sections: Sequence[int] | None
+) -> Decoder:
     c.refuse(not c.get("attn_output_gate", True), "attn_output_gate=false")
     c.skip("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype")
     norm = Norm(eps=c.number("rms_norm_eps"), offset=1.0)
-    rotary = rope(c, c.count("head_dim"), partial=0.25, sections=True)
+    rotary = rope(c, c.count("head_dim"), partial=0.25, alternating=sections)
     attn = attention(
         c, rope=rotary, qk_norm=norm, gate="sigmoid", gate_bias=bool(c.attention_bias), **biases(c)
     )

@@ -30,6 +30,8 @@ class Rope:
     theta: float = 10000.0
     interleaved: bool = False  # GPT-J pairs (0, 1), (2, 3), ...; otherwise halves
     scaling: Mapping[str, object] | None = None  # Hugging Face's rope parameters, "rope_type" first
+    # Where tokens have three positions, the one that each pair turns by: 0 time, 1 height, 2 width (Qwen2-VL, 2024).
+    axes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -474,6 +476,13 @@ class Foreign:
 
 
 Spec = Decoder | Foreign
+
+
+def has_axes(spec: Spec) -> bool:
+    """Whether tokens may have positions in time, height and width."""
+    mixers = () if isinstance(spec, Foreign) else [attention_of(block.mixer) for block in spec.blocks]
+    ropes = [mixer.rope for mixer in mixers if mixer is not None]
+    return any(rope is not None and rope.axes for rope in ropes)
 
 
 def num_chosen(spec: Spec, length: int) -> int:

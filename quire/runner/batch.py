@@ -75,6 +75,7 @@ def make_batch(work: Sequence[Work], state: SlotState) -> Batch:
         max_length=max_length,
         mixed=int(counts.min()) == 1 < int(counts.max()),
         beside=state.beside,
+        coordinates=_coordinates(work, state),
     )
     return Batch(
         work=tuple(work),
@@ -86,3 +87,17 @@ def make_batch(work: Sequence[Work], state: SlotState) -> Batch:
         slots=sampled,
         sample_positions=sample_positions,
     )
+
+
+def _coordinates(work: Sequence[Work], state: SlotState) -> Tensor | None:
+    """The step's, as `Ragged` has them; None if all tokens are one after another."""
+    if not any(w.slot in state.coordinates for w in work):
+        return None
+    parts = []
+    for w in work:
+        first, last, own = w.start, w.start + w.count, state.coordinates.get(w.slot)
+        parts.append(np.array([range(first, last)] * 3 if own is None else own.between(first, last)))
+    rows = np.concatenate(parts, axis=1)
+    if (rows == rows[0]).all():
+        return upload((rows[0],), state.tokens.device)[0]
+    return upload((rows.ravel(),), state.tokens.device)[0].view(rows.shape)

@@ -24,6 +24,7 @@ from quire.runner.advance import Inputs, advance, gather
 from quire.runner.batch import Batch
 from quire.runner.ring import Ring
 from quire.runner.rows import Rows
+from quire.runner.staging import send
 from quire.runner.state import SlotState
 from quire.sampling.logprobs import unpack_some
 from quire.sampling.sampler import FIXED_LOGPROBS, HostSampled, Sampler
@@ -73,6 +74,7 @@ class FixedKind(NamedTuple):
     longest: int
     uses: Uses | None  # None: the network alone
     shares: bool  # attention reads what sequences have in common once
+    moved: bool = False  # some tokens have other coordinates than their numbers
 
 
 class Asked(NamedTuple):
@@ -115,6 +117,7 @@ class FixedSteps:
             lengths=zeros(most, dtype=torch.int32),
             tables=zeros(most, state.tables.shape[1], dtype=torch.int32),
         )
+        self.coordinates = zeros(most)
         self.hidden = zeros(most, build.dim, dtype=build.dtype)
         self.score_width = 1 + min(FIXED_LOGPROBS, model.spec.vocab_size)
         self.ring = Ring(most * (2 + 2 * self.score_width + 1), device)
@@ -183,16 +186,27 @@ class FixedSteps:
         return batch, self.hidden[:count]
 
     def _fits(self, work: Sequence[Work]) -> bool:
-        return len(work) <= self.sizes[-1] and all(w.count == 1 and w.samples and not w.drafts for w in work)
+        return len(work) <= self.sizes[-1] and all(
+            w.count == 1 and w.samples and not w.drafts and self._is_plain(w) for w in work
+        )
+
+    def _is_plain(self, w: Work) -> bool:
+        """It has one coordinate in all rows, as everything has but a prompt that brings its own."""
+        return w.slot not in self.state.coordinates or w.start >= self.state.prompt_len[w.slot]
 
     def _place(self, work: Sequence[Work], uses: Uses | None) -> FixedKind:
         """Tell the device whose rows follow."""
         self.rows.place(work)
+        own = self.state.coordinates
+        offsets = [own[w.slot].offset if w.slot in own else 0 for w in work] if own else []
+        if moved := any(offsets):
+            at = [w.start + offset for w, offset in zip(work, offsets, strict=True)]
+            send(np.array(at), self.coordinates[: len(at)])
         num_rows = next(size for size in self.sizes if size >= len(work))
         longest = self.state.max_length
         if num_rows <= FEW_ROWS and max(w.start for w in work) < SHORT:
             longest = min(longest, SHORT)
-        return FixedKind(num_rows, longest, uses, self.rows.shares)
+        return FixedKind(num_rows, longest, uses, self.rows.shares, moved)
 
     def _step(self, kind: FixedKind) -> tuple[Inputs, Ragged]:
         """The same objects each time: attention backends know by them that it is the same memory."""
@@ -209,6 +223,7 @@ class FixedSteps:
                 max_length=kind.longest,
                 shared=self.rows.first(kind.num_rows) if kind.shares else None,
                 beside=self.state.beside,
+                coordinates=self.coordinates[: kind.num_rows] if kind.moved else None,
             )
             self.steps[kind] = inputs, ragged
         return self.steps[kind]

@@ -82,6 +82,8 @@ class MixedSteps:
         num_tokens = sum(w.count for w in work)
         if num_tokens > self.token_sizes[-1] or any(w.drafts for w in work):
             return None
+        if any(w.slot in self.fixed.state.coordinates for w in work):
+            return None
         sampling = tuple(w for w in work if w.samples)
         asked = self.fixed.asked([w.slot for w in sampling])
         if asked is None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quire.runner.staging import send, upload
 from quire.scheduler.plan import Plan
+from quire.types import Coordinates
 
 
 class SlotState:
@@ -26,6 +27,7 @@ class SlotState:
         tables: its columns of KV blocks, in the order of the positions they hold.
         blocks: the same of each slot, on the host.
         beside: [parts, num_blocks] int32, the blocks beside each block of the pool, where layers have any.
+        coordinates: of slots whose tokens are not one after another, on the host.
         num_starts: sequences that have been given a slot so far.
     """
 
@@ -45,6 +47,7 @@ class SlotState:
         self.blocks = [array("i") for _ in range(num_slots)]
         self.num_starts = 0
         self.prompt_len = [0] * num_slots
+        self.coordinates: dict[int, Coordinates] = {}
         self.beside = beside
 
     def apply(self, plan: Plan) -> None:
@@ -53,6 +56,8 @@ class SlotState:
             rows = np.array(plan.beside)
             told = upload((rows.ravel(),), self.beside.device)[0].view(rows.shape)
             self.beside[:, told[:, 0]] = told[:, 1:].T.int()
+        for slot in plan.ends:
+            self.coordinates.pop(slot, None)
         width = self.numbers.shape[1]
         places: list[int] = []  # in `numbers`, flat; none twice
         values: list[int] = []
@@ -64,6 +69,8 @@ class SlotState:
             self.blocks[start.slot] = array("i")
             self.num_starts += 1
             self.prompt_len[start.slot] = start.prompt_len
+            if start.coordinates is not None:
+                self.coordinates[start.slot] = start.coordinates
         for work in plan.work:
             if work.new_blocks:
                 mine = self.blocks[work.slot]

@@ -11,6 +11,7 @@ from hashlib import blake2b
 
 from quire.errors import CapacityError, ConfigError
 from quire.scheduler.near import Near
+from quire.types import Coordinates
 
 KEY_BYTES = 16
 MAX_EVICTED = 1 << 16  # keys of those that made room, remembered for statistics only
@@ -65,13 +66,23 @@ class BlockPool:
         """Blocks that so many positions fill."""
         return -(-num_tokens // self.block_size)
 
-    def extend_keys(self, keys: list[bytes], root: bytes, tokens: "array[int]", num: int) -> None:
-        """Bring a chain's keys up to `num` full blocks; tokens enter them as 64-bit integers."""
+    def extend_keys(
+        self,
+        keys: list[bytes],
+        root: bytes,
+        tokens: "array[int]",
+        num: int,
+        coordinates: Coordinates | None = None,
+    ) -> None:
+        """Bring a chain's keys up to `num` full blocks; tokens and coordinates enter them as 64-bit integers."""
         size = self.block_size
         parent = keys[-1] if keys else root
         for i in range(len(keys), num):
+            first, last = i * size, (i + 1) * size
             block = self._hash.copy()
-            block.update(parent + tokens[i * size : (i + 1) * size].tobytes())
+            block.update(parent + tokens[first:last].tobytes())
+            if coordinates is not None:
+                block.update(_apart(coordinates, first, last))
             keys.append(parent := block.digest())
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
@@ -143,3 +154,9 @@ class BlockPool:
         if (key := self.key_of.pop(block, None)) is not None:
             del self.by_key[key]
         return key
+
+
+def _apart(coordinates: Coordinates, first: int, last: int) -> bytes:
+    """What a block's coordinates add to its key: nothing where they are the tokens' numbers, as without any."""
+    rows, usual = coordinates.between(first, last), tuple(range(first, last))
+    return b"" if rows == (usual,) * len(rows) else b"".join(array("q", row).tobytes() for row in rows)

@@ -62,6 +62,16 @@ class Limits:
             raise InvalidRequest(f"max_tokens is {new.max_tokens}; it must be at least 1", param="max_tokens")
         if not 0 < new.share < inf:
             raise InvalidRequest(f"share is {new.share}; it must be above 0, and finite", param="share")
+        if (at := new.coordinates) is not None and (
+            {*map(len, at.rows)} != {num_prompt}
+            or min(map(min, at.rows)) < 0
+            or total + at.offset > (self.max_length or inf)
+        ):
+            raise InvalidRequest(
+                f"positions must be 0 or more, {num_prompt} in a row, and leave room for {new.max_tokens} output tokens"
+                f" below {self.max_length} (max_model_len)",
+                param="positions",
+            )
         if len(new.output) >= new.max_tokens:
             raise InvalidRequest(
                 f"it has {len(new.output)} output tokens already, and max_tokens is {new.max_tokens}; there is nothing"

@@ -6,6 +6,8 @@ and making a frozen one takes five times as long.
 
 from dataclasses import dataclass, field
 
+from quire.types import Coordinates
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -16,6 +18,7 @@ class Start:
     tokens: tuple[int, ...]  # prompt, then the outputs so far: a preempted sequence comes back with some
     prompt_len: int
     restore: int = -1  # the row whose state it begins with, of networks that keep states; -1: zeros
+    coordinates: Coordinates | None = None  # None: tokens are one after another
 
 
 @dataclass(slots=True)

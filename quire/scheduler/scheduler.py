@@ -207,7 +207,7 @@ class Scheduler:
         if not seq.new.read_cache:
             return Hit(), None
         last = self._num_reusable(seq)
-        self.pool.extend_keys(seq.kv.keys, seq.new.cache_root, seq.tokens, last)
+        self.pool.extend_keys(seq.kv.keys, seq.new.cache_root, seq.tokens, last, seq.new.coordinates)
         hit = self.holdings.find(seq.kv.keys[:last])
         key = self.sharing.awaited(seq, len(hit.blocks), last)
         if self.checkpoints is not None:
@@ -244,7 +244,7 @@ class Scheduler:
         seq.planned = kv.num_published * size
         kv.next_full = seq.planned + size
         num_full = len(seq.tokens) // size
-        pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, num_full)
+        pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, num_full, seq.new.coordinates)
         self.sharing.claim(seq, num_full)
         if self.checkpoints is not None:
             self._place_cuts(seq, self.checkpoints)
@@ -316,7 +316,7 @@ class Scheduler:
         """Make the blocks findable that computed positions have filled."""
         kv, size = seq.kv, self.pool.block_size
         first, full = kv.num_published, num_computed // size
-        self.pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, full)
+        self.pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, full, seq.new.coordinates)
         self.holdings.publish(kv, first, full)
         if self.checkpoints is not None:
             self._publish_states(kv, full, self.checkpoints)
@@ -428,7 +428,8 @@ class Scheduler:
                 save = self._keep(seq, start + count)
             if seq.slot < 0:
                 self.seats.take_slot(seq)
-                starts.append(Start(seq.id, seq.slot, tuple(seq.tokens), len(seq.new.prompt), seq.kv.restore))
+                known = tuple(seq.tokens), len(seq.new.prompt)
+                starts.append(Start(seq.id, seq.slot, *known, seq.kv.restore, seq.new.coordinates))
                 self._let_go_of_restored(seq.kv)
                 new_blocks = tuple(seq.kv.blocks)
             seq.planned += count

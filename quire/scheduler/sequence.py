@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from operator import attrgetter
 
-from quire.types import CacheMisses
+from quire.types import CacheMisses, Coordinates
 
 
 class State(Enum):
@@ -40,6 +40,7 @@ class NewSequence:
     tenant: str = ""
     share: float = 1.0  # of the machine that the tenant gets, relative to other tenants
     cache_root: bytes = b""
+    coordinates: Coordinates | None = None
     read_cache: bool = True
 
 

@@ -20,6 +20,7 @@ from quire.scheduler.near import Near
 from quire.scheduler.plan import Emitted, Plan, Result
 from quire.scheduler.scheduler import NewSequence, Scheduler
 from quire.scheduler.sequence import SequenceStats
+from quire.types import Coordinates
 
 VERSION = 4
 SECRET = b"replay"  # plans depend on which keys are equal, not on their values
@@ -187,9 +188,11 @@ def _parse(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 def _add_again(scheduler: Scheduler, new: dict[str, Any], now: float) -> None:
     sets = {name: frozenset(new[name]) for name in ("stop_token_ids", "eos_token_ids")}
     lists = {name: tuple(new[name]) for name in ("prompt", "output")}
-    root = bytes.fromhex(new["cache_root"])
+    others: dict[str, Any] = {"cache_root": bytes.fromhex(new["cache_root"])}
+    if (at := new.get("coordinates")) is not None:
+        others["coordinates"] = Coordinates(tuple(map(tuple, at["rows"])), at["offset"])
     try:
-        scheduler.add(NewSequence(**{**new, **sets, **lists, "cache_root": root}), now)
+        scheduler.add(NewSequence(**{**new, **sets, **lists, **others}), now)
     except InvalidRequest:
         return  # as it was when it was recorded
 

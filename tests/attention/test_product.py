@@ -109,8 +109,11 @@ def test_a_position_is_the_same_bits_for_any_chunks_and_threads(
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["", "int8"])
-def test_it_is_what_the_reference_attends(quantized: bool) -> None:
+@pytest.mark.parametrize("apart", [False, True], ids=["", "rows apart from positions"])
+def test_it_is_what_the_reference_attends(apart: bool, quantized: bool) -> None:
     layer = Layer("float32", 64)
+    if apart:
+        layer.turn = dataclasses.replace(layer.turn, at=torch.arange(LENGTH).flip(0))
     found = []
     for backend in (Cpu(quantized=quantized), Reference(16, quantized=quantized)):
         cache = backend.views(layer.pool(backend), 0, layer.shape, layer.dtype)

@@ -170,12 +170,13 @@ def test_a_step_whose_tensors_are_written_in_place() -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "dim", "half", "normed", "interleaved"),
     [(4, 2, 32, 16, True, False), (5, 1, 24, 8, True, True), (3, 3, 18, 5, False, False)],
 )
 def test_turning_and_storing_at_once(
-    num_heads: int, num_kv_heads: int, dim: int, half: int, normed: bool, interleaved: bool
+    num_heads: int, num_kv_heads: int, dim: int, half: int, normed: bool, interleaved: bool, apart: bool
 ) -> None:
     """As the two operations do it; of what has no slot, only the queries turn."""
     shape, backend, tokens = CacheShape(num_kv_heads, dim, dim), Triton(16), 21
@@ -183,7 +184,8 @@ def test_turning_and_storing_at_once(
     heads = torch.randn(tokens, num_heads + 2 * num_kv_heads, dim, generator=generator).to(DEVICE)
     angles = torch.randn(64, half, generator=generator).to(DEVICE)
     weights = torch.randn(num_heads + num_kv_heads, dim, generator=generator).to(DEVICE) if normed else None
-    turn = Turn(angles.cos(), angles.sin(), interleaved, weights, 1e-6)
+    at = torch.arange(40, 40 - tokens, -1, device=DEVICE) if apart else None
+    turn = Turn(angles.cos(), angles.sin(), interleaved, weights, 1e-6, at)
     step = ragged([7], [tokens], [[2, 0]], 16, DEVICE)
     step.slot_mapping[4] = -1
     pools = [torch.zeros(3, shape.num_bytes(16, 4), dtype=torch.uint8, device=DEVICE) for _ in range(2)]
@@ -314,12 +316,15 @@ def test_newest_tokens_are_turned_stored_and_attended_at_once(
         lengths=torch.cat((step.lengths, nobody)),
         block_tables=torch.cat((step.block_tables, nobody[:, None].expand(2, 10))),
     )
-    got = backend.attend_turned(heads.clone(), caches[0], turn, padded, scale=0.2, window=40)
-    want = oracle.attend_turned(heads[:5].clone(), caches[1], turn, step, scale=0.2, window=40)
-    torch.testing.assert_close(got[:4], want[:4], rtol=0, atol=2e-5)
-    assert not got[5:].any()
-    for ours, theirs in ((caches[0].k, caches[1].k), (caches[0].v, caches[1].v)):
-        torch.testing.assert_close(ours[..., :dim], theirs, rtol=0, atol=1e-5)
+    at = torch.tensor([3, 0, 90, 20, 8, 0, 0], device=DEVICE)  # rows apart from positions
+    for whole in (turn, dataclasses.replace(turn, at=at)):
+        part = whole if whole.at is None else dataclasses.replace(whole, at=at[:5])
+        got = backend.attend_turned(heads.clone(), caches[0], whole, padded, scale=0.2, window=40)
+        want = oracle.attend_turned(heads[:5].clone(), caches[1], part, step, scale=0.2, window=40)
+        torch.testing.assert_close(got[:4], want[:4], rtol=0, atol=2e-5)
+        assert not got[5:].any()
+        for ours, theirs in ((caches[0].k, caches[1].k), (caches[0].v, caches[1].v)):
+            torch.testing.assert_close(ours[..., :dim], theirs, rtol=0, atol=1e-5)
 
 
 def test_a_head_dimension_is_two_powers_of_two() -> None:

@@ -16,6 +16,7 @@ from quire.engine.wire import Channel, WireError
 from quire.errors import EngineDead
 from quire.types import (
     CacheMisses,
+    Coordinates,
     FinishReason,
     Grammar,
     OutputKind,
@@ -77,6 +78,7 @@ submissions = st.builds(
     tenant=texts,
     cache_salt=texts,
     outputs=outputs,
+    coordinates=st.none() | st.builds(Coordinates, st.lists(many.map(tuple), max_size=3).map(tuple), counts),
     grammar=st.none()
     | st.builds(
         Grammar,

@@ -85,7 +85,7 @@ def _rotated_whole(attention: Attention) -> Attention:
     rope = attention.rope
     if rope is None or rope.dim == attention.head_dim or "long_factor" in (rope.scaling or {}):
         return attention
-    return replace(attention, rope=replace(rope, dim=attention.head_dim))
+    return replace(attention, rope=replace(rope, dim=attention.head_dim, axes=None))
 
 
 def _unsaturated(act: str) -> str:
@@ -104,6 +104,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "theta": _times("theta", 3.0),
         "interleaved": _flip("interleaved"),
         "scaling": _set("scaling", None),
+        "axes": _set("axes", None),
     },
     Attention: {
         "rope": _set("rope", None),

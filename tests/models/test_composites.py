@@ -59,7 +59,8 @@ def test_defaults_are_those_of_hugging_face(case: Composite) -> None:
         try:
             ours = decoder_spec(reduced)
         except ModelError as error:
-            assert key in str(error) or "key-value heads" in str(error)  # too many for so few heads
+            # Too many for so few heads, or sections that are no heads'.
+            assert key in str(error) or "key-value heads" in str(error) or "mrope_section" in str(error)
             continue
         full = type(config_of(case)).from_dict(json.loads(json.dumps(reduced)))
         assert ours == decoder_spec(full.to_dict() | {"architectures": [case.architecture]}), key

@@ -3,7 +3,7 @@
 Without this, a window wider than the prompt or a norm of ones would leave its feature untested everywhere.
 """
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -20,7 +20,7 @@ from quire.checkpoint.reader import Checkpoint
 from quire.layers.decoder import Decoder
 from quire.models.names import Names
 from quire.models.registry import decoder_spec
-from quire.models.spec import Attention, attention_of
+from quire.models.spec import Attention, attention_of, has_axes
 from quire.models.spec import Decoder as Spec
 from tests.models.case import comparable
 from tests.models.cases import CASES, Case, build_hf, prompt
@@ -77,17 +77,22 @@ def parts_of(kind: object) -> set[type]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @torch.inference_mode()
 def test_every_feature_shows_in_the_logits(case: Case, tmp_path: Path) -> None:
-    tokens = prompt(NUM_TOKENS)
-    theirs = build_hf(comparable(case), tmp_path)(torch.tensor([tokens])).logits[0]
+    tokens, model = prompt(NUM_TOKENS), build_hf(comparable(case), tmp_path)
     spec, names = decoder_spec(read_config(tmp_path))
+    at = torch.arange(NUM_TOKENS) // torch.tensor([[3], [2], [1]]) if has_axes(spec) else None  # [3, T]
+    more = {} if at is None else {"position_ids": at[:, None]}
+    theirs = model(torch.tensor([tokens]), **more).logits[0]
     allowed = SAME * max(1.0, theirs.abs().max().item() / LARGE)
-    assert far(logits(spec, names, tmp_path, tokens), theirs) < allowed
-    dropped = {what: far(logits(less, names, tmp_path, tokens), theirs) for what, less in mutations(spec)}
+    assert far(logits(spec, names, tmp_path, tokens, at), theirs) < allowed
+    dropped = {what: far(logits(less, names, tmp_path, tokens, at), theirs) for what, less in mutations(spec)}
     assert len(dropped) >= 3
     assert {what: distance for what, distance in dropped.items() if not distance > VISIBLE} == {}
 
 
-def logits(spec: Spec, names: Names, folder: Path, tokens: list[int]) -> Tensor:
+def logits(
+    spec: Spec, names: Names, folder: Path, tokens: list[int], coordinates: Tensor | None = None
+) -> Tensor:
+    """`coordinates` [3, T]: of the tokens, if they are not one after another."""
     decoder = Decoder(spec, backend=Reference(BLOCK_SIZE), dtype=torch.float32)
     decoder.load(Checkpoint(folder, names))
     num_blocks = -(-len(tokens) // BLOCK_SIZE)
@@ -98,6 +103,8 @@ def logits(spec: Spec, names: Names, folder: Path, tokens: list[int]) -> Tensor:
     for start in range(0, len(tokens), at_once):
         some = torch.tensor(tokens[start : start + at_once])
         step = ragged([start], [len(some)], [list(range(num_blocks))], BLOCK_SIZE)
+        if coordinates is not None:
+            step = replace(step, coordinates=coordinates[:, start : start + at_once])
         found.append(decoder.logits(decoder(some, step, caches)))
     return torch.cat(found)
 

@@ -8,6 +8,7 @@ import pytest
 
 from quire.errors import CapacityError, ConfigError
 from quire.scheduler.blocks import BlockPool
+from quire.types import Coordinates
 from tests.scheduler.device import SECRET
 
 TOKENS = array("q", (5, 1, 4, 1, 5, 9, 2, 6, 5, 3))
@@ -50,6 +51,24 @@ def test_keys_grow_with_the_sequence() -> None:
         pool.extend_keys(keys, b"root", TOKENS, num)
         assert len(keys) == num
     assert keys == keys_of(pool, TOKENS)
+
+
+def test_coordinates_enter_the_keys_of_blocks_that_have_others_than_text() -> None:
+    """And so all that come after them. What comes after a prompt's end has them as if it were the prompt's."""
+    pool = BlockPool(8, 2, secret=SECRET)
+
+    def keys(*rows: tuple[int, ...]) -> list[bytes]:
+        found: list[bytes] = []
+        pool.extend_keys(found, b"root", TOKENS, 5, Coordinates.of(rows))
+        return found
+
+    text, plain = tuple(range(10)), keys_of(pool, TOKENS)
+    assert keys(text, text, text) == keys(text[:3], text[:3], text[:3]) == plain
+    image = (0, 1, 2, 2, 2, 2, 4, 5, 6, 7), (0, 1, 2, 2, 3, 3, 4, 5, 6, 7), (0, 1, 2, 3, 2, 3, 4, 5, 6, 7)
+    found = keys(*image)
+    assert found[0] == plain[0] and not set(found[1:]) & set(plain)
+    assert keys(*(row[:6] for row in image)) == found
+    assert not set(keys(image[0], image[2], image[1])[1:]) & set(found)
 
 
 def test_the_key_is_the_documented_hash() -> None:

@@ -1,11 +1,14 @@
 """What is refused, and how it is said."""
 
+from dataclasses import replace
+
 import pytest
 
 from quire.errors import ConfigError, InvalidRequest, PromptTooLong
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.limits import Limits
 from quire.scheduler.scheduler import NewSequence, Scheduler
+from quire.types import Coordinates
 from tests.scheduler.device import SECRET
 
 
@@ -89,3 +92,16 @@ def test_ids_are_unique() -> None:
 def test_impossible_limits_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Limits(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("last", [[3, 3, 3], [3, 3, -1], [3, 3, 5], [3, 3]])
+def test_positions_are_those_of_the_tokens_and_leave_room(last: list[int]) -> None:
+    """The prompt's last token is at 3 in three rows, and six more may follow it."""
+    rows = [[0, 1, 2, *last[i : i + 1]] for i in range(3)]
+    new = replace(sequence(4, 6), coordinates=Coordinates(tuple(map(tuple, rows)), max(last) - 3))
+    if last == [3, 3, 3]:
+        scheduler(max_length=10).add(new, 0.0)
+    else:
+        with pytest.raises(InvalidRequest, match="positions must be 0 or more, 4 in a row") as e:
+            scheduler(max_length=10).add(new, 0.0)
+        assert e.value.param == "positions"

@@ -208,7 +208,7 @@ class Triton:
                     cache.k,
                     cache.v,
                     step.slot_mapping,
-                    step.positions,
+                    turn.rows(step),
                     turn.weights,
                     turn.cos,
                     turn.sin,
@@ -299,8 +299,9 @@ class Triton:
         if most:
             shared = step.shared if most == 1 and window == NO_WINDOW else None
             rows = most * group + (turn is not None)  # the key is turned with its queries
+            turned = step.positions if turn is None else turn.rows(step)
             share, sizes = self._share(cache, step, shared, most, (most * group, rows), window)
-            inputs = (q, cache.k, cache.v, step.block_tables, *common, step.slot_mapping, step.positions)
+            inputs = (q, cache.k, cache.v, step.block_tables, *common, step.slot_mapping, turned)
             left, sizes["SPLITS"] = None, 0
             if shared is not None:
                 left, sizes["SPLITS"] = self._left(q, cache, step, shared, scales, constants)
