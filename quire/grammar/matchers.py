@@ -28,14 +28,14 @@ class Place:
 
     Attributes:
         thinking: None once it is over.
-        pending: newest tokens that are not taken in yet.
+        pending: newest tokens that are not taken in yet, each as a row of what a call waits for.
     """
 
     def __init__(
         self, matcher: llguidance.LLMatcher | None, thinking: Thinking | None, budget: Bounded | None
     ):
         self.matcher, self.thinking, self.budget = matcher, thinking, budget
-        self.pending: deque[Callable[[], int]] = deque()
+        self.pending: deque[tuple[Callable[[], Sequence[int]], int]] = deque()
 
     @property
     def may_think(self) -> int | None:
@@ -83,7 +83,8 @@ class Place:
     def settle(self, num_pending: int = 0) -> None:
         """Take in all but so many newest tokens; waits for them."""
         while len(self.pending) > num_pending:
-            self.take(self.pending.popleft()())
+            tokens, row = self.pending.popleft()
+            self.take(tokens()[row])
 
 
 class Allowed:
@@ -154,8 +155,9 @@ class Matchers:
             return
         for row, seq in enumerate(seqs):
             if (place := self.places.get(seq)) is not None:
-                place.pending.append(lambda row=row: tokens()[row])  # type: ignore[misc]
-                self._settle(seq, place, MOST_PENDING)
+                place.pending.append((tokens, row))
+                if len(place.pending) > MOST_PENDING:
+                    self._settle(seq, place, MOST_PENDING)
 
     def foresee(self, seqs: Sequence[int]) -> None:
         """Begin to find out in a thread what `allowed` will be asked for, while others compute on the host."""

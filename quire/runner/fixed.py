@@ -4,10 +4,11 @@ Which slot each row is goes up when it has changed; everything else is on the de
 are padded to one of few sizes with nobody's slot. So a step is the same kernels on the same memory each time, and on
 CUDA one graph:
 
-    gather | network | logits | draw | advance, which reports to the host        or, where the sampler must run on
-    gather | network | copy of its output                                        the host's numbers, the first half
+    gather | network | logits | draw | advance, which reports to the host
+    gather | network | copy of its output      where the sampler must run on the host's numbers, the first half;
+                       logits | draw | advance      on a CPU the second, with masks that the host made meanwhile
 
-On a CPU it is a recording, which there are for few rows and for each number of them: padding would take time.
+On a CPU each is a recording, which there are for few rows and for each number of them: padding would take time.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.base import Cache, Ragged
+from quire.grammar.matchers import Allowed
 from quire.layers.base import Network
 from quire.runner.advance import Inputs, advance, gather
 from quire.runner.batch import Batch
@@ -26,6 +28,7 @@ from quire.runner.ring import Ring
 from quire.runner.rows import Rows
 from quire.runner.staging import send
 from quire.runner.state import SlotState
+from quire.runner.states import StatesLost
 from quire.sampling.logprobs import unpack_some
 from quire.sampling.sampler import FIXED_LOGPROBS, HostSampled, Sampler
 from quire.sampling.slots import Uses
@@ -54,6 +57,7 @@ class Repeated(Protocol):
     """Steps that are computed again by one call: graphs.py, recordings.py."""
 
     with_logprobs: bool  # whether steps may be whole in which rows ask for log probabilities
+    with_masks: bool  # whether what follows the network may be a step of its own, with grammars' masks
 
     def run(self, kind: Hashable, compute: Callable[[], None]) -> bool:
         """Run `compute`, whose kernels and memory depend on `kind` alone; False if it was not.
@@ -75,6 +79,13 @@ class FixedKind(NamedTuple):
     uses: Uses | None  # None: the network alone
     shares: bool  # attention reads what sequences have in common once
     moved: bool = False  # some tokens have other coordinates than their numbers
+
+
+class DrawKind(NamedTuple):
+    """What the kernels depend on that follow a network's alone."""
+
+    num_rows: int
+    uses: Uses
 
 
 class Asked(NamedTuple):
@@ -122,6 +133,7 @@ class FixedSteps:
         self.score_width = 1 + min(FIXED_LOGPROBS, model.spec.vocab_size)
         self.ring = Ring(most * (2 + 2 * self.score_width + 1), device)
         self.steps: dict[FixedKind, tuple[Inputs, Ragged]] = {}
+        self.begun: Batch | None = None  # of the latest step of a network alone
 
     def sample(self, work: Sequence[Work]) -> Callable[[], HostSampled] | None:
         """Start the work's whole step; the returned call waits for its tokens."""
@@ -183,7 +195,25 @@ class FixedSteps:
             slots=self.rows.slots[:count],
             sample_positions=inputs.following[:count],
         )
+        self.begun = batch
         return batch, self.hidden[:count]
+
+    def draw(self, batch: Batch, allowed: Callable[[], Allowed | None]) -> Callable[[], HostSampled] | None:
+        """Sample what follows the batch that `forward` has begun; the returned call waits for its tokens.
+
+        `allowed`: waits for what grammars let its rows have.
+        """
+        if batch is not self.begun or not self.graphs.with_masks:
+            return None
+        asked = self.asked([w.slot for w in batch.work])
+        if asked is None:
+            return None
+        kind = DrawKind(len(batch.work), asked.uses | self.sampler.mask(allowed()))
+        ends = (self.hidden[: kind.num_rows], batch.slots, batch.sample_positions, kind.uses)
+        try:
+            return self.start(kind, lambda: self.finish(*ends), kind.num_rows, asked.num_logprobs)
+        except StatesLost:  # none has changed since the network
+            return None
 
     def _fits(self, work: Sequence[Work]) -> bool:
         return len(work) <= self.sizes[-1] and all(

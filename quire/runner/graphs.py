@@ -22,6 +22,7 @@ class Graphs:
     """
 
     with_logprobs = True
+    with_masks = False  # whose memory is the host's
 
     def __init__(self, axes: Axes | None = None, *, capture: bool = True, keeps_states: bool = False):
         """`axes`: whose ranks compute the steps, each with graphs of its own: all have one of a kind, or none has.

@@ -17,6 +17,7 @@ from quire.runner.states import StatesLost
 class Recordings:
     """One recording for each kind of step. They share memory for what they compute on the way: one runs at a time."""
 
+    with_masks = True
     with_logprobs = False  # torch computes them, and of equally likely tokens others for another k
 
     def __init__(self, axes: Axes, *, keeps_states: bool = False) -> None:

@@ -18,7 +18,7 @@ from llguidance import LLMatcher
 from torch import Tensor
 
 from quire.attention.base import Cache
-from quire.grammar.matchers import Matchers
+from quire.grammar.matchers import Allowed, Matchers
 from quire.layers.base import Network
 from quire.log import logger
 from quire.runner.advance import ENDED
@@ -231,13 +231,13 @@ class Runner:
         """
         rows = batch.sampling
         try:
+            allowed = cache(lambda: self._allowed(rows))
+            if self.fixed and (fetch := self.fixed.draw(batch, allowed)) is not None:
+                return [self._told(rows, fetch)]
             logits = self.model.logits(hidden[batch.last_rows])
             positions = [w.start + w.count for w in rows]
-            allowed = self.grammars.allowed([w.seq for w in rows])
-            sampled = self.sampler.sample(logits, [w.slot for w in rows], positions, allowed)
+            sampled = self.sampler.sample(logits, [w.slot for w in rows], positions, allowed())
             self.state.append(batch.slots, batch.sample_positions, sampled.token_ids)
-            if allowed is not None:
-                self.failed.update(allowed.errors)
             return [self._told(rows, cache(to_host(sampled)))]
         except Exception as error:
             if self.model.axes.splits(error):
@@ -252,6 +252,13 @@ class Runner:
         middle = len(rows) // 2
         parts = (slice(middle), slice(middle, None))
         return [drawn for part in parts for drawn in self._draw(batch.rows(part), hidden)]
+
+    def _allowed(self, rows: Sequence[Work]) -> Allowed | None:
+        """What grammars let these rows have, and who fails by them. Waits for their newest tokens."""
+        allowed = self.grammars.allowed([w.seq for w in rows])
+        if allowed is not None:
+            self.failed.update(allowed.errors)
+        return allowed
 
     def _told(self, rows: tuple[Work, ...], fetch: Callable[[], HostSampled]) -> Drawn:
         """What rows got, of which their grammars learn too."""

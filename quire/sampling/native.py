@@ -18,6 +18,7 @@ class Kernels(NamedTuple):
 
     draw: Kernel
     draw_together: Kernel
+    exclude: Kernel
     penalise: Kernel
 
 
@@ -57,6 +58,16 @@ def draw(
         kernels.draw_together(*others.place, *call, *own)
         others.check()
     return token_ids, bad
+
+
+def exclude(logits: Tensor, addresses: Tensor, own: range) -> bool:
+    """Do what `quire.sampling.masks.exclude` does; False without the compiled library."""
+    kernels = _kernels()
+    if kernels is None or logits.stride(-1) != 1:
+        return False
+    shape = (len(logits), logits.shape[1], logits.stride(0))
+    kernels.exclude(logits.data_ptr(), *shape, addresses.data_ptr(), own.start, torch.get_num_threads())
+    return True
 
 
 def penalise(logits: Tensor, slots: Tensor, addresses: Tensor) -> bool:

@@ -10,24 +10,20 @@ What a row has generated, which decides about phrases, is on the device already.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from quire.errors import InvalidRequest
 from quire.kernels.dispatch import op
 from quire.parallel.vocabulary import Vocabulary
 from quire.sampling import cuda
 from quire.sampling.records import Records
-from quire.sampling.slots import upload
 from quire.types import SamplingParams
 
 ANY = -1  # matches every token
-CACHED_LOGITS = 1 << 18  # a megabyte
 
 
 class Header(NamedTuple):
@@ -96,31 +92,6 @@ def record_of(
     values = [list(early.values()), [always.get(token, 0.0) for token in early]]
     floats = np.array(values, np.float32).flatten().view(np.int32)
     return np.concatenate((np.array(header, np.int32), mask, added, floats, lasts, others))
-
-
-def mask(logits: Tensor, rows: Sequence[int], words: np.ndarray, vocabulary: Vocabulary) -> None:
-    """Exclude in `rows` [M] of `logits` [R, own] what `words` [M, W] int32 do not allow: bits as in `Parts.allowed`.
-
-    They are of the whole vocabulary, and tokens beyond them are not allowed. A NaN stays, and infinity turns to one.
-    """
-    own, device = vocabulary.own, logits.device
-    first = own.start // 8
-    part = np.zeros((len(rows), -(-own.stop // 8) - first), np.uint8)
-    found = words.view(np.uint8)[:, first : first + part.shape[1]]
-    part[:, : found.shape[1]] = found
-    sent = upload(torch.from_numpy(part), torch.int32, device)
-    index, skipped = upload(rows, torch.int64, device), own.start - first * 8
-    at_once = max(CACHED_LOGITS // len(own), 1) if device.type == "cpu" else len(rows)
-    for at in range(0, len(rows), at_once):
-        bars = embedding(sent[at : at + at_once], _bars(device)).flatten(1)
-        logits.index_add_(0, index[at : at + at_once], bars[:, skipped : skipped + len(own)])
-
-
-@cache
-def _bars(device: torch.device) -> Tensor:
-    """[256, 8] float32: what to add to the logits of eight tokens, by their bits."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    return torch.from_numpy(np.where(bits == 1, 0.0, -np.inf)).to(device, torch.float32)
 
 
 @op

@@ -25,10 +25,12 @@ from quire.parallel.vocabulary import Vocabulary
 from quire.sampling import penalties, rules
 from quire.sampling.draw import draw
 from quire.sampling.logprobs import Logprobs, compute, unpack
+from quire.sampling.masks import Masks, exclude
 from quire.sampling.slots import NO_LOGPROBS, SlotParams, Stops, Uses, upload
 from quire.types import SamplingParams, TokenLogprobs
 
 EXTRAS = Uses.RULES | Uses.PENALTIES
+CHANGES = EXTRAS | Uses.MASKS  # of the logits
 FIXED_LOGPROBS = 20  # what OpenAI's protocol allows, and what a graph computes if any row asks for some
 
 
@@ -80,6 +82,7 @@ class Sampler:
         """
         self._vocabulary, self._tokens, self._device = vocabulary, tokens, tokens.device
         self._params = SlotParams(vocabulary.size, len(tokens) - 1, tokens.device)
+        self._masks = Masks(len(tokens))
 
     @property
     def stops(self) -> Stops:
@@ -139,22 +142,25 @@ class Sampler:
         self._params.flush()
         where, at = self._upload(slots, positions)
         uses = self._params.uses[slots]
-        union = Uses(int(np.bitwise_or.reduce(uses, initial=0)))
+        union = Uses(int(np.bitwise_or.reduce(uses, initial=0))) | self.mask(allowed)
         asked = self._logprob_rows(slots) if union & Uses.LOGPROBS else {}
         index = {k: self._index(rows, len(slots)) for k, rows in asked.items()}
         raw = {k: logits[rows] for k, rows in index.items()}
-        if (
-            union & EXTRAS or allowed is not None
-        ):  # nothing else writes to the logits, and a slice of them is no copy
+        if union & CHANGES:  # nothing else writes to the logits, and a slice of them is no copy
             raw = {k: own.clone() if isinstance(index[k], slice) else own for k, own in raw.items()}
-        if allowed is not None:
-            rules.mask(logits, allowed.rows, allowed.words, self._vocabulary)
         token_ids, bad = self._choose(logits, where, at, union)
         groups = [
             compute(raw[k], token_ids[index[k]], k, rows, self._vocabulary) for k, rows in asked.items()
         ]
         self._count(where, token_ids, union)
         return Sampled(token_ids, bad, tuple(groups))
+
+    def mask(self, allowed: Allowed | None) -> Uses:
+        """What grammars let the rows of the coming step have; what `sample_fixed` needs to see to it."""
+        if allowed is None:
+            return Uses(0)
+        self._masks.put(allowed)
+        return Uses.MASKS
 
     def fixed_uses(self, slots: Sequence[int]) -> Uses | None:
         """What the slots need of `sample_fixed`, or None where it does not do it; sends what has changed of them.
@@ -181,7 +187,7 @@ class Sampler:
         FIXED_LOGPROBS tokens, for every row. Nobody's slot may appear more than once.
         """
         scored = bool(uses & Uses.LOGPROBS)
-        raw = logits.clone() if scored and uses & EXTRAS else logits
+        raw = logits.clone() if scored and uses & CHANGES else logits
         token_ids, bad = self._choose(logits, slots, positions, uses)
         rows = range(len(token_ids))
         groups = (compute(raw, token_ids, FIXED_LOGPROBS, rows, self._vocabulary),) if scored else ()
@@ -191,6 +197,8 @@ class Sampler:
     def _choose(self, logits: Tensor, slots: Tensor, positions: Tensor, uses: Uses) -> tuple[Tensor, Tensor]:
         """Tokens [R] and bad rows [R]; the logits are overwritten."""
         kept = self._params.kept
+        if uses & Uses.MASKS:
+            exclude(logits, self._masks, self._vocabulary)
         if uses & Uses.RULES:
             rules.restrict(logits, slots, positions, self._tokens, kept.rules)
         if uses & Uses.PENALTIES:

@@ -28,6 +28,7 @@ class Uses(IntFlag):
     PENALTIES = 4
     RULES = 8
     LOGPROBS = 16
+    MASKS = 32  # of a step's rows rather than a slot's
 
 
 class Kept(NamedTuple):

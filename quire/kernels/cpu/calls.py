@@ -50,6 +50,7 @@ LAYOUTS = {
     "quire_copy": "2Pq",
     "quire_draw": "P3q8Pi",
     "quire_draw_together": "2iP3qP3q8Pi3q",
+    "quire_exclude": "P3qPqi",
     "quire_penalise": "P2qPqPi",
     "quire_all_reduce": "5iP3q2P3q",
     "quire_all_gather": "2iP3q2P2q",

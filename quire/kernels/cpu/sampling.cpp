@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int64_t WORD = 32;  // bits of a mask
+
 // The row's token, or -1 if it has NaN, +inf, or nothing to draw.
 int64_t draw_row(const Row& row) {
   static thread_local std::vector<float> maxima;  // scratch, kept: fresh pages would cost more than the work
@@ -20,6 +22,17 @@ int64_t draw_row(const Row& row) {
   }
   float floor = survivors(row, maxima, greatest * row.scale, found);
   return draw_among(row, found, floor).token;
+}
+
+// Adds -inf to the logits of tokens first, first + 1, ... whose bit is 0: token t's is bit t % 32 of word t / 32.
+SELECTING void exclude_row(float* logits, int64_t size, int64_t first, const uint32_t* words) {
+  for (int64_t at = 0; at < size; at += WORD) {
+    const int64_t count = std::min(WORD, size - at), bit = (first + at) % WORD;
+    const uint32_t* word = words + (first + at) / WORD;
+    const uint32_t above = bit + count > WORD ? word[1] << (WORD - bit) : 0, allowed = word[0] >> bit | above;
+    if (allowed == ~0u) continue;
+    for (int64_t i = 0; i < count; ++i) logits[at + i] += allowed >> i & 1 ? 0.0f : -INF;
+  }
 }
 
 // Divides or multiplies the logits of tokens seen by the repetition penalty, then subtracts those for generated.
@@ -38,6 +51,14 @@ SELECTING void penalise_block(float* logits, const int32_t* seen, int64_t size, 
 }
 
 }  // namespace
+
+struct Exclude {
+  float* logits;
+  int64_t num_rows, size, stride;
+  const int64_t* addresses;
+  int64_t first;
+  int32_t threads;
+};
 
 struct Penalise {
   float* logits;
@@ -58,6 +79,15 @@ extern "C" void quire_draw(const void* args) {
     a.bad[r] = token < 0;
     a.tokens[r] = token < 0 ? 0 : token;
   }
+}
+
+// Excludes tokens from each row that has a mask at addresses[row]; the logits are of tokens `first` and those after it.
+extern "C" void quire_exclude(const void* args) {
+  const Exclude& a = *static_cast<const Exclude*>(args);
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic) if (a.num_rows > 1 && a.threads > 1)
+  for (int64_t i = 0; i < a.num_rows; ++i)
+    if (const auto* words = reinterpret_cast<const uint32_t*>(a.addresses[i]))
+      exclude_row(a.logits + i * a.stride, a.size, a.first, words);
 }
 
 // Penalises row i of the logits in place, if slots[i] has a record at addresses[slots[i]]: three floats (repetition,
