@@ -423,6 +423,9 @@ class Request:
     marks: Mapping[int, str] | None = None  # characters that stand for special tokens in the text
     coordinates: Coordinates | None = None  # None: tokens are one after another
     grammar: Grammar | None = None  # of params.structured_outputs
+    spans: tuple[
+        tuple[int, int], ...
+    ] = ()  # from and up to which of the prompt's tokens these see each other
 
 
 @dataclass(slots=True)

@@ -50,7 +50,7 @@ SCHEDULER = [
         "        if False:\n            seq.state = State.RETURNING",
         "a preempted sequence is seated while its newest token is in flight",
     ),
-    ("return (len(seq.tokens) - 1) // ", "return len(seq.tokens) // ", "a whole prompt is matched"),
+    ("(len(seq.tokens) - 1) // size, size)", "len(seq.tokens) // size, size)", "a whole prompt is matched"),
     ("        self.holdings.release(seq.kv)\n", "", "blocks leak"),
     ("Holding(keys=seq.kv.keys), 0", "Holding(keys=seq.kv.keys), seq.planned", "planned survives preemption"),
     ("Holding(keys=seq.kv.keys), 0", "Holding(keys=seq.kv.keys[1:]), 0", "keys shift when blocks are lost"),
@@ -105,7 +105,7 @@ SCHEDULER = [
         "a start brings one block",
     ),
     (
-        "min(seq.num_to_prefill, left, seq",
+        "min(seq.num_to_prefill, most, seq",
         "min(seq.num_to_prefill, seq",
         "prefills exceed the step",
     ),
@@ -155,8 +155,8 @@ SCHEDULER = [
         "a sequence may have max_tokens beside the outputs it brings",
     ),
     (
-        "tuple(seq.tokens), len(seq.new.prompt)",
-        "tuple(seq.tokens), len(seq.new.prompt) + len(seq.new.output)",
+        "seq.slot, tokens, len(seq.new.prompt)",
+        "seq.slot, tokens, len(seq.new.prompt) + len(seq.new.output)",
         "outputs that a sequence brings are called prompt",
     ),
     (
@@ -211,6 +211,8 @@ BLOCKS = [
         "key in self._evicted",
         "what is behind a gap was never there",
     ),
+    (" + tokens[last : span[1]].tobytes()", "", "a key does not tell what a block sees of later ones"),
+    ('array("q", span).tobytes() + ', "", "a key does not tell where a span begins"),
 ]
 LOOKUPS = [
     (
@@ -284,6 +286,8 @@ LOOP = [
     ("return not self.inflight and self", "return self", "idle with plans in flight"),
 ]
 LIMITS = [
+    ("if longest > self.prefill_room:", "if longest > self.max_batched_tokens:", "a span may wait for ever"),
+    ("spare + 1 - (", "spare - (", "a span that fits is refused"),
     ("room and room + 1,", "room and room + 2,", "a sequence that never fits is accepted"),
     ("room and room + 1,", "room and room,", "a sequence that fits is refused"),
     ("if len(new.output) >= new.max_tokens:", "if False:", "a sequence with nothing left is accepted"),
@@ -370,33 +374,66 @@ CHECKPOINTS = [
 ]
 STATES = [
     (
-        "                hit = self.holdings.find(seq.kv.keys[:kept])\n",
-        "                break\n",
+        "            hit = self.holdings.find(seq.kv.keys[:taken])\n",
+        "            break\n",
+        "a beginning without a state, or that ends in a span, is taken over",
+    ),
+    (
+        "return num if self.checkpoints is None else self.checkpoints.find(seq.kv.keys[:num])",
+        "return num",
         "a beginning without a state is taken over",
     ),
-    (
-        "                self.checkpoints.release(row)\n        seq.kv,",
-        "                pass\n        seq.kv,",
-        "rows leak",
-    ),
-    ("kv.keys[seq.planned // size - 1]", "kv.keys[0]", "another state is restored"),
-    ("kv.cuts = {last, len(", "kv.cuts = {len(", "no state is kept where the same prompt looks"),
-    ("if over or self.checkpoints is None", "if self.checkpoints is None", "states are kept within blocks"),
-    ("[num for num in kv.saves if num <= full]", "[*kv.saves]", "a state is found before it is computed"),
-    ("            kv.restore = -1\n", "            pass\n", "a restored row is let go twice"),
-    (
-        "            return num_blocks in owner.kv.saves\n",
-        "            return True\n",
-        "one waits for no state",
-    ),
-    ("        owner.kv.cuts.add(num_blocks)\n", "", "who is waited for keeps no state"),
-    ("                checkpoints.demote(kv.passing)\n", "", "states in passing fill the rows"),
     ("if w.seq in result.lost and w.epoch == seq.epoch:", "if False:", "a lost state goes unnoticed"),
     (
         "                    self.checkpoints.forget(seq.kv.keys)\n",
         "                    pass\n",
         "states of a failed sequence are found",
     ),
+]
+KEPT_STATES = [
+    ("        checkpoints.release(row)\n", "        pass\n", "rows leak"),
+    ("kv.keys[seq.planned // pool.block_size - 1]", "kv.keys[0]", "another state is restored"),
+    ("kv.cuts = {last, len(", "kv.cuts = {len(", "no state is kept where the same prompt looks"),
+    ("if over or checkpoints is None", "if checkpoints is None", "states are kept within blocks"),
+    ("[num for num in kv.saves if num <= full]", "[*kv.saves]", "a state is found before it is computed"),
+    ("        kv.restore = -1\n", "        pass\n", "a restored row is let go twice"),
+    ("        return num_blocks in owner.kv.saves\n", "        return True\n", "one waits for no state"),
+    ("    owner.kv.cuts.add(num_blocks)\n", "", "who is waited for keeps no state"),
+    ("            checkpoints.demote(kv.passing)\n", "", "states in passing fill the rows"),
+]
+WHOLE_SPANS = [  # of the scheduler
+    (
+        "num = whole_blocks(seq.new.spans, num_found, self.pool.block_size)",
+        "num = num_found",
+        "what is found ends in a span",
+    ),
+    (
+        "        num = whole_blocks(seq.new.spans, num, self.pool.block_size)\n",
+        "",
+        "one waits for a part of a span",
+    ),
+    ("(span[0] if span[0] > start else span[1]) - start", "count", "a step ends in a span"),
+    (
+        "(span[0] if span[0] > start else span[1]) - start",
+        "span[1] - start",
+        "a step is larger than it may be",
+    ),
+    ("max(left, least) if left == share else left", "left", "a span waits for ever"),
+    ("max(left, least) if left == share else left", "max(left, least)", "spans of several exceed a step"),
+    ("            if most < least:\n                continue\n", "", "a span begins that has no room"),
+    ("self._go_on(seq, least)", "self._go_on(seq, 1)", "a span begins that has no blocks"),
+    ("restore, new.coordinates, new.spans", "restore, new.coordinates", "the device does not hear of spans"),
+    ("num, new.coordinates, new.spans)", "num, new.coordinates)", "keys do not know of spans"),
+]
+SPANS = [
+    (
+        "bisect_left(spans, (position,)) - 1",
+        "bisect_left(spans, (position + 1,)) - 1",
+        "a span is around its start",
+    ),
+    ("spans[i][1] > position", "spans[i][1] >= position", "a span is around its end"),
+    ("bisect_right(spans, first, key", "bisect_left(spans, first, key", "a span has what follows it"),
+    ("spans[i][0] >= end", "spans[i][0] > end", "a span has what is before it"),
 ]
 TRACE = [
     ('("prompt", "output")', '("prompt",)', "outputs are replayed as they were read"),
@@ -407,7 +444,9 @@ TRACE = [
 MUTANTS = [
     Mutant(f"{name}.py", *mutant)
     for name, mutants in (
-        ("scheduler", SCHEDULER + STATES + WAYS),
+        ("scheduler", SCHEDULER + STATES + WAYS + WHOLE_SPANS),
+        ("states", KEPT_STATES),
+        ("spans", SPANS),
         ("near", NEAR),
         ("holdings", HOLDINGS),
         ("checkpoints", CHECKPOINTS),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from quire.attention.groups import Layout, cache_layout
 from quire.attention.shapes import NOTHING, CacheShape, cache_shapes, layers_read
 from quire.attention.states import State, layer_states
 from quire.kernels import ops
+from quire.models import spans as rules
 from quire.models.spec import Spec
+from quire.scheduler.spans import Spans, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +60,18 @@ class Ragged:
     order: Tensor | None = (
         None  # [T] int64: the rows of the step that sequences own, if not their own; parted.py
     )
+    # Where positions see later ones: where what each sees ends, and where the span begins that it is in, or itself.
+    until: Tensor | None = None  # [T] int32
+    since: Tensor | None = None  # [T] int32; None where it sees no more of those before it than its window
     # The step as layers of a group see it, and of those that see chunks; views.py.
     views: Mapping[tuple[int, int | None], "Ragged"] = field(default_factory=dict)
 
-    def seen_by(self, cache: "LayerCache", chunk: int | None) -> "Ragged":
-        """The step for a layer whose keys and values are in `cache`, and which sees chunks of positions."""
-        return self.views.get((cache.group, chunk), self)
+    def seen_by(self, cache: "LayerCache", chunk: int | None, spans: rules.Spans | None = None) -> "Ragged":
+        """The step for a layer whose keys and values are in `cache`, and which sees chunks or spans of positions."""
+        step = self.views.get((cache.group, chunk), self)
+        if step.until is None or (spans is not None and spans.wide):
+            return step
+        return replace(step, until=None if spans is None else step.until, since=None)
 
 
 def ragged(
@@ -71,8 +80,14 @@ def ragged(
     tables: Sequence[Sequence[int]],
     block_size: int,
     device: torch.device | str = "cpu",
+    spans: Sequence[Spans] | None = None,
 ) -> Ragged:
-    """Lay out chunks: sequence i computes counts[i] positions from starts[i] on, in blocks tables[i] and row i."""
+    """Lay out chunks: sequence i computes counts[i] positions from starts[i] on, in blocks tables[i] and row i.
+
+    Positions of spans[i] see each other.
+    """
+    seen = None if spans is None else see_ahead(starts, counts, spans)
+    until, since = (None, None) if seen is None else torch.from_numpy(seen).to(device)
     positions, slots, ends, width = [], [], [0], max(map(len, tables), default=1)
     for start, count, table in zip(starts, counts, tables, strict=True):
         for position in range(start, start + count):
@@ -91,7 +106,24 @@ def ragged(
         max_query=max(counts, default=0),
         max_length=max(lengths, default=0),
         mixed=1 in counts and max(counts) > 1,
+        until=until,
+        since=since,
     )
+
+
+def see_ahead(starts: Sequence[int], counts: Sequence[int], spans: Sequence[Spans]) -> np.ndarray | None:
+    """`until` and `since` of chunks [2, T] int32, as `Ragged` has them; None if no position sees a later one."""
+    found, row = None, 0
+    for start, count, some in zip(starts, counts, spans, strict=True):
+        for first, end in within(some, start, start + count) if some else ():
+            if found is None:
+                at = np.concatenate(
+                    [np.arange(a, a + n, dtype=np.int32) for a, n in zip(starts, counts, strict=True)]
+                )
+                found = np.stack((at + 1, at))
+            found[:, row + first - start : row + end - start] = [[end], [first]]
+        row += count
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *[(name, c_void_p) for name in ("query_starts", "lengths", "tables", "slots")],
         *[(name, c_int64) for name in ("num_sequences", "max_blocks", "num_tokens", "num_threads")],
+        *[(name, c_void_p) for name in ("until", "since")],
     ]
 
 
@@ -209,6 +210,8 @@ class Cpu:
                 max_blocks=step.block_tables.stride(0),
                 num_tokens=step.positions.shape[0],
                 num_threads=torch.get_num_threads(),
+                until=pointer(step.until),
+                since=pointer(step.since),
             )
             found = (step, native)
             self._laid_out = [*self._laid_out[1 - MOST_LAID_OUT :], found]

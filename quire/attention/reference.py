@@ -145,7 +145,11 @@ class Reference:
             for a in range(starts[s], starts[s + 1], piece):
                 b = min(a + piece, starts[s + 1])
                 at = torch.arange(first + a - starts[s], first + b - starts[s], device=q.device)
-                out[a:b], sums[a:b] = _attend(q[a:b].float(), k, v, at, scale, window, softcap, sinks)
+                until = at + 1 if step.until is None else step.until[a:b]
+                since = torch.zeros_like(at) if window is None else at + 1 - window
+                if step.since is not None:
+                    since = torch.minimum(since, step.since[a:b])
+                out[a:b], sums[a:b] = _attend(q[a:b].float(), k, v, since, until, scale, softcap, sinks)
         return out, sums
 
 
@@ -153,9 +157,9 @@ def _attend(
     q: Tensor,  # [n, H, Dk]
     k: Tensor,  # [Hkv, length, Dk]
     v: Tensor,  # [Hkv, length, Dv]
-    positions: Tensor,  # [n]
+    since: Tensor,  # [n]: the first position that a query sees
+    until: Tensor,  # [n]: and the one after the last
     scale: float,
-    window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -165,10 +169,7 @@ def _attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     at = torch.arange(k.shape[1], device=q.device)
-    hidden = at > positions[:, None]
-    if window is not None:
-        hidden |= at <= positions[:, None] - window
-    scores = scores.masked_fill(hidden, -torch.inf)
+    scores = scores.masked_fill((at < since[:, None]) | (at >= until[:, None]), -torch.inf)
     if sinks is not None:
         sink = sinks.float().view(k.shape[0], -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), -1)

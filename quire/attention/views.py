@@ -41,6 +41,8 @@ def seen_from(step: Ragged, places: Iterable[Place], block_size: int, cp: Axis) 
 def _view(step: Ragged, group: int, chunk: int | None, block_size: int) -> Ragged:
     if not group and chunk is None:
         return step
+    if chunk and step.until is not None:
+        raise ValueError("layers see chunks of positions, and some of these see later ones")
     if group and step.beside is None:
         raise ValueError("layers keep blocks beside others, and the step does not say which")
     beside = step.beside[group - 1] if group and step.beside is not None else None

@@ -60,9 +60,9 @@ def _advance(
         for beam in search.beams:
             name = next(names)
             asked[name] = search, beam
-            at, tokens = search.prompt.coordinates, tuple(beam.tokens)
+            at, spans, tokens = search.prompt.coordinates, search.prompt.spans, tuple(beam.tokens)
             at = at and at.up_to(len(tokens))
-            engine.add(Request(id=name, prompt_token_ids=tokens, params=step, coordinates=at))
+            engine.add(Request(id=name, prompt_token_ids=tokens, params=step, coordinates=at, spans=spans))
     candidates: dict[int, list[BeamSearchSequence]] = {id(s): [] for s in searches}
     try:
         while not engine.idle:

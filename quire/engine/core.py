@@ -245,6 +245,7 @@ def _sequence(
         prompt=submission.prompt_token_ids,
         max_tokens=submission.max_tokens,
         output=output,
+        spans=submission.spans,
         stop_token_ids=frozenset(params.stop_token_ids or ()),
         eos_token_ids=submission.eos_token_ids,
         min_tokens=params.min_tokens,

@@ -28,6 +28,7 @@ class Submission:
     label: str = ""  # what its user calls it; nothing depends on it
     outputs: tuple[tuple[int, ...] | None, ...] = ()
     coordinates: Coordinates | None = None
+    spans: tuple[tuple[int, int], ...] = ()  # as the request's
     grammar: Grammar | None = None
 
 

@@ -8,12 +8,26 @@ from quire.engine.events import Submission
 from quire.engine.grammars import GrammarChecks
 from quire.errors import InvalidRequest, PromptTooLong
 from quire.log import logger
+from quire.models.spans import Spans, find_spans
 from quire.text.chat import ChatTemplate
 from quire.text.tokenizer import Tokenizer, bad_word_ids
 from quire.text.tools.dialect import Dialect
 from quire.types import CallRules, Coordinates, Grammar, Prompt, Request, SamplingParams, ThinkingBudget, Turn
 
 MAX_SALT_CHARS = 128
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seen:
+    """How a network sees a prompt's tokens: whether they may have positions in time, height and width, and which see
+    later ones.
+    """
+
+    has_axes: bool = False
+    spans: Spans | None = None
+
+
+IN_ORDER = Seen()  # one after another, each sees those before it
 
 
 class InputProcessor:
@@ -30,12 +44,12 @@ class InputProcessor:
         max_logprobs: int,
         eos_token_ids: frozenset[int],
         defaults: Mapping[str, Any],
-        has_axes: bool = False,
+        seen: Seen = IN_ORDER,
     ):
-        """`has_axes`: tokens may have positions in time, height and width."""
         self.tokenizer, self.template, self.dialect = tokenizer, template, dialect
         self.vocab_size, self.max_length, self.max_logprobs = vocab_size, max_length, max_logprobs
-        self.eos_token_ids, self.defaults, self.has_axes = eos_token_ids, dict(defaults), has_axes
+        self.eos_token_ids, self.defaults = eos_token_ids, dict(defaults)
+        self.seen = seen
         self.grammars = None if tokenizer is None else GrammarChecks(tokenizer, vocab_size, eos_token_ids)
 
     @property
@@ -81,6 +95,7 @@ class InputProcessor:
             marks=marks,
             coordinates=self._coordinates(prompt, len(tokens)),
             grammar=self._grammar(params, text, tokens, turn),
+            spans=find_spans(self.seen.spans, tokens),
         )
 
     def submission(self, request: Request) -> Submission:
@@ -101,6 +116,7 @@ class InputProcessor:
             outputs=tuple(None if i in request.ended else t for i, t in enumerate(request.outputs)),
             coordinates=at,
             grammar=request.grammar,
+            spans=request.spans,
         )
 
     def resumed(
@@ -211,7 +227,7 @@ class InputProcessor:
         rows: Any = prompt.get("positions") if isinstance(prompt, Mapping) else None
         if rows is None:
             return None
-        if not self.has_axes:
+        if not self.seen.has_axes:
             raise InvalidRequest(
                 "the prompt has positions, and this network has no rotary embedding by sections (time, height, width),"
                 " or it runs through Transformers' modules; leave them out",

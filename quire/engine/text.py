@@ -8,8 +8,10 @@ from typing import Any
 from quire.checkpoint.files import read_config, read_generation_config
 from quire.checkpoint.source import resolve as find_model
 from quire.config import Config
-from quire.engine.inputs import InputProcessor
+from quire.engine.inputs import InputProcessor, Seen
+from quire.models.hf import HF
 from quire.models.registry import NATIVE, decoder_spec, road
+from quire.models.spans import spans_of
 from quire.models.spec import has_axes
 from quire.text.chat import ChatTemplate
 from quire.text.generation import default_sampling, end_tokens
@@ -28,7 +30,7 @@ class Text:
     eos_token_ids: frozenset[int]
     defaults: Mapping[str, Any]  # of sampling
     max_logprobs: int
-    has_axes: bool  # see `has_axes` of models.spec
+    seen: Seen  # how the network takes prompts
 
     def inputs(self, *, vocab_size: int, max_model_len: int) -> InputProcessor:
         """What turns prompts into requests, once the sizes are known that the device half has settled."""
@@ -41,7 +43,7 @@ class Text:
             max_logprobs=self.max_logprobs,
             eos_token_ids=self.eos_token_ids,
             defaults=self.defaults,
-            has_axes=self.has_axes,
+            seen=self.seen,
         )
 
 
@@ -68,7 +70,7 @@ def read_text(config: Config) -> Text:
         eos_token_ids=ends,
         defaults=default_sampling({**generation, **(config.override_generation_config or {})}),
         max_logprobs=config.max_logprobs,
-        has_axes=axes,
+        seen=Seen(axes, spans_of(HF(raw))),
     )
 
 

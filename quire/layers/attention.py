@@ -106,7 +106,8 @@ class Attention(nn.Module):
 
     def _attend(self, x: Normed, step: Ragged, cache: LayerCache, more: Tensor | None) -> Tensor:
         """x [T, dim] -> [T, H, D]."""
-        s, backend, step = self.spec, self.build.backend, step.seen_by(cache, self.chunk)
+        s, backend = self.spec, self.build.backend
+        step = step.seen_by(cache, self.chunk, s.spans)
         how: Any = {"scale": self.scale, "window": s.window, "softcap": s.softcap, "sinks": self.sinks}
         turn = self._turn_of(step)
         if turn is not None and self._is_one_product() and more is None:

@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from quire.models.composite import COMPOSITES
 from quire.models.registry import NATIVE, TRANSFORMERS, families
+from quire.models.spans import SPANNED
 
 VERIFIED = Path(__file__).with_name("verified.json")
 
@@ -28,7 +29,7 @@ def rows() -> list[Row]:
     """Native ones first, by name."""
     found: Mapping[str, dict[str, list[str]]] = json.loads(VERIFIED.read_text())
     native, foreign = found[NATIVE], found[TRANSFORMERS]
-    native |= dict.fromkeys(COMPOSITES, ["text only"])
+    native |= {name: ["attention.spans"] * (name in SPANNED) + ["text only"] for name in COMPOSITES}
     return [
         *(
             Row(architecture=name, road=NATIVE, verified=name in native, features=native.get(name, []))

@@ -36,6 +36,7 @@ COMPOSITES = (  # Hugging Face's class names
     "LlavaOnevisionForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
     "Ovis2ForConditionalGeneration",
+    "PaliGemmaForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
@@ -52,6 +53,8 @@ FAMILIES: Mapping[str, str] = {  # model_type of the network that computes text 
     "deepseek_vl_v2": "deepseek.deepseek",
     "emu3_text_model": "llama.emu3",
     "exaone4": "olmo.exaone4",
+    "gemma": "gemma.gemma",
+    "gemma2": "gemma.gemma2",
     "gemma3_text": "gemma.gemma3",
     "gemma3n_text": "gemma3n.gemma3n",
     "gemma4_text": "gemma4.gemma4",
@@ -111,7 +114,10 @@ BESIDE = {  # keys that are not the text's, where those are not by themselves
     *("vision_config", "language_config", "projector_config"),
     *("candidate_resolutions", "global_view_pos", "tile_tag", "lm_head"),
 }
-WHOLE = "tie_word_embeddings", "quantization_config"  # keys of the whole that hold for the part
+WHOLE = (  # keys of the whole that hold for the part
+    *("tie_word_embeddings", "quantization_config"),
+    *("image_token_id", "image_token_index", "video_token_id"),
+)
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,16 @@ LLAMA_7B = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
 }
+GEMMA = {
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # Hugging Face's, for keys that published checkpoints leave out
     "deepseek_vl_v2": {"use_mla": True, "hidden_act": "silu", "rms_norm_eps": 1e-6},
+    "gemma": GEMMA | {"hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": GEMMA | {"query_pre_attn_scalar": 256},
     "gemma3_text": {
         "vocab_size": 262_208,
         "num_attention_heads": 8,

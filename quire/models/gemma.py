@@ -17,6 +17,7 @@ from quire.models.common import (
 )
 from quire.models.hf import HF
 from quire.models.names import LLAMA, SANDWICH, Names
+from quire.models.spans import spans_of
 from quire.models.spec import Block, Decoder, Norm, Rope
 
 
@@ -72,8 +73,13 @@ def _norm(c: HF) -> Norm:
 
 
 def _heads(c: HF) -> dict[str, Any]:
-    c.refuse_if_set("use_bidirectional_attention")
-    return {"head_dim": c.count("head_dim"), **biases(c)}
+    spans = spans_of(c)
+    c.refuse(
+        bool(both := c.use_bidirectional_attention) and (spans is None or spans.tokens is not None),
+        f"use_bidirectional_attention={both!r}, with which tokens see later ones, so that none can be generated,",
+    )
+    c.skip("num_image_tokens")
+    return {"head_dim": c.count("head_dim"), "spans": spans, **biases(c)}
 
 
 def _sandwich(c: HF, post: bool = True, **changes: Any) -> Block:

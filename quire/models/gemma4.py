@@ -17,6 +17,7 @@ from quire.models.common import (
 )
 from quire.models.hf import HF
 from quire.models.names import SANDWICH, STACKED, Names, Split
+from quire.models.spans import spans_of
 from quire.models.spec import MLP, Apart, Attention, Block, Decoder, LayerEmbedding, MoE, Norm, Rope
 
 GLOBAL_HEAD_DIM, SHAPE = 512, {"head_dim", "num_key_value_heads"}
@@ -107,6 +108,7 @@ def _attention(c: HF, local: bool, shape: Mapping[str, Any], norm: Norm) -> Atte
         keys_as_values=bool(c.attention_k_eq_v) and not local,
         scale=1.0,
         window=c.count("sliding_window") if local else None,
+        spans=spans_of(c, local),
         **biases(c),
     )
 

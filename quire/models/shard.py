@@ -156,6 +156,8 @@ def check_parts(spec: Decoder, size: int, parts: int, block_size: int, length: i
 
 
 def _check_attention(s: Attention, size: int, parts: int, block_size: int, length: int, begin: str) -> None:
+    if s.spans is not None:
+        raise ConfigError(f"{begin} has positions of prompts that see later ones; leave it out")
     same = max(size // s.num_kv_heads, 1)  # ranks that have the same head
     if same % parts:
         raise ConfigError(

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from quire.models.spans import Spans
+
 ALIBI_DIMS = 6  # that a key has more where scores fall with the distance; see layers/alibi.py
 
 
@@ -48,7 +50,7 @@ class Growth:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Multi-head, grouped-query or multi-query attention, causal.
+    """Multi-head, grouped-query or multi-query attention, causal but for `spans`.
 
     Parameters: {q,k,v,o}_proj, gate_proj, {q,k}_norm, sinks; with `q_rank`, q_{a,b}_proj and q_a_layernorm for q_proj.
     A layer that `shares` has those of queries only.
@@ -78,6 +80,7 @@ class Attention:
     clip: float | None = None  # queries and keys, normalised but not yet rotated, and values stay within it
     window: int | None = None  # positions a token sees, itself included
     chunk: int | None = None  # positions a token sees begin at the last multiple of it
+    spans: Spans | None = None  # all layers that have any have the same
     scale: float | None = None  # None: head_dim ** -0.5
     growth: Growth | None = None  # of queries
     softcap: float | None = None
@@ -473,6 +476,7 @@ class Foreign:
     head: str  # the product that makes logits; none of the parameters where it is the embedding
     states: tuple[tuple[str, tuple[Kept, ...]], ...] = ()  # modules that keep some of each sequence
     alone: bool = False  # sequences of a step are computed one after another, by the modules' own attention
+    spans: Spans | None = None  # of all calls
 
 
 Spec = Decoder | Foreign

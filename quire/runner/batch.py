@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from quire.attention.base import Ragged
+from quire.attention.base import Ragged, see_ahead
 from quire.runner.staging import upload
 from quire.runner.state import SlotState
 from quire.scheduler.plan import Work
@@ -49,7 +49,8 @@ def make_batch(work: Sequence[Work], state: SlotState) -> Batch:
     lengths = begins + counts
     sampling = [i for i, w in enumerate(work) if w.samples]
     max_length = int(lengths.max())
-    row_slots, at, query_starts, of, ends, last_rows, sampled, sample_positions = upload(
+    ahead = see_ahead([w.start for w in work], [w.count for w in work], [state.spans[w.slot] for w in work])
+    row_slots, at, query_starts, of, ends, last_rows, sampled, sample_positions, *seen = upload(
         (
             np.repeat(slots, counts),
             np.arange(starts[-1]) - np.repeat(starts[:-1] - begins, counts),
@@ -59,6 +60,7 @@ def make_batch(work: Sequence[Work], state: SlotState) -> Batch:
             starts[1:][sampling] - 1,
             slots[sampling],
             lengths[sampling],
+            *(() if ahead is None else ahead),
         ),
         state.tokens.device,
     )
@@ -76,6 +78,8 @@ def make_batch(work: Sequence[Work], state: SlotState) -> Batch:
         mixed=int(counts.min()) == 1 < int(counts.max()),
         beside=state.beside,
         coordinates=_coordinates(work, state),
+        until=seen[0].int() if seen else None,
+        since=seen[1].int() if seen else None,
     )
     return Batch(
         work=tuple(work),

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from quire.scheduler.plan import Work
+from quire.scheduler.spans import Spans, around
 
 CALM_STEPS = 256  # without a shortage, before larger pieces are tried again
 
@@ -29,8 +30,11 @@ class PieceSize:
             if self.num_calm == CALM_STEPS:
                 self.most, self.num_calm = self.most * 2, 0
 
-    def split(self, work: Sequence[Work]) -> Iterator[tuple[Work, ...]]:
-        """The work in order, in pieces of at most `most` positions; a sequence's share may be divided."""
+    def split(self, work: Sequence[Work], spans: Sequence[Spans]) -> Iterator[tuple[Work, ...]]:
+        """The work in order, in pieces of at most `most` positions, or of one span; a sequence's share may be divided.
+
+        `spans`: of each slot, which are not.
+        """
         if self.most is None or sum(w.count for w in work) <= self.most:
             yield tuple(work)
             return
@@ -40,10 +44,13 @@ class PieceSize:
             start, end = w.start, w.start + w.count
             while start < end:
                 count = min(end - start, room)
+                if (span := around(spans[w.slot], start + count)) is not None:
+                    count = span[0] - start or (0 if piece else span[1] - start)
                 last = start + count == end
-                piece.append(replace(w, start=start, count=count, samples=w.samples and last))
+                if count:
+                    piece.append(replace(w, start=start, count=count, samples=w.samples and last))
                 start, room = start + count, room - count
-                if not room:
+                if room <= 0 or span is not None:
                     yield tuple(piece)
                     piece, room = [], self.most
         if piece:

@@ -193,7 +193,11 @@ class Runner:
         elif self.fixed and (forwarded := self.fixed.forward(work)) is not None:
             self.launched = [forwarded]
         elif (
-            self.mixed and free and not any(map(self._to_score, work)) and (drawn := self.mixed.sample(work))
+            self.mixed
+            and free
+            and not any(map(self._to_score, work))
+            and not any(map(self.state.sees_ahead, work))
+            and (drawn := self.mixed.sample(work))
         ):
             self.drawn = [self._told(*drawn)]
         return bool(self.drawn or self.launched)
@@ -202,9 +206,10 @@ class Runner:
         """The forward pass, in pieces if it must be.
 
         Raises:
-            torch.OutOfMemoryError: there is no memory for a single position.
+            torch.OutOfMemoryError: there is no memory for a single position, or for a span.
         """
-        todo = deque(self.pieces.split(work))
+        spans = self.state.spans
+        todo = deque(self.pieces.split(work, spans))
         while todo:
             piece = todo.popleft()
             try:
@@ -213,14 +218,15 @@ class Runner:
                 continue
             except torch.OutOfMemoryError as error:
                 num_positions = sum(w.count for w in piece)
-                if num_positions == 1 or self.model.axes.splits(error):
-                    raise
                 self.pieces.ran_out(num_positions)
+                smaller = tuple(self.pieces.split(piece, spans))
+                if len(smaller) == 1 or self.model.axes.splits(error):
+                    raise
             # Outside the handler, which holds on to the tensors of the attempt.
             logger.warning("out of memory at %d positions; going on with %d", num_positions, self.pieces.most)
             if self._lose(piece):
                 continue
-            todo.extendleft(reversed(tuple(self.pieces.split(piece))))
+            todo.extendleft(reversed(smaller))
         self.pieces.went_well()
 
     def _draw(self, batch: Batch, hidden: Tensor) -> list[Drawn]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from quire.runner.staging import send, upload
-from quire.scheduler.plan import Plan
+from quire.scheduler.plan import Plan, Work
+from quire.scheduler.spans import Spans, within
 from quire.types import Coordinates
 
 
@@ -28,6 +29,7 @@ class SlotState:
         blocks: the same of each slot, on the host.
         beside: [parts, num_blocks] int32, the blocks beside each block of the pool, where layers have any.
         coordinates: of slots whose tokens are not one after another, on the host.
+        spans: of each slot, positions that see each other.
         num_starts: sequences that have been given a slot so far.
     """
 
@@ -48,6 +50,7 @@ class SlotState:
         self.num_starts = 0
         self.prompt_len = [0] * num_slots
         self.coordinates: dict[int, Coordinates] = {}
+        self.spans: list[Spans] = [()] * num_slots
         self.beside = beside
 
     def apply(self, plan: Plan) -> None:
@@ -71,6 +74,7 @@ class SlotState:
             self.prompt_len[start.slot] = start.prompt_len
             if start.coordinates is not None:
                 self.coordinates[start.slot] = start.coordinates
+            self.spans[start.slot] = start.spans
         for work in plan.work:
             if work.new_blocks:
                 mine = self.blocks[work.slot]
@@ -82,6 +86,10 @@ class SlotState:
         if places:
             at, what = upload((np.array(places), np.array(values)), self.numbers.device)
             self.numbers.view(-1)[at] = what.int()
+
+    def sees_ahead(self, work: Work) -> bool:
+        """Whether positions of it see later ones."""
+        return any(within(self.spans[work.slot], work.start, work.start + work.count))
 
     def _hear(self, plan: Plan) -> None:
         """Of newest tokens that another stage has sampled."""

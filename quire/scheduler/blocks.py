@@ -1,7 +1,8 @@
 """KV blocks as integers: who holds them, which full ones can be found by content. Knows no sequences.
 
 A block's key is the keyed BLAKE2b of its parent's key and its tokens, so equal keys mean equal prefixes, and
-nobody without the secret can construct a collision.
+nobody without the secret can construct a collision. Where positions see later ones, what they see of later blocks is
+part of it, and so is where such a span begins and ends.
 """
 
 from array import array
@@ -11,6 +12,7 @@ from hashlib import blake2b
 
 from quire.errors import CapacityError, ConfigError
 from quire.scheduler.near import Near
+from quire.scheduler.spans import Spans, within
 from quire.types import Coordinates
 
 KEY_BYTES = 16
@@ -73,6 +75,7 @@ class BlockPool:
         tokens: "array[int]",
         num: int,
         coordinates: Coordinates | None = None,
+        spans: Spans = (),
     ) -> None:
         """Bring a chain's keys up to `num` full blocks; tokens and coordinates enter them as 64-bit integers."""
         size = self.block_size
@@ -83,6 +86,8 @@ class BlockPool:
             block.update(parent + tokens[first:last].tobytes())
             if coordinates is not None:
                 block.update(_apart(coordinates, first, last))
+            for span in within(spans, first, last) if spans else ():
+                block.update(array("q", span).tobytes() + tokens[last : span[1]].tobytes())
             keys.append(parent := block.digest())
 
     def match(self, keys: Iterable[bytes]) -> list[int]:

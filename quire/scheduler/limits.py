@@ -49,11 +49,18 @@ class Limits:
         if self.max_gap_s is not None and not self.max_gap_s > 0:
             raise ConfigError(f"max_gap_s is {self.max_gap_s}; it must be above 0, or None for no limit")
 
+    @property
+    def prefill_room(self) -> int:
+        """Positions of a prompt that a step has room for, whoever else is in it."""
+        spare = self.max_batched_tokens - self.max_seqs
+        return spare + 1 - (spare // 2 if self.drafts else 0)
+
     def check(self, new: NewSequence, room: int | None) -> None:
         """Refuse a sequence that can never run; the cache has `room` for so many positions of one.
 
         Raises:
-            InvalidRequest: it has no prompt or nothing left to compute, or more tokens than are allowed or cached.
+            InvalidRequest: it has no prompt or nothing left to compute, more tokens than are allowed or cached, or
+                more that see each other than a step computes.
         """
         num_prompt, total = len(new.prompt), len(new.prompt) + new.max_tokens
         if not num_prompt:
@@ -77,6 +84,14 @@ class Limits:
                 f"it has {len(new.output)} output tokens already, and max_tokens is {new.max_tokens}; there is nothing"
                 " left to compute",
                 param="max_tokens",
+            )
+        longest = max((end - start for start, end in new.spans), default=0)
+        if longest > self.prefill_room:
+            raise InvalidRequest(
+                f"{longest} tokens of the prompt see each other, so one step must compute them, and has room for"
+                f" {self.prefill_room}: max_num_batched_tokens ({self.max_batched_tokens}) less one for each other of"
+                f" max_num_seqs ({self.max_seqs}); send fewer of them, raise the first or lower the second",
+                param="prompt",
             )
         for limit, what in (
             (self.max_length, "a sequence may have at most {0} tokens (max_model_len)"),

@@ -6,6 +6,7 @@ and making a frozen one takes five times as long.
 
 from dataclasses import dataclass, field
 
+from quire.scheduler.spans import Spans
 from quire.types import Coordinates
 
 
@@ -19,6 +20,7 @@ class Start:
     prompt_len: int
     restore: int = -1  # the row whose state it begins with, of networks that keep states; -1: zeros
     coordinates: Coordinates | None = None  # None: tokens are one after another
+    spans: Spans = ()  # positions of the prompt that see each other
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from quire.errors import ConfigError, InvalidRequest
+from quire.scheduler import states
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.checkpoints import Checkpoints
 from quire.scheduler.cost import StepCost
@@ -23,6 +24,7 @@ from quire.scheduler.policy import Queue, Tenants
 from quire.scheduler.seats import Seats
 from quire.scheduler.sequence import Holding, NewSequence, Sequence, SequenceStats, State
 from quire.scheduler.sharing import Sharing
+from quire.scheduler.spans import around, whole_blocks
 
 __all__ = ["NewSequence", "Scheduler", "SequenceStats"]
 
@@ -207,19 +209,30 @@ class Scheduler:
         if not seq.new.read_cache:
             return Hit(), None
         last = self._num_reusable(seq)
-        self.pool.extend_keys(seq.kv.keys, seq.new.cache_root, seq.tokens, last, seq.new.coordinates)
+        self._extend_keys(seq, last)
         hit = self.holdings.find(seq.kv.keys[:last])
-        key = self.sharing.awaited(seq, len(hit.blocks), last)
-        if self.checkpoints is not None:
-            if key is not None and not self._will_keep(self.sharing.owner(key), seq.kv.keys.index(key) + 1):
-                key = None
-            while (kept := self.checkpoints.find(seq.kv.keys[: len(hit.blocks)])) < len(hit.blocks):
-                hit = self.holdings.find(seq.kv.keys[:kept])
+        num = self.sharing.num_awaited(seq, len(hit.blocks), last)
+        num = whole_blocks(seq.new.spans, num, self.pool.block_size)
+        key = seq.kv.keys[num - 1] if num > len(hit.blocks) else None
+        if self.checkpoints is not None and key is not None:
+            key = key if states.will_keep(self.sharing.owner(key), num, self.pool.block_size) else None
+        while (taken := self._num_taken_over(seq, len(hit.blocks))) < len(hit.blocks):
+            hit = self.holdings.find(seq.kv.keys[:taken])
         return hit, key
 
+    def _num_taken_over(self, seq: Sequence, num_found: int) -> int:
+        """The most of the blocks found after which a sequence can begin."""
+        num = whole_blocks(seq.new.spans, num_found, self.pool.block_size)
+        return num if self.checkpoints is None else self.checkpoints.find(seq.kv.keys[:num])
+
     def _num_reusable(self, seq: Sequence) -> int:
-        """Blocks that might be found: at least one position is left to compute."""
-        return (len(seq.tokens) - 1) // self.pool.block_size
+        """Blocks that might be found: at least one position is left to compute, and no part of a span."""
+        size = self.pool.block_size
+        return whole_blocks(seq.new.spans, (len(seq.tokens) - 1) // size, size)
+
+    def _extend_keys(self, seq: Sequence, num: int) -> None:
+        new = seq.new
+        self.pool.extend_keys(seq.kv.keys, new.cache_root, seq.tokens, num, new.coordinates, new.spans)
 
     def _num_lacking(self, seq: Sequence, hit: Hit) -> int:
         """Blocks to be freed before the sequence may have a seat; none when it would be alone."""
@@ -244,10 +257,10 @@ class Scheduler:
         seq.planned = kv.num_published * size
         kv.next_full = seq.planned + size
         num_full = len(seq.tokens) // size
-        pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, num_full, seq.new.coordinates)
+        self._extend_keys(seq, num_full)
         self.sharing.claim(seq, num_full)
         if self.checkpoints is not None:
-            self._place_cuts(seq, self.checkpoints)
+            states.place_cuts(seq, self.checkpoints, pool, self._num_reusable(seq))
         self.seats.enter(seq)
         # At once, so that the next seat goes to another tenant.
         seq.tenant.served += seq.num_to_prefill * seq.tenant.price
@@ -299,8 +312,7 @@ class Scheduler:
         self._settle(seq, seq.kv.num_published, seq.kv.num_claimed)
         self.holdings.release(seq.kv)
         if self.checkpoints is not None:
-            for row in (*seq.kv.saves.values(), *([seq.kv.restore] if seq.kv.restore >= 0 else ())):
-                self.checkpoints.release(row)
+            states.release(seq.kv, self.checkpoints)
         seq.kv, seq.planned = Holding(keys=seq.kv.keys), 0
 
     def _enqueue(self, seq: Sequence) -> None:
@@ -316,10 +328,10 @@ class Scheduler:
         """Make the blocks findable that computed positions have filled."""
         kv, size = seq.kv, self.pool.block_size
         first, full = kv.num_published, num_computed // size
-        self.pool.extend_keys(kv.keys, seq.new.cache_root, seq.tokens, full, seq.new.coordinates)
+        self._extend_keys(seq, full)
         self.holdings.publish(kv, first, full)
         if self.checkpoints is not None:
-            self._publish_states(kv, full, self.checkpoints)
+            states.publish(kv, self.checkpoints, full)
         kv.num_published, kv.next_full = full, (full + 1) * size
         self._settle(seq, first, full)
 
@@ -393,12 +405,14 @@ class Scheduler:
                 return None
         return holdings.extend(kv, num_positions, num_positions)
 
-    def _go_on(self, seq: Sequence) -> tuple[int, ...] | None:
-        """Hold near blocks for the next positions of a prefill, in place of those before; None if it has to wait.
+    def _go_on(self, seq: Sequence, count: int) -> tuple[int, ...] | None:
+        """Hold near blocks for the next `count` positions of a prefill, or more, in place of those before.
+
+        None if it has to wait.
 
         Who decodes is planned already and keeps what it has, so only prefills that come later make way.
         """
-        holdings, kv, num_tokens, least = self.holdings, seq.kv, len(seq.tokens), seq.planned + 1
+        holdings, kv, num_tokens, least = self.holdings, seq.kv, len(seq.tokens), seq.planned + count
         holdings.give_up(kv, seq.planned)
         while holdings.num_lacking(kv, num_tokens, least) > self.pool.num_free:
             if (victim := self.seats.prefilling[-1]) is seq:
@@ -410,27 +424,32 @@ class Scheduler:
         """Plan known tokens, the best sequence's first; return how many positions."""
         left = share = self._prefill_share(self.batched_tokens)
         for seq in tuple(self.seats.prefilling):
-            if not left:
+            if left <= 0:
                 break
             if seq.state is not State.PREFILLING:
                 continue  # it made way
-            start, save = seq.planned, -1
-            new_blocks: tuple[int, ...] = ()
-            if start + left > seq.kv.capacity < len(seq.tokens):
-                if (extended := self._go_on(seq)) is None:
+            start, new_blocks = seq.planned, tuple[int, ...]()
+            span = around(
+                seq.new.spans, start + 1
+            )  # which is computed at once, if it is one that begins here
+            least = 1 if span is None else span[1] - start
+            most = max(left, least) if left == share else left  # nobody waits for ever
+            if most < least:
+                continue
+            if start + most > seq.kv.capacity < len(seq.tokens):
+                if (extended := self._go_on(seq, least)) is None:
                     continue
                 new_blocks = extended
-            count = min(seq.num_to_prefill, left, seq.kv.capacity - start)
-            if self.pool.near is not None and (chunk := self.pool.near.chunk) is not None:
-                count = min(count, chunk - start % chunk)
-            if self.checkpoints is not None and self.checkpoints.refs:
-                count = self._until_cut(seq, count)
-                save = self._keep(seq, start + count)
+            count = self._cut(seq, min(seq.num_to_prefill, most, seq.kv.capacity - start))
+            save = self._keep(seq, start + count)
             if seq.slot < 0:
                 self.seats.take_slot(seq)
-                known = tuple(seq.tokens), len(seq.new.prompt)
-                starts.append(Start(seq.id, seq.slot, *known, seq.kv.restore, seq.new.coordinates))
-                self._let_go_of_restored(seq.kv)
+                new, tokens, restore = seq.new, tuple(seq.tokens), seq.kv.restore
+                known = Start(
+                    seq.id, seq.slot, tokens, len(seq.new.prompt), restore, new.coordinates, new.spans
+                )
+                starts.append(known)
+                states.let_go_of_restored(seq.kv, self.checkpoints)
                 new_blocks = tuple(seq.kv.blocks)
             seq.planned += count
             left -= count
@@ -441,55 +460,16 @@ class Scheduler:
                 self.seats.decode(seq)
         return share - left
 
-    # States
-
-    def _place_cuts(self, seq: Sequence, checkpoints: Checkpoints) -> None:
-        """Hold the state that a sequence begins with, and say after which of its blocks others may want it.
-
-        After the last that the same prompt would look up, and where it leaves what was computed before: the next one
-        that does so finds a state there.
-        """
-        kv, size = seq.kv, self.pool.block_size
-        if seq.planned:
-            kv.restore = checkpoints.hold(kv.keys[seq.planned // size - 1])
-        last = self._num_reusable(seq)
-        kv.cuts = {last, len(self.pool.match(islice(kv.keys, last)))}
-
-    def _will_keep(self, owner: Sequence, num_blocks: int) -> bool:
-        """Have a sequence keep its state after so many blocks, unless they are planned already; whether it does."""
-        if owner.planned >= num_blocks * self.pool.block_size:
-            return num_blocks in owner.kv.saves
-        owner.kv.cuts.add(num_blocks)
-        return True
-
-    def _until_cut(self, seq: Sequence, count: int) -> int:
-        """Positions to compute of `count` that could be: up to the next cut, or else to the end of a block."""
-        size, start = self.pool.block_size, seq.planned
-        for cut in seq.kv.cuts:
-            if start < cut * size < start + count:
-                count = cut * size - start
-        over = (start + count) % size
-        return count - over if count < seq.num_to_prefill and over < count else count
+    def _cut(self, seq: Sequence, count: int) -> int:
+        """Positions to compute of `count` that could be: up to where something ends, and through no part of a span."""
+        start = seq.planned
+        if self.pool.near is not None and (chunk := self.pool.near.chunk) is not None:
+            count = min(count, chunk - start % chunk)
+        if self.checkpoints is not None and self.checkpoints.refs:
+            count = states.until_cut(seq, count, self.pool.block_size)
+        if (span := around(seq.new.spans, start + count)) is not None:
+            return (span[0] if span[0] > start else span[1]) - start
+        return count
 
     def _keep(self, seq: Sequence, num_positions: int) -> int:
-        """The row for a sequence's state after so many positions; -1 if it is not at the end of a block."""
-        num_blocks, over = divmod(num_positions, self.pool.block_size)
-        if over or self.checkpoints is None or (row := self.checkpoints.take()) is None:
-            return -1
-        seq.kv.saves[num_blocks] = row
-        return row
-
-    def _let_go_of_restored(self, kv: Holding) -> None:
-        """Plans run in order, so the row may be written by any plan from now on."""
-        if self.checkpoints is not None and kv.restore >= 0:
-            self.checkpoints.release(kv.restore)
-            kv.restore = -1
-
-    def _publish_states(self, kv: Holding, full: int, checkpoints: Checkpoints) -> None:
-        """Make states findable after blocks that are; of those that nobody wanted only the latest is kept."""
-        for num_blocks in [num for num in kv.saves if num <= full]:
-            key = kv.keys[num_blocks - 1]
-            checkpoints.publish(key, kv.saves.pop(num_blocks))
-            if num_blocks not in kv.cuts:
-                checkpoints.demote(kv.passing)
-                kv.passing = key
+        return states.keep(seq.kv, self.checkpoints, num_positions, self.pool.block_size)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from operator import attrgetter
 
+from quire.scheduler.spans import Spans
 from quire.types import CacheMisses, Coordinates
 
 
@@ -42,6 +43,7 @@ class NewSequence:
     cache_root: bytes = b""
     coordinates: Coordinates | None = None
     read_cache: bool = True
+    spans: Spans = ()  # of the prompt
 
 
 @dataclass(slots=True, eq=False)

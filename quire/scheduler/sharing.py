@@ -26,25 +26,23 @@ class Sharing:
             self._owner.setdefault(key, seq)
         kv.num_claimed = num
 
-    def awaited(self, seq: Sequence, first: int, last: int) -> bytes | None:
-        """The key up to which others compute what `seq` would from block `first` on; None if it should start.
+    def num_awaited(self, seq: Sequence, first: int, last: int) -> int:
+        """Up to which of its blocks others compute what `seq` would from block `first` on; `first` if it should start.
 
         It waits for nobody of lower priority.
         """
-        found = None
-        for key in seq.kv.keys[first:last]:
+        for num, key in enumerate(seq.kv.keys[first:last], first):
             owner = self._owner.get(key)
             if owner is None or owner.rank[0] > seq.rank[0]:
-                break
-            found = key
-        return found
+                return num
+        return last
 
     def is_promised(self, key: bytes) -> bool:
         """Somebody computes the block of this key."""
         return key in self._owner
 
     def owner(self, key: bytes) -> Sequence:
-        """Who will compute the block of a key that `awaited` returned."""
+        """Who will compute the block of a key that is promised."""
         return self._owner[key]
 
     def park(self, seq: Sequence, key: bytes) -> None:

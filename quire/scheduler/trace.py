@@ -22,7 +22,7 @@ from quire.scheduler.scheduler import NewSequence, Scheduler
 from quire.scheduler.sequence import SequenceStats
 from quire.types import Coordinates
 
-VERSION = 4
+VERSION = 5
 SECRET = b"replay"  # plans depend on which keys are equal, not on their values
 
 
@@ -189,6 +189,7 @@ def _add_again(scheduler: Scheduler, new: dict[str, Any], now: float) -> None:
     sets = {name: frozenset(new[name]) for name in ("stop_token_ids", "eos_token_ids")}
     lists = {name: tuple(new[name]) for name in ("prompt", "output")}
     others: dict[str, Any] = {"cache_root": bytes.fromhex(new["cache_root"])}
+    others["spans"] = tuple(map(tuple, new["spans"]))
     if (at := new.get("coordinates")) is not None:
         others["coordinates"] = Coordinates(tuple(map(tuple, at["rows"])), at["offset"])
     try:
@@ -218,5 +219,5 @@ def _plan_to_json(plan: Plan) -> list[Any]:
         )
         for w in plan.work
     ]
-    starts = [(s.seq, s.slot, s.tokens, s.prompt_len, s.restore) for s in plan.starts]
+    starts = [(s.seq, s.slot, s.tokens, s.prompt_len, s.restore, s.spans) for s in plan.starts]
     return [plan.step, work, starts, plan.ends, plan.beside]

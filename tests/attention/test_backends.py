@@ -14,6 +14,8 @@ from quire.attention.select import select
 from quire.attention.shapes import CacheShape
 from quire.errors import ConfigError
 from quire.kernels.cpu.native import isa
+from quire.models import spans as rules
+from quire.scheduler.spans import Spans
 
 CPU = torch.device("cpu")
 BUILT = Cpu().why_not(torch.float32, CPU) is None
@@ -95,10 +97,20 @@ def rounded(x: Tensor) -> Tensor:
     return (x.float() * (torch.tensor(127.0) / top)).round().double() * (top / 127).double()
 
 
-def dense(case: Case, data: Sequences, scale: float, quantized: bool = False) -> list[Tensor]:
-    """Attention of every position of every sequence, in float64, without a cache."""
+def dense(
+    case: Case,
+    data: Sequences,
+    scale: float,
+    quantized: bool = False,
+    spans: list[Spans] | None = None,
+    wide: bool = False,
+) -> list[Tensor]:
+    """Attention of every position of every sequence, in float64, without a cache.
+
+    Positions of spans see each other, within the window unless they are `wide`.
+    """
     out = []
-    for q, k, v in zip(data.q, data.k, data.v, strict=True):
+    for q, k, v, seen in zip(data.q, data.k, data.v, spans or [()] * len(data.q), strict=True):
         if quantized:
             k = torch.cat([rounded(part) for part in k.split(case.shape.k_parts, -1)], -1)
             v = k[..., : case.shape.v_dim] if case.shape.v_in_k else rounded(v)
@@ -108,9 +120,12 @@ def dense(case: Case, data: Sequences, scale: float, quantized: bool = False) ->
         if case.softcap:
             scores = case.softcap * (scores / case.softcap).tanh()
         at = torch.arange(len(q), device=q.device)
-        hidden = at[None] > at[:, None]
+        together = torch.zeros(len(q), len(q), dtype=torch.bool, device=q.device)
+        for start, end in seen:
+            together[start:end, start:end] = True
+        hidden = (at[None] > at[:, None]) & ~together
         if case.window:
-            hidden = hidden | (at[None] <= at[:, None] - case.window)
+            hidden = hidden | ((at[None] <= at[:, None] - case.window) & ~(together & wide))
         scores = scores.masked_fill(hidden, -torch.inf)
         if data.sinks is not None:
             scores = torch.cat((scores, data.sinks.double()[:, None, None].expand(-1, len(q), 1)), -1)
@@ -119,7 +134,13 @@ def dense(case: Case, data: Sequences, scale: float, quantized: bool = False) ->
 
 
 def paged(
-    backend: Backend, case: Case, data: Sequences, scale: float, steps: list[list[int]]
+    backend: Backend,
+    case: Case,
+    data: Sequences,
+    scale: float,
+    steps: list[list[int]],
+    spans: list[Spans] | None = None,
+    wide: bool = False,
 ) -> list[Tensor]:
     """The same through the cache; steps[i][s] positions of sequence s are computed in step i."""
     dtype, size = data.q[0].dtype, backend.block_size
@@ -137,7 +158,8 @@ def paged(
         step = ragged(
             *([done[s] for s in chosen], [counts[s] for s in chosen], [tables[s] for s in chosen]),
             *(size, device),
-        )
+            spans=None if spans is None else [spans[s] for s in chosen],
+        ).seen_by(cache, None, rules.Spans(tokens=None, wide=wide))
 
         def rows(tensors: list[Tensor], chosen: list[int] = chosen, part: list[slice] = part) -> Tensor:
             return torch.cat([tensors[s][p] for s, p in zip(chosen, part, strict=True)])

@@ -59,6 +59,29 @@ def test_kernels_equal_dense_attention(name: str, dtype: torch.dtype, block_size
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
+@pytest.mark.parametrize(
+    ("name", "block_size", "wide"),
+    [
+        ("grouped", 64, False),
+        ("group of 5", 16, False),
+        ("window", 4, False),
+        ("window", 16, True),
+        ("all", 64, True),
+    ],
+)
+def test_positions_of_spans_see_each_other(name: str, block_size: int, wide: bool, invariant: bool) -> None:
+    """One that fills a few rows too, which other kernels would compute if they saw those before them only."""
+    case, backend = BY_NAME[name], Triton(block_size, invariant)
+    data = sequences(case, LENGTHS, torch.float32, device=DEVICE)
+    spans = [((3, 30), (31, 36)), (), ((10, 12), (12, 20))]
+    want = dense(case, data, 0.2, False, spans, wide)
+    steps = [[30, 1, 10], [1, 0, 2], [6, 0, 0], [0, 0, 8]]
+    for some in ([LENGTHS], steps):
+        for got, expected in zip(paged(backend, case, data, 0.2, some, spans, wide), want, strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("length", [1, 64, 65, 200])
 def test_many_splits_are_merged(length: int) -> None:
     case = Case("single", 4, CacheShape(1, 16, 16), sinks=True)

@@ -272,4 +272,4 @@ def test_networks_without_sections_take_no_positions(folder: str, tmp_path: Path
         read_text(Config.of(model=str(tmp_path), model_impl=road, skip_tokenizer_init=True))
         for road in ("native", "transformers")
     ]
-    assert [text.has_axes for text in both] == [True, False]
+    assert [text.seen.has_axes for text in both] == [True, False]

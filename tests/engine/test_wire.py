@@ -177,7 +177,12 @@ def test_what_came_out_is_of_the_same_kind() -> None:
     """Equality of dataclasses looks at fields only, and 1 equals 1.0."""
     p = SamplingParams(temperature=1, stop="a", stop_token_ids=[3], logit_bias={3: 1}, allowed_token_ids=[1])
     sent = Submission(
-        request_id="r", prompt_token_ids=(1,), params=p, max_tokens=1, outputs=((1, 2), None, ())
+        request_id="r",
+        prompt_token_ids=(1, 3),
+        params=p,
+        max_tokens=1,
+        outputs=((1, 2), None, ()),
+        spans=((0, 2),),
     )
     (add,) = through(wire.Add(sent), 10**6, wire.ToGroup)
     got = add.submission
@@ -190,7 +195,8 @@ def test_what_came_out_is_of_the_same_kind() -> None:
         tuple,
         OutputKind.CUMULATIVE,
     )
-    hash(got.prompt_token_ids), hash(got.outputs), hash(got.bad_words)
+    assert got == sent
+    hash(got.prompt_token_ids), hash(got.outputs), hash(got.bad_words), hash(got.spans)
 
 
 def test_several_messages_in_one_piece_and_waiting(pair: tuple[Channel, socket.socket]) -> None:

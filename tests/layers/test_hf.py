@@ -12,7 +12,7 @@ import transformers
 
 from quire.checkpoint.reader import stored_tensors
 from quire.errors import CheckpointError, ModelError, UnsupportedModel
-from quire.layers.hf import alone, attention, conformance, network
+from quire.layers.hf import alone, attention, conformance, network, source
 from quire.layers.hf.attention import Call, Paged
 from quire.layers.hf.conformance import TOLERANCE, check, difference, prepare
 from quire.layers.hf.experts import Experts
@@ -39,6 +39,7 @@ SOME = (
     "LongcatFlashForCausalLM",
     "Gemma3nForCausalLM",
     "JetMoeForCausalLM",
+    "HrmTextForCausalLM",
 )
 ALONE = (  # no attention function, positions by the cache's length, biases or masks of their own
     "FalconForCausalLM",
@@ -169,6 +170,12 @@ def test_a_lost_feature_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -
     architecture, change = CONTROLS[name]
     lose(change, monkeypatch)
     assert difference(prepare(config(installed(architecture)))) > TOLERANCE
+
+
+def test_a_prompt_that_does_not_see_itself_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = prepare(config(installed("HrmTextForCausalLM")))
+    monkeypatch.setattr(source, "spans_of", lambda c: None)
+    assert difference(trial) > TOLERANCE
 
 
 def test_experts_that_count_alike_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

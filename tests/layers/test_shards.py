@@ -18,6 +18,7 @@ from quire.layers.shards import Shards
 from quire.models.parameters import num_parameters, parameter_shapes
 from quire.models.registry import decoder_spec
 from quire.models.shard import WholeExperts, check_parts, shard
+from quire.models.spans import Spans
 from quire.parallel.axis import Axes, Axis
 from quire.parallel.mesh import Mesh
 from tests.layers.test_chunks import LENGTHS, compute
@@ -97,6 +98,16 @@ def test_logits_where_ranks_with_the_same_keys_share_out_positions(folder: Path)
     for own in in_mesh(Mesh(tp=size // parts, cp=parts), lambda axes: logits(folder, axes)):
         for got, want in zip(own, alone, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=NEAR * want.abs().max().item())
+
+
+def test_positions_that_see_later_ones_are_not_shared_out() -> None:
+    spec, _ = decoder_spec(config_of(BY_NAME["Gemma"]))
+    attention = replace(spec.blocks[0].mixer, spans=Spans(tokens=None))
+    spanned = replace(spec, blocks=(replace(spec.blocks[0], mixer=attention), *spec.blocks[1:]))
+    with pytest.raises(
+        ConfigError, match="decode_context_parallel_size is 2, .* see later ones; leave it out"
+    ):
+        check_parts(spanned, 4, 2, 4, spec.max_length)
 
 
 def test_a_part_is_about_as_small_as_its_share(tmp_path: Path) -> None:

@@ -169,6 +169,8 @@ CASES = (
     Composite("Mistral3", "mistral", BASE, {"tie_word_embeddings": False}),
     Composite("Mistral3", "ministral3", BASE, id="Mistral3-ministral"),
     Composite("Ovis2", "qwen2", GROUPED),
+    Composite("PaliGemma", "gemma", BASE),
+    Composite("PaliGemma", "gemma2", BASE | LOCAL | {"attn_logit_softcapping": 0.5}, id="PaliGemma2"),
     Composite("Qwen2Audio", "qwen2", GROUPED),
     Composite(
         "Qwen2VL", "qwen2_vl_text", GROUPED | {"rope_parameters": SECTIONS | {"mrope_section": [4, 6, 6]}}

@@ -125,6 +125,7 @@ def features(raw: Mapping[str, Any], alone: bool) -> list[str]:
         "attention.sinks": any(call.sinks for call in spec.attention),
         "attention.v_dim": any(call.k_dim != call.v_dim and not call.v_in_k for call in spec.attention),
         "attention.v_in_k": any(call.v_in_k for call in spec.attention),
+        "spans": spec.spans is not None,
         "states": bool(spec.states),
         "experts": any(len(shape) == 3 for name, shape in spec.parameters if name in spec.products),
         "is_decoder": "is_decoder" in CHANGES.get(raw["model_type"], {}),

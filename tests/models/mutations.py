@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from quire.models.spans import Spans
 from quire.models.spec import (
     MLA,
     MLP,
@@ -93,6 +94,10 @@ def _unsaturated(act: str) -> str:
 
 
 DROPS: dict[type, dict[str, Change]] = {
+    Spans: {
+        "tokens": lambda s: replace(s, tokens=(0,) if s.tokens is None else None),
+        "wide": _flip("wide"),
+    },
     Norm: {
         "kind": lambda n: replace(n, kind="rms" if n.kind == "layer" else "layer", bias=False),
         "eps": _times("eps", 1e4),
@@ -119,6 +124,7 @@ DROPS: dict[type, dict[str, Change]] = {
         "window": _set("window", None),
         "window off by one": lambda a: replace(a, window=a.window + 1) if a.window else a,
         "chunk": _set("chunk", None),
+        "spans": _set("spans", None),
         "scale": _set("scale", None),
         "slopes": _set("slopes", None),
         "gate": _set("gate", None),

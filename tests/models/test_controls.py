@@ -22,6 +22,7 @@ from quire.models.names import Names
 from quire.models.registry import decoder_spec
 from quire.models.spec import Attention, attention_of, has_axes
 from quire.models.spec import Decoder as Spec
+from quire.scheduler.spans import Spans
 from tests.models.case import comparable
 from tests.models.cases import CASES, Case, build_hf, prompt
 from tests.models.mutations import DROPS, mutations
@@ -90,9 +91,14 @@ def test_every_feature_shows_in_the_logits(case: Case, tmp_path: Path) -> None:
 
 
 def logits(
-    spec: Spec, names: Names, folder: Path, tokens: list[int], coordinates: Tensor | None = None
+    spec: Spec,
+    names: Names,
+    folder: Path,
+    tokens: list[int],
+    coordinates: Tensor | None = None,
+    spans: Spans = (),
 ) -> Tensor:
-    """`coordinates` [3, T]: of the tokens, if they are not one after another."""
+    """`coordinates` [3, T]: of the tokens, if they are not one after another. Those of `spans` see each other."""
     decoder = Decoder(spec, backend=Reference(BLOCK_SIZE), dtype=torch.float32)
     decoder.load(Checkpoint(folder, names))
     num_blocks = -(-len(tokens) // BLOCK_SIZE)
@@ -102,7 +108,7 @@ def logits(
     at_once = chunk_of(spec) or len(tokens)
     for start in range(0, len(tokens), at_once):
         some = torch.tensor(tokens[start : start + at_once])
-        step = ragged([start], [len(some)], [list(range(num_blocks))], BLOCK_SIZE)
+        step = ragged([start], [len(some)], [list(range(num_blocks))], BLOCK_SIZE, spans=[spans])
         if coordinates is not None:
             step = replace(step, coordinates=coordinates[:, start : start + at_once])
         found.append(decoder.logits(decoder(some, step, caches)))

@@ -39,7 +39,8 @@ weights, with the listed features (fields of `quire/models/spec.py`) forced on; 
 which leaves it out and must then differ. Rotary embedding and norms have controls, too, and are not listed: with
 nothing else, the list is empty. Where Transformers has no class of an architecture, the comparison is with another's
 that computes the same, or with a plain network from the published description (`tests/models/networks.py`). With
-`text only`, a network sees or hears as well, and parts of messages that are no text are refused.
+`text only`, a network sees or hears as well, and parts of messages that are no text are refused; with
+`attention.spans`, tokens of a prompt see each other, later ones too: those of an image, or all.
 
 | architecture | verified with |
 |---|---|
@@ -63,8 +64,8 @@ PyTorch's, and steps are launched operation by operation, so native architecture
 made for a model's own config before it is served; it takes well under a second, and `--skip-conformance` leaves it out.
 Code that comes with a model is never run. With `alone`, sequences of a step are computed one after another, by the
 class's own attention, since it takes no other; with `attention.v_dim`, keys and values differ in size; with
-`attention.v_in_k`, the cache holds latents (MLA); with `states`, layers keep a state of each sequence, and with
-`experts`, these are Quire's; with `is_decoder`, config.json must say so.
+`attention.v_in_k`, the cache holds latents (MLA); with `spans`, tokens of a prompt see each other; with `states`,
+layers keep a state of each sequence, and with `experts`, these are Quire's; with `is_decoder`, config.json must say so.
 
 | architecture | verified with |
 |---|---|

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
+from zlib import crc32
 
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.checkpoints import Checkpoints
@@ -11,6 +13,7 @@ from quire.scheduler.limits import Limits
 from quire.scheduler.near import Near
 from quire.scheduler.plan import Plan, Result, Start, Work
 from quire.scheduler.sequence import NewSequence
+from quire.scheduler.spans import Spans
 
 EOS, STOP, VOCAB = 7, 8, 11
 SECRET = b"tests"
@@ -40,6 +43,25 @@ def first_seen(near: Near, position: int) -> int:
     return min(position, position + 1 - max(min(window, position + 1), in_chunk))
 
 
+def spans_of(prompt: tuple[int, ...], tokens: frozenset[int]) -> Spans:
+    """Runs of these tokens."""
+    found: list[tuple[int, int]] = []
+    for is_one, run in groupby(range(len(prompt)), lambda p: prompt[p] in tokens):
+        first, *rest = run
+        if is_one and rest:
+            found.append((first, rest[-1] + 1))
+    return tuple(found)
+
+
+def seen_ahead(prompt: tuple[int, ...], spans: Spans) -> dict[int, int]:
+    """Instead of tokens: what positions of spans know of all of theirs."""
+    return {
+        p: VOCAB + crc32(repr((p - start, prompt[start:end])).encode())
+        for start, end in spans
+        for p in range(start, end)
+    }
+
+
 class Model:
     """A deterministic language model, and a drafter that is right most of the time, or never."""
 
@@ -61,8 +83,9 @@ class Model:
     def answer(self, new: NewSequence, seed: int) -> tuple[list[int], str, int | None]:
         """What the sequence must give: tokens, the reason of its end, and the stop token if one was it."""
         prefix, outputs = self.root(new.cache_root), list[int]()
-        for token in new.prompt:
-            prefix = prefix.then(token)
+        ahead = seen_ahead(new.prompt, new.spans)
+        for p, token in enumerate(new.prompt):
+            prefix = prefix.then(ahead.get(p, token))
         while True:
             outputs.append(token := self.sample(prefix, seed))
             prefix = prefix.then(token)
@@ -83,6 +106,11 @@ class Slot:
     computed: int = -1  # positions; -1 before the first work
     state: Prefix | None = None  # of a network that keeps states: what it has seen
     lost: bool = False  # its state means nothing any more
+    ahead: dict[int, int] = field(default_factory=dict)  # as `seen_ahead`
+    spans: Spans = ()
+
+    def seen(self, position: int) -> int:
+        return self.ahead.get(position, self.tokens[position])
 
 
 @dataclass
@@ -156,6 +184,7 @@ class Device:
         outputs = start.tokens[start.prompt_len :]
         assert outputs[: len(new.output)] == new.output, "outputs that it brought are lost"
         self.slots[start.slot] = slot = Slot(start.seq, list(start.tokens), known=len(start.tokens))
+        slot.spans, slot.ahead = start.spans, seen_ahead(new.prompt, start.spans)
         assert self.rows is not None or start.restore < 0
         if self.rows is not None:
             slot.state = self.model.root(new.cache_root) if start.restore < 0 else self.rows[start.restore][0]
@@ -189,10 +218,11 @@ class Device:
             slot.computed = end
             slot.tokens += [VOCAB] * w.samples
             return []
+        assert not any(s < end < stop for s, stop in slot.spans), "a step ends in a span"
         prefix = self._read(slot, start, start)
         self.computing.append((slot, start, end))
         for p in range(start, end):
-            prefix = self._write(slot, p, prefix.then(slot.tokens[p]))
+            prefix = self._write(slot, p, prefix.then(slot.seen(p)))
         self._advance(w, slot, start, prefix)
         slot.computed = end
         return self._sample(w, slot, prefix) if w.samples else []
@@ -203,7 +233,7 @@ class Device:
         if near is not None and near.chunk is not None and end > start:
             assert (end - 1) // near.chunk == start // near.chunk, "a step crosses the end of a chunk"
         for p in range(end):
-            prefix, block = prefix.then(slot.tokens[p]), slot.table[p // self.block_size]
+            prefix, block = prefix.then(slot.seen(p)), slot.table[p // self.block_size]
             seen = [block] if near is None or near.parts else []
             if near is not None and p >= first_seen(near, start):
                 seen += self.beside[block] if near.parts else [block]

@@ -2,6 +2,7 @@
 
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
+from quire.scheduler.spans import whole_blocks
 
 
 class Misses:
@@ -34,7 +35,8 @@ class Misses:
         """Of all blocks that a sequence looks up."""
         keys: list[bytes] = []
         num = (len(seq.new.prompt) + len(seq.new.output) - 1) // self.scheduler.pool.block_size
-        self.scheduler.pool.extend_keys(keys, seq.new.cache_root, seq.tokens, num)
+        num = whole_blocks(seq.new.spans, num, self.scheduler.pool.block_size)
+        self.scheduler.pool.extend_keys(keys, seq.new.cache_root, seq.tokens, num, spans=seq.new.spans)
         return keys
 
     def _num_there(self, seq: Sequence) -> int:

@@ -61,19 +61,37 @@ nears = st.builds(Near, parts=st.sampled_from((0, 0, 1, 1, 2)), window=st.intege
 chunks = st.builds(
     Near, parts=st.sampled_from((0, 1, 2)), window=st.sampled_from((None, 3)), chunk=st.integers(1, 9)
 )
-near = st.builds(
+windowed = st.builds(
     lambda machine, how, num_blocks, depth: replace(machine, near=how, num_blocks=num_blocks, depth=depth),
     machines | stateful,
     nears,
     st.integers(8, 60),
     st.sampled_from((1, 2)),
-) | st.builds(lambda machine, how: replace(machine, near=how, drafts=0, depth=2), machines | stateful, chunks)
+)
+near = windowed | st.builds(
+    lambda machine, how: replace(machine, near=how, drafts=0, depth=2), machines | stateful, chunks
+)
 staged = st.builds(
     lambda machine, stages, more: replace(machine, stages=stages, depth=stages + more),
     machines | stateful | near,
     st.sampled_from((2, 2, 3, 4)),
     st.sampled_from((0, 0, 1)),
 )
+
+
+spanned = st.builds(
+    lambda machine, tokens: replace(machine, spanned=frozenset(tokens)),
+    machines | machines | stateful | windowed,
+    st.sampled_from(((0,), (0,), (1,), (0, 2), (0, 1, 2))),  # the last: whole prompts
+)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(cases, min_size=2, max_size=8), spanned)
+def test_every_schedule_of_a_network_whose_positions_see_later_ones_gives_the_sequential_answer(
+    todo: list[Case], machine: Machine
+) -> None:
+    run(todo, machine)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -108,6 +126,6 @@ def test_every_schedule_gives_the_sequential_answer(todo: list[Case], machine: M
 
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(cases, min_size=2, max_size=10), machines | stateful | near | staged)
+@given(st.lists(cases, min_size=2, max_size=10), machines | stateful | near | staged | spanned)
 def test_every_schedule_gives_the_sequential_answer_at_length(todo: list[Case], machine: Machine) -> None:
     run(todo, machine)

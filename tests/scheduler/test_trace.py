@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.scheduler.trace import TraceError, replay
-from tests.scheduler.test_scheduler import cases, machines
+from tests.scheduler.test_scheduler import cases, machines, spanned
 from tests.scheduler.workload import Case, Machine, Run, run
 
 TODO = [
@@ -20,7 +20,7 @@ TODO = [
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(cases, min_size=1, max_size=7), machines)
+@given(st.lists(cases, min_size=1, max_size=7), machines | spanned)
 def test_a_replay_makes_the_same_plans(todo: list[Case], machine: Machine) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.jsonl"
@@ -69,7 +69,7 @@ def test_a_torn_last_line_is_left_out(lines: list[str]) -> None:
     ("text", "message"),
     [
         ("", "first line"),
-        ('{"version":0}\n', "version 4"),
+        ('{"version":0}\n', "version 5"),
         ("[]\n", "first line"),
         ("{\n", "line 1 is not JSON"),
     ],

@@ -18,7 +18,7 @@ from quire.scheduler.scheduler import NewSequence, Scheduler, SequenceStats
 from quire.scheduler.trace import Recorder
 from quire.types import CacheMisses
 from tests.scheduler.checks import check
-from tests.scheduler.device import EOS, SECRET, Device, Model
+from tests.scheduler.device import EOS, SECRET, Device, Model, spans_of
 from tests.scheduler.misses import Misses
 
 
@@ -59,6 +59,7 @@ class Machine:
     near: Near | None = None  # how layers see that do not see all positions
     lose_every: int = 0  # steps, of which each such one loses a state
     stages: int = 1  # that compute different steps at the same time
+    spanned: frozenset[int] = frozenset()  # tokens whose runs see each other
 
 
 class Run:
@@ -121,6 +122,7 @@ class Run:
             share=case.share,
             cache_root=bytes([root]),
             read_cache=case.read_cache,
+            spans=spans_of(case.prompt, self.machine.spanned),
         )
         outputs = self.model.answer(new, seed=id)[0]
         self.sequences[id] = replace(new, output=tuple(outputs[: min(num_outputs, len(outputs) - 1)]))
@@ -173,7 +175,8 @@ class Run:
                 limits.max_gap_s / limits.stages, decodes_s + self.machine.min_prefill_time * decodes_s
             )
             most = scheduler.cost.most_tokens(seconds)
-            assert most is None or prefills <= max(most - decodes, limits.min_prefill_tokens)
+            longest = max((self.longest_span(seq) for seq in planned), default=0)
+            assert most is None or prefills <= max(most - decodes, limits.min_prefill_tokens, longest)
         return plan
 
     def commit(self, plan: Plan, result: Result, now: float) -> list[Emitted]:
@@ -185,12 +188,21 @@ class Run:
     def _add(self, id: int) -> None:
         new, capacity = self.sequences[id], self.scheduler.holdings.room
         fits = capacity is None or len(new.prompt) + new.max_tokens - 1 <= capacity
-        if fits:
+        limits, longest = self.scheduler.limits, self.longest_span(id)
+        others = limits.max_seqs - 1
+        drafts = (limits.max_batched_tokens - limits.max_seqs) // 2 if limits.drafts else 0
+        whole = longest <= limits.max_batched_tokens - others - drafts
+        if fits and whole:
             self.got[id] = []
             self.stats[id] = self.planner.add(new, self.device.now)
             return
-        with pytest.raises(InvalidRequest, match=str(new.max_tokens)):
+        with pytest.raises(
+            InvalidRequest, match=f"{new.max_tokens}" if whole else f"{longest} tokens .* each other"
+        ):
             self.planner.add(new, self.device.now)
+
+    def longest_span(self, id: int) -> int:
+        return max((end - start for start, end in self.sequences[id].spans), default=0)
 
     def _take(self, emitted: Emitted) -> None:
         got = self.got[emitted.seq]

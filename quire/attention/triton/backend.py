@@ -294,7 +294,7 @@ class Triton:
             "PAGE": self.block_size,
             "CAPPED": softcap is not None,
         }
-        few = step.max_query == 1 or step.max_query * group <= DECODE_ROWS
+        few = step.max_query == 1 or (step.until is None and step.max_query * group <= DECODE_ROWS)
         most = 0 if self.invariant else step.max_query if few else 1 if step.mixed else 0
         if most:
             shared = step.shared if most == 1 and window == NO_WINDOW else None
@@ -308,7 +308,11 @@ class Triton:
             self._decode(inputs, (share, left), turn, rest, constants | sizes)
         if most < step.max_query:
             self._prefill(
-                (q, cache.k, cache.v), (step.block_tables, *common, most + 1), cache, rest, constants
+                (q, cache.k, cache.v),
+                (step.block_tables, *common, step.until, step.since, most + 1),
+                cache,
+                rest,
+                constants,
             )
         return out
 

@@ -58,17 +58,17 @@ def _tile_of(
 
 @triton.jit
 def _sweep(
-    acc0, acc1, m, total, q0, q1, k, v, k_described, v_described, table, positions, length, first, stop, head,
-    scale, cap, window, k_stride, v_stride,
+    acc0, acc1, m, total, q0, q1, k, v, k_described, v_described, table, low, until, length, first, stop, head,
+    scale, cap, k_stride, v_stride,
     PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K_DIM: tl.constexpr, K_STORED: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_DIM: tl.constexpr, V_STORED: tl.constexpr,
     V_IS_K0: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """The state after tiles first .. stop; where they are not MASKED, every row sees all of them."""
+    """The state after tiles first .. stop, of which rows see low .. until; all of it where they are not MASKED."""
     last = (length - 1) // PAGE
-    oldest = tl.min(positions, 0) - window + 1
+    oldest = tl.min(low, 0)
     following = page_ids(table, first, last, PAGE, TILE)
     for tile in tl.range(first, stop, num_stages=STAGES):
         pages = following
@@ -83,9 +83,9 @@ def _sweep(
         )
         s, factor = scores_of(q0, q1, k0, k1, scale, cap, K1, CAPPED, PRECISION)
         if MASKED:
-            seen = tokens[None, :] <= positions[:, None]
+            seen = tokens[None, :] < until[:, None]
             if WINDOWED:
-                seen = seen & (tokens[None, :] > positions[:, None] - window)
+                seen = seen & (tokens[None, :] >= low[:, None])
             s = tl.where(seen, s, -float("inf"))
         if V_IS_K0:
             v0, v1 = k0, k0
@@ -99,7 +99,8 @@ def _sweep(
 
 @triton.jit(do_not_specialize=["num_seqs", "num_rows", "least", "window", "table_stride"])
 def prefill(
-    q, k, v, k_described, v_described, tables, lengths, starts, least, out, weighs, sinks, scale, cap, window,
+    q, k, v, k_described, v_described, tables, lengths, starts, until, since, least,
+    out, weighs, sinks, scale, cap, window,
     num_seqs, num_rows, q_stride, q_head_stride, table_stride, k_stride, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
@@ -109,7 +110,8 @@ def prefill(
 ):  # fmt: skip
     """out [T, HEADS, V_DIM] of q [T, HEADS, K_DIM]: one program's tile of ROWS rows of one key head.
 
-    Rows of sequences that have fewer than `least` queries are another kernel's; `weighs` as in decode.py.
+    Rows of sequences that have fewer than `least` queries are another kernel's; `weighs` as in decode.py, and `until`
+    and `since`, or None, as in base.py.
     """
     zero_padding(out, starts, num_seqs, num_rows, HEADS * V_DIM)
     num_kv_heads: tl.constexpr = HEADS // GROUP
@@ -130,20 +132,25 @@ def prefill(
         acc0, acc1, m, total = start_state(sinks, heads, keep, ROWS, V0, V1)
         positions = length - num_queries + rows // GROUP
         begin = length - num_queries + x // GROUP
-        end = tl.minimum(length - num_queries + (x + ROWS - 1) // GROUP + 1, length)
+        ends, low = positions + 1, positions - window + 1
+        if until is not None:
+            ends = tl.load(until + at, mask=keep, other=0)
+        if since is not None:
+            low = tl.minimum(low, tl.load(since + at, mask=keep, other=length))
+        end = tl.minimum(tl.max(ends, 0), length)
         table = tables + seq.to(tl.int64) * table_stride
         full = (begin + 1) // TILE  # tiles that the first row sees whole, and so all do
         if WINDOWED:
-            full = tl.maximum(begin - window + 1, 0) // TILE  # all tiles are masked: a window is few of them
+            full = tl.maximum(tl.min(low, 0), 0) // TILE  # all tiles are masked: a window is few of them
         else:
             acc0, acc1, m, total = _sweep(
-                acc0, acc1, m, total, q0, q1, k, v, k_described, v_described, table, positions, length, 0, full,
-                head, scale, cap, window, k_stride, v_stride, PAGE, TILE, STAGES, K0, K1, K_DIM, K_STORED,
+                acc0, acc1, m, total, q0, q1, k, v, k_described, v_described, table, low, ends, length, 0, full,
+                head, scale, cap, k_stride, v_stride, PAGE, TILE, STAGES, K0, K1, K_DIM, K_STORED,
                 V0, V1, V_DIM, V_STORED, V_IS_K0, CAPPED, PRECISION, False, False,
             )  # fmt: skip
         acc0, acc1, m, total = _sweep(
-            acc0, acc1, m, total, q0, q1, k, v, k_described, v_described, table, positions, length, full,
-            (end + TILE - 1) // TILE, head, scale, cap, window, k_stride, v_stride, PAGE, TILE, STAGES,
+            acc0, acc1, m, total, q0, q1, k, v, k_described, v_described, table, low, ends, length, full,
+            (end + TILE - 1) // TILE, head, scale, cap, k_stride, v_stride, PAGE, TILE, STAGES,
             K0, K1, K_DIM, K_STORED, V0, V1, V_DIM, V_STORED, V_IS_K0, CAPPED, PRECISION, True, WINDOWED,
         )  # fmt: skip
         acc0, acc1 = acc0 / total[:, None], acc1 / total[:, None]

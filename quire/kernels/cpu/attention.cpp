@@ -42,6 +42,7 @@ struct Step {
   const int32_t *query_starts, *lengths, *tables;
   const int64_t* slots;
   int64_t num_sequences, max_blocks, num_tokens, num_threads;
+  const int32_t *until, *since;  // [num_tokens] or null; as in attention/base.py
 };
 
 struct Query {

@@ -79,8 +79,9 @@ struct Task {
       const Number* source = (const Number*)query.q + (start + token) * query.q_stride + head * cache.k_dim;
       Input* row = (Input*)(q + r * k_units * E::WORDS);
       FOR_LANES(d, n, cache.k_dim) store(row + d, get(source + d, n));
-      limit[r] = first + token + 1;
-      low[r] = low_of(limit[r]);
+      const int64_t here = first + token + 1;
+      limit[r] = step.until ? step.until[start + token] : here;
+      low[r] = step.since ? std::min<int64_t>(low_of(here), step.since[start + token]) : low_of(here);
       all_most[r] = query.sinks ? query.sinks[head] : LOWEST;
       all_total[r] = Floats{};
       if (query.sinks) all_total[r][0] = 1.0f;

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quire.attention.base import Backend, LayerCache, Ragged
 from quire.errors import UnsupportedModel
+from quire.models.spans import Spans
 from quire.models.spec import Heads
 
 NAME = "quire"
@@ -61,12 +62,13 @@ class Paged:
     backend: Backend
     caches: Sequence[LayerCache]
     step: Ragged
+    spans: Spans | None = None
     number: int = 0
 
     def attend(self, call: Call) -> Tensor:
         cache = self.caches[self.number]
         self.number += 1
-        step = self.step.seen_by(cache, None)
+        step = self.step.seen_by(cache, None, self.spans)
         self.backend.write(cache, call.k, None if call.v_in_k else call.v, step)
         how: Any = {"scale": call.scale, "window": call.window, "softcap": call.softcap, "sinks": call.sinks}
         return self.backend.attend(call.q, cache, step, **how)

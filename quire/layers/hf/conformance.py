@@ -20,9 +20,12 @@ from quire.errors import ModelError, QuireError, UnsupportedModel
 from quire.layers.hf.network import Modules
 from quire.layers.hf.shrink import shrink
 from quire.layers.hf.source import describe, empty, hf_class, hf_config
+from quire.models.hf import HF
+from quire.models.spans import spans_of
 
 LENGTHS = (23, 5, 14)  # more than windows, which are 5
 STEPS = ((7, 5, 0), (9, 0, 1), (5, 0, 12), (1, 0, 1), (1, 0, 0))  # new tokens of each sequence
+FIRST = tuple(next(filter(None, counts)) for counts in zip(*STEPS, strict=True))  # what comes first of each
 BLOCK = 4
 TOLERANCE = 1e-4  # of the greatest logit
 STD, NORM_MEAN = 0.15, 0.5
@@ -111,10 +114,11 @@ def prepare(raw: Mapping[str, Any]) -> Trial:
         torch.manual_seed(0)
         oracle = random_network(architecture, config)
         prompts = [torch.randint(FIRST_TOKEN, config.vocab_size, (n,)) for n in LENGTHS]
-    weights = copied(oracle.state_dict())
+    weights, spans = copied(oracle.state_dict()), spans_of(HF(raw))
     with torch.inference_mode():
         *logits, before = [
-            oracle(input_ids=p[None], use_cache=False).logits[0].float() for p in (*prompts, prompts[0][:-1])
+            oracle(input_ids=p[None], use_cache=False, **_seen(p, first if spans else 0)).logits[0].float()
+            for p, first in zip((*prompts, prompts[0][:-1]), (*FIRST, FIRST[0]), strict=True)
         ]
     trial = Trial(architecture, config, weights, prompts, logits)
     if float((before - logits[0][:-1]).abs().max()) > TOLERANCE * trial.largest:
@@ -123,6 +127,11 @@ def prepare(raw: Mapping[str, Any]) -> Trial:
             " it. If it was trained to generate, set is_decoder to true, with --hf-overrides for example"
         )
     return trial
+
+
+def _seen(prompt: Tensor, num_prefix: int) -> dict[str, Tensor]:
+    """How Transformers is told that so many positions see each other."""
+    return {"token_type_ids": (torch.arange(len(prompt)) < num_prefix).long()[None]} if num_prefix else {}
 
 
 def difference(trial: Trial, alone: bool = False) -> float:
@@ -173,7 +182,10 @@ def in_pieces(network: Modules, prompts: Sequence[Tensor]) -> list[Tensor]:
     done, parts = [0] * len(prompts), [list[Tensor]() for _ in prompts]
     for counts in STEPS:
         now = [i for i, count in enumerate(counts) if count]
-        step = ragged([done[i] for i in now], [counts[i] for i in now], [tables[i] for i in now], BLOCK)
+        spans = [((0, FIRST[i]),) for i in now] if network.spec.spans else None
+        step = ragged(
+            [done[i] for i in now], [counts[i] for i in now], [tables[i] for i in now], BLOCK, spans=spans
+        )
         step = replace(step, rows=torch.tensor(now))
         tokens = torch.cat([prompts[i][done[i] : done[i] + counts[i]] for i in now])
         rows = network.logits(network(tokens, step, caches)).split([counts[i] for i in now])

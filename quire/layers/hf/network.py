@@ -211,7 +211,7 @@ class Modules:
         if self.places:
             seen = seen_from(step, self.places, self.backend.block_size, self.axes.cp)
         calls, kept = len(self.spec.attention), self.spec.states
-        paged = Paged(self.backend, caches[:calls], seen)
+        paged = Paged(self.backend, caches[:calls], seen, self.spec.spans)
         own = {name: (parts, state) for (name, parts), state in zip(kept, caches[calls:], strict=True)}
         positions = step.positions[None] + self.first_position
         with running(paged), computing(Over(own, pieces(step) if own else ())):

@@ -18,7 +18,9 @@ from quire.layers.hf.latent import keep_latents
 from quire.layers.hf.plan import Imagined, Plan
 from quire.layers.hf.states import Parts, computing, wrap
 from quire.models.foreign import generating
+from quire.models.hf import HF
 from quire.models.mamba import LONGEST
+from quire.models.spans import Spans, spans_of
 from quire.models.spec import Foreign, Heads
 
 LENGTHS = (
@@ -144,12 +146,8 @@ def describe(architecture: str, config: Any, alone: bool | None = None, num_rank
         reads = Reads(_hollow(model))
         if plan is not None:
             plan.connect(model, Imagined(num_ranks))
-        with (
-            torch.no_grad(),
-            reads,
-            Numberless(),
-            computing(states),
-        ):  # with inference_mode, it would see less
+        # With inference_mode, it would see less.
+        with torch.no_grad(), reads, Numberless(), computing(states):
             heads = _heads(model, alone)
     except QuireError:
         raise
@@ -175,7 +173,17 @@ def describe(architecture: str, config: Any, alone: bool | None = None, num_rank
         head=f"{head}.weight",
         states=tuple(states.found.items()),
         alone=alone,
+        spans=_spans(architecture, config, alone),
     )
+
+
+def _spans(architecture: str, config: Any, alone: bool) -> Spans | None:
+    found = spans_of(HF({**config.to_dict(), "architectures": [architecture]}))
+    if found is not None and alone:
+        raise UnsupportedModel(
+            f"{architecture}: positions of prompts see later ones, which its modules would mask"
+        )
+    return found
 
 
 def _cut(model: Any, num_ranks: int) -> Plan | None:
