@@ -421,7 +421,6 @@ WHOLE_SPANS = [  # of the scheduler
     ("max(left, least) if left == share else left", "left", "a span waits for ever"),
     ("max(left, least) if left == share else left", "max(left, least)", "spans of several exceed a step"),
     ("            if most < least:\n                continue\n", "", "a span begins that has no room"),
-    ("self._go_on(seq, least)", "self._go_on(seq, 1)", "a span begins that has no blocks"),
     ("restore, new.coordinates, new.spans", "restore, new.coordinates", "the device does not hear of spans"),
     ("num, new.coordinates, new.spans)", "num, new.coordinates)", "keys do not know of spans"),
 ]

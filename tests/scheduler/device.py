@@ -218,7 +218,8 @@ class Device:
             slot.computed = end
             slot.tokens += [VOCAB] * w.samples
             return []
-        assert not any(s < end < stop for s, stop in slot.spans), "a step ends in a span"
+        inside = any(s < at < stop for s, stop in slot.spans for at in (start, end))
+        assert not inside, "a step begins or ends in a span"
         prefix = self._read(slot, start, start)
         self.computing.append((slot, start, end))
         for p in range(start, end):

@@ -125,10 +125,11 @@ def test_what_is_found_ends_in_no_span() -> None:
 
 
 def test_a_whole_prompt_that_is_a_span_is_not_waited_for() -> None:
-    at = scheduler(batched=40)
+    at = scheduler(batched=40, seqs=3)
     for id in range(2):
         at.add(sequence(id, (*range(18),), ((0, 18),)), 0.0)
-    assert [w.count for w in step(at).work] == [18, 18] and not at.num_parked
+    at.add(sequence(2, (*range(18), 7, 7, 7), ((0, 18),)), 0.0)  # of whose span others have no last block
+    assert [w.count for w in at.schedule(0.0).work] == [18, 18] and not at.num_parked
 
 
 @pytest.mark.parametrize(("drafts", "room"), [(0, 11), (2, 6)])
