@@ -124,6 +124,17 @@ def test_what_is_found_ends_in_no_span() -> None:
         assert stats.num_cached_tokens == (0, 28, 20, 4, 4, 4)[id], id
 
 
+def test_of_a_span_whose_end_made_room_nothing_is_found() -> None:
+    at, spans = scheduler(batched=40), ((6, 18),)
+    for id, num_cached in enumerate((0, 4)):
+        at.add(sequence(id, (*range(30),), spans, max_tokens=1), 0.0)
+        seq = at.seqs[id]
+        while not at.idle:
+            step(at)
+        assert seq.stats.num_cached_tokens == num_cached
+        at.pool.forget([at.pool.by_key[seq.kv.keys[3]]])
+
+
 def test_a_whole_prompt_that_is_a_span_is_not_waited_for() -> None:
     at = scheduler(batched=40, seqs=3)
     for id in range(2):
