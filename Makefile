@@ -11,7 +11,8 @@ oracles: ## what is compared with Transformers, on the earliest version that is 
 	folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && \
 	python -m pip install -qq --no-deps --target "$$folder" transformers==$(EARLIEST) "huggingface-hub<2" && \
 	PYTHONPATH="$$folder:$(CURDIR)" python -m pytest -n 2 -m "not gpu" \
-		tests/models tests/layers tests/engine/test_oracle.py tests/engine/test_model_impl.py
+		tests/models tests/layers tests/engine/test_oracle.py tests/engine/test_model_impl.py \
+		tests/engine/test_coordinates.py
 
 meshes: ## every mesh of up to four processes, on a dense, an MoE and an MLA network; the slow tests have some of them
 	EVERY_MESH=1 python -m pytest tests/engine/test_every_mesh.py
