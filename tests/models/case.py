@@ -85,10 +85,9 @@ IS_EARLIEST = transformers.__version__ == EARLIEST
 # Cases that it computes otherwise than the classes' authors do, or cannot compute: norms of states see all heads, not a
 # group's; heads that are rotated in part fail; gelu is taken at its word, by which checkpoints mean its approximation;
 # logits of a composite have no cap.
-UNLIKE = {"Bamba", "GraniteMoeHybrid", "GraniteMoeHybrid-dense", "Mamba2"} | {
-    "GPTNeoXJapanese",
-    "Gemma",
-    "PaliGemma2",
+UNLIKE = {
+    *("Bamba", "GraniteMoeHybrid", "GraniteMoeHybrid-dense", "Mamba2"),
+    *("GPTNeoXJapanese", "Gemma", "PaliGemma2"),
 }
 
 
