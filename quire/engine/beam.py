@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quire.engine.engine import Engine
 from quire.types import (
@@ -60,9 +60,9 @@ def _advance(
         for beam in search.beams:
             name = next(names)
             asked[name] = search, beam
-            at, spans, tokens = search.prompt.coordinates, search.prompt.spans, tuple(beam.tokens)
+            at, tokens = search.prompt.coordinates, tuple(beam.tokens)
             at = at and at.up_to(len(tokens))
-            engine.add(Request(id=name, prompt_token_ids=tokens, params=step, coordinates=at, spans=spans))
+            engine.add(replace(search.prompt, id=name, prompt_token_ids=tokens, params=step, coordinates=at))
     candidates: dict[int, list[BeamSearchSequence]] = {id(s): [] for s in searches}
     try:
         while not engine.idle:

@@ -135,6 +135,13 @@ def test_prefix_hits_are_reported_and_change_nothing(llm: LLM) -> None:
     assert salted.num_cached_tokens == 0
 
 
+def test_beams_leave_cached_only_what_their_salt_finds(llm: LLM) -> None:
+    prompt = [60 + i % 9 for i in range(23)]
+    salted = {"prompt_token_ids": prompt, "cache_salt": "of beams"}
+    llm.beam_search([salted], BeamSearchParams(beam_width=2, max_tokens=1))
+    assert [generate(llm, one).num_cached_tokens for one in (prompt, salted)] == [0, 20]
+
+
 def test_stream_deltas_add_up(llm: LLM) -> None:
     params = replace(GREEDY, output_kind=OutputKind.DELTA)
     pieces = list(llm.stream("hello", params))
