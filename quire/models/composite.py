@@ -83,9 +83,8 @@ FAMILIES: Mapping[str, str] = {  # model_type of the network that computes text 
     "qwen3_vl_text": "qwen.qwen3",
     "smollm3": "llama.smollm3",
 }
-SECTIONS: Mapping[
-    str, tuple[list[int], bool]
-] = {  # how wide if config.json does not say; whether they alternate
+# How wide sections are if config.json does not say, and whether they alternate.
+SECTIONS: Mapping[str, tuple[list[int], bool]] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), ([16, 24, 24], False)),
     **dict.fromkeys(("qwen3_vl_text", "qwen3_vl_moe_text"), ([24, 20, 20], True)),
     **dict.fromkeys(("glm4v_text", "glm4v_moe_text"), ([8, 12, 12], False)),

@@ -216,13 +216,10 @@ class FixedSteps:
             return None
 
     def _fits(self, work: Sequence[Work]) -> bool:
-        return len(work) <= self.sizes[-1] and all(
-            w.count == 1 and w.samples and not w.drafts and self._is_plain(w) for w in work
-        )
-
-    def _is_plain(self, w: Work) -> bool:
-        """It has one coordinate in all rows, as everything has but a prompt that brings its own."""
-        return w.slot not in self.state.coordinates or w.start >= self.state.prompt_len[w.slot]
+        own, prompt_len = self.state.coordinates, self.state.prompt_len
+        if own and any(w.slot in own and w.start < prompt_len[w.slot] for w in work):
+            return False  # of a prompt with coordinates of its own, which may differ from row to row
+        return len(work) <= self.sizes[-1] and all(w.count == 1 and w.samples and not w.drafts for w in work)
 
     def _place(self, work: Sequence[Work], uses: Uses | None) -> FixedKind:
         """Tell the device whose rows follow."""

@@ -89,7 +89,8 @@ class SlotState:
 
     def sees_ahead(self, work: Work) -> bool:
         """Whether positions of it see later ones."""
-        return any(within(self.spans[work.slot], work.start, work.start + work.count))
+        spans = self.spans[work.slot]
+        return bool(spans) and any(within(spans, work.start, work.start + work.count))
 
     def _hear(self, plan: Plan) -> None:
         """Of newest tokens that another stage has sampled."""

@@ -429,9 +429,7 @@ class Scheduler:
             if seq.state is not State.PREFILLING:
                 continue  # it made way
             start, new_blocks = seq.planned, tuple[int, ...]()
-            span = around(
-                seq.new.spans, start + 1
-            )  # which is computed at once, if it is one that begins here
+            span = around(seq.new.spans, start + 1)  # one that begins here, which is computed at once
             least = 1 if span is None else span[1] - start
             most = max(left, least) if left == share else left  # nobody waits for ever
             if most < least:
