@@ -9,7 +9,7 @@ constexpr int ROWS = QUIRE_ISA >= 1 ? 4 : 2, SUMS = QUIRE_ISA >= 2 ? 16 : 8;  //
 constexpr float LOWEST = -1e30f;
 
 static inline void ask(const void* memory, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)memory + i);
+  for (int64_t i = 0; i < bytes; i += 64) ask_for_line((const char*)memory + i, STREAMS_NEAR);
 }
 
 #if QUIRE_ISA >= 3
@@ -170,7 +170,10 @@ struct Task {
         b[c] = k_page[p + c];
         ahead[c] = soon[p + c];
       }
-      products<E, AHEAD>(part, a, b, k_units, LANES, ahead, step_bytes);
+      products<E>(part, a, b, k_units, LANES, [&](int64_t s) {
+        if (AHEAD)
+          for (int c = 0; c < COLUMNS; c++) ask((const char*)ahead[c] + s * step_bytes, step_bytes);
+      });
       for (int i = 0; i < R; i++)
         for (int c = 0; c < COLUMNS * PARTS; c++)
           store_register(scores + i * TILE + p * LANES + c * WIDTH, part[i][c]);
@@ -233,7 +236,10 @@ struct Task {
         b[c] = v_page[p] + d + c * LANES;
         ahead[c] = next_page[p] + (d / LANES + c) * next_bytes / 4 * PAGE_UNITS;
       }
-      products<E, AHEAD>(sums, a, b, whole, v_stored, ahead, next_bytes);
+      products<E>(sums, a, b, whole, v_stored, [&](int64_t s) {
+        if (AHEAD)
+          for (int c = 0; c < C; c++) ask((const char*)ahead[c] + s * next_bytes, next_bytes);
+      });
       if (whole * E::PER_UNIT < here) {  // the other half of the last pair was never written: it may be NaN
         Ints last[C];
         for (int i = 0; i < R; i++) a[i] += whole * E::WORDS;
@@ -241,7 +247,7 @@ struct Task {
           last[c] = E::first_only(load_units(b[c] + whole * v_stored));
           b[c] = (const int32_t*)&last[c];
         }
-        products<E, false>(sums, a, b, 1, 0, ahead, 0);
+        products<E>(sums, a, b, 1, 0, [](int64_t) {});
       }
     }
     for (int i = 0; i < R; i++)

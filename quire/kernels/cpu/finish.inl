@@ -29,18 +29,19 @@ static inline Floats result(const Finish& a, const float* sums, int64_t row, int
   return a.bias ? x + get(a.bias, a.bias_bf16, at, n) : x;
 }
 
-// Rows are far apart, so what is read and written soon is asked for.
-static inline void ask_for_row(const Finish& a, int64_t row, int64_t start) {
+// Rows are far apart, so what is read and written soon is asked for: `count` results from `start` on.
+static inline void ask_for_row(const Finish& a, int64_t row, int64_t start, int64_t count) {
   const Fused& to = a.fused;
   const int64_t size = to.residual_bf16 ? 2 : 4, out_size = a.out_bf16 ? 2 : 4;
+  const char* out = (const char*)a.out + (row * a.out_stride + start) * out_size;
+  for (int64_t i = 0; i < count * out_size; i += 64) __builtin_prefetch(out + i, 1);
+  if (!to.residual) return;
   const char* residual = (const char*)to.residual + (row * to.residual_stride + start) * size;
   const char* total = (const char*)to.total + (row * a.outputs + start) * size;
-  const char* out = (const char*)a.out + (row * a.out_stride + start) * out_size;
-  for (int64_t i = 0; i < BLOCK * size; i += 64) {
+  for (int64_t i = 0; i < count * size; i += 64) {
     __builtin_prefetch(residual + i);
     __builtin_prefetch(total + i, 1);
   }
-  for (int64_t i = 0; i < BLOCK * out_size; i += 64) __builtin_prefetch(out + i, 1);
 }
 
 static inline void add_row(const Finish& a, const float* sums, int64_t row, int64_t start, int64_t count) {
@@ -87,9 +88,11 @@ static inline void head_row(const Finish& a, const float* sums, int64_t row, int
 
 static void finish_rows(const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t item) {
   const int64_t start = item * BLOCK, count = a.outputs - start < BLOCK ? a.outputs - start : BLOCK;
+  const Heads* heads = a.fused.heads;
+  const int64_t width = !heads ? count : item < heads->num_queries ? heads->size : 0;  // of out
   for (int64_t row = top; row < top + rows; row++, sums += BLOCK) {
+    if (row + ROWS_AHEAD < top + rows) ask_for_row(a, row + ROWS_AHEAD, heads ? item * width : start, width);
     if (a.fused.residual) {
-      if (row + ROWS_AHEAD < top + rows) ask_for_row(a, row + ROWS_AHEAD, start);
       add_row(a, sums, row, start, count);
     } else if (a.fused.heads) {
       a.fused.heads->interleaved ? head_row<Neighbours>(a, sums, row, item) : head_row<Apart>(a, sums, row, item);

@@ -38,65 +38,74 @@ struct ByteUnits {
 };
 #endif
 
-// Rows row .. row + R - 1 of units unit .. unit + units - 1, added to sums [R][64]. Not inlined: other loops would take
-// its registers.
-template <class E, bool FIRST, int R>
+// Rows row .. row + R - 1 of units unit .. unit + units - 1, added to sums [R][64]; asks on for what comes later. Not inlined:
+// other loops would take its registers.
+template <class E, int R>
 __attribute__((noinline)) static void rows_of_block(const Linear& a, const int32_t* weight, float* sums, int64_t row,
-                                                    int64_t unit, int64_t units) {
+                                                    int64_t unit, int64_t units, Ahead& later) {
   constexpr int COLUMNS = columns_of(R, LINEAR_SUMS);
-  const int32_t *x[R], *columns[COLUMNS], *ahead[COLUMNS];
+  const int32_t *x[R], *columns[COLUMNS];
+  Ahead ahead{later.next, later.lines < COLUMNS ? later.lines : COLUMNS, later.end, later.near};
   for (int r = 0; r < R; r++)
     x[r] = (const int32_t*)((const char*)a.x + (row + r) * a.x_stride_bytes) + unit * E::WORDS;
   for (int64_t c = 0; c < BLOCK; c += COLUMNS * LANES) {
-    for (int i = 0; i < COLUMNS; i++) {
-      columns[i] = weight + unit * BLOCK + c + i * LANES;
-      ahead[i] = columns[i] + AHEAD_UNITS;
-    }
+    for (int i = 0; i < COLUMNS; i++) columns[i] = weight + unit * BLOCK + c + i * LANES;
     Register part[R][COLUMNS * PARTS];
     for (int r = 0; r < R; r++)
       for (int p = 0; p < COLUMNS * PARTS; p++)
         part[r][p] = unit ? load_register(sums + r * BLOCK + c + p * WIDTH) : Register{};
-    products<E, FIRST>(part, x, columns, units, BLOCK, ahead, BLOCK * 4);
+    products<E>(part, x, columns, units, BLOCK, [&](int64_t) { ahead.ask(); });
     for (int r = 0; r < R; r++)
       for (int p = 0; p < COLUMNS * PARTS; p++) store_register(sums + r * BLOCK + c + p * WIDTH, part[r][p]);
   }
+  later.next = ahead.next;
 }
 
-// A piece of the weight stays in the first cache while all of up to 96 rows pass by.
+// A piece of the weight stays in the first cache while all of up to 96 rows pass by, and meanwhile the next one is asked for, by
+// all of them, so that memory is never idle. Few rows are done before a large one would have come.
 template <class E>
 static void sums_by_vectors(const Linear& a, int64_t block, int64_t top, int64_t rows, float* sums) {
   const int32_t* weight = (const int32_t*)a.weight + block * a.units * BLOCK;
-  const int64_t piece = a.rows > LINEAR_ROWS ? PIECE_UNITS : a.units;
+  const int64_t chunks = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
+  const bool many = chunks > 4;
+  const int64_t piece = many ? PIECE_UNITS : chunks > 1 ? SMALL_PIECE_UNITS : a.units;
+  const int64_t distance = chunks > 1 ? piece * BLOCK : AHEAD_UNITS;
   for (int64_t unit = 0; unit < a.units; unit += piece) {
     const int64_t units = a.units - unit < piece ? a.units - unit : piece;
+    const char* next = (const char*)(weight + unit * BLOCK + distance);
+    const int64_t lines = top ? 0 : (BLOCK / LANES + chunks - 1) / chunks;
+    Ahead later{next, lines, next + units * BLOCK * 4, many || STREAMS_NEAR};
     for (int64_t r = 0; r < rows; r += LINEAR_ROWS) {
       const int64_t count = rows - r < LINEAR_ROWS ? rows - r : LINEAR_ROWS;
       with_rows<LINEAR_ROWS>(count, [&](auto n) {
         constexpr int R = decltype(n)::value;
-        if (top == 0 && r == 0) {
-          rows_of_block<E, true, R>(a, weight, sums, 0, unit, units);
-        } else {
-          rows_of_block<E, false, R>(a, weight, sums + r * BLOCK, top + r, unit, units);
-        }
+        rows_of_block<E, R>(a, weight, sums + r * BLOCK, top + r, unit, units, later);
       });
     }
   }
 }
 
 #if QUIRE_ISA >= 4
+// The first rows take the block from memory, and ask for the lines of a half that follow those they take, so that memory is
+// never idle. If others pass by, each asks for a share of the next block.
 template <Kind KIND>
 static void sums_by_tiles(const Linear& a, int64_t block, int64_t top, int64_t rows, float* sums) {
-  const char* weight = (const char*)a.weight + block * a.units * BLOCK * 4;
+  constexpr int64_t AT_ONCE = 2 * TILE_ROWS;
+  const int64_t block_bytes = a.units * BLOCK * 4, passes = (a.rows + AT_ONCE - 1) / AT_ONCE;
+  const char *weight = (const char*)a.weight + block * block_bytes, *next = weight + block_bytes;
+  const int64_t lines = passes > 1 && block_bytes <= MOST_BLOCK_AHEAD ? (2 * TILE_UNITS + passes - 1) / passes : 0;
   int64_t configured = 0;
-  for (int64_t r = 0; r < rows; r += 2 * TILE_ROWS) {
-    const int64_t count = rows - r < 2 * TILE_ROWS ? rows - r : 2 * TILE_ROWS;
+  for (int64_t r = 0; r < rows; r += AT_ONCE) {
+    const int64_t count = rows - r < AT_ONCE ? rows - r : AT_ONCE;
     const char* x = (const char*)a.x + (top + r) * a.x_stride_bytes;
+    const bool first = top + r == 0;
+    Ahead ahead{next + (top + r) / AT_ONCE * (a.units / TILE_UNITS * 2 * lines * 64), lines, next + block_bytes, true};
     if (count != configured) configure_tiles(configured = count);
-    if (top == 0 && r == 0) {
-      tile_products<KIND, AHEAD_UNITS * 4>(x, a.x_stride_bytes, count, weight, a.units, sums);
-    } else {
-      tile_products<KIND, 0>(x, a.x_stride_bytes, count, weight, a.units, sums + r * BLOCK);
-    }
+    tile_products<KIND>(x, a.x_stride_bytes, count, weight, a.units, sums + r * BLOCK, [&](const char* w, int of_unit) {
+      for (int i = 0; first && i < TILE_UNITS; i++)
+        for (int line = 0; line < of_unit; line++) __builtin_prefetch(w + AHEAD_UNITS * 4 + i * BLOCK * 4 + line * 64);
+      ahead.ask();
+    });
   }
   _tile_release();
 }
@@ -117,10 +126,12 @@ static void sums_of_kind(const Panels& a, int64_t top, int64_t rows, const int64
     const bool is_last = unit + units == a.units;
     const int64_t then = is_last ? 0 : unit + units;
     const char* x = a.x + unit * 4 * a.padded_rows + top * units * 4;
-    Ahead ahead_x{a.x + then * 4 * a.padded_rows + top * units_of(then) * 4, x_lines};
+    const char* next_x = a.x + then * 4 * a.padded_rows + top * units_of(then) * 4;
+    Ahead ahead_x{next_x, x_lines, next_x + pairs * 2 * TILE_ROWS * units_of(then) * 4, false};
     for (int64_t b = 0; b < num_blocks; b++) {
       const int64_t next = blocks[b] + (is_last ? further : 0);
-      Ahead ahead_weight{a.weight + (next * a.units + then) * BLOCK * 4, weight_lines};
+      const char* next_weight = a.weight + (next * a.units + then) * BLOCK * 4;
+      Ahead ahead_weight{next_weight, weight_lines, next_weight + units_of(then) * BLOCK * 4, false};
       for (int64_t half = 0; half < 2; half++) {
         const char* weight = a.weight + (blocks[b] * a.units + unit) * BLOCK * 4 + half * 128;
         for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS) {

@@ -98,22 +98,36 @@ static inline void with_rows(int64_t count, F f) {
 static inline Register load_register(const float* p) { return *(const RegisterAt*)p; }
 static inline void store_register(float* p, Register x) { *(RegisterAt*)p = x; }
 
-// sums[r][c * PARTS ...] += a[r][s * WORDS ...] * b[c][s * stride ...] over `steps` units, in order. With AHEAD, it also
-// asks for the memory that is wanted next, `ahead_bytes` at `ahead` for each step and column. Loops are unrolled by hand
-// where the compiler would otherwise leave sums in memory.
-template <class E, bool AHEAD, int R, int P>
+// Where memory that is asked for goes: into the first cache, or into the second, for which a core of AMD's can wait for more
+// lines at a time. Intel's, which have AMX, gain nothing by that.
+constexpr bool STREAMS_NEAR = QUIRE_ISA >= 4;
+static inline void ask_for_line(const char* line, bool near) {
+  near ? __builtin_prefetch(line) : __builtin_prefetch(line, 0, 2);
+}
+
+// Memory that is asked for while something else is computed: so many lines a step, so that none of them is waited for.
+struct Ahead {
+  const char* next;
+  int64_t lines;
+  const char* end;
+  bool near;
+  inline void ask() {
+    for (int64_t i = 0; i < lines && next < end; i++, next += 64) ask_for_line(next, near);
+  }
+};
+
+// sums[r][c * PARTS ...] += a[r][s * WORDS ...] * b[c][s * stride ...] over `steps` units, in order; before each of them,
+// ask(s) asks for memory that is wanted later. Loops are unrolled by hand where the compiler would otherwise leave sums in
+// memory.
+template <class E, int R, int P, class Ask>
 static inline void products(Register (&sums)[R][P], const int32_t* const* a, const int32_t* const* b, int64_t steps,
-                            int64_t stride, const int32_t* const* ahead, int64_t ahead_bytes) {
+                            int64_t stride, Ask ask) {
   for (int64_t s = 0; s < steps; s++) {
+    ask(s);
     RegisterInts columns[P];
 #pragma GCC unroll 16
-    for (int p = 0; p < P; p++) {
-      if (AHEAD && p % PARTS == 0) {
-        const char* next = (const char*)ahead[p / PARTS] + s * ahead_bytes;
-        for (int64_t i = 0; i < ahead_bytes; i += 64) __builtin_prefetch(next + i);
-      }
+    for (int p = 0; p < P; p++)
       columns[p] = *(const RegisterIntsAt*)(b[p / PARTS] + s * stride + p % PARTS * WIDTH);
-    }
 #pragma GCC unroll 2
     for (int h = 0; h < E::HALVES; h++) {
       RegisterInts some[P];

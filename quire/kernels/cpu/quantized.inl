@@ -385,7 +385,7 @@ static void nibble_sums_by_tiles(const Product& a, int64_t block, int64_t top, i
         for (int64_t u = 0; u < GROUP / 8 * BLOCK; u += 16) __builtin_prefetch(from + u + AHEAD_UNITS);
       expand_nibbles(from, bytes);
       const char* x = (const char*)a.x + (top + r) * a.padded + group * GROUP;
-      tile_products<NIBBLES, 0>(x, a.padded, count, (const char*)bytes, TILE_UNITS, some);
+      tile_products<NIBBLES>(x, a.padded, count, (const char*)bytes, TILE_UNITS, some, [](const char*, int) {});
       for (int64_t c = 0; c < BLOCK; c += LANES) {
         const Register scale = (Register)load((const Bf16*)scales + group * BLOCK + c);
         for (int64_t i = c; i < count * BLOCK; i += BLOCK) {

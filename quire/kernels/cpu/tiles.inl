@@ -25,11 +25,11 @@ static inline void configure_tiles(int64_t rows) {
     _tile_dpbssd(sum, x, weight);             \
   }
 
-// sums [rows][64] of `rows` of x, configured before, by `units` of 64 columns; asks for the weight `AHEAD` bytes further on,
-// if any, before it is wanted. Sums of bytes and nibbles are int32, as the bits of floats.
-template <Kind KIND, int64_t AHEAD>
+// sums [rows][64] of `rows` of x, configured before, by `units` of 64 columns. Before 16 of these, of which it takes so many
+// lines each from w on, ask(w, lines) asks for what is wanted later. Sums of bytes and nibbles are int32, as the bits of floats.
+template <Kind KIND, class Ask>
 static inline void tile_products(const char* x, int64_t x_stride, int64_t rows, const char* weight, int64_t units,
-                                 float* sums) {
+                                 float* sums, Ask ask) {
   const bool wide = rows > TILE_ROWS;  // all rows by half of the columns, then by the others; else by all columns at once
   for (int half = 0; half <= wide; half++) {
     _tile_zero(0);
@@ -38,9 +38,7 @@ static inline void tile_products(const char* x, int64_t x_stride, int64_t rows, 
     _tile_zero(3);
     for (int64_t u = 0; u < units; u += TILE_UNITS) {
       const char* w = weight + half * 128 + u * BLOCK * 4;
-      if (AHEAD)  // of wide ones for the same half, so that memory is never idle
-        for (int i = 0; i < TILE_UNITS; i++)
-          for (int line = 0; line < (wide ? 2 : 4); line++) __builtin_prefetch(w + AHEAD + i * BLOCK * 4 + line * 64);
+      ask(w, wide ? 2 : 4);
       _tile_loadd(4, x + u * 4, x_stride);
       _tile_loadd(6, w, BLOCK * 4);
       QUIRE_TILES(0, 4, 6)
@@ -64,16 +62,6 @@ static inline void tile_products(const char* x, int64_t x_stride, int64_t rows, 
     _tile_stored(3, rest + 16, BLOCK * 4);
   }
 }
-
-// Memory that is asked for while something else is computed: so many lines a step, so that none of them is waited for.
-struct Ahead {
-  const char* next;
-  int64_t lines;
-  inline void ask() {
-    for (int64_t i = 0; i < lines; i++) __builtin_prefetch(next + i * 64, 0, 2);
-    next += lines * 64;
-  }
-};
 
 // sums [32][64], 32 of each row's, of two tiles of packed rows (linear.cpp), `steps` times 16 units each, by the same of 32
 // columns, added to what is there unless it is the `first`.
