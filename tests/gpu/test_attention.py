@@ -5,6 +5,7 @@ are multiples of 16, so the reference reads what the backend wrote.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +16,7 @@ from quire.attention.base import LayerCache, Ragged, Shared, Turn, ragged
 from quire.attention.reference import Reference
 from quire.attention.shapes import CacheShape
 from quire.attention.triton.backend import Triton
+from quire.scheduler.spans import Spans
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,7 +62,13 @@ class Setup:
     q: Tensor
 
 
-def setup(shape_name: str, dtype: torch.dtype, chunks: list[tuple[int, int]], block_size: int = 64) -> Setup:
+def setup(
+    shape_name: str,
+    dtype: torch.dtype,
+    chunks: list[tuple[int, int]],
+    block_size: int = 64,
+    spans: Sequence[Spans] | None = None,
+) -> Setup:
     heads, shape = SHAPES[shape_name]
     generator = torch.Generator(GPU).manual_seed(len(chunks))
 
@@ -81,7 +89,7 @@ def setup(shape_name: str, dtype: torch.dtype, chunks: list[tuple[int, int]], bl
         cache, k, None if shape.v_in_k else draw(sum(lengths), shape.num_kv_heads, shape.v_dim), whole
     )
     assert bool((pool[:, :offset] == 255).all())
-    step = ragged([a for a, _ in chunks], [b for _, b in chunks], tables, block_size, GPU)
+    step = ragged([a for a, _ in chunks], [b for _, b in chunks], tables, block_size, GPU, spans)
     return Setup(backend, cache, plain, step, draw(sum(b for _, b in chunks), heads, shape.k_dim))
 
 
@@ -129,6 +137,22 @@ def test_other_types_equal_reference(shape: str, dtype: torch.dtype) -> None:
 def test_other_block_sizes(block_size: int) -> None:
     for step in ("decode", "mixed"):
         check(setup("32/8x128", torch.bfloat16, STEPS[step], block_size), "plain")
+
+
+@pytest.mark.parametrize("feature", ["plain", "window", "all"])
+@pytest.mark.parametrize("shape", ["32/8x128", "16/4x256", "8/1x80"])
+def test_positions_of_spans_see_each_other(shape: str, feature: str) -> None:
+    chunks = [(0, 700), (128, 300), (4000, 1), (0, 1)]
+    spans = [((3, 260), (260, 262), (300, 700)), ((130, 400),), (), ()]
+    seen, blind = (setup(shape, torch.bfloat16, chunks, spans=some) for some in (spans, None))
+    check(seen, feature)
+    chosen = options(feature, seen.q.shape[1])
+    one, other = (s.backend.attend(s.q, s.cache, s.step, scale=0.1, **chosen) for s in (seen, blind))
+    assert (
+        not torch.equal(one[3], other[3])
+        and torch.equal(one[0], other[0])
+        and torch.equal(one[-1], other[-1])
+    )
 
 
 def test_large_batches() -> None:
