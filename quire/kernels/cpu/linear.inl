@@ -67,9 +67,9 @@ template <class E>
 static void sums_by_vectors(const Linear& a, int64_t block, int64_t top, int64_t rows, float* sums) {
   const int32_t* weight = (const int32_t*)a.weight + block * a.units * BLOCK;
   const int64_t chunks = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
-  const bool many = chunks > 4;
-  const int64_t piece = many ? PIECE_UNITS : chunks > 1 ? SMALL_PIECE_UNITS : a.units;
-  const int64_t distance = chunks > 1 ? piece * BLOCK : AHEAD_UNITS;
+  const bool many = chunks > 4, at_once = chunks == 1 && columns_of(rows, LINEAR_SUMS) * LANES == BLOCK;
+  const int64_t piece = many ? PIECE_UNITS : at_once ? a.units : SMALL_PIECE_UNITS;
+  const int64_t distance = at_once ? AHEAD_UNITS : piece * BLOCK;
   for (int64_t unit = 0; unit < a.units; unit += piece) {
     const int64_t units = a.units - unit < piece ? a.units - unit : piece;
     const char* next = (const char*)(weight + unit * BLOCK + distance);
