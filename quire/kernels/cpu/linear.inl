@@ -61,8 +61,9 @@ __attribute__((noinline)) static void rows_of_block(const Linear& a, const int32
   later.next = ahead.next;
 }
 
-// A piece of the weight stays in the first cache while all of up to 96 rows pass by, and meanwhile the next one is asked for, by
-// all of them, so that memory is never idle. Few rows are done before a large one would have come.
+// A piece of the weight stays in the first cache while all of up to 96 rows pass by, each of which asks for a share of the
+// next one, so that memory is never idle. Few rows are done before a large piece would have come; if their sums of all
+// columns fit into registers, they take the weight as it comes.
 template <class E>
 static void sums_by_vectors(const Linear& a, int64_t block, int64_t top, int64_t rows, float* sums) {
   const int32_t* weight = (const int32_t*)a.weight + block * a.units * BLOCK;
