@@ -36,7 +36,7 @@ constexpr int64_t SPAN = 512;  // positions, from a multiple of it on, that are 
 constexpr float LEAST_SCALE = 1e-30f;
 constexpr int64_t MOST_ROWS = 32;  // of an item: its queries, scores and sums stay in the cache
 constexpr int64_t LEAST_ROWS = 4;
-constexpr size_t MOST_AT_ONCE = 4;  // items that a thread takes
+constexpr size_t MOST_AT_ONCE = 4;  // items that a thread takes, if each takes several times
 
 // Mirrored in quire/attention/cpu.py.
 struct Step {
@@ -147,7 +147,7 @@ extern "C" void quire_attend(const void* args) {
   memset((char*)query.out + last * row_bytes, 0, (step->num_tokens - last) * row_bytes);
   if ((int64_t)items.size() < step->num_threads && spans > 1) return attend_by_spans(a, items, spans);
   // Neighbours are taken together, whose pages are next to each other. A thread knows its next item, whose keys it can ask for.
-  const size_t at_once = std::clamp<size_t>(items.size() / step->num_threads, 1, MOST_AT_ONCE);
+  const size_t at_once = std::clamp<size_t>(items.size() / (2 * step->num_threads), 1, MOST_AT_ONCE);
   std::atomic<size_t> taken{0};
 #pragma omp parallel num_threads(step->num_threads) if (items.size() > 1)
   {
