@@ -165,14 +165,10 @@ struct Task {
     for (int i = 0; i < R; i++) a[i] = q + (r + i) * k_units * E::WORDS;
     for (int p = 0; p < pages; p += COLUMNS) {
       Register part[R][COLUMNS * PARTS] = {};
-      const int32_t *b[COLUMNS], *ahead[COLUMNS];
-      for (int c = 0; c < COLUMNS; c++) {
-        b[c] = k_page[p + c];
-        ahead[c] = soon[p + c];
-      }
+      const int32_t* b[COLUMNS];
+      for (int c = 0; c < COLUMNS; c++) b[c] = k_page[p + c];
       products<E>(part, a, b, k_units, LANES, [&](int64_t s) {
-        if (AHEAD)
-          for (int c = 0; c < COLUMNS; c++) ask((const char*)ahead[c] + s * step_bytes, step_bytes);
+        for (int c = 0; AHEAD && c < COLUMNS; c++) ask((const char*)soon[p + c] + s * step_bytes, step_bytes);
       });
       for (int i = 0; i < R; i++)
         for (int c = 0; c < COLUMNS * PARTS; c++)
@@ -231,14 +227,10 @@ struct Task {
       const int64_t here = tokens - p * LANES < LANES ? tokens - p * LANES : LANES, whole = here / E::PER_UNIT;
       const int32_t *a[R], *b[C];
       for (int i = 0; i < R; i++) a[i] = weights + ((r + i) * TILE / E::PER_UNIT + p * PAGE_UNITS) * E::WORDS;
-      const int32_t* ahead[C];
-      for (int c = 0; c < C; c++) {
-        b[c] = v_page[p] + d + c * LANES;
-        ahead[c] = next_page[p] + (d / LANES + c) * next_bytes / 4 * PAGE_UNITS;
-      }
+      for (int c = 0; c < C; c++) b[c] = v_page[p] + d + c * LANES;
+      const char* ahead = (const char*)next_page[p] + d / LANES * PAGE_UNITS * next_bytes;
       products<E>(sums, a, b, whole, v_stored, [&](int64_t s) {
-        if (AHEAD)
-          for (int c = 0; c < C; c++) ask((const char*)ahead[c] + s * next_bytes, next_bytes);
+        for (int c = 0; AHEAD && c < C; c++) ask(ahead + (c * PAGE_UNITS + s) * next_bytes, next_bytes);
       });
       if (whole * E::PER_UNIT < here) {  // the other half of the last pair was never written: it may be NaN
         Ints last[C];
