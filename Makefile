@@ -1,6 +1,6 @@
 # What can be done here besides tests; see CONTRIBUTING.md.
 
-.PHONY: report oracles meshes
+.PHONY: report oracles meshes sanitizers
 
 report: ## lines per family, fields by number of users, lines that stand twice
 	python scripts/report.py
@@ -16,3 +16,12 @@ oracles: ## what is compared with Transformers, on the earliest version that is 
 
 meshes: ## every mesh of up to four processes, on a dense, an MoE and an MLA network; the slow tests have some of them
 	EVERY_MESH=1 python -m pytest tests/engine/test_every_mesh.py
+
+SANITIZE = -fsanitize=address,undefined -fno-sanitize=alignment
+KERNEL_TESTS ?= tests/kernels tests/attention
+
+sanitizers: ## the C++ kernels' tests, of what git has staged, with a library that stops at wrong addresses and overflows
+	folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && git checkout-index -a --prefix="$$folder/" && cd "$$folder" && \
+	CFLAGS="$(SANITIZE) -fno-omit-frame-pointer -w" LDFLAGS="$(SANITIZE)" python setup.py -q build_ext --inplace && \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" PYTHONPATH="$$folder" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 python -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)

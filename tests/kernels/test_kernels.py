@@ -265,6 +265,7 @@ INPUTS: dict[str, Callable[[torch.dtype], Inputs]] = {
     "experts_add_norm": added_mixtures,
     "recurrence": recurrences,
 }
+OTHER = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}
 COMPOSED = (
     "normed_linear",
     "normed_act_mul",
@@ -455,6 +456,16 @@ def test_dispatch_is_by_device_and_dtype_of_the_first_argument() -> None:
     assert double.name == "double"
     assert double(torch.tensor(3)).item() == 7
     assert double(torch.tensor(3.0)).item() == 6.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_take_weights_of_another_type(dtype: torch.dtype) -> None:
+    x, weight = noise(3, 50, dtype=dtype), noise(50, dtype=torch.bfloat16).to(OTHER[dtype])
+    want = x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.float()
+    normed = ops.rms_norm(x, weight, 1e-6)
+    _, added = ops.add_norm(x, torch.zeros_like(x), ops.RmsNorm(weight, 1e-6))
+    for got in (normed, added):
+        torch.testing.assert_close(got.float(), want, rtol=1e-2, atol=1e-2)
 
 
 def test_a_row_of_a_norm_does_not_depend_on_the_others() -> None:

@@ -30,7 +30,7 @@ def _register_norms(level: int, threads: Callable[[], int]) -> None:
     @rms_norm.on("cpu", *BOTH)
     def rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
         size = x.shape[-1]
-        if weight is not None and weight.dim() != 1:
+        if weight is not None and (weight.dim() != 1 or weight.dtype is not x.dtype):
             return rms_norm.reference(x, weight, eps, offset)
         x, rows, stride = rows_of(x)
         out = torch.empty(x.shape, dtype=x.dtype)
@@ -45,7 +45,10 @@ def _register_norms(level: int, threads: Callable[[], int]) -> None:
         x: Tensor, residual: Tensor, norm: RmsNorm, post: RmsNorm | None = None
     ) -> tuple[Tensor, Tensor]:
         weight, eps, offset = norm
-        if x.dtype is not residual.dtype or weight is not None and weight.dim() != 1:
+        alike = x.dtype is residual.dtype and (
+            weight is None or weight.dtype is x.dtype and weight.dim() == 1
+        )
+        if not alike:
             return add_norm.reference(x, residual, norm, post)
         x, rows, stride = rows_of(x if post is None else rms_norm(x, *post))
         residual, _, residual_stride = rows_of(residual)
