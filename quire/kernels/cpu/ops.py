@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quire.kernels.cpu.calls import kernel
 from quire.kernels.cpu.native import isa, load
-from quire.kernels.cpu.products import ACTIVATIONS, BOTH, Fused, PackedWeight, pointer, rows_of
+from quire.kernels.cpu.products import ACTIVATIONS, BOTH, Fused, PackedWeight, pointer, rows_of, takes_gain
 from quire.kernels.reference import (
     RmsNorm,
     RowScale,
@@ -30,7 +30,7 @@ def _register_norms(level: int, threads: Callable[[], int]) -> None:
     @rms_norm.on("cpu", *BOTH)
     def rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
         size = x.shape[-1]
-        if weight is not None and (weight.dim() != 1 or weight.dtype is not x.dtype):
+        if not takes_gain(weight, x):
             return rms_norm.reference(x, weight, eps, offset)
         x, rows, stride = rows_of(x)
         out = torch.empty(x.shape, dtype=x.dtype)
@@ -45,10 +45,7 @@ def _register_norms(level: int, threads: Callable[[], int]) -> None:
         x: Tensor, residual: Tensor, norm: RmsNorm, post: RmsNorm | None = None
     ) -> tuple[Tensor, Tensor]:
         weight, eps, offset = norm
-        alike = x.dtype is residual.dtype and (
-            weight is None or weight.dtype is x.dtype and weight.dim() == 1
-        )
-        if not alike:
+        if x.dtype is not residual.dtype or not takes_gain(weight, x):
             return add_norm.reference(x, residual, norm, post)
         x, rows, stride = rows_of(x if post is None else rms_norm(x, *post))
         residual, _, residual_stride = rows_of(residual)

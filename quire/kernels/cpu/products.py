@@ -141,6 +141,11 @@ def multiply(
     )
 
 
+def takes_gain(gain: Tensor | None, x: Tensor) -> bool:
+    """Whether kernels multiply rows of x by a norm's weight: they read one number a column, of x's type."""
+    return gain is None or gain.dim() == 1 and gain.dtype is x.dtype
+
+
 def takes_more(x: Tensor, weight: Any, scale: RowScale | None = None) -> bool:
     """Whether there is a kernel that does more than a product with such a weight."""
     if scale is not None and not scale.squares.is_contiguous():
@@ -183,7 +188,7 @@ def multiply_added(
 ) -> tuple[Tensor, Tensor, RowScale] | None:
     """`linear_add_norm`; None if it takes several operations."""
     gain, eps, offset = norm
-    if gain is not None and (gain.dim() != 1 or gain.dtype is not x.dtype):
+    if not takes_gain(gain, x):
         return None
     if not takes_more(x, weight) or residual.dim() != 2 or residual.dtype not in BOTH:
         return None
