@@ -44,7 +44,7 @@ class Communicator(Protocol):
         """x may be empty here."""
 
     def send(self, x: Tensor, to: int) -> None:
-        """Need not wait for the other rank; x is not written to afterwards."""
+        """Need not wait for the other rank, though a GPU's stream may; x is not written to afterwards."""
 
     def receive(self, x: Tensor, source: int) -> None:
         """x becomes what was sent."""

@@ -6,10 +6,12 @@ share out of service; torch would set it up while ranks meet, and is told not to
 
 import os
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
+from torch.distributed import ProcessGroup as TorchGroup
 
 from quire.parallel.process_groups import ProcessGroup
 
@@ -19,14 +21,21 @@ TWO_SHOT_BYTES = 1 << 20  # every rank adds up a part, and reads the others' sum
 ALIGNED = 16  # bytes that kernels read at once
 
 
-def why_not(device: torch.device, others: Sequence[int], *, one_machine: bool) -> str | None:
-    """Why ranks whose GPUs have these numbers (`device` is one of them) cannot add up so, or None."""
+def why_not(
+    device: torch.device, others: Sequence[int], meetings: Sequence[int], *, one_machine: bool
+) -> str | None:
+    """Why ranks whose GPUs have these numbers (`device` is one of them) cannot add up so, or None.
+
+    `meetings`: how many such groups each rank's process has been in.
+    """
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it needs NVIDIA's GPUs, and the device is {device}"
     if not one_machine:
         return "the ranks are on several machines"
     if len(set(others)) < len(others):
         return f"ranks do not see each other's GPUs: theirs are number {', '.join(map(str, others))}"
+    if len(set(meetings)) > 1:  # torch counts them, and would wait for ranks that have had as many
+        return "a process of them has had another engine whose ranks used it"
     far = [i for i in others if i != device.index and not torch.cuda.can_device_access_peer(device.index, i)]
     return f"GPU {device.index} cannot read the memory of {', '.join(map(str, far))}" if far else None
 
@@ -35,13 +44,14 @@ def symmetric(
     group: ProcessGroup, store: Store, name: str, device: torch.device, *, one_machine: bool
 ) -> "tuple[Symmetric | None, str]":
     """The same ranks with fast small sums; or None, on all of them, and one's reason."""
-    devices = group.all_gather(torch.tensor([device.index], device=device), 0).tolist()
-    reason = why_not(device, devices, one_machine=one_machine)
+    mine = torch.tensor([[device.index, Symmetric.meetings]], device=device)
+    reason = why_not(device, *group.all_gather(mine, 0).T.tolist(), one_machine=one_machine)
     if not _all(group, reason is None, device):
         return None, reason or "another rank cannot"
     try:
-        found = Symmetric(group, store, name, device)
-        reason = _error(found, device)
+        with torch.cuda.device(device):  # whose memory torch's kernels take it to be
+            found = Symmetric(group, store, name, device)
+            reason = _error(found, device)
     except RuntimeError as error:
         reason = str(error)
     return (found, "") if _all(group, reason is None, device) else (None, reason or "another rank cannot")
@@ -64,16 +74,19 @@ class Symmetric:
     """NCCL's operations, and sums of up to TWO_SHOT_BYTES through memory that all ranks have mapped."""
 
     is_repeatable = True
+    meetings: ClassVar = 0  # of this process
 
     def __init__(self, group: ProcessGroup, store: Store, name: str, device: torch.device):
-        from torch._C._distributed_c10d import _SymmetricMemory  # only in builds for GPUs
+        from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory  # not in all builds
 
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         self.size, self.rank = group.size, group.rank
-        self._name = f"quire/{name}"
-        _SymmetricMemory.set_group_info(
-            self._name, self.rank, self.size, PrefixStore(f"symmetric/{name}", store)
-        )
+        self._name: Any = f"quire/{name}/{self.meetings}"  # torch remembers those that a process has had
+        Symmetric.meetings += 1
+        store = PrefixStore(f"symmetric/{name}", store)
+        self._registered = TorchGroup(store, self.rank, self.size)  # torch keeps it weakly
+        _register_process_group(self._name, self._registered)
+        _SymmetricMemory.set_group_info(self._name, self.rank, self.size, store)
         self._buffer = _SymmetricMemory.empty_strided_p2p(
             (TWO_SHOT_BYTES,), (1,), torch.uint8, device, self._name
         )
