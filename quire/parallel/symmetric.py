@@ -6,7 +6,7 @@ share out of service; torch would set it up while ranks meet, and is told not to
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,23 +74,23 @@ class Symmetric:
     """NCCL's operations, and sums of up to TWO_SHOT_BYTES through memory that all ranks have mapped."""
 
     is_repeatable = True
-    meetings: ClassVar = 0  # of this process
+    meetings = 0  # of this process
 
     def __init__(self, group: ProcessGroup, store: Store, name: str, device: torch.device):
-        from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory  # not in all builds
+        from torch._C import _distributed_c10d  # not in all builds
+
+        c10d: Any = _distributed_c10d
 
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         self.size, self.rank = group.size, group.rank
-        self._name: Any = f"quire/{name}/{self.meetings}"  # torch remembers those that a process has had
+        self._name = f"quire/{name}/{self.meetings}"  # torch remembers those that a process has had
         Symmetric.meetings += 1
         store = PrefixStore(f"symmetric/{name}", store)
-        self._registered = TorchGroup(store, self.rank, self.size)  # torch keeps it weakly
-        _register_process_group(self._name, self._registered)
-        _SymmetricMemory.set_group_info(self._name, self.rank, self.size, store)
-        self._buffer = _SymmetricMemory.empty_strided_p2p(
-            (TWO_SHOT_BYTES,), (1,), torch.uint8, device, self._name
-        )
-        self._meeting = _SymmetricMemory.rendezvous(self._buffer, self._name)
+        registered, memory = TorchGroup(store, self.rank, self.size), c10d._SymmetricMemory
+        c10d._register_process_group(self._name, registered)
+        memory.set_group_info(self._name, self.rank, self.size, store)
+        self._buffer = memory.empty_strided_p2p((TWO_SHOT_BYTES,), (1,), torch.uint8, device, self._name)
+        self._kept = registered, memory.rendezvous(self._buffer, self._name)  # torch keeps neither alive
         self.all_gather, self.reduce_scatter, self.all_to_all = (
             group.all_gather,
             group.reduce_scatter,
