@@ -11,7 +11,7 @@ from quire.attention.base import LayerCache, Product, Ragged, Turn, turn_and_wri
 from quire.attention.shapes import DIM_STEP, CacheShape
 from quire.attention.sparse import score_spans
 from quire.kernels import ops
-from quire.kernels.cpu.calls import keep, kernel
+from quire.kernels.cpu.calls import kept_at, kernel
 from quire.kernels.cpu.native import isa, load
 from quire.kernels.cpu.products import (
     BLOCK_OUTPUTS,
@@ -49,7 +49,7 @@ class _Heads(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = [
         *[(name, c_void_p) for name in ("query_starts", "lengths", "tables", "slots")],
-        *[(name, c_int64) for name in ("num_sequences", "max_blocks", "num_tokens", "num_threads")],
+        *[(name, c_int64) for name in ("max_blocks", "num_threads")],
         *[(name, c_void_p) for name in ("until", "since")],
     ]
 
@@ -121,6 +121,7 @@ class Cpu:
         self._write(
             *(ctypes.addressof(cache.handle), self._layout(step), k.data_ptr(), k.stride(0)),
             *((0, 0) if v is None else (v.data_ptr(), v.stride(0))),
+            len(step.positions),
         )
 
     def read(self, cache: LayerCache, slots: Tensor) -> Tensor:
@@ -169,9 +170,8 @@ class Cpu:
             eps=turn.eps,
             interleaved=turn.interleaved,
         )
-        keep(heads)
         q = torch.empty((len(values), num_queries, size), dtype=values.dtype)
-        fused = Fused.scaled(product.scale, heads=ctypes.addressof(heads))
+        fused = Fused.scaled(product.scale, heads=kept_at(heads))
         machine = Machine(self.level, torch.get_num_threads())
         multiply(values, product.weight, product.bias, q, machine, fused)
         return q
@@ -194,6 +194,7 @@ class Cpu:
             *(ctypes.addressof(cache.handle), self._layout(step)),
             *(q.data_ptr(), heads, q.stride(0), out.data_ptr()),
             *(scale, softcap or 0.0, window or 0, 0 if sinks is None else sinks.data_ptr()),
+            *(len(step.lengths), len(step.positions)),
         )
         return out
 
@@ -206,17 +207,14 @@ class Cpu:
                 lengths=step.lengths.data_ptr(),
                 tables=step.block_tables.data_ptr(),
                 slots=step.slot_mapping.data_ptr(),
-                num_sequences=step.lengths.shape[0],
                 max_blocks=step.block_tables.stride(0),
-                num_tokens=step.positions.shape[0],
                 num_threads=torch.get_num_threads(),
                 until=pointer(step.until),
                 since=pointer(step.since),
             )
             found = (step, native)
             self._laid_out = [*self._laid_out[1 - MOST_LAID_OUT :], found]
-        keep(found)
-        return ctypes.addressof(found[1])
+        return kept_at(found[1])
 
 
 def _packed(x: Tensor) -> Tensor:

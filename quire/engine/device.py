@@ -31,6 +31,7 @@ from quire.platforms.base import Platform
 from quire.platforms.cpu import return_memory
 from quire.platforms.detect import detect
 from quire.resolve import Machine, Memory
+from quire.runner.chunks import ChunkSteps
 from quire.runner.fixed import MOST_RECORDED, FixedSteps, why_not
 from quire.runner.graphs import Graphs
 from quire.runner.memory import allocate_cache
@@ -209,7 +210,7 @@ def _compile_ahead(config: Config, raw: Mapping[str, Any], model: Network) -> Pr
 
 def _repeated(
     parts: tuple[Network, list[Cache], SlotState, Sampler], config: Config, *, keeps_states: bool
-) -> tuple[FixedSteps | None, MixedSteps | None]:
+) -> tuple[FixedSteps | None, MixedSteps | ChunkSteps | None]:
     """How steps of newest tokens, and small ones of any, are computed again by one call; None if they are not."""
     model, _, state, _ = parts
     block_size, device = config.block_size or 1, state.tokens.device
@@ -227,7 +228,10 @@ def _repeated(
         )
     elif model.backend.name == "cpu":
         sizes, recordings = range(1, MOST_RECORDED + 1), Recordings(model.axes, keeps_states=keeps_states)
-        return FixedSteps(*parts, block_size=block_size, graphs=recordings, sizes=sizes), None
+        fixed = FixedSteps(*parts, block_size=block_size, graphs=recordings, sizes=sizes)
+        if keeps_states or model.axes.pp.size > 1:
+            return fixed, None
+        return fixed, ChunkSteps(fixed, recordings, config.max_num_batched_tokens or 1)
     elif device.type == "cuda" and (model.axes.tp.size < model.axes.world.size or model.build.spreading):
         logger.info(
             "steps are computed operation by operation: of ranks, those along tp alone have CUDA graphs"

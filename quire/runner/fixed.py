@@ -8,12 +8,12 @@ CUDA one graph:
     gather | network | copy of its output      where the sampler must run on the host's numbers, the first half;
                        logits | draw | advance      on a CPU the second, with masks that the host made meanwhile
 
-On a CPU each is a recording, which there are for few rows and for each number of them: padding would take time.
+On a CPU each is a recording, without padding, which would take time.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -59,8 +59,10 @@ class Repeated(Protocol):
     with_logprobs: bool  # whether steps may be whole in which rows ask for log probabilities
     with_masks: bool  # whether what follows the network may be a step of its own, with grammars' masks
 
-    def run(self, kind: Hashable, compute: Callable[[], None]) -> bool:
-        """Run `compute`, whose kernels and memory depend on `kind` alone; False if it was not.
+    def run(self, kind: Any, compute: Callable[[Any], None], most_rows: int) -> bool:
+        """Run `compute(kind)`, whose kernels and memory depend on `kind` alone; False if it was not.
+
+        `most_rows`: of steps of such kinds.
 
         Raises:
             StatesLost: it failed, and a network that keeps states cannot do it again.
@@ -144,7 +146,7 @@ class FixedSteps:
         if asked is None:
             return None
         kind = self._place(work, asked.uses)
-        return self.start(kind, lambda: self.compute(kind), kind.num_rows, asked.num_logprobs)
+        return self.start(kind, self.compute, kind.num_rows, asked.num_logprobs)
 
     def asked(self, slots: Sequence[int]) -> Asked | None:
         """What sampling these slots takes, or None where a whole step cannot do it."""
@@ -154,11 +156,11 @@ class FixedSteps:
         return Asked(uses, self.sampler.num_logprobs(slots) if uses & Uses.LOGPROBS else [None] * len(slots))
 
     def start(
-        self, kind: Hashable, compute: Callable[[], None], num_rows: int, num_logprobs: Sequence[int | None]
+        self, kind: Any, compute: Callable[[Any], None], num_rows: int, num_logprobs: Sequence[int | None]
     ) -> Callable[[], HostSampled] | None:
         """Start a step that ends with `finish` for `num_rows` rows; the returned call waits for the first ones."""
         self.ring.make_room()
-        if not self.graphs.run(kind, compute):
+        if not self.graphs.run(kind, compute, self.sizes[-1]):
             return None
         # Without `self`, whose ring keeps it: a closed engine's memory is free at once, not when cycles are collected.
         return self.ring.started(partial(_read, shape=(num_rows, self.score_width), asked=num_logprobs))
@@ -181,7 +183,7 @@ class FixedSteps:
         if not self._fits(work):
             return None
         kind = self._place(work, None)
-        if not self.graphs.run(kind, lambda: self.compute(kind)):
+        if not self.graphs.run(kind, self.compute, self.sizes[-1]):
             return None
         inputs, ragged = self._step(kind)
         count = len(work)
@@ -208,12 +210,25 @@ class FixedSteps:
         asked = self.asked([w.slot for w in batch.work])
         if asked is None:
             return None
-        kind = DrawKind(len(batch.work), asked.uses | self.sampler.mask(allowed()))
-        ends = (self.hidden[: kind.num_rows], batch.slots, batch.sample_positions, kind.uses)
         try:
-            return self.start(kind, lambda: self.finish(*ends), kind.num_rows, asked.num_logprobs)
+            return self.drawn(len(batch.work), asked, self.sampler.mask(allowed()))
         except StatesLost:  # none has changed since the network
             return None
+
+    def drawn(self, num_rows: int, asked: Asked, masks: Uses) -> Callable[[], HostSampled] | None:
+        """Sample what follows the first rows of `hidden`, whose slots and positions are placed, likewise."""
+        kind = DrawKind(num_rows, asked.uses | masks)
+        return self.start(kind, self.draw_rows, num_rows, asked.num_logprobs)
+
+    def draw_rows(self, kind: DrawKind) -> None:
+        """The launches after a network's."""
+        num_rows = kind.num_rows
+        rows, following = self.rows.slots[:num_rows], self.inputs.following[:num_rows]
+        self.finish(self.hidden[:num_rows], rows, following, kind.uses)
+
+    def is_more(self, work: Sequence[Work]) -> bool:
+        """Whether it is more than a network's work on positions one after another, with tokens that are certain."""
+        return any(w.drafts or w.slot in self.state.coordinates for w in work)
 
     def _fits(self, work: Sequence[Work]) -> bool:
         own, prompt_len = self.state.coordinates, self.state.prompt_len

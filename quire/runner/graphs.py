@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +13,8 @@ from quire.runner.pieces import CALM_STEPS
 from quire.runner.states import StatesLost
 
 NEVER = 1 << 60
+
+Kind = TypeVar("Kind", bound=Hashable)
 
 
 class Graphs:
@@ -38,8 +41,8 @@ class Graphs:
         self.pool: Any = None  # of memory, by torch's handle
         self.stream: torch.cuda.Stream | None = None  # nothing runs there; the default one cannot be captured
 
-    def run(self, kind: Hashable, compute: Callable[[], None]) -> bool:
-        """Run `compute`, whose kernels and memory depend on `kind` alone; False if that was not possible.
+    def run(self, kind: Kind, compute: Callable[[Kind], None], most_rows: int) -> bool:
+        """Run `compute(kind)`, whose kernels and memory depend on `kind` alone; False if that was not possible.
 
         Then it has changed nothing that another attempt would not overwrite: its last kernel is the one that counts.
 
@@ -54,9 +57,9 @@ class Graphs:
             self.num_refused -= 1
             return False
         if kind in self.ready and self.capture:
-            return self._run_captured(kind, compute)
+            return self._run_captured(kind, partial(compute, kind))
         try:
-            compute()
+            compute(kind)
         # What it is, of a driver, a compiler or a library: steps are slower without graphs, not wrong.
         except Exception as error:
             if self.axes.splits(error):

@@ -2,16 +2,23 @@
 
 What is replayed computes the same bits: it is the same kernels on the same memory, without Python between them. A kind
 of step of which torch computes a part cannot be repeated so (kernels/cpu/calls.py).
+
+Where a step is the same calls for all numbers of rows, three of these are rehearsed, and any is replayed: no number of
+rows has to come twice. Elsewhere, and of one row, which torch lays out otherwise, each number is recorded by itself.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
-from quire.kernels.cpu.calls import Memory, Step, record
+from quire.kernels.cpu.calls import Memory, Sized, Step, record, rehearse
 from quire.log import logger
 from quire.parallel.axis import Axes
 from quire.runner.states import StatesLost
+
+LEAST_ROWS = 2  # of steps that are rehearsed
 
 
 class Recordings:
@@ -24,41 +31,68 @@ class Recordings:
         """`axes`: whose ranks compute the steps. `keeps_states`: a step that fails cannot be computed again."""
         self.axes, self.keeps_states = axes, keeps_states
         self.memory = Memory()
-        self.steps: dict[Hashable, Step] = {}
-        self.refused: dict[Hashable, str] = {}  # kinds, and what torch computes in them, or an exception
+        self.steps: dict[Any, Step] = {}
+        self.rehearsed: dict[
+            Any, Sized | None
+        ] = {}  # by kinds without their numbers of rows; None: it is uneven
+        self.refused: dict[Any, str] = {}  # kinds, and what torch computes in them, or an exception
 
     def close(self) -> None:
         """Let go of all recordings."""
-        self.steps = {}
+        self.steps, self.rehearsed = {}, {}
 
-    def run(self, kind: Hashable, compute: Callable[[], None]) -> bool:
-        """Run `compute`, whose kernels and memory depend on `kind` alone; False if it is better done otherwise.
+    def run(self, kind: Any, compute: Callable[[Any], None], most_rows: int) -> bool:
+        """Run `compute(kind)`, whose kernels and memory depend on `kind` alone; False if it is better done otherwise.
 
         Raises:
             StatesLost: it failed, and has changed states.
             PeerLost: another rank died. Any error may have been met by this rank alone, if there are several.
         """
-        kind = kind, torch.get_num_threads()
-        if kind in self.steps:
-            self.steps[kind].replay()
+        if (replay := self.sized(kind, compute, most_rows)) is not None:
+            replay()
+            return True
+        of = kind, torch.get_num_threads()
+        if of in self.steps:
+            self.steps[of].replay()
             self.axes.check()
             return True
-        if kind in self.refused:
+        if of in self.refused:
             return False
         try:
             with record(self.memory) as step:
-                compute()
+                compute(kind)
         except Exception as error:  # of one row perhaps: the ordinary path finds out which
             if self.axes.splits(error):
                 raise
-            logger.warning("steps of kind %s are not recorded", kind[0], exc_info=True)
-            self.refused[kind] = type(error).__name__
+            logger.warning("steps of kind %s are not recorded", kind, exc_info=True)
+            self.refused[of] = type(error).__name__
             if self.keeps_states:
                 raise StatesLost from error
             return False
         if step.refused is None:
-            self.steps[kind] = step
+            self.steps[of] = step
         else:
-            logger.debug("steps of kind %s are not recorded: torch computes %s", kind[0], step.refused)
-            self.refused[kind] = step.refused
+            logger.debug("steps of kind %s are not recorded: torch computes %s", kind, step.refused)
+            self.refused[of] = step.refused
         return True
+
+    def sized(self, kind: Any, compute: Callable[[Any], None], most_rows: int) -> Callable[[], None] | None:
+        """What does the same as `compute(kind)`, if such steps are the same calls for any number of rows."""
+        if kind.num_rows < LEAST_ROWS or most_rows < LEAST_ROWS + 2:
+            return None
+        of = kind._replace(num_rows=0), torch.get_num_threads()
+        if of not in self.rehearsed:
+            self.rehearsed[of] = None
+            sizes = (LEAST_ROWS, (LEAST_ROWS + most_rows) // 2, most_rows)
+            try:
+                self.rehearsed[of] = rehearse(
+                    sizes, lambda size: compute(kind._replace(num_rows=size)), self.memory
+                )
+            except Exception as error:  # nothing has been computed: what is wrong comes to light where it is
+                logger.debug("steps of kind %s are recorded one by one: %s", of[0], error)
+        found = self.rehearsed[of]
+        return None if found is None else partial(self._replay, found, kind.num_rows)
+
+    def _replay(self, step: Sized, num_rows: int) -> None:
+        step.replay(num_rows)
+        self.axes.check()

@@ -23,6 +23,7 @@ from quire.layers.base import Network
 from quire.log import logger
 from quire.runner.advance import ENDED
 from quire.runner.batch import Batch, make_batch
+from quire.runner.chunks import ChunkSteps
 from quire.runner.fixed import FixedSteps
 from quire.runner.mixed import MixedSteps
 from quire.runner.pieces import PieceSize
@@ -66,7 +67,7 @@ class Runner:
         *,
         grammars: Matchers,
         fixed: FixedSteps | None = None,
-        mixed: MixedSteps | None = None,
+        mixed: MixedSteps | ChunkSteps | None = None,
         states: StateRows | None = None,
     ):
         """`fixed`, `mixed`: how steps of newest tokens, and small ones of any, are computed if not as all others.

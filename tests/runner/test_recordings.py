@@ -7,16 +7,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from quire.config import Config
 from quire.engine.engine import Engine
+from quire.engine.ranks import Team
 from quire.kernels import ops
 from quire.kernels.cpu import native
-from quire.kernels.cpu.calls import Memory, record
+from quire.kernels.cpu.calls import Memory, SameMemory, Sized, Uneven, record, rehearse
 from quire.parallel.axis import Axes
-from quire.runner.fixed import DrawKind
+from quire.runner.chunks import ChunkKind, ChunkSteps
+from quire.runner.fixed import DrawKind, FixedKind
 from quire.runner.recordings import Recordings
 from quire.runner.states import StatesLost
 from quire.types import SamplingParams
@@ -55,10 +58,22 @@ def make_engine(folder: str, **options: object) -> Engine:
     return Engine(Config.of(model=folder, **base | options), offline=True)
 
 
+def unrecorded(engine: Engine) -> Engine:
+    runner = engine.core.runner
+    runner = runner.runner if isinstance(runner, Team) else runner
+    runner.fixed = runner.mixed = None
+    return engine
+
+
 def recordings(engine: Engine) -> Recordings:
     fixed = engine.core.runner.fixed
     assert fixed is not None and isinstance(fixed.graphs, Recordings)
     return fixed.graphs
+
+
+def of_any_size(found: Recordings) -> list[Any]:
+    """Kinds of steps that are replayed with any number of rows."""
+    return [kind for (kind, _), step in found.rehearsed.items() if step is not None]
 
 
 def workload(kinds: tuple, count: int = 14) -> list:
@@ -81,14 +96,16 @@ def workload(kinds: tuple, count: int = 14) -> list:
 def test_recorded_steps_answer_as_others(name: str, options: dict[str, str], tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder, work = folder_of(name, tmp_path), workload(KINDS)
-    one, other = (make_engine(folder, **options) for _ in range(2))
-    other.core.runner.fixed = None
+    one, other = make_engine(folder, **options), unrecorded(make_engine(folder, **options))
     assert run(one, work) == run(other, work)
     found = recordings(one)
+    seen = {type(kind) for kind in of_any_size(found)}
     if name in RECORDED:
-        assert len({kind.num_rows for (kind, _) in found.steps}) > 3
+        assert seen >= {FixedKind, ChunkKind}
+        assert all(kind.num_rows == 1 or isinstance(kind, DrawKind) for (kind, _) in found.steps)
     else:
-        assert found.refused and all(isinstance(kind, DrawKind) for (kind, _) in found.steps)
+        assert found.refused and seen <= {DrawKind}
+        assert all(isinstance(kind, DrawKind) for (kind, _) in found.steps)
 
 
 @pytest.mark.parametrize("name", ["Qwen3", pytest.param("Qwen2Moe", marks=pytest.mark.slow)])
@@ -97,11 +114,10 @@ def test_ranks_record_their_steps(name: str, tmp_path: Path) -> None:
     folder, work = folder_of(name, tmp_path), workload(KINDS[:3])
     one, other = (make_engine(folder, tensor_parallel_size=2) for _ in range(2))
     try:
-        runner = other.core.runner.runner
-        runner.fixed = None
-        assert run(one, work) == run(other, work)
-        fixed = one.core.runner.runner.fixed
-        assert {kind.num_rows for (kind, _) in fixed.graphs.steps if kind.uses is not None} >= {1, 2, 3}
+        assert run(one, work) == run(unrecorded(other), work)
+        graphs = one.core.runner.runner.fixed.graphs
+        rows = {kind.num_rows for (kind, _) in graphs.steps if isinstance(kind, FixedKind)}
+        assert rows >= {1, 2, 3} or {type(kind) for kind in of_any_size(graphs)} >= {FixedKind, ChunkKind}
     finally:
         one.close()
         other.close()
@@ -116,7 +132,7 @@ def test_only_what_torch_samples_is_not_recorded(tmp_path: Path) -> None:
     run(engine, workload(KINDS[4:5]))
     found = recordings(engine)
     assert found.refused and all(kind.uses for (kind, _) in found.refused)
-    assert any(kind.uses is None for (kind, _) in found.steps)
+    assert any(isinstance(kind, FixedKind) and kind.uses is None for kind in of_any_size(found))
 
 
 def test_more_rows_than_are_recorded_are_computed_otherwise(tmp_path: Path) -> None:
@@ -127,47 +143,47 @@ def test_more_rows_than_are_recorded_are_computed_otherwise(tmp_path: Path) -> N
     ]
     options = {"max_num_seqs": 70, "max_num_batched_tokens": 256}
     engine = make_engine(folder, **options)
-    other = make_engine(folder, **options)
-    other.core.runner.fixed = None
-    want = run(other, work)
+    want = run(unrecorded(make_engine(folder, **options)), work)
     num_threads = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             assert run(engine, work) == want
             assert run(engine, work[:2])
-        assert {(kind.num_rows, threads) for (kind, threads) in recordings(engine).steps} == {(2, 1), (2, 2)}
+        found = recordings(engine)
+        assert {threads for (kind, threads) in found.rehearsed if isinstance(kind, FixedKind)} == {1, 2}
+        assert not found.steps
     finally:
         torch.set_num_threads(num_threads)
 
 
 def test_what_fails_while_it_is_recorded_is_computed_otherwise(tmp_path: Path) -> None:
     folder, work = folder_of("Qwen3", tmp_path), workload(KINDS[:1])
-    engine, other = make_engine(folder), make_engine(folder)
-    other.core.runner.fixed = None
+    engine, other = make_engine(folder), unrecorded(make_engine(folder))
     fixed = engine.core.runner.fixed
     assert fixed is not None
     sampler = fixed.sampler.sample_fixed
     calls = []
 
-    def fail_twice(*args: Any) -> Any:
+    def fail_at_first(*args: Any) -> Any:
+        """When kinds are rehearsed, and when they are recorded."""
         calls.append(args)
-        if len(calls) < 3:
+        if len(calls) < 5:
             raise RuntimeError("no memory")
         return sampler(*args)
 
-    fixed.sampler.sample_fixed = fail_twice  # type: ignore[method-assign]
+    fixed.sampler.sample_fixed = fail_at_first  # type: ignore[method-assign]
     assert run(engine, work) == run(other, work)
-    assert [*recordings(engine).refused.values()] == ["RuntimeError"] * 2 and recordings(engine).steps
+    assert [*recordings(engine).refused.values()] == ["RuntimeError"] * 3 and recordings(engine).steps
 
 
 def test_what_fails_with_states_cannot_be_computed_again() -> None:
-    def fail() -> None:
+    def fail(kind: ChunkKind) -> None:
         raise RuntimeError("no memory")
 
-    assert not Recordings(Axes()).run("a kind", fail)
+    assert not Recordings(Axes()).run(ChunkKind(3), fail, 8)
     with pytest.raises(StatesLost):
-        Recordings(Axes(), keeps_states=True).run("a kind", fail)
+        Recordings(Axes(), keeps_states=True).run(ChunkKind(3), fail, 8)
 
 
 def test_what_torch_computes_is_refused() -> None:
@@ -204,6 +220,51 @@ def test_only_the_thread_that_records_is_recorded() -> None:
     assert step.calls == []
     ops.rms_norm(x, None, 1e-6)
     assert step.calls == []
+
+
+@pytest.mark.parametrize("name", ["Qwen3-wide", "Gemma3", "Qwen2Moe", "Helium"])
+@pytest.mark.parametrize("quantization", ["auto", "int8"])
+def test_three_numbers_of_rows_tell_all_others(name: str, quantization: str, tmp_path: Path) -> None:
+    """The calls of each, with every number and address in them, are those that are made when it is computed."""
+    engine = make_engine(folder_of(name, tmp_path), quantization=quantization, max_num_batched_tokens=96)
+    run(engine, workload(KINDS[:1]))
+    chunks, found = engine.core.runner.mixed, recordings(engine)
+    assert isinstance(chunks, ChunkSteps) and found.rehearsed[ChunkKind(0), torch.get_num_threads()]
+
+    def compute(num_rows: int) -> None:
+        chunks.compute(ChunkKind(num_rows))
+
+    same, steps = SameMemory(Memory()), {}
+    with torch.inference_mode():
+        for num_rows in range(96, 1, -1):
+            with record(same, is_rehearsal=True) as steps[num_rows]:
+                compute(num_rows)
+            same.again()
+    sized = Sized({num_rows: steps[num_rows] for num_rows in (2, 49, 96)})
+    for num_rows, step in steps.items():
+        assert np.array_equal(sized.args_of(num_rows), step.args().view(np.int32))
+
+
+def test_steps_that_are_other_calls_for_more_rows_are_uneven() -> None:
+    x = torch.randn(9, 6)
+
+    def halves(num_rows: int) -> None:
+        ops.rms_norm(x[: num_rows // 2 + 1], None, 1e-6)
+
+    def other_calls(num_rows: int) -> None:
+        ops.rms_norm(x[:num_rows], None, 1e-6) if num_rows < 5 else ops.act(x[:num_rows], "silu")
+
+    def more_memory(num_rows: int) -> None:
+        ops.rms_norm(x[: 10 - num_rows].repeat(1, 1) if num_rows < 0 else x[: 10 - num_rows], None, 1e-6)
+        torch.empty(1000 // num_rows)
+
+    def by_torch(num_rows: int) -> None:
+        x[:num_rows] + 1
+
+    with torch.inference_mode():
+        for compute in (halves, other_calls, more_memory, by_torch):
+            with pytest.raises(Uneven):
+                rehearse((2, 5, 9), compute, Memory())
 
 
 def test_memory_is_used_again_when_nobody_sees_it() -> None:

@@ -38,11 +38,11 @@ constexpr int64_t MOST_ROWS = 32;  // of an item: its queries, scores and sums s
 constexpr int64_t LEAST_ROWS = 4;
 constexpr size_t MOST_AT_ONCE = 4;  // items that a thread takes, if each takes several times
 
-// Mirrored in quire/attention/cpu.py.
+// Mirrored in quire/attention/cpu.py. How many sequences and tokens there are a call says: a step is the same for any number.
 struct Step {
   const int32_t *query_starts, *lengths, *tables;
   const int64_t* slots;
-  int64_t num_sequences, max_blocks, num_tokens, num_threads;
+  int64_t max_blocks, num_threads;
   const int32_t *until, *since;  // [num_tokens] or null; as in attention/base.py
 };
 
@@ -70,11 +70,11 @@ struct Spans {
 #define QUIRE_KERNELS "attention.inl"
 #include "isa.h"
 
-std::vector<Item> split(const Cache& cache, const Step& step, int64_t num_heads, int64_t most_rows) {
+std::vector<Item> split(const Cache& cache, const Step& step, int64_t num_sequences, int64_t num_heads, int64_t most_rows) {
   std::vector<Item> items;
   const int64_t group = num_heads / cache.num_kv_heads;
   const int64_t heads = group < most_rows ? group : most_rows, tokens = most_rows / heads;
-  for (int64_t s = 0; s < step.num_sequences; s++) {
+  for (int64_t s = 0; s < num_sequences; s++) {
     const int64_t count = step.query_starts[s + 1] - step.query_starts[s];
     for (int64_t t = 0; t < count; t += tokens)
       for (int64_t kv = 0; kv < cache.num_kv_heads; kv++)
@@ -86,9 +86,9 @@ std::vector<Item> split(const Cache& cache, const Step& step, int64_t num_heads,
 }
 
 // Of the longest sequence.
-int64_t spans_of(const Step& step) {
+int64_t spans_of(const Step& step, int64_t num_sequences) {
   int64_t longest = 1;
-  for (int64_t s = 0; s < step.num_sequences; s++) longest = std::max<int64_t>(longest, step.lengths[s]);
+  for (int64_t s = 0; s < num_sequences; s++) longest = std::max<int64_t>(longest, step.lengths[s]);
   return (longest + SPAN - 1) / SPAN;
 }
 
@@ -107,6 +107,7 @@ struct AttendCall {
   const Cache* cache;
   const Step* step;
   Query query;
+  int64_t num_sequences, num_tokens;
 };
 
 // Threads share out spans, too, where there are fewer items than threads. A span is the same however it is computed.
@@ -138,13 +139,13 @@ extern "C" void quire_attend(const void* args) {
   const Query& query = a.query;
   const int64_t num_heads = query.num_heads;
   int64_t most_rows = MOST_ROWS;
-  const int64_t spans = spans_of(*step);
-  std::vector<Item> items = split(*cache, *step, num_heads, most_rows);
+  const int64_t spans = spans_of(*step, a.num_sequences);
+  std::vector<Item> items = split(*cache, *step, a.num_sequences, num_heads, most_rows);
   while ((int64_t)items.size() * spans < step->num_threads && most_rows > LEAST_ROWS)
-    items = split(*cache, *step, num_heads, most_rows /= 2);
+    items = split(*cache, *step, a.num_sequences, num_heads, most_rows /= 2);
   const int64_t row_bytes = num_heads * cache->v_dim * cache->item_bytes();
-  const int64_t last = step->query_starts[step->num_sequences];
-  memset((char*)query.out + last * row_bytes, 0, (step->num_tokens - last) * row_bytes);
+  const int64_t last = step->query_starts[a.num_sequences];
+  memset((char*)query.out + last * row_bytes, 0, (a.num_tokens - last) * row_bytes);
   if ((int64_t)items.size() < step->num_threads && spans > 1) return attend_by_spans(a, items, spans);
   // Neighbours are taken together, whose pages are next to each other. A thread knows its next item, whose keys it can ask for.
   const size_t at_once = std::clamp<size_t>(items.size() / (2 * step->num_threads), 1, MOST_AT_ONCE);
@@ -224,15 +225,15 @@ struct WriteCall {
   const void* k;
   int64_t k_stride;
   const void* v;  // null: none
-  int64_t v_stride;
+  int64_t v_stride, num_tokens;
 };
 
 extern "C" void quire_write(const void* args) {
   const WriteCall& a = *(const WriteCall*)args;
   const Cache& cache = *a.cache;
   const Step& step = *a.step;
-#pragma omp parallel for num_threads(step.num_threads) schedule(static) if (step.num_tokens >= 8)
-  for (int64_t t = 0; t < step.num_tokens; t++) {
+#pragma omp parallel for num_threads(step.num_threads) schedule(static) if (a.num_tokens >= 8)
+  for (int64_t t = 0; t < a.num_tokens; t++) {
     if (step.slots[t] < 0) continue;
     const char *k = (const char*)a.k + t * a.k_stride * cache.item_bytes(),
                *v = (const char*)a.v + t * a.v_stride * cache.item_bytes();

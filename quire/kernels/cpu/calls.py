@@ -3,7 +3,8 @@
 A kernel takes the address of its arguments. So a call is a function and some bytes, and what a network does in a step
 of so many rows, always in the same memory, can be kept and repeated by one call, as CUDA graphs do it on a GPU. What a
 step computes must not depend on anything but the contents of that memory. So a step is refused if torch computes
-anything in it itself: only kernels, views and fresh memory are known to be repeated.
+anything in it itself: only kernels, views and fresh memory are known to be repeated. What it does with other numbers of
+rows in the same memory is the same calls with other numbers in them (`Sized`).
 """
 
 import ctypes
@@ -41,8 +42,8 @@ LAYOUTS = {
     "quire_recurrence": "4i9P11q",
     "quire_causal_conv": "4i7P6q",
     "quire_selective_scan": "2i10P9q",
-    "quire_write": "3PqPq",
-    "quire_attend": "3P2qP2fqP",
+    "quire_write": "3PqP2q",
+    "quire_attend": "3P2qP2fqP2q",
     "quire_gather": "10P6q",
     "quire_advance": "11P7q",
     "quire_elsewhere": "7P6q",
@@ -74,8 +75,10 @@ class Kernel:
 
     def __call__(self, *args: float) -> None:
         packed = self.pack(*args)
-        if _recording.step is not None:
-            _recording.step.calls.append((self.address, packed))
+        if (step := _recording.step) is not None:
+            step.calls.append((self.address, packed))
+            if step.is_rehearsal:
+                return
         self.function(packed)
 
 
@@ -95,28 +98,74 @@ def kernel(name: str) -> Kernel:
 class Step:
     """Calls in their order. Whoever replays it keeps alive whatever memory it had before."""
 
-    def __init__(self) -> None:
+    def __init__(self, structures: dict[bytes, ctypes.Structure], *, is_rehearsal: bool = False) -> None:
         self.calls: list[tuple[int | None, bytes]] = []
         self.kept: list[object] = []
         self.refused: str | None = None  # an operation of torch's
+        self.structures, self.is_rehearsal = structures, is_rehearsal
         self._replay: Callable[[], None] | None = None
 
     def replay(self) -> None:
         if self._replay is None:
-            self._replay = self._joined()
+            self._replay = self.joined(self.args())
         self._replay()
 
-    def _joined(self) -> Callable[[], None]:
+    def args(self) -> np.ndarray:
+        """Those of all calls, one after another [any] uint64."""
+        return np.frombuffer(b"".join(map(_padded, self.calls)), np.uint64).copy()
+
+    def joined(self, args: np.ndarray) -> Callable[[], None]:
+        """One call that makes all of them, with such arguments as it finds in `args`."""
         library, _ = load()
         if library is None:
             raise RuntimeError("a step was recorded without a library")
-        padded = [packed.ljust(-(-len(packed) // ALIGNED) * ALIGNED, b"\0") for _, packed in self.calls]
-        args = np.frombuffer(b"".join(padded), np.uint64)
-        offsets = np.array([0, *accumulate(map(len, padded))][:-1], np.int64)
+        sizes = (len(_padded(call)) for call in self.calls)
+        offsets = np.array([0, *accumulate(sizes)][:-1], np.int64)
         functions = np.array([address for address, _ in self.calls], np.uint64)
         self.kept += (args, offsets, functions)
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (functions, args, offsets)]
         return functools.partial(library.quire_replay, *pointers, ctypes.c_int64(len(self.calls)))
+
+
+def _padded(call: tuple[int | None, bytes]) -> bytes:
+    return call[1].ljust(-(-len(call[1]) // ALIGNED) * ALIGNED, b"\0")
+
+
+class Sized:
+    """A step for any number of rows between the least and the most of those that it was recorded with."""
+
+    def __init__(self, steps: Mapping[int, Step]):
+        """`steps`: the same with three numbers of rows, ascending, in the same memory.
+
+        Raises:
+            Uneven: they are other calls, or numbers in them do not grow evenly with the rows.
+        """
+        (least, low), (middle, between), (most, high) = steps.items()
+        functions = [[address for address, _ in step.calls] for step in steps.values()]
+        if functions[0] != functions[1] or functions[0] != functions[2]:
+            raise Uneven("other kernels compute more rows")
+        self._step, args = high, high.args()
+        first, second, last = (step.args().view(np.int32).astype(np.int64) for step in (low, between, high))
+        slopes, rest = np.divmod(last - first, most - least)
+        if rest.any() or (first + slopes * (middle - least) != second).any():
+            raise Uneven("numbers in its calls do not grow evenly with its rows")
+        self._at = np.flatnonzero(slopes)
+        self._slopes = slopes[self._at]
+        self._origins = first[self._at] - self._slopes * least
+        self._words, self._replay = args.view(np.int32), high.joined(args)
+
+    def replay(self, num_rows: int) -> None:
+        self.args_of(num_rows)
+        self._replay()
+
+    def args_of(self, num_rows: int) -> np.ndarray:
+        """What is replayed from now on: all arguments [any] int32."""
+        self._words[self._at] = self._origins + self._slopes * num_rows
+        return self._words
+
+
+class Uneven(Exception):
+    """A step is not the same calls for all numbers of rows."""
 
 
 class _Recording(threading.local):
@@ -124,6 +173,13 @@ class _Recording(threading.local):
 
 
 _recording = _Recording()
+
+
+def kept_at(structure: ctypes.Structure) -> int:
+    """Its address. Steps that are recorded point to one and the same of those alike, which does not change."""
+    if (step := _recording.step) is not None:
+        structure = step.structures.setdefault(bytes(structure), structure)
+    return ctypes.addressof(structure)
 
 
 def keep(found: object) -> None:
@@ -137,18 +193,44 @@ class Memory:
 
     def __init__(self) -> None:
         self.free: dict[int, list[np.ndarray]] = {}
+        self.structures: dict[bytes, ctypes.Structure] = {}  # that calls point to, by what is in them
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Like torch.empty; a tensor's memory is free again when nothing views it any more."""
         num_bytes = prod(shape) * dtype.itemsize
         if not num_bytes:
             return torch.empty(shape, dtype=dtype)
-        size = max(LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
-        blocks = self.free.setdefault(size, [])
-        block = blocks.pop() if blocks else torch.empty(size, dtype=torch.uint8).numpy()
+        block, free = self._take(max(LEAST_BYTES, 1 << (num_bytes - 1).bit_length()))
         view = block[:num_bytes]
-        weakref.finalize(view, blocks.append, block)
+        weakref.finalize(view, free.append, block)
         return torch.frombuffer(view, dtype=dtype).view(shape)
+
+    def _take(self, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """A block of so many bytes, and where it goes when it is free."""
+        blocks = self.free.setdefault(size, [])
+        return blocks.pop() if blocks else torch.empty(size, dtype=torch.uint8).numpy(), blocks
+
+
+class SameMemory(Memory):
+    """Gives what a step asks for again, in the same order, to the step with fewer rows (`again`)."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.free, self.structures = memory.free, memory.structures
+        self.given: list[np.ndarray] = []
+        self.turn: Iterator[np.ndarray] | None = None
+
+    def again(self) -> None:
+        self.turn = iter(self.given)
+
+    def _take(self, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        if self.turn is None:
+            block, free = super()._take(size)
+            self.given.append(block)
+            return block, free
+        block = next(self.turn, np.empty(0))
+        if block.nbytes < size:
+            raise Uneven("it asks for other memory")
+        return block, []
 
 
 class _Recorder(TorchDispatchMode):
@@ -204,11 +286,31 @@ def _is_within(result: Any, x: Tensor) -> bool:
 
 
 @contextmanager
-def record(memory: Memory) -> Iterator[Step]:
-    """Keep the calls that this thread makes meanwhile, which are made, too; `refused`: if they are not all there is."""
-    step = _recording.step = Step()
+def record(memory: Memory, *, is_rehearsal: bool = False) -> Iterator[Step]:
+    """Keep the calls that this thread makes meanwhile, which are made, too; `refused`: if they are not all there is.
+
+    In a rehearsal kernels are not run.
+    """
+    step = _recording.step = Step(memory.structures, is_rehearsal=is_rehearsal)
     try:
         with _Recorder(step, memory), _Watch(step):
             yield step
     finally:
         _recording.step = None
+
+
+def rehearse(sizes: Sequence[int], compute: Callable[[int], None], memory: Memory) -> Sized:
+    """What `compute` does with any number of rows between the first and the last of three, ascending.
+
+    Raises:
+        Uneven: it is not the same calls for all of them, or torch computes a part of it.
+    """
+    same, steps = SameMemory(memory), {}
+    for size in reversed(sizes):
+        with record(same, is_rehearsal=True) as step:
+            compute(size)
+        if step.refused is not None:
+            raise Uneven(f"torch computes {step.refused}")
+        steps[size] = step
+        same.again()
+    return Sized(dict(reversed(steps.items())))

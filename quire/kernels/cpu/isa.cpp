@@ -27,7 +27,7 @@ bool may_use_tiles() { return false; }
 }  // namespace
 
 // The version of all functions' arguments; native.py refuses a library that was built from another one.
-extern "C" int32_t quire_abi() { return 18; }
+extern "C" int32_t quire_abi() { return 19; }
 
 extern "C" int32_t quire_isa() {
 #if defined(QUIRE_X86)
