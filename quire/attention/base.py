@@ -63,6 +63,7 @@ class Ragged:
     # Where positions see later ones: where what each sees ends, and where the span begins that it is in, or itself.
     until: Tensor | None = None  # [T] int32
     since: Tensor | None = None  # [T] int32; None where it sees no more of those before it than its window
+    wanted: Tensor | None = None  # [R] int64: the rows of the network's output that are read, if not all
     # The step as layers of a group see it, and of those that see chunks; views.py.
     views: Mapping[tuple[int, int | None], "Ragged"] = field(default_factory=dict)
 

@@ -52,7 +52,7 @@ class Network(Protocol):
         """Each layer's view of the memory; see `layer_caches`."""
 
     def __call__(self, token_ids: Tensor, step: Ragged, caches: Sequence[Cache]) -> Tensor:
-        """token_ids [T] int64 -> hidden [T, dim]."""
+        """token_ids [T] int64 -> hidden [T, dim], or of `step.wanted` [R, dim]."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, dim] -> [R, own] float32, of this rank's tokens."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from quire.attention.base import Cache, Ragged
+from quire.kernels import ops
 from quire.layers.attention import Attention
 from quire.layers.base import Build, Weights
 from quire.layers.both import Both
@@ -80,6 +81,14 @@ class Block(nn.Module):
         self.embedding = Gated(s.embedding, build) if s.embedding else None
         self.scalar: Tensor | None = None  # [1]
         self.build = build
+        self.picks = False  # whether it computes only what is wanted after its mixer, as a last layer may
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but what its mixer found, and the residual, is needed after it."""
+        s = self.spec
+        is_sequential = s.mixer is not None and not s.parallel and s.normed_residual is None
+        return is_sequential and s.embedding is None
 
     def load(self, weights: Weights, name: str) -> None:
         parts = {
@@ -129,6 +138,8 @@ class Block(nn.Module):
         if self.mixer is None:
             return self._fed(x, y, self.attn_post_norm, following)
         mixed = self.mixer.heads(y, step, cache)
+        if self.picks and step.wanted is not None:
+            x, mixed = ops.embed(step.wanted, x), ops.embed(step.wanted, mixed)
         if self.spec.parallel:
             return self._parallel(x, y, self.mixer.out(mixed), following)
         if self.spec.normed_residual is not None:

@@ -71,6 +71,8 @@ class Decoder(nn.Module):
         self.relay = Relay(s, stage, pp, self.build)
         altup = s.blocks[0].altup
         self.streams = Streams(altup, self.build) if altup else None
+        if stage.is_last and spreading is None and isinstance(last := self.layers[-1], Block):
+            last.picks = last.is_plain
         if spreading is not None:
             _connect(spreading, [part for part in self.modules() if isinstance(part, MoE)])
         self.norm = Norm(s.norm, (s.dim,), self.build)
@@ -142,7 +144,7 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, step: Ragged, caches: Sequence[Cache]) -> Tensor:
-        """token_ids [T] int64 -> hidden [T, dim], the final norm applied.
+        """token_ids [T] int64 -> hidden [T, dim], or of `step.wanted` [R, dim], the final norm applied.
 
         Of a stage before the last [T, width]: what the next one gets.
         """
@@ -159,7 +161,9 @@ class Decoder(nn.Module):
             x, y = layer(x, y, step, cache, following, None if own is None else own[i])
         if not stage.is_last:
             return self.relay.send(y.tensor(), begun)
-        return y.tensor() if self.streams is None else cast(Tensor, self.norm(self.streams.joined(x)))
+        hidden = y.tensor() if self.streams is None else cast(Tensor, self.norm(self.streams.joined(x)))
+        is_picked = step.wanted is None or (isinstance(layer, Block) and layer.picks)
+        return hidden if is_picked else hidden[step.wanted]
 
     def _begin(self, token_ids: Tensor, step: Ragged) -> Begun:
         """What the first layer takes."""

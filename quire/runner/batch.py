@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from quire.attention.base import Ragged, see_ahead
@@ -16,8 +17,8 @@ from quire.scheduler.plan import Work
 class Batch:
     """A step's input: the T positions of all its work, one piece of work after another.
 
-    `work` is what it covers. `last_rows` are the rows of work that samples; `slots` and `sample_positions` say, on the
-    device and for each of these rows, whose successor is sampled and where it goes.
+    `work` is what it covers. `last_rows` are, of the network's output, the rows of work that samples; `slots` and
+    `sample_positions` say, on the device and for each of these rows, whose successor is sampled and where it goes.
     """
 
     work: tuple[Work, ...]
@@ -40,14 +41,18 @@ class Batch:
         )
 
 
-def make_batch(work: Sequence[Work], state: SlotState) -> Batch:
-    """Gather what the work covers; one upload of indices, the tokens themselves are on the device already."""
+def make_batch(work: Sequence[Work], state: SlotState, *, every: bool = True) -> Batch:
+    """Gather what the work covers; one upload of indices, the tokens themselves are on the device already.
+
+    `every`: the network's output is wanted of all rows, and not only of those that are sampled.
+    """
     counts = np.array([w.count for w in work])
     begins = np.array([w.start for w in work])
     slots = np.array([w.slot for w in work])
     starts = np.concatenate(([0], np.cumsum(counts)))
     lengths = begins + counts
     sampling = [i for i, w in enumerate(work) if w.samples]
+    every = every or len(sampling) == starts[-1]
     max_length = int(lengths.max())
     ahead = see_ahead([w.start for w in work], [w.count for w in work], [state.spans[w.slot] for w in work])
     row_slots, at, query_starts, of, ends, last_rows, sampled, sample_positions, *seen = upload(
@@ -57,7 +62,7 @@ def make_batch(work: Sequence[Work], state: SlotState) -> Batch:
             starts,
             slots,
             lengths,
-            starts[1:][sampling] - 1,
+            starts[1:][sampling or [0]] - 1,  # one row at least, as kernels know no empty tensors
             slots[sampling],
             lengths[sampling],
             *(() if ahead is None else ahead),
@@ -80,6 +85,7 @@ def make_batch(work: Sequence[Work], state: SlotState) -> Batch:
         coordinates=_coordinates(work, state),
         until=seen[0].int() if seen else None,
         since=seen[1].int() if seen else None,
+        wanted=None if every else last_rows,
     )
     return Batch(
         work=tuple(work),
@@ -87,7 +93,7 @@ def make_batch(work: Sequence[Work], state: SlotState) -> Batch:
         ragged=ragged,
         starts=starts,
         sampling=tuple(work[i] for i in sampling),
-        last_rows=last_rows,
+        last_rows=(last_rows if every else torch.arange(len(last_rows), device=at.device))[: len(sampling)],
         slots=sampled,
         sample_positions=sample_positions,
     )

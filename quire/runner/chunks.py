@@ -5,13 +5,14 @@ calls of kernels Python takes as long as ten positions; larger steps take so lon
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from quire.runner.fixed import FixedSteps
 from quire.runner.layout import Sheet
-from quire.runner.recordings import Recordings
+from quire.runner.recordings import LEAST_ROWS, Recordings
 from quire.sampling.sampler import HostSampled
 from quire.sampling.slots import Uses
 from quire.scheduler.plan import Work
@@ -20,37 +21,44 @@ MOST_TOKENS = 512
 
 
 class ChunkKind(NamedTuple):
-    """What a step's kernels depend on: its positions."""
+    """What a step's kernels depend on: its positions, and of how many of them the output is wanted."""
 
     num_rows: int
+    num_wanted: int
 
 
 class ChunkSteps:
     """The steps of one runner that are too large for `fixed`, whose recordings and ring they share."""
 
     def __init__(self, fixed: FixedSteps, recordings: Recordings, most_tokens: int):
-        build, self.most_tokens = fixed.model.build, min(most_tokens, MOST_TOKENS)
-        self.fixed, self.recordings, self.sheet = fixed, recordings, Sheet(fixed.state, self.most_tokens)
-        self.hidden = torch.zeros(self.most_tokens, build.dim, dtype=build.dtype)
+        self.fixed, self.recordings, build = fixed, recordings, fixed.model.build
+        self.sheet = Sheet(fixed.state, min(most_tokens, MOST_TOKENS))
+        num_wanted = max(fixed.sizes[-1], LEAST_ROWS + 2)
+        self.most = {"num_rows": min(most_tokens, MOST_TOKENS), "num_wanted": num_wanted}
+        self.wanted = torch.zeros(num_wanted, dtype=torch.int64)
+        self.hidden = torch.zeros(num_wanted, build.dim, dtype=build.dtype)
 
     def sample(self, work: Sequence[Work]) -> tuple[tuple[Work, ...], Callable[[], HostSampled]] | None:
         """As `MixedSteps.sample`."""
-        fixed, kind = self.fixed, ChunkKind(sum(w.count for w in work))
+        fixed, num_tokens = self.fixed, sum(w.count for w in work)
         sampling = tuple(w for w in work if w.samples)
-        if kind.num_rows > self.most_tokens or len(sampling) > fixed.sizes[-1] or fixed.is_more(work):
+        if num_tokens > self.most["num_rows"] or len(sampling) > fixed.sizes[-1] or fixed.is_more(work):
             return None
         asked = fixed.asked([w.slot for w in sampling])
-        replay = self.recordings.sized(kind, self.compute, self.most_tokens)
+        kind = ChunkKind(num_tokens, max(len(sampling), LEAST_ROWS))
+        replay = self.recordings.sized(kind, self.compute, self.most)
         if asked is None or replay is None:
             return None
         self.sheet.send(sampling, [w for w in work if not w.samples])
-        self.sheet.lay_out(kind.num_rows, fixed.state.nobody)
+        self.sheet.lay_out(num_tokens, fixed.state.nobody)
+        some, layout = slice(len(sampling)), self.sheet.layout
+        self.wanted.zero_()
+        self.wanted[some] = layout.last_rows[some]
         replay()
         if not sampling:
             return (), lambda: HostSampled([], [], [])
-        some, layout = slice(len(sampling)), self.sheet.layout
         fixed.rows.place(sampling)
-        fixed.hidden[some] = self.hidden[layout.last_rows[some]]
+        fixed.hidden[some] = self.hidden[some]
         fixed.inputs.following[some] = layout.following[some]
         fetch = fixed.drawn(len(sampling), asked, Uses(0))
         return None if fetch is None else (sampling, fetch)
@@ -59,4 +67,5 @@ class ChunkSteps:
         """The network's calls, for whatever was laid out last, among as many sequences as there are slots."""
         fixed = self.fixed
         layout, ragged = self.sheet.step(kind.num_rows, fixed.state.nobody, mixed=True)
-        self.hidden[: kind.num_rows].copy_(fixed.model(layout.token_ids, ragged, fixed.caches))
+        step = replace(ragged, wanted=self.wanted[: kind.num_wanted])
+        self.hidden[: kind.num_wanted].copy_(fixed.model(layout.token_ids, step, fixed.caches))

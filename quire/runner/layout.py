@@ -140,6 +140,7 @@ class Sheet:
                 max_length=self.state.max_length,
                 mixed=mixed,
                 beside=self.state.beside,
+                wanted=layout.last_rows,
             )
             self.steps[of] = layout, ragged
         return self.steps[of]

@@ -79,4 +79,4 @@ class MixedSteps:
         sheet.lay_out(kind.num_tokens, kind.num_seqs)
         hidden = fixed.model(layout.token_ids, ragged, fixed.caches)
         rows = sheet.rows[3, : kind.num_seqs]
-        fixed.finish(hidden[layout.last_rows], rows, layout.following, kind.uses)
+        fixed.finish(hidden, rows, layout.following, kind.uses)

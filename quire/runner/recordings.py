@@ -3,17 +3,17 @@
 What is replayed computes the same bits: it is the same kernels on the same memory, without Python between them. A kind
 of step of which torch computes a part cannot be repeated so (kernels/cpu/calls.py).
 
-Where a step is the same calls for all numbers of rows, three of these are rehearsed, and any is replayed: no number of
+Where a step is the same calls for all numbers of rows, a few of these are rehearsed, and any is replayed: no number of
 rows has to come twice. Elsewhere, and of one row, which torch lays out otherwise, each number is recorded by itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from quire.kernels.cpu.calls import Memory, Sized, Step, record, rehearse
+from quire.kernels.cpu.calls import Memory, SameMemory, Sized, Step, record, rehearse
 from quire.log import logger
 from quire.parallel.axis import Axes
 from quire.runner.states import StatesLost
@@ -48,7 +48,7 @@ class Recordings:
             StatesLost: it failed, and has changed states.
             PeerLost: another rank died. Any error may have been met by this rank alone, if there are several.
         """
-        if (replay := self.sized(kind, compute, most_rows)) is not None:
+        if (replay := self.sized(kind, compute, {"num_rows": most_rows})) is not None:
             replay()
             return True
         of = kind, torch.get_num_threads()
@@ -76,23 +76,31 @@ class Recordings:
             self.refused[of] = step.refused
         return True
 
-    def sized(self, kind: Any, compute: Callable[[Any], None], most_rows: int) -> Callable[[], None] | None:
-        """What does the same as `compute(kind)`, if such steps are the same calls for any number of rows."""
-        if kind.num_rows < LEAST_ROWS or most_rows < LEAST_ROWS + 2:
+    def sized(
+        self, kind: Any, compute: Callable[[Any], None], most: Mapping[str, int]
+    ) -> Callable[[], None] | None:
+        """What does the same as `compute(kind)`, if such steps are the same calls for any sizes up to `most`."""
+        sizes = tuple(kind._asdict()[name] for name in most)
+        if min(sizes) < LEAST_ROWS or min(most.values()) < LEAST_ROWS + 2:
             return None
-        of = kind._replace(num_rows=0), torch.get_num_threads()
-        if of not in self.rehearsed:
-            self.rehearsed[of] = None
-            sizes = (LEAST_ROWS, (LEAST_ROWS + most_rows) // 2, most_rows)
+
+        def of(sizes: Sequence[int]) -> Any:
+            return kind._replace(**dict(zip(most, sizes, strict=True)))
+
+        # Named tuples of different kinds are equal if what is in them is.
+        alike = of([0] * len(most)), type(kind), torch.get_num_threads()
+        if alike not in self.rehearsed:
+            self.rehearsed[alike] = None
+            bounds = (LEAST_ROWS,) * len(most), tuple(most.values())
             try:
-                self.rehearsed[of] = rehearse(
-                    sizes, lambda size: compute(kind._replace(num_rows=size)), self.memory
+                self.rehearsed[alike] = rehearse(
+                    *bounds, lambda sizes: compute(of(sizes)), SameMemory(self.memory)
                 )
             except Exception as error:  # nothing has been computed: what is wrong comes to light where it is
-                logger.debug("steps of kind %s are recorded one by one: %s", of[0], error)
-        found = self.rehearsed[of]
-        return None if found is None else partial(self._replay, found, kind.num_rows)
+                logger.debug("steps of kind %s are recorded one by one: %s", alike[0], error)
+        found = self.rehearsed[alike]
+        return None if found is None else partial(self._replay, found, sizes)
 
-    def _replay(self, step: Sized, num_rows: int) -> None:
-        step.replay(num_rows)
+    def _replay(self, step: Sized, sizes: Sequence[int]) -> None:
+        step.replay(sizes)
         self.axes.check()

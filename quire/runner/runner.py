@@ -214,7 +214,7 @@ class Runner:
         while todo:
             piece = todo.popleft()
             try:
-                batch = make_batch(piece, self.state)
+                batch = make_batch(piece, self.state, every=any(map(self._to_score, piece)))
                 self.launched.append((batch, self.model(batch.token_ids, batch.ragged, self.caches)))
                 continue
             except torch.OutOfMemoryError as error:

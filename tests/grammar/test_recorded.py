@@ -61,7 +61,7 @@ def draws(runner: Runner) -> set[DrawKind]:
     """Kinds of second halves that were recorded; those of any number of rows have none."""
     graphs = fixed_of(runner).graphs
     assert isinstance(graphs, Recordings)
-    sized = {kind for (kind, _), step in graphs.rehearsed.items() if step is not None}
+    sized = {kind for (kind, *_), step in graphs.rehearsed.items() if step is not None}
     return {kind for kind in sized | {kind for (kind, _) in graphs.steps} if isinstance(kind, DrawKind)}
 
 

@@ -49,7 +49,7 @@ def make_engine(folder: str, **options: object) -> Engine:
         "max_logprobs": 200,
     }
     engine = Engine(Config.of(model=folder, **base | options), offline=True)
-    engine.core.runner.fixed = None  # recordings; see test_recordings.py
+    engine.core.runner.fixed = engine.core.runner.mixed = None  # recordings; see test_recordings.py
     return engine
 
 

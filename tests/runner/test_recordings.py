@@ -16,7 +16,7 @@ from quire.engine.engine import Engine
 from quire.engine.ranks import Team
 from quire.kernels import ops
 from quire.kernels.cpu import native
-from quire.kernels.cpu.calls import Memory, SameMemory, Sized, Uneven, record, rehearse
+from quire.kernels.cpu.calls import Memory, SameMemory, Uneven, record, rehearse
 from quire.parallel.axis import Axes
 from quire.runner.chunks import ChunkKind, ChunkSteps
 from quire.runner.fixed import DrawKind, FixedKind
@@ -73,7 +73,7 @@ def recordings(engine: Engine) -> Recordings:
 
 def of_any_size(found: Recordings) -> list[Any]:
     """Kinds of steps that are replayed with any number of rows."""
-    return [kind for (kind, _), step in found.rehearsed.items() if step is not None]
+    return [kind for (kind, *_), step in found.rehearsed.items() if step is not None]
 
 
 def workload(kinds: tuple, count: int = 14) -> list:
@@ -151,7 +151,7 @@ def test_more_rows_than_are_recorded_are_computed_otherwise(tmp_path: Path) -> N
             assert run(engine, work) == want
             assert run(engine, work[:2])
         found = recordings(engine)
-        assert {threads for (kind, threads) in found.rehearsed if isinstance(kind, FixedKind)} == {1, 2}
+        assert {threads for (kind, _, threads) in found.rehearsed if isinstance(kind, FixedKind)} == {1, 2}
         assert not found.steps
     finally:
         torch.set_num_threads(num_threads)
@@ -178,12 +178,13 @@ def test_what_fails_while_it_is_recorded_is_computed_otherwise(tmp_path: Path) -
 
 
 def test_what_fails_with_states_cannot_be_computed_again() -> None:
-    def fail(kind: ChunkKind) -> None:
+    def fail(kind: FixedKind) -> None:
         raise RuntimeError("no memory")
 
-    assert not Recordings(Axes()).run(ChunkKind(3), fail, 8)
+    kind = FixedKind(3, 48, None, shares=False)
+    assert not Recordings(Axes()).run(kind, fail, 8)
     with pytest.raises(StatesLost):
-        Recordings(Axes(), keeps_states=True).run(ChunkKind(3), fail, 8)
+        Recordings(Axes(), keeps_states=True).run(kind, fail, 8)
 
 
 def test_what_torch_computes_is_refused() -> None:
@@ -224,29 +225,29 @@ def test_only_the_thread_that_records_is_recorded() -> None:
 
 @pytest.mark.parametrize("name", ["Qwen3-wide", "Gemma3", "Qwen2Moe", "Helium"])
 @pytest.mark.parametrize("quantization", ["auto", "int8"])
-def test_three_numbers_of_rows_tell_all_others(name: str, quantization: str, tmp_path: Path) -> None:
+def test_a_few_sizes_tell_all_others(name: str, quantization: str, tmp_path: Path) -> None:
     """The calls of each, with every number and address in them, are those that are made when it is computed."""
     engine = make_engine(folder_of(name, tmp_path), quantization=quantization, max_num_batched_tokens=96)
     run(engine, workload(KINDS[:1]))
     chunks, found = engine.core.runner.mixed, recordings(engine)
-    assert isinstance(chunks, ChunkSteps) and found.rehearsed[ChunkKind(0), torch.get_num_threads()]
+    assert isinstance(chunks, ChunkSteps) and any(isinstance(kind, ChunkKind) for kind in of_any_size(found))
 
-    def compute(num_rows: int) -> None:
-        chunks.compute(ChunkKind(num_rows))
+    def compute(sizes: tuple[int, ...]) -> None:
+        chunks.compute(ChunkKind(*sizes))
 
-    same, steps = SameMemory(Memory()), {}
+    same = SameMemory(Memory())
     with torch.inference_mode():
-        for num_rows in range(96, 1, -1):
-            with record(same, is_rehearsal=True) as steps[num_rows]:
-                compute(num_rows)
+        sized = rehearse((2, 2), (96, 6), compute, same)
+        for sizes in product(range(2, 97), range(2, 7)):
+            with record(same, is_rehearsal=True) as step:
+                compute(sizes)
             same.again()
-    sized = Sized({num_rows: steps[num_rows] for num_rows in (2, 49, 96)})
-    for num_rows, step in steps.items():
-        assert np.array_equal(sized.args_of(num_rows), step.args().view(np.int32))
+            assert np.array_equal(sized.args_of(sizes), step.args().view(np.int32))
 
 
 def test_steps_that_are_other_calls_for_more_rows_are_uneven() -> None:
     x = torch.randn(9, 6)
+    before = x.clone()
 
     def halves(num_rows: int) -> None:
         ops.rms_norm(x[: num_rows // 2 + 1], None, 1e-6)
@@ -255,16 +256,17 @@ def test_steps_that_are_other_calls_for_more_rows_are_uneven() -> None:
         ops.rms_norm(x[:num_rows], None, 1e-6) if num_rows < 5 else ops.act(x[:num_rows], "silu")
 
     def more_memory(num_rows: int) -> None:
-        ops.rms_norm(x[: 10 - num_rows].repeat(1, 1) if num_rows < 0 else x[: 10 - num_rows], None, 1e-6)
+        ops.rms_norm(x[:num_rows], None, 1e-6)
         torch.empty(1000 // num_rows)
 
     def by_torch(num_rows: int) -> None:
-        x[:num_rows] + 1
+        x[:num_rows].add_(1)
 
     with torch.inference_mode():
         for compute in (halves, other_calls, more_memory, by_torch):
             with pytest.raises(Uneven):
-                rehearse((2, 5, 9), compute, Memory())
+                rehearse((2,), (9,), lambda sizes, compute=compute: compute(*sizes), SameMemory(Memory()))
+    assert torch.equal(x, before)
 
 
 def test_memory_is_used_again_when_nobody_sees_it() -> None:

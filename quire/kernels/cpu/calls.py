@@ -105,6 +105,12 @@ class Step:
         self.structures, self.is_rehearsal = structures, is_rehearsal
         self._replay: Callable[[], None] | None = None
 
+    def refuse(self, operation: str) -> None:
+        """Of an operation that torch is about to compute, which a rehearsal must not: it may change what is kept."""
+        if self.is_rehearsal:
+            raise Uneven(f"torch computes {operation}")
+        self.refused = self.refused or operation
+
     def replay(self) -> None:
         if self._replay is None:
             self._replay = self.joined(self.args())
@@ -132,35 +138,23 @@ def _padded(call: tuple[int | None, bytes]) -> bytes:
 
 
 class Sized:
-    """A step for any number of rows between the least and the most of those that it was recorded with."""
+    """A step for any sizes, numbers of rows, between those that it was rehearsed with."""
 
-    def __init__(self, steps: Mapping[int, Step]):
-        """`steps`: the same with three numbers of rows, ascending, in the same memory.
+    def __init__(self, step: Step, sizes: Sequence[int], slopes: Sequence[np.ndarray]):
+        """`step`: with these sizes. `slopes`: what one more of each adds to its arguments [any] int32."""
+        self._step, args = step, step.args()
+        self._words, self._replay = args.view(np.int32), step.joined(args)
+        self._at = np.flatnonzero(np.any(slopes, axis=0))
+        self._slopes = np.stack([slope[self._at] for slope in slopes])
+        self._origins = self._words[self._at] - np.array(sizes) @ self._slopes
 
-        Raises:
-            Uneven: they are other calls, or numbers in them do not grow evenly with the rows.
-        """
-        (least, low), (middle, between), (most, high) = steps.items()
-        functions = [[address for address, _ in step.calls] for step in steps.values()]
-        if functions[0] != functions[1] or functions[0] != functions[2]:
-            raise Uneven("other kernels compute more rows")
-        self._step, args = high, high.args()
-        first, second, last = (step.args().view(np.int32).astype(np.int64) for step in (low, between, high))
-        slopes, rest = np.divmod(last - first, most - least)
-        if rest.any() or (first + slopes * (middle - least) != second).any():
-            raise Uneven("numbers in its calls do not grow evenly with its rows")
-        self._at = np.flatnonzero(slopes)
-        self._slopes = slopes[self._at]
-        self._origins = first[self._at] - self._slopes * least
-        self._words, self._replay = args.view(np.int32), high.joined(args)
-
-    def replay(self, num_rows: int) -> None:
-        self.args_of(num_rows)
+    def replay(self, sizes: Sequence[int]) -> None:
+        self.args_of(sizes)
         self._replay()
 
-    def args_of(self, num_rows: int) -> np.ndarray:
+    def args_of(self, sizes: Sequence[int]) -> np.ndarray:
         """What is replayed from now on: all arguments [any] int32."""
-        self._words[self._at] = self._origins + self._slopes * num_rows
+        self._words[self._at] = self._origins + np.array(sizes) @ self._slopes
         return self._words
 
 
@@ -212,7 +206,7 @@ class Memory:
 
 
 class SameMemory(Memory):
-    """Gives what a step asks for again, in the same order, to the step with fewer rows (`again`)."""
+    """Gives what a step asked for to the same step with fewer rows, which asks in the same order."""
 
     def __init__(self, memory: Memory) -> None:
         self.free, self.structures = memory.free, memory.structures
@@ -220,6 +214,7 @@ class SameMemory(Memory):
         self.turn: Iterator[np.ndarray] | None = None
 
     def again(self) -> None:
+        """Whatever asks next gets what the first one got."""
         self.turn = iter(self.given)
 
     def _take(self, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -252,9 +247,11 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default and _are_alike(*args[:2]):
             kernel("quire_copy")(args[0].data_ptr(), args[1].data_ptr(), args[1].nbytes)
             return args[0]
+        if not func.is_view:
+            self.step.refuse(func.name())
         result = func(*args, **kwargs)
-        if not (func.is_view and _is_within(result, args[0])):
-            self.step.refused = self.step.refused or func.name()
+        if func.is_view and not _is_within(result, args[0]):
+            self.step.refuse(func.name())
         return result
 
 
@@ -269,7 +266,7 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in LOOKS:
-            self.step.refused = self.step.refused or func.__name__
+            self.step.refuse(func.__name__)
         return func(*args, **(kwargs or {}))
 
 
@@ -289,7 +286,7 @@ def _is_within(result: Any, x: Tensor) -> bool:
 def record(memory: Memory, *, is_rehearsal: bool = False) -> Iterator[Step]:
     """Keep the calls that this thread makes meanwhile, which are made, too; `refused`: if they are not all there is.
 
-    In a rehearsal kernels are not run.
+    In a rehearsal nothing is computed, and what torch would compute raises Uneven.
     """
     step = _recording.step = Step(memory.structures, is_rehearsal=is_rehearsal)
     try:
@@ -299,18 +296,44 @@ def record(memory: Memory, *, is_rehearsal: bool = False) -> Iterator[Step]:
         _recording.step = None
 
 
-def rehearse(sizes: Sequence[int], compute: Callable[[int], None], memory: Memory) -> Sized:
-    """What `compute` does with any number of rows between the first and the last of three, ascending.
+def rehearse(
+    least: tuple[int, ...],
+    most: tuple[int, ...],
+    compute: Callable[[tuple[int, ...]], None],
+    same: SameMemory,
+) -> Sized:
+    """What `compute` does with any sizes between these.
 
     Raises:
         Uneven: it is not the same calls for all of them, or torch computes a part of it.
     """
-    same, steps = SameMemory(memory), {}
-    for size in reversed(sizes):
+
+    def rehearsed(sizes: tuple[int, ...]) -> Step:
         with record(same, is_rehearsal=True) as step:
-            compute(size)
-        if step.refused is not None:
-            raise Uneven(f"torch computes {step.refused}")
-        steps[size] = step
+            compute(sizes)
         same.again()
-    return Sized(dict(reversed(steps.items())))
+        return step
+
+    whole = rehearsed(most)
+    functions, highest = [address for address, _ in whole.calls], whole.args().view(np.int32).astype(np.int64)
+
+    def words(sizes: tuple[int, ...]) -> np.ndarray:
+        step = rehearsed(sizes)
+        if [address for address, _ in step.calls] != functions:
+            raise Uneven("other kernels compute more rows")
+        return step.args().view(np.int32)
+
+    slopes = []
+    for i, (low, high) in enumerate(zip(least, most, strict=True)):
+        slope, rest = np.divmod(highest - words((*most[:i], low, *most[i + 1 :])), high - low)
+        slopes.append(slope)
+        if rest.any():
+            raise Uneven("numbers in its calls do not grow evenly with its rows")
+    found, middle = (
+        Sized(whole, most, slopes),
+        tuple((low + high) // 2 for low, high in zip(least, most, strict=True)),
+    )
+    for sizes in (middle, least):
+        if not np.array_equal(words(sizes), found.args_of(sizes)):
+            raise Uneven("numbers in its calls do not grow evenly with its rows")
+    return found

@@ -204,7 +204,11 @@ class Modules:
 
     @torch.inference_mode()
     def __call__(self, token_ids: Tensor, step: Ragged, caches: Sequence[Any]) -> Tensor:
-        """token_ids [T] int64 -> hidden [T, dim]."""
+        """token_ids [T] int64 -> hidden [T, dim], or of `step.wanted` [R, dim]."""
+        hidden = self._hidden(token_ids, step, caches)
+        return hidden if step.wanted is None else hidden[step.wanted]
+
+    def _hidden(self, token_ids: Tensor, step: Ragged, caches: Sequence[Any]) -> Tensor:
         if isinstance(self.backend, Reference) and self.spec.alone:
             return compute(self.body, token_ids, step, caches, self.backend, self.build.dtype)
         seen = step
