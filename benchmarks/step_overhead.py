@@ -19,7 +19,9 @@ from against_transformers import SHAPE
 
 from quire import LLM, SamplingParams
 from quire.engine.engine import Engine
+from quire.runner.fixed import FixedKind
 from quire.runner.recordings import Recordings
+from quire.sampling.slots import Uses
 
 TINY = SHAPE | {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 256}
 TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
@@ -48,7 +50,8 @@ def measure(engine: Engine, num_sequences: int, vocab_size: int) -> str:
     fixed = engine.core.runner.fixed
     if fixed is None or not isinstance(fixed.graphs, Recordings):
         raise RuntimeError("steps are not recorded here: Quire's C++ kernels are missing")
-    kernels = median_us([*fixed.graphs.steps.values()][-1].replay)
+    kind = FixedKind(num_sequences, fixed.state.max_length, Uses(0), shares=False)
+    kernels = median_us(lambda: fixed.graphs.run(kind, fixed.compute, fixed.sizes[-1]))
     for i in range(num_sequences):
         engine.abort(str(i))
     while not engine.idle:

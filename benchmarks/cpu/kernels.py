@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu.shapes import SHAPES  # noqa: E402
 from quire import LLM, SamplingParams  # noqa: E402
 from quire.kernels import ops  # noqa: E402
-from quire.kernels.cpu.calls import LAYOUTS, Step, kernel  # noqa: E402
+from quire.kernels.cpu.calls import LAYOUTS, Memory, Step, kernel, record  # noqa: E402
+from quire.runner.fixed import FixedKind  # noqa: E402
+from quire.sampling.slots import Uses  # noqa: E402
 
 OUTPUTS, INPUTS, NUM_WEIGHTS = 6144, 1024, 12
 ROWS, ROUNDS = (1, 8, 32, 512), 5
@@ -91,11 +93,14 @@ def steps(quantization: str, positions: int, threads: int) -> Iterator[str]:
                 for number in range(count):
                     prompt = [chance.randrange(1000) for _ in range(positions)]
                     engine.add(engine.inputs.request(prompt, sampling, request_id=str(number)))
-                recorded = engine.core.runner.fixed.graphs.steps
-                known = len(recorded)
-                while len(recorded) == known or engine.core.stats().batched_tokens != count:
+                while engine.core.stats().batched_tokens != count:
                     engine.step()
-                times = calls([*recorded.values()][-1])
+                fixed = engine.core.runner.fixed
+                kind = FixedKind(count, fixed.state.max_length, Uses(0), shares=False)
+                memory = Memory()  # stays: the calls point to it
+                with torch.inference_mode(), record(memory) as step:
+                    fixed.compute(kind)
+                times = calls(step)
                 largest = ", ".join(f"{name} {ms:.2f}" for name, ms in times.most_common(8))
                 yield f"| {quantization} | {count} | {times.total():.1f} | {largest} |"
                 for number in range(count):

@@ -50,8 +50,10 @@ class ChunkSteps:
         if asked is None or replay is None:
             return None
         self.sheet.send(sampling, [w for w in work if not w.samples])
-        self.sheet.lay_out(num_tokens, fixed.state.nobody)
+        self.sheet.lay_out(num_tokens, len(work))
         some, layout = slice(len(sampling)), self.sheet.layout
+        layout.lengths[len(work) :] = 0  # of the other slots, which have none of the step's positions
+        layout.query_starts[len(work) + 1 :] = num_tokens
         self.wanted.zero_()
         self.wanted[some] = layout.last_rows[some]
         replay()

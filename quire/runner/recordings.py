@@ -32,9 +32,8 @@ class Recordings:
         self.axes, self.keeps_states = axes, keeps_states
         self.memory = Memory()
         self.steps: dict[Any, Step] = {}
-        self.rehearsed: dict[
-            Any, Sized | None
-        ] = {}  # by kinds without their numbers of rows; None: it is uneven
+        # By kinds without their sizes, what they are, and threads; None: it is uneven.
+        self.rehearsed: dict[tuple[Any, type, int], Sized | None] = {}
         self.refused: dict[Any, str] = {}  # kinds, and what torch computes in them, or an exception
 
     def close(self) -> None:
