@@ -17,6 +17,7 @@ from quire.errors import InvalidRequest
 from quire.kernels.cpu import native
 from quire.models.composite import SECTIONS
 from quire.models.registry import decoder_spec
+from quire.runner.fixed import FixedKind
 from quire.scheduler.trace import replay
 from quire.types import RequestOutput
 from tests.engine.test_invariance import block_bytes, make_engine
@@ -211,9 +212,10 @@ def test_steps_of_newest_tokens_are_recorded(folder: str, alone: Engine) -> None
     want = [tokens_of(run(alone, [each], params))[0] for each in PROMPTS]
     assert tokens_of(run(engine, PROMPTS, params)) == want
     recorded = engine.core.runner.fixed.graphs
-    assert {(kind.num_rows, kind.moved) for (kind, _) in recorded.steps} >= {(4, True)}
+    sized = [kind for (kind, *_), step in recorded.rehearsed.items() if step is not None]
+    assert any(isinstance(kind, FixedKind) and kind.moved for kind in sized)
     assert tokens_of(run(engine, PROMPTS[3:], params)) == want[3:]
-    assert {(kind.num_rows, kind.moved) for (kind, _) in recorded.steps} >= {(4, True), (1, False)}
+    assert {(kind.num_rows, kind.moved) for (kind, _) in recorded.steps} >= {(1, False)}
     assert not recorded.refused
 
 

@@ -106,7 +106,11 @@ def test_a_sampler_that_fails_for_everybody_is_the_engines_end() -> None:
     core = make_core()
     for each in good():
         core.add(each)
-    core.runner.sampler._params = None  # type: ignore[assignment]
+
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("it fails")
+
+    core.runner.sampler._choose = fail  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="no sequence of the step could be sampled"):
         while not core.idle:
             core.step()
