@@ -215,7 +215,8 @@ def test_steps_of_newest_tokens_are_recorded(folder: str, alone: Engine) -> None
     sized = [kind for (kind, *_), step in recorded.rehearsed.items() if step is not None]
     assert any(isinstance(kind, FixedKind) and kind.moved for kind in sized)
     assert tokens_of(run(engine, PROMPTS[3:], params)) == want[3:]
-    assert {(kind.num_rows, kind.moved) for (kind, _) in recorded.steps} >= {(1, False)}
+    single = [kind for (kind, _) in recorded.steps if isinstance(kind, FixedKind)]
+    assert any(kind.num_rows == 1 and not kind.moved for kind in single)
     assert not recorded.refused
 
 
