@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from quire.engine import group
 from quire.engine.core import EngineCore
+from quire.runner.fixed import Asked, FixedSteps
 from quire.runner.runner import Runner
 from quire.sampling.rules import read
 from quire.sampling.sampler import Sampled, Sampler
@@ -44,6 +46,9 @@ def main(sock: socket.socket) -> None:
     group.main(sock)
 
 
+IN_SAMPLER = (Fault.RAISES, Fault.BIAS, Fault.NAN)
+
+
 class Faults:
     """What befalls the steps. `active` are the marked sequences that a step meets their faults with, by slot."""
 
@@ -54,7 +59,7 @@ class Faults:
         self.active: dict[int, Fault] = {}
 
     def install(self) -> None:
-        launch, sample, admit = Runner.launch, Sampler.sample, Sampler.admit
+        launch, sample, admit, asked = Runner.launch, Sampler.sample, Sampler.admit, FixedSteps.asked
 
         def launch_with_faults(runner: Runner, plan: Plan) -> None:
             self.before(plan)
@@ -69,6 +74,12 @@ class Faults:
                 raise RuntimeError("a fault was asked for")
             admit(sampler, slot, *args, **options)
 
+        def asked_with_faults(fixed: FixedSteps, slots: Sequence[int]) -> Asked | None:
+            """What fails in the sampler is not drawn by a recorded step."""
+            is_failing = any(self.active.get(slot) in IN_SAMPLER for slot in slots)
+            return None if is_failing else asked(fixed, slots)
+
+        FixedSteps.asked = asked_with_faults  # type: ignore[method-assign]
         Runner.launch = launch_with_faults  # type: ignore[method-assign]
         Sampler.sample = sample_with_faults  # type: ignore[method-assign]
         Sampler.admit = admit_with_faults  # type: ignore[method-assign]
