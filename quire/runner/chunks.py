@@ -32,9 +32,9 @@ class ChunkSteps:
 
     def __init__(self, fixed: FixedSteps, recordings: Recordings, most_tokens: int):
         self.fixed, self.recordings, build = fixed, recordings, fixed.model.build
-        self.sheet = Sheet(fixed.state, min(most_tokens, MOST_TOKENS))
-        num_wanted = max(fixed.sizes[-1], LEAST_ROWS + 2)
-        self.most = {"num_rows": min(most_tokens, MOST_TOKENS), "num_wanted": num_wanted}
+        most_tokens, num_wanted = min(most_tokens, MOST_TOKENS), max(fixed.sizes[-1], LEAST_ROWS + 2)
+        self.sheet = Sheet(fixed.state, most_tokens)
+        self.most = {"num_rows": most_tokens, "num_wanted": num_wanted}
         self.wanted = torch.zeros(num_wanted, dtype=torch.int64)
         self.hidden = torch.zeros(num_wanted, build.dim, dtype=build.dtype)
 
