@@ -44,11 +44,22 @@ static inline void ask_for_row(const Finish& a, int64_t row, int64_t start, int6
   }
 }
 
+template <bool WHOLE>
+static inline void plain_row(const Finish& a, const float* sums, int64_t row, int64_t start, int64_t count) {
+  const int64_t end = WHOLE ? BLOCK : count;
+  for (int64_t i = 0; i < end; i += LANES) {
+    const int64_t n = WHOLE || end - i > LANES ? LANES : end - i;
+    put(a.out, a.out_bf16, row * a.out_stride + start + i, result(a, sums + i, row, start + i, n), n);
+  }
+}
+
+template <bool WHOLE>
 static inline void add_row(const Finish& a, const float* sums, int64_t row, int64_t start, int64_t count) {
   const Fused& to = a.fused;
+  const int64_t end = WHOLE ? BLOCK : count;
   Floats squares{};
-  FOR_LANES(i, n, count) {
-    const int64_t at = start + i;
+  for (int64_t i = 0; i < end; i += LANES) {
+    const int64_t at = start + i, n = WHOLE || end - i > LANES ? LANES : end - i;
     Floats total = result(a, sums + i, row, at, n) + get(to.residual, to.residual_bf16, row * to.residual_stride + at, n);
     put(to.total, to.residual_bf16, row * a.outputs + at, total, n);
     for (int64_t lane = n; lane < LANES; lane++) total[lane] = 0;
@@ -86,23 +97,30 @@ static inline void head_row(const Finish& a, const float* sums, int64_t row, int
     write_head(*to.cache, to.slots[row], kv_head < num_keys, kv_head % num_keys, out);
 }
 
-static void finish_rows(const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t item) {
+template <bool WHOLE>
+static void finish_block(Finish a, const float* sums, int64_t top, int64_t rows, int64_t item) {
   const int64_t start = item * BLOCK, count = a.outputs - start < BLOCK ? a.outputs - start : BLOCK;
   const Heads* heads = a.fused.heads;
   const int64_t width = !heads ? count : item < heads->num_queries ? heads->size : 0;  // of out
   for (int64_t row = top; row < top + rows; row++, sums += BLOCK) {
     if (row + ROWS_AHEAD < top + rows) ask_for_row(a, row + ROWS_AHEAD, heads ? item * width : start, width);
     if (a.fused.residual) {
-      add_row(a, sums, row, start, count);
-    } else if (a.fused.heads) {
-      a.fused.heads->interleaved ? head_row<Neighbours>(a, sums, row, item) : head_row<Apart>(a, sums, row, item);
+      add_row<WHOLE>(a, sums, row, start, count);
+    } else if (heads) {
+      heads->interleaved ? head_row<Neighbours>(a, sums, row, item) : head_row<Apart>(a, sums, row, item);
     } else if (a.fused.gated) {
       gate_row(a, sums, sums + CHUNK_ROWS * BLOCK, row, start);
     } else {
-      FOR_LANES(i, n, count) {
-        put(a.out, a.out_bf16, row * a.out_stride + start + i, result(a, sums + i, row, start + i, n), n);
-      }
+      plain_row<WHOLE>(a, sums, row, start, count);
     }
+  }
+}
+
+static void finish_rows(const Finish& a, const float* sums, int64_t top, int64_t rows, int64_t item) {
+  if ((item + 1) * BLOCK <= a.outputs) {
+    finish_block<true>(a, sums, top, rows, item);
+  } else {
+    finish_block<false>(a, sums, top, rows, item);
   }
 }
 

@@ -6,7 +6,7 @@
 #include <unistd.h>
 #endif
 
-#include "levels.h"
+#include "linear.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define QUIRE_X86 1
@@ -24,7 +24,18 @@ bool may_use_tiles() {
 bool may_use_tiles() { return false; }
 #endif
 
+bool is_amd() {
+#if defined(QUIRE_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+const bool STREAMS_UNASKED = is_amd();
 
 // The version of all functions' arguments; native.py refuses a library that was built from another one.
 extern "C" int32_t quire_abi() { return 19; }

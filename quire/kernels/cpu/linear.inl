@@ -63,7 +63,7 @@ __attribute__((noinline)) static void rows_of_block(const Linear& a, const int32
 
 // A piece of the weight stays in the first cache while all of up to 96 rows pass by, each of which asks for a share of the
 // next one, so that memory is never idle. Few rows are done before a large piece would have come; if their sums of all
-// columns fit into registers, they take the weight as it comes.
+// columns fit into registers, they take the weight as it comes, in order.
 template <class E>
 static void sums_by_vectors(const Linear& a, int64_t block, int64_t top, int64_t rows, float* sums) {
   const int32_t* weight = (const int32_t*)a.weight + block * a.units * BLOCK;
@@ -74,7 +74,7 @@ static void sums_by_vectors(const Linear& a, int64_t block, int64_t top, int64_t
   for (int64_t unit = 0; unit < a.units; unit += piece) {
     const int64_t units = a.units - unit < piece ? a.units - unit : piece;
     const char* next = (const char*)(weight + unit * BLOCK + distance);
-    const int64_t lines = top ? 0 : (BLOCK / LANES + chunks - 1) / chunks;
+    const int64_t lines = top || (at_once && STREAMS_UNASKED) ? 0 : (BLOCK / LANES + chunks - 1) / chunks;
     Ahead later{next, lines, next + units * BLOCK * 4, many || STREAMS_NEAR};
     for (int64_t r = 0; r < rows; r += LINEAR_ROWS) {
       const int64_t count = rows - r < LINEAR_ROWS ? rows - r : LINEAR_ROWS;

@@ -9,14 +9,12 @@ typedef int16_t Shorts __attribute__((vector_size(32)));
 typedef int16_t ShortsAt __attribute__((vector_size(32), aligned(2), may_alias));
 
 constexpr int GROUP_VECTORS = GROUP / LANES;
-#if QUIRE_ISA >= 3
-constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 8;  // registers of sums; as many again for what becomes of them
-#elif QUIRE_ISA == 2
-constexpr int NIBBLE_ROWS = 6, NIBBLE_SUMS = 12;
+#if QUIRE_ISA >= 2
+constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 16;  // registers of sums; as many again for what becomes of them
 #elif QUIRE_ISA == 1
 constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 8;
 #else
-constexpr int NIBBLE_ROWS = 2, NIBBLE_SUMS = 8;
+constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 16;
 #endif
 
 // sum + four bytes of each lane of b, from 0 to 15, by the four int8 of a: exact. Before products of bytes were summed as
@@ -59,23 +57,33 @@ struct SixteenInts {
   RegisterInts part[PARTS];
 };
 
+#if QUIRE_ISA >= 2
+static inline Register load_register(const Bf16* p) { return load(p); }
+#else
 static inline Register load_register(const Bf16* p) {
   typedef uint16_t Some __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
   typedef uint32_t Wide __attribute__((vector_size(4 * WIDTH)));
   return (Register)(__builtin_convertvector(*(const Some*)p, Wide) << 16);
 }
+#endif
 
-// Inputs first .. first + 15 of a row that has `count`; zero past its end.
+// A row of `count` inputs, sixteen at a time; past its end there are zeros. Loops have no case of their own for those, with
+// which a compiler would keep their sums in memory.
 template <class T>
-static inline Sixteen inputs_of(const T* row, int64_t first, int64_t count) {
-  Sixteen x{};
-  T padded[LANES] = {};
-  const T* from = row + first;
-  if (first >= count) return x;
-  if (first + LANES > count) from = (const T*)memcpy(padded, from, (count - first) * sizeof(T));
-  for (int p = 0; p < PARTS; p++) x.part[p] = load_register(from + p * WIDTH);
-  return x;
-}
+struct Inputs {
+  const T* row;
+  int64_t whole;
+  T last[2 * LANES] = {};
+  Inputs(const T* row, int64_t count) : row(row), whole(count / LANES * LANES) {
+    if (count > whole) memcpy(last, row + whole, (count - whole) * sizeof(T));
+  }
+  inline Sixteen at(int64_t first) const {
+    const T* from = first < whole ? row + first : last + (first > whole ? LANES : 0);
+    Sixteen x;
+    for (int p = 0; p < PARTS; p++) x.part[p] = load_register(from + p * WIDTH);
+    return x;
+  }
+};
 
 #if QUIRE_ISA < 2
 static inline Register larger(Register a, Register b) {
@@ -126,10 +134,10 @@ static inline Chars as_chars(const SixteenInts& x) {
 
 // The greatest magnitude of a row; not a number if any of them is none, or infinite.
 template <class T>
-static inline float greatest(const T* row, int64_t count) {
+static inline float greatest(const Inputs<T>& row, int64_t count) {
   Register most{}, nothing{};
   for (int64_t k = 0; k < count; k += LANES) {
-    const Sixteen x = inputs_of(row, k, count);
+    const Sixteen x = row.at(k);
     for (Register part : x.part) {
       most = larger(most, magnitude(part));
       nothing += part * 0.0f;
@@ -138,40 +146,50 @@ static inline float greatest(const T* row, int64_t count) {
   return largest(most) + sum(nothing);
 }
 
-template <class T>
+// Of a row with what is not a number, all that follows from it is none, by its scale.
+template <class T, bool GROUPED>
 static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
-  const float top = greatest(x, a.inputs), inverse = top > 0 ? 127.0f / top : 0;
-  const int64_t size = a.grouped ? 1 : prepared_bytes(QUIRE_ISA, BYTES);
-  char* out = a.out + row * a.padded * size;
-  SixteenInts total{};
-  for (int64_t k = 0; k < a.padded; k += LANES) {
-    const SixteenInts numbers = nearest(inputs_of(x, k, a.inputs), inverse);
-    const Chars whole = as_chars(numbers);
-    if (size == 1) {
-      *(CharsAt*)(out + k) = whole;
-    } else {  // as ByteUnits of linear.inl take them
-      const Shorts wide = __builtin_convertvector(whole, Shorts);
-      *(ShortsAt*)(out + 2 * k) =
-          __builtin_shufflevector(wide, wide, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
-    }
-    if (top == top) {  // what is not a number became the least integer, whose sums overflow
+  constexpr int64_t SIZE = GROUPED || QUIRE_ISA >= 3 ? 1 : 2;  // bytes of a number
+  const Inputs<T> given(x, a.inputs);
+  const float top = greatest(given, a.inputs), inverse = top > 0 ? 127.0f / top : 0;
+  const Inputs<T> inputs(x, top == top ? a.inputs : 0);
+  const int64_t padded = a.padded, part = GROUPED ? GROUP : padded;
+  char* out = a.out + row * padded * SIZE;
+  int32_t* sums = a.sums + row * (padded / part);
+  a.scales[row] = top / 127.0f;
+  for (int64_t first = 0; first < padded; first += part) {
+    SixteenInts total{};
+    for (int64_t k = first; k < first + part; k += LANES) {
+      const SixteenInts numbers = nearest(inputs.at(k), inverse);
+      const Chars whole = as_chars(numbers);
+      if constexpr (SIZE == 1) {
+        *(CharsAt*)(out + k) = whole;
+      } else {  // as ByteUnits of linear.inl take them
+        const Shorts wide = __builtin_convertvector(whole, Shorts);
+        *(ShortsAt*)(out + 2 * k) =
+            __builtin_shufflevector(wide, wide, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+      }
       for (int p = 0; p < PARTS; p++) total.part[p] += numbers.part[p];
     }
-    if (a.grouped && (k + LANES) % GROUP == 0) {
-      a.sums[row * (a.padded / GROUP) + k / GROUP] = sum(total);
-      total = SixteenInts{};
-    }
+    *sums++ = sum(total);
   }
-  if (!a.grouped) a.sums[row] = sum(total);
-  a.scales[row] = top / 127.0f;
+}
+
+template <class T>
+static inline void quantize_row_of(const Rows& a, const void* x, int64_t row) {
+  if (a.grouped) {
+    quantize_row_of<T, true>(a, (const T*)x, row);
+  } else {
+    quantize_row_of<T, false>(a, (const T*)x, row);
+  }
 }
 
 static inline void quantize_row(const Rows& a, int64_t row) {
   const char* x = (const char*)a.x + (a.of ? a.of[row] : row) * a.x_stride_bytes;
   if (a.is_bf16) {
-    quantize_row_of(a, (const Bf16*)x, row);
+    quantize_row_of<Bf16>(a, x, row);
   } else {
-    quantize_row_of(a, (const float*)x, row);
+    quantize_row_of<float>(a, x, row);
   }
 }
 
@@ -183,10 +201,11 @@ static void pack_bytes_of(const Weight& a, int64_t block) {
   for (int64_t i = 0; i < BLOCK; i++) {
     const int64_t row = block * BLOCK + i, inputs = row < a.outputs ? a.inputs : 0;
     const T* weight = (const T*)a.weight + (inputs ? row * a.inputs : 0);
-    const float top = greatest(weight, inputs), inverse = top > 0 ? 127.0f / top : 0;
+    const Inputs<T> numbers(weight, inputs);
+    const float top = greatest(numbers, inputs), inverse = top > 0 ? 127.0f / top : 0;
     scales[i] = top / 127.0f;
     for (int64_t k = 0; k < a.padded; k += LANES) {
-      const Chars whole = as_chars(nearest(inputs_of(weight, k, inputs), inverse)) ^ (int8_t)-128;  // + 128, as uint8
+      const Chars whole = as_chars(nearest(numbers.at(k), inverse)) ^ (int8_t)-128;  // + 128, as uint8
       for (int64_t u = 0; u < LANES; u += 4) memcpy(packed + ((k + u) / 4 * BLOCK + i) * 4, (const char*)&whole + u, 4);
     }
   }
@@ -263,9 +282,10 @@ static void pack_nibbles_of(const Weight& a, int64_t block) {
   for (int64_t i = 0; i < BLOCK; i++) {
     const int64_t row = block * BLOCK + i, inputs = row < a.outputs ? a.inputs : 0;
     const T* weight = (const T*)a.weight + (inputs ? row * a.inputs : 0);
+    const Inputs<T> numbers(weight, inputs);
     for (int64_t group = 0; group < a.padded / GROUP; group++) {
       Sixteen x[GROUP_VECTORS];
-      for (int v = 0; v < GROUP_VECTORS; v++) x[v] = inputs_of(weight, group * GROUP + v * LANES, inputs);
+      for (int v = 0; v < GROUP_VECTORS; v++) x[v] = numbers.at(group * GROUP + v * LANES);
       const float scale = group_scale(x), inverse = scale != 0 ? 1.0f / scale : 0;
       uint32_t bits, codes[GROUP / 4];
       memcpy(&bits, &scale, 4);
@@ -292,14 +312,14 @@ static void pack_nibbles(const Weight& a, int64_t block) {
 }
 
 // whole[r][p] += EXACT_UNITS units of a weight by those of x[r] from `at` on.
-template <bool FIRST, int R, int P>
+template <bool ASKS, int R, int P>
 static inline void nibble_units(RegisterInts (&whole)[R][P], const int32_t* weight, const int32_t* const* x, int64_t at) {
   RegisterInts some[R][P] = {};
   for (int u = 0; u < EXACT_UNITS; u++) {
     RegisterInts both[P];
 #pragma GCC unroll 16
     for (int p = 0; p < P; p++) {
-      if (FIRST) __builtin_prefetch(weight + u * BLOCK + p * WIDTH + AHEAD_UNITS);
+      if (ASKS) __builtin_prefetch(weight + u * BLOCK + p * WIDTH + AHEAD_UNITS);
       both[p] = *(const RegisterIntsAt*)(weight + u * BLOCK + p * WIDTH);
     }
 #pragma GCC unroll 2
@@ -323,7 +343,7 @@ static inline void nibble_units(RegisterInts (&whole)[R][P], const int32_t* weig
 
 // Columns column .. of rows row .. row + R - 1: sums [R][64] of products with their scales. Not inlined:
 // other loops would take its registers.
-template <bool FIRST, int R>
+template <bool ASKS, int R>
 __attribute__((noinline)) static void nibble_rows(const Product& a, int64_t block, int64_t row, int64_t column,
                                                   float* sums) {
   constexpr int PIECES = columns_of(R, NIBBLE_SUMS) * PARTS;
@@ -339,7 +359,7 @@ __attribute__((noinline)) static void nibble_rows(const Product& a, int64_t bloc
   for (int64_t group = 0; group < groups; group++) {
     RegisterInts whole[R][PIECES] = {};
     for (int64_t unit = group * (GROUP / 8); unit < (group + 1) * (GROUP / 8); unit += EXACT_UNITS)
-      nibble_units<FIRST>(whole, weight + unit * BLOCK, x, 2 * unit);
+      nibble_units<ASKS>(whole, weight + unit * BLOCK, x, 2 * unit);
     for (int p = 0; p < PIECES; p++) {
       const Scales bits = *(const ScalesAt*)(scales + group * BLOCK + p * WIDTH);
       const Register scale = (Register)(__builtin_convertvector(bits, RegisterWords) << 16);
@@ -409,7 +429,7 @@ static void nibble_sums(const Product& a, int64_t block, int64_t top, int64_t ro
     with_rows<NIBBLE_ROWS>(count, [&](auto n) {
       constexpr int R = decltype(n)::value;
       for (int64_t column = 0; column < BLOCK; column += columns_of(R, NIBBLE_SUMS) * LANES) {
-        if (top == 0 && r == 0) {
+        if (top == 0 && r == 0 && !STREAMS_UNASKED) {
           nibble_rows<true, R>(a, block, 0, column, sums);
         } else {
           nibble_rows<false, R>(a, block, top + r, column, sums + r * BLOCK);

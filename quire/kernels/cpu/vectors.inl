@@ -35,7 +35,7 @@ struct Bf16 {
   uint16_t bits;
 };
 
-// What the compiler takes apart if it is of two registers. The larger of two is the second one where either is no number.
+// What the compiler takes apart, most of it if it is of two registers. The larger of two is the second one where either is no number.
 #if QUIRE_ISA == 1 && !defined(QUIRE_OWN_WIDTH)
 struct FloatPair {
   __m256 low, high;
@@ -67,6 +67,11 @@ static inline Floats as_floats(Ints x) {
   const auto y = as<IntPair>(x);
   return as<Floats>(FloatPair{_mm256_cvtepi32_ps(y.low), _mm256_cvtepi32_ps(y.high)});
 }
+#elif QUIRE_ISA >= 2
+static inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline Words as_words(Halves x) { return (Words)_mm512_cvtepu16_epi32((__m256i)x); }
+static inline Halves as_halves(Words x) { return (Halves)_mm512_cvtepi32_epi16((__m512i)x); }
+static inline Floats as_floats(Ints x) { return (Floats)_mm512_cvtepi32_ps((__m512i)x); }
 #else
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 static inline Words as_words(Halves x) { return __builtin_convertvector(x, Words); }
@@ -127,27 +132,34 @@ static inline void put(T* p, Floats x, int64_t n) {
   }
 }
 
-// One of N numbers by a function of two vectors: of their halves, of the halves of that, and so on.
-template <int N, class T, class Join>
-static inline T joined(const T* x, Join join) {
+// A half of a vector of N numbers, from number F on. Not by memcpy, for which GCC keeps the vector in memory wherever it is.
+template <int F, int N, class V>
+static inline auto half(V x) {
+  if constexpr (N == 16) {
+    return __builtin_shufflevector(x, x, F, F + 1, F + 2, F + 3, F + 4, F + 5, F + 6, F + 7);
+  } else if constexpr (N == 8) {
+    return __builtin_shufflevector(x, x, F, F + 1, F + 2, F + 3);
+  } else {
+    return __builtin_shufflevector(x, x, F, F + 1);
+  }
+}
+// A vector's numbers made one by a function of two vectors: of its halves, of the halves of that, and so on.
+template <class V, class Join>
+static inline auto joined(V x, Join join) {
+  constexpr int N = sizeof(V) / sizeof(x[0]);
   if constexpr (N == 2) {
     return join(x[0], x[1]);
   } else {
-    typedef T Half __attribute__((vector_size(N / 2 * sizeof(T))));
-    Half low, high;
-    memcpy(&low, x, sizeof(low));
-    memcpy(&high, x + N / 2, sizeof(high));
-    const Half both = join(low, high);
-    return joined<N / 2>((const T*)&both, join);
+    return joined(join(half<0, N>(x), half<N / 2, N>(x)), join);
   }
 }
 template <class V>
 static inline auto sum(V x) {
-  return joined<sizeof(V) / 4>((const decltype(x[0] + x[0])*)&x, [](auto a, auto b) { return a + b; });
+  return joined(x, [](auto a, auto b) { return a + b; });
 }
 template <class V>
 static inline float largest(V x) {
-  return joined<sizeof(V) / 4>((const float*)&x, [](auto a, auto b) { return a > b ? a : b; });
+  return joined(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x to about one unit in the last place (Cephes' polynomial); exp(0) is 1; NaN stays NaN; no denormals.
