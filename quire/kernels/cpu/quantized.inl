@@ -14,7 +14,7 @@ constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 16;  // registers of sums; as many 
 #elif QUIRE_ISA == 1
 constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 8;
 #else
-constexpr int NIBBLE_ROWS = 4, NIBBLE_SUMS = 16;
+constexpr int NIBBLE_ROWS = 2, NIBBLE_SUMS = 8;
 #endif
 
 // sum + four bytes of each lane of b, from 0 to 15, by the four int8 of a: exact. Before products of bytes were summed as
@@ -146,7 +146,7 @@ static inline float greatest(const Inputs<T>& row, int64_t count) {
   return largest(most) + sum(nothing);
 }
 
-// Of a row with what is not a number, all that follows from it is none, by its scale.
+// A row with what is not a number, or infinite, becomes zeros with a scale that is none, and so are its products.
 template <class T, bool GROUPED>
 static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
   constexpr int64_t SIZE = GROUPED || QUIRE_ISA >= 3 ? 1 : 2;  // bytes of a number

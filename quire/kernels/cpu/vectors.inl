@@ -35,7 +35,8 @@ struct Bf16 {
   uint16_t bits;
 };
 
-// What the compiler takes apart, most of it if it is of two registers. The larger of two is the second one where either is no number.
+// What the compiler takes apart if it is of two registers, and some of it otherwise. The larger of two is the second one where
+// either is no number.
 #if QUIRE_ISA == 1 && !defined(QUIRE_OWN_WIDTH)
 struct FloatPair {
   __m256 low, high;
