@@ -158,8 +158,9 @@ static inline void quantize_row_of(const Rows& a, const T* x, int64_t row) {
   int32_t* sums = a.sums + row * (padded / part);
   a.scales[row] = top / 127.0f;
   for (int64_t first = 0; first < padded; first += part) {
+    const int64_t end = first + part < padded ? first + part : padded;  // a cache's rows may end in a group
     SixteenInts total{};
-    for (int64_t k = first; k < first + part; k += LANES) {
+    for (int64_t k = first; k < end; k += LANES) {
       const SixteenInts numbers = nearest(inputs.at(k), inverse);
       const Chars whole = as_chars(numbers);
       if constexpr (SIZE == 1) {
