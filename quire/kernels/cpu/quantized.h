@@ -9,7 +9,7 @@ constexpr int64_t GROUP = 64;  // inputs with a scale of their own, of 4 bits
 struct Rows {
   char* out;       // [rows, padded] int8, or what products make of it where they are not grouped (linear.h)
   float* scales;   // [rows]
-  int32_t* sums;   // [rows], or [rows, padded / GROUP] where grouped, rounded up
+  int32_t* sums;   // [rows], or [rows, padded / GROUP] where grouped; of one row alone, rounded up
   const void* x;
   int64_t inputs, padded, x_stride_bytes;
   bool is_bf16, grouped;
