@@ -26,6 +26,7 @@
 #endif
 
 #include "cache.h"
+#include "levels.h"
 #include "quantized.h"
 #include "scratch.h"
 

@@ -9,7 +9,7 @@ constexpr int ROWS = QUIRE_ISA >= 1 ? 4 : 2, SUMS = QUIRE_ISA >= 2 ? 16 : 8;  //
 constexpr float LOWEST = -1e30f;
 
 static inline void ask(const void* memory, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) ask_for_line((const char*)memory + i, STREAMS_NEAR);
+  for (int64_t i = 0; i < bytes; i += 64) ask_for_line((const char*)memory + i, !ASKS_FAR);
 }
 
 #if QUIRE_ISA >= 3

@@ -10,6 +10,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define QUIRE_X86 1
+#include <cpuid.h>
 #endif
 
 namespace {
@@ -24,10 +25,13 @@ bool may_use_tiles() {
 bool may_use_tiles() { return false; }
 #endif
 
-bool is_amd() {
+bool is_amd_before_zen5() {
 #if defined(QUIRE_X86)
   __builtin_cpu_init();
-  return __builtin_cpu_is("amd");
+  uint32_t version = 0, unused;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &version, &unused, &unused, &unused)) return false;
+  const uint32_t family = (version >> 8 & 15) + (version >> 20 & 255);
+  return family < 0x1a;
 #else
   return false;
 #endif
@@ -35,7 +39,7 @@ bool is_amd() {
 
 }  // namespace
 
-const bool STREAMS_UNASKED = is_amd();
+const bool ASKS_FAR = is_amd_before_zen5();
 
 // The version of all functions' arguments; native.py refuses a library that was built from another one.
 extern "C" int32_t quire_abi() { return 19; }

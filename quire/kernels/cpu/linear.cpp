@@ -20,7 +20,7 @@
 namespace {
 
 constexpr int64_t PIECE_UNITS = 128, SMALL_PIECE_UNITS = 32;  // 32 and 8 KiB of the weight
-constexpr int64_t AHEAD_UNITS = 2048;  // 8 KiB
+constexpr int64_t AHEAD_UNITS = 1024;  // 4 KiB
 constexpr int64_t MOST_BLOCK_AHEAD = 1 << 19;  // bytes that the second cache takes beside those that are multiplied
 constexpr int64_t SERIAL_ROWS = 16;            // which one thread copies sooner than others wake up
 

@@ -5,10 +5,6 @@
 #include "finish.h"
 #include "levels.h"
 
-// Whether this machine's cores fetch memory that they read in order by themselves, as AMD's do, and slower if they are asked
-// for it as well (isa.cpp).
-extern const bool STREAMS_UNASKED;
-
 // Bytes of an input as products take it.
 inline int64_t prepared_bytes(int32_t isa, Kind kind) {
   const int64_t widened = isa < AVX512_BF16 ? 2 : 1;

@@ -38,9 +38,9 @@ struct ByteUnits {
 };
 #endif
 
-// Rows row .. row + R - 1 of units unit .. unit + units - 1, added to sums [R][64]; asks on for what comes later. Not inlined:
-// other loops would take its registers.
-template <class E, int R>
+// Rows row .. row + R - 1 of units unit .. unit + units - 1, added to sums [R][64]; asks on for what comes later, or, if the
+// weight STREAMS, for what it takes itself soon. Not inlined: other loops would take its registers.
+template <bool STREAMS, class E, int R>
 __attribute__((noinline)) static void rows_of_block(const Linear& a, const int32_t* weight, float* sums, int64_t row,
                                                     int64_t unit, int64_t units, Ahead& later) {
   constexpr int COLUMNS = columns_of(R, LINEAR_SUMS);
@@ -54,7 +54,14 @@ __attribute__((noinline)) static void rows_of_block(const Linear& a, const int32
     for (int r = 0; r < R; r++)
       for (int p = 0; p < COLUMNS * PARTS; p++)
         part[r][p] = unit ? load_register(sums + r * BLOCK + c + p * WIDTH) : Register{};
-    products<E>(part, x, columns, units, BLOCK, [&](int64_t) { ahead.ask(); });
+    products<E>(part, x, columns, units, BLOCK, [&](int64_t s) {
+      if constexpr (STREAMS) {
+#pragma GCC unroll 4
+        for (const int32_t* column : columns) __builtin_prefetch(column + s * BLOCK + AHEAD_UNITS);
+      } else {
+        ahead.ask();
+      }
+    });
     for (int r = 0; r < R; r++)
       for (int p = 0; p < COLUMNS * PARTS; p++) store_register(sums + r * BLOCK + c + p * WIDTH, part[r][p]);
   }
@@ -70,17 +77,20 @@ static void sums_by_vectors(const Linear& a, int64_t block, int64_t top, int64_t
   const int64_t chunks = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
   const bool many = chunks > 4, at_once = chunks == 1 && columns_of(rows, LINEAR_SUMS) * LANES == BLOCK;
   const int64_t piece = many ? PIECE_UNITS : at_once ? a.units : SMALL_PIECE_UNITS;
-  const int64_t distance = at_once ? AHEAD_UNITS : piece * BLOCK;
   for (int64_t unit = 0; unit < a.units; unit += piece) {
     const int64_t units = a.units - unit < piece ? a.units - unit : piece;
-    const char* next = (const char*)(weight + unit * BLOCK + distance);
-    const int64_t lines = top || (at_once && STREAMS_UNASKED) ? 0 : (BLOCK / LANES + chunks - 1) / chunks;
-    Ahead later{next, lines, next + units * BLOCK * 4, many || STREAMS_NEAR};
+    const char* next = (const char*)(weight + (unit + piece) * BLOCK);
+    const int64_t lines = top || at_once ? 0 : (BLOCK / LANES + chunks - 1) / chunks;
+    Ahead later{next, lines, next + units * BLOCK * 4, many || !ASKS_FAR};
     for (int64_t r = 0; r < rows; r += LINEAR_ROWS) {
       const int64_t count = rows - r < LINEAR_ROWS ? rows - r : LINEAR_ROWS;
       with_rows<LINEAR_ROWS>(count, [&](auto n) {
         constexpr int R = decltype(n)::value;
-        rows_of_block<E, R>(a, weight, sums + r * BLOCK, top + r, unit, units, later);
+        if (at_once && !top && !ASKS_FAR) {
+          rows_of_block<true, E, R>(a, weight, sums + r * BLOCK, top + r, unit, units, later);
+        } else {
+          rows_of_block<false, E, R>(a, weight, sums + r * BLOCK, top + r, unit, units, later);
+        }
       });
     }
   }

@@ -98,9 +98,7 @@ static inline void with_rows(int64_t count, F f) {
 static inline Register load_register(const float* p) { return *(const RegisterAt*)p; }
 static inline void store_register(float* p, Register x) { *(RegisterAt*)p = x; }
 
-// Where memory that is asked for goes: into the first cache, or into the second, for which a core of AMD's can wait for more
-// lines at a time. Intel's, which have AMX, gain nothing by that.
-constexpr bool STREAMS_NEAR = QUIRE_ISA >= 4;
+// Into the first cache, or into the second.
 static inline void ask_for_line(const char* line, bool near) {
   near ? __builtin_prefetch(line) : __builtin_prefetch(line, 0, 2);
 }

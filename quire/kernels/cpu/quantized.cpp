@@ -21,7 +21,7 @@
 
 namespace {
 
-constexpr int64_t AHEAD_UNITS = 1024;  // 4 KiB
+constexpr int64_t AHEAD_UNITS = 2048;  // 8 KiB
 constexpr int64_t SERIAL_ROWS = 4;     // which one thread quantizes sooner than others wake up
 
 struct Weight {

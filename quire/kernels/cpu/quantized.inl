@@ -430,7 +430,7 @@ static void nibble_sums(const Product& a, int64_t block, int64_t top, int64_t ro
     with_rows<NIBBLE_ROWS>(count, [&](auto n) {
       constexpr int R = decltype(n)::value;
       for (int64_t column = 0; column < BLOCK; column += columns_of(R, NIBBLE_SUMS) * LANES) {
-        if (top == 0 && r == 0 && !STREAMS_UNASKED) {
+        if (top == 0 && r == 0 && !ASKS_FAR) {
           nibble_rows<true, R>(a, block, 0, column, sums);
         } else {
           nibble_rows<false, R>(a, block, top + r, column, sums + r * BLOCK);
