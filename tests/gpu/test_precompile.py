@@ -19,7 +19,7 @@ ENGINE = """
 import json, sys
 from triton import knobs
 from quire import LLM, SamplingParams
-from quire.engine import build
+from quire.engine import device
 from quire.engine.precompile import Precompiler
 
 class Waited(Precompiler):  # the engine's own job, but done before the first step
@@ -27,7 +27,7 @@ class Waited(Precompiler):  # the engine's own job, but done before the first st
         super().__init__(job, done, num_processes=8)
         assert self.wait() == [0] * 8
 
-build.Precompiler = Waited
+device.Precompiler = Waited
 missed, found = [], []
 def listen(*, src, cache_hit, **_):
     (found if cache_hit else missed).append(src.name)
