@@ -25,21 +25,20 @@ bool may_use_tiles() {
 bool may_use_tiles() { return false; }
 #endif
 
-bool is_amd_before_zen5() {
+// AMD's family of cores, 0x1a being Zen 5; 0 of others.
+uint32_t amd_family() {
 #if defined(QUIRE_X86)
   __builtin_cpu_init();
-  uint32_t version = 0, unused;
-  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &version, &unused, &unused, &unused)) return false;
-  const uint32_t family = (version >> 8 & 15) + (version >> 20 & 255);
-  return family < 0x1a;
-#else
-  return false;
+  uint32_t version, unused;
+  if (__builtin_cpu_is("amd") && __get_cpuid(1, &version, &unused, &unused, &unused))
+    return (version >> 8 & 15) + (version >> 20 & 255);
 #endif
+  return 0;
 }
 
 }  // namespace
 
-const bool ASKS_FAR = is_amd_before_zen5();
+const bool FETCHES_AHEAD = amd_family() > 0, ASKS_FAR = FETCHES_AHEAD && amd_family() < 0x1a;
 
 // The version of all functions' arguments; native.py refuses a library that was built from another one.
 extern "C" int32_t quire_abi() { return 19; }

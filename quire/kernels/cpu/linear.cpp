@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+
+#include <omp.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

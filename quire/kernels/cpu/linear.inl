@@ -76,6 +76,7 @@ static void sums_by_vectors(const Linear& a, int64_t block, int64_t top, int64_t
   const int32_t* weight = (const int32_t*)a.weight + block * a.units * BLOCK;
   const int64_t chunks = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
   const bool many = chunks > 4, at_once = chunks == 1 && columns_of(rows, LINEAR_SUMS) * LANES == BLOCK;
+  const bool unasked = ASKS_FAR || (FETCHES_AHEAD && rows == 1 && omp_get_num_threads() == 1);
   const int64_t piece = many ? PIECE_UNITS : at_once ? a.units : SMALL_PIECE_UNITS;
   for (int64_t unit = 0; unit < a.units; unit += piece) {
     const int64_t units = a.units - unit < piece ? a.units - unit : piece;
@@ -86,7 +87,7 @@ static void sums_by_vectors(const Linear& a, int64_t block, int64_t top, int64_t
       const int64_t count = rows - r < LINEAR_ROWS ? rows - r : LINEAR_ROWS;
       with_rows<LINEAR_ROWS>(count, [&](auto n) {
         constexpr int R = decltype(n)::value;
-        if (at_once && !top && !ASKS_FAR) {
+        if (at_once && !top && !unasked) {
           rows_of_block<true, E, R>(a, weight, sums + r * BLOCK, top + r, unit, units, later);
         } else {
           rows_of_block<false, E, R>(a, weight, sums + r * BLOCK, top + r, unit, units, later);
