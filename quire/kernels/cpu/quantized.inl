@@ -312,15 +312,18 @@ static void pack_nibbles(const Weight& a, int64_t block) {
   }
 }
 
-// whole[r][p] += EXACT_UNITS units of a weight by those of x[r] from `at` on.
-template <bool ASKS, int R, int P>
-static inline void nibble_units(RegisterInts (&whole)[R][P], const int32_t* weight, const int32_t* const* x, int64_t at) {
+// whole[r][p] += EXACT_UNITS units of a weight by those of x[r] from `at` on. Asks on for what comes later, or, if the weight
+// STREAMS, for what it takes itself soon.
+template <bool STREAMS, int R, int P>
+static inline void nibble_units(RegisterInts (&whole)[R][P], const int32_t* weight, const int32_t* const* x, int64_t at,
+                                Ahead& later) {
   RegisterInts some[R][P] = {};
   for (int u = 0; u < EXACT_UNITS; u++) {
     RegisterInts both[P];
+    if (!STREAMS) later.ask();
 #pragma GCC unroll 16
     for (int p = 0; p < P; p++) {
-      if (ASKS) __builtin_prefetch(weight + u * BLOCK + p * WIDTH + AHEAD_UNITS);
+      if (STREAMS) __builtin_prefetch(weight + u * BLOCK + p * WIDTH + AHEAD_UNITS);
       both[p] = *(const RegisterIntsAt*)(weight + u * BLOCK + p * WIDTH);
     }
 #pragma GCC unroll 2
@@ -344,10 +347,10 @@ static inline void nibble_units(RegisterInts (&whole)[R][P], const int32_t* weig
 
 // Columns column .. of rows row .. row + R - 1: sums [R][64] of products with their scales. Not inlined:
 // other loops would take its registers.
-template <bool ASKS, int R>
+template <bool STREAMS, int R>
 __attribute__((noinline)) static void nibble_rows(const Product& a, int64_t block, int64_t row, int64_t column,
-                                                  float* sums) {
-  constexpr int PIECES = columns_of(R, NIBBLE_SUMS) * PARTS;
+                                                  float* sums, Ahead& later) {
+  constexpr int COLUMNS = columns_of(R, NIBBLE_SUMS), PIECES = COLUMNS * PARTS;
   typedef uint16_t Scales __attribute__((vector_size(2 * WIDTH)));
   typedef uint16_t ScalesAt __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
   typedef uint32_t RegisterWords __attribute__((vector_size(4 * WIDTH)));
@@ -357,10 +360,11 @@ __attribute__((noinline)) static void nibble_rows(const Product& a, int64_t bloc
   const int32_t* x[R];
   for (int r = 0; r < R; r++) x[r] = (const int32_t*)(a.x + (row + r) * a.padded);
   Register total[R][PIECES] = {};
+  Ahead ahead{later.next, later.lines < COLUMNS ? later.lines : COLUMNS, later.end, later.near};
   for (int64_t group = 0; group < groups; group++) {
     RegisterInts whole[R][PIECES] = {};
     for (int64_t unit = group * (GROUP / 8); unit < (group + 1) * (GROUP / 8); unit += EXACT_UNITS)
-      nibble_units<ASKS>(whole, weight + unit * BLOCK, x, 2 * unit);
+      nibble_units<STREAMS>(whole, weight + unit * BLOCK, x, 2 * unit, ahead);
     for (int p = 0; p < PIECES; p++) {
       const Scales bits = *(const ScalesAt*)(scales + group * BLOCK + p * WIDTH);
       const Register scale = (Register)(__builtin_convertvector(bits, RegisterWords) << 16);
@@ -372,6 +376,7 @@ __attribute__((noinline)) static void nibble_rows(const Product& a, int64_t bloc
   }
   for (int r = 0; r < R; r++)
     for (int p = 0; p < PIECES; p++) store_register(sums + r * BLOCK + column + p * WIDTH, total[r][p]);
+  later.next = ahead.next;
 }
 
 #if QUIRE_ISA >= 4
@@ -420,20 +425,25 @@ static void nibble_sums_by_tiles(const Product& a, int64_t block, int64_t top, i
 }
 #endif
 
-// 64 outputs of rows top .. top + rows - 1, not finished: sums [rows][64].
+// 64 outputs of rows top .. top + rows - 1, not finished: sums [rows][64]. Where few rows at a time pass by the weight more than
+// once, each of these asks for a share of the next block, so that memory is never idle.
 static void nibble_sums(const Product& a, int64_t block, int64_t top, int64_t rows, float* sums) {
 #if QUIRE_ISA >= 4
   if (a.rows >= LEAST_TILE_ROWS) return nibble_sums_by_tiles(a, block, top, rows, sums);
 #endif
+  const int64_t block_units = a.padded / 8 * BLOCK, passes = (rows + NIBBLE_ROWS - 1) / NIBBLE_ROWS;
+  const bool asks = !top && !ASKS_FAR, streams = asks && passes == 1;
+  const char* next = (const char*)(a.weight + (block + 1) * block_units);
+  Ahead later{next, asks ? (BLOCK / LANES + passes - 1) / passes : 0, next + block_units * 4, true};
   for (int64_t r = 0; r < rows; r += NIBBLE_ROWS) {
     const int64_t count = rows - r < NIBBLE_ROWS ? rows - r : NIBBLE_ROWS;
     with_rows<NIBBLE_ROWS>(count, [&](auto n) {
       constexpr int R = decltype(n)::value;
       for (int64_t column = 0; column < BLOCK; column += columns_of(R, NIBBLE_SUMS) * LANES) {
-        if (top == 0 && r == 0 && !ASKS_FAR) {
-          nibble_rows<true, R>(a, block, 0, column, sums);
+        if (streams) {
+          nibble_rows<true, R>(a, block, 0, column, sums, later);
         } else {
-          nibble_rows<false, R>(a, block, top + r, column, sums + r * BLOCK);
+          nibble_rows<false, R>(a, block, top + r, column, sums + r * BLOCK, later);
         }
       }
     });
