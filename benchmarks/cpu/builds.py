@@ -14,17 +14,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from quire.kernels import ops  # noqa: E402
-from quire.kernels.cpu.calls import LAYOUTS, Memory, Step, kernel, record  # noqa: E402
+from quire.kernels.cpu.calls import LAYOUTS, Kernel, Memory, Step, kernel, record  # noqa: E402
 from quire.kernels.cpu.native import ABI, load  # noqa: E402
 
 SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072))  # outputs, inputs
@@ -52,15 +50,9 @@ def collapse(data: torch.Tensor) -> None:
 def replayed(library: ctypes.CDLL, step: Step) -> Run:
     """All calls of a step, made by a library."""
     names = {kernel(name).address: name for name in LAYOUTS}
-    functions = [ctypes.cast(library[names[address]], ctypes.c_void_p).value for address, _ in step.calls]
-    padded = [args.ljust(-(-len(args) // 8) * 8, b"\0") for _, args in step.calls]
-    arrays = (
-        np.array(functions, np.uint64),
-        np.frombuffer(b"".join(padded), np.uint8),
-        np.array([0, *accumulate(map(len, padded))][:-1], np.int64),
-    )
-    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in arrays]  # which keep the arrays
-    return lambda: library.quire_replay(*pointers, ctypes.c_int64(len(functions)))
+    other = Step({})
+    other.calls = [(Kernel(library, names[address]).address, args) for address, args in step.calls]
+    return other.replay
 
 
 def compare(runs: Sequence[Run], num_rounds: int) -> list[list[float]]:

@@ -45,7 +45,7 @@ __attribute__((noinline)) static void rows_of_block(const Linear& a, const int32
                                                     int64_t unit, int64_t units, Ahead& later) {
   constexpr int COLUMNS = columns_of(R, LINEAR_SUMS);
   const int32_t *x[R], *columns[COLUMNS];
-  Ahead ahead{later.next, later.lines < COLUMNS ? later.lines : COLUMNS, later.end, later.near};
+  Ahead ahead = later.of_columns(COLUMNS);
   for (int r = 0; r < R; r++)
     x[r] = (const int32_t*)((const char*)a.x + (row + r) * a.x_stride_bytes) + unit * E::WORDS;
   for (int64_t c = 0; c < BLOCK; c += COLUMNS * LANES) {
@@ -77,6 +77,7 @@ static void sums_by_vectors(const Linear& a, int64_t block, int64_t top, int64_t
   const int64_t chunks = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
   const bool many = chunks > 4, at_once = chunks == 1 && columns_of(rows, LINEAR_SUMS) * LANES == BLOCK;
   const bool unasked = ASKS_FAR || (FETCHES_AHEAD && rows == 1 && omp_get_num_threads() == 1);
+  const bool streams = at_once && !top && !unasked;
   const int64_t piece = many ? PIECE_UNITS : at_once ? a.units : SMALL_PIECE_UNITS;
   for (int64_t unit = 0; unit < a.units; unit += piece) {
     const int64_t units = a.units - unit < piece ? a.units - unit : piece;
@@ -87,7 +88,7 @@ static void sums_by_vectors(const Linear& a, int64_t block, int64_t top, int64_t
       const int64_t count = rows - r < LINEAR_ROWS ? rows - r : LINEAR_ROWS;
       with_rows<LINEAR_ROWS>(count, [&](auto n) {
         constexpr int R = decltype(n)::value;
-        if (at_once && !top && !unasked) {
+        if (streams) {
           rows_of_block<true, E, R>(a, weight, sums + r * BLOCK, top + r, unit, units, later);
         } else {
           rows_of_block<false, E, R>(a, weight, sums + r * BLOCK, top + r, unit, units, later);

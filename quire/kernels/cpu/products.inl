@@ -109,6 +109,8 @@ struct Ahead {
   int64_t lines;
   const char* end;
   bool near;
+  // For a part that passes by so many columns of LANES, of which it asks for no more lines than those.
+  inline Ahead of_columns(int64_t columns) const { return {next, lines < columns ? lines : columns, end, near}; }
   inline void ask() {
     for (int64_t i = 0; i < lines && next < end; i++, next += 64) ask_for_line(next, near);
   }

@@ -360,7 +360,7 @@ __attribute__((noinline)) static void nibble_rows(const Product& a, int64_t bloc
   const int32_t* x[R];
   for (int r = 0; r < R; r++) x[r] = (const int32_t*)(a.x + (row + r) * a.padded);
   Register total[R][PIECES] = {};
-  Ahead ahead{later.next, later.lines < COLUMNS ? later.lines : COLUMNS, later.end, later.near};
+  Ahead ahead = later.of_columns(COLUMNS);
   for (int64_t group = 0; group < groups; group++) {
     RegisterInts whole[R][PIECES] = {};
     for (int64_t unit = group * (GROUP / 8); unit < (group + 1) * (GROUP / 8); unit += EXACT_UNITS)
@@ -426,7 +426,8 @@ static void nibble_sums_by_tiles(const Product& a, int64_t block, int64_t top, i
 #endif
 
 // 64 outputs of rows top .. top + rows - 1, not finished: sums [rows][64]. Where few rows at a time pass by the weight more than
-// once, each of these asks for a share of the next block, so that memory is never idle.
+// once, each of these asks for a share of the next block, so that memory is never idle; not on cores that ask far, where
+// nobody has measured it.
 static void nibble_sums(const Product& a, int64_t block, int64_t top, int64_t rows, float* sums) {
 #if QUIRE_ISA >= 4
   if (a.rows >= LEAST_TILE_ROWS) return nibble_sums_by_tiles(a, block, top, rows, sums);
