@@ -64,10 +64,15 @@ def outputs(engine: Engine) -> tuple[list[object], int, int]:
     return said, stats.num_preemptions, stats.cache_hits
 
 
-def few_blocks(engine: Engine, block_size: int, size: int, parts: int = 1) -> dict[str, object]:
-    """Options under which two requests have to make way for each other. `engine` is of one process."""
+def few_blocks(
+    engine: Engine, block_size: int, size: int, parts: int = 1, spare: int = 1
+) -> dict[str, object]:
+    """Options under which two requests have to make way for each other: blocks for one, and `spare` ones.
+
+    `engine` is of one process.
+    """
     layout = cache_layout(shard(engine.spec, size, 0), block_size // parts, 4, max_length=LENGTH)
-    num_blocks = Extent(layout.near, block_size, 16).num_blocks(LENGTH) + 1
+    num_blocks = Extent(layout.near, block_size, 16).num_blocks(LENGTH) + spare
     return {
         "max_model_len": LENGTH,
         "max_num_batched_tokens": 16,

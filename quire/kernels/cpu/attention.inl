@@ -274,13 +274,14 @@ struct Task {
       config.column_bytes[i] = i == 6 ? 32 : 64;
       config.rows[i] = i == 5 ? 16 : i == 7 ? 8 : (uint8_t)count;
     }
-    _tile_loadconfig(&config);
+    use_tiles(config);
   }
 
   // Scores of up to 16 rows from r on over so many pages of the tile, or more.
   template <bool AHEAD>
   void score_by_tiles(int64_t r, int64_t pages) {
     const int32_t* rows_of_q = q + r * k_units;
+    finish_writes();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -324,6 +325,7 @@ struct Task {
     const bool four = d + 64 <= v_stored;
     float* sums = acc + r * v_stored + d;
     const int64_t stride = v_stored * 4;
+    finish_writes();
     _tile_loadd(0, sums, stride);
     if (four) {
       _tile_loadd(1, sums + 16, stride);

@@ -150,4 +150,10 @@ struct alignas(64) TileConfig {
   uint16_t column_bytes[16] = {};
   uint8_t rows[16] = {};
 };
+
+// GCC's own says that it reads 8 bytes of it.
+static inline void use_tiles(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config)); }
+
+// Everything written so far is in memory. GCC's loads of tiles do not say that they read it.
+static inline void finish_writes() { __asm__ volatile("" ::: "memory"); }
 #endif

@@ -12,7 +12,7 @@ static inline void configure_tiles(int64_t rows) {
     config.column_bytes[i] = 64;
     config.rows[i] = counts[i];
   }
-  _tile_loadconfig(&config);
+  use_tiles(config);
 }
 
 // Pairs of bf16; int8 by 128 + int8; int8 by int8. A macro, since a tile's number is part of an instruction's name.
@@ -31,6 +31,7 @@ template <Kind KIND, class Ask>
 static inline void tile_products(const char* x, int64_t x_stride, int64_t rows, const char* weight, int64_t units,
                                  float* sums, Ask ask) {
   const bool wide = rows > TILE_ROWS;  // all rows by half of the columns, then by the others; else by all columns at once
+  finish_writes();
   for (int half = 0; half <= wide; half++) {
     _tile_zero(0);
     _tile_zero(1);
@@ -69,6 +70,7 @@ template <Kind KIND>
 static inline void panel_products(const char* x, const char* weight, int64_t steps, float* sums, bool first, Ahead& ahead_x,
                                   Ahead& ahead_weight) {
   float* rest = sums + TILE_ROWS * BLOCK;
+  finish_writes();
   if (first) {
     _tile_zero(0);
     _tile_zero(1);
