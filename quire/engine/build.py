@@ -23,6 +23,7 @@ from quire.log import logger
 from quire.models.spec import Spec
 from quire.parallel.axis import Axes
 from quire.platforms.base import Platform
+from quire.platforms.cpu import stay_on
 from quire.resolve import Memory, Resolved, resolve, resolve_dtype
 from quire.runner.runner import Runner
 from quire.scheduler.blocks import BlockPool
@@ -100,6 +101,8 @@ def build_core(
     resolved = resolve(config, found.spec, machine, checkpoint_dtype=stored, offline=offline)
     config = resolved.config
     axes = ranks.join(config, resolved.memories, platform.device) if ranks else Axes()
+    if ranks and platform.processors:  # the caller's process may be one that goes on afterwards
+        ranks.ends.callback(stay_on, os.sched_getaffinity(0))
     runner = make_runner(found, config, resolved.memory, platform, backend, axes)
     if ranks:
         ranks.wait()
@@ -178,7 +181,9 @@ def _summary(resolved: Resolved, spec: Spec, backend: Backend, platform: Platfor
     kept = f", states of {state_bytes / 2**20:.2f} MiB, {memory.num_states} kept{ends}"
     where, size, each = platform.name, mesh_of(config).size, ""
     if where == "cpu":
-        where += f" ({config.num_threads} threads, {platform.num_nodes} memory node{'s' * (platform.num_nodes > 1)})"
+        nodes = f"{platform.num_nodes} memory nodes" if platform.num_nodes > 1 else "1 memory node"
+        stays = ", of which each rank stays on one" if platform.processors else ""
+        where += f" ({config.num_threads} threads, {nodes}{stays})"
     if size > 1:
         where, each = f"{where} by {size} ranks", " a rank"
     if (parts := config.decode_context_parallel_size) > 1:

@@ -28,7 +28,7 @@ from quire.models.spec import Spec, num_chosen
 from quire.parallel.axis import Axes
 from quire.parallel.mesh import Mesh
 from quire.platforms.base import Platform
-from quire.platforms.cpu import return_memory
+from quire.platforms.cpu import return_memory, stay_on
 from quire.platforms.detect import detect
 from quire.resolve import Machine, Memory
 from quire.runner.chunks import ChunkSteps
@@ -97,15 +97,16 @@ def world_of(config: Config) -> Mesh:
 
 
 def platform_of(config: Config, index: int = 0) -> Platform:
-    """A rank's device: the GPU of that number (see `Seat`), or the CPU that all of its machine share.
+    """A rank's device: the GPU of that number (see `Seat`), or its part of the CPU that all of its machine share.
 
     Raises:
         ConfigError: there is none for every rank of this machine.
     """
     size = mesh_of(config).size * config.data_parallel_size
+    placed = is_placed(config)
     if size == 1 or config.device == "cpu" or not torch.cuda.is_available():
-        return detect(config.device)
-    needed = index + 1 if is_placed(config) else size // config.nnodes
+        return detect(config.device, index, 1 if placed else size // config.nnodes)
+    needed = index + 1 if placed else size // config.nnodes
     if (count := torch.cuda.device_count()) < needed:
         raise ConfigError(
             f"there are {needed} ranks on this machine, and {count} GPUs, of which each needs one; lower the sizes of"
@@ -257,6 +258,8 @@ def make_runner(
     torch.set_num_threads(max((config.num_threads or 1) * config.nnodes // mesh_of(config).size, 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if platform.processors:
+        stay_on(platform.processors)
     _check_deterministic(config, device)
     model = found.road.network(config, backend, device, axes)
     ahead = _compile_ahead(config, found.raw, model)

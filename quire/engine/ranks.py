@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -54,6 +54,7 @@ class Ranks:
 
     Attributes:
         pids: their process ids.
+        ends: what `close` has to undo.
     """
 
     def __init__(
@@ -82,12 +83,14 @@ class Ranks:
         """
         self.post, self.first = post, 0 if post is None else post.number * (len(channels) + 1)
         self.mesh, self.seat, self.channels, self.pids = mesh, seat, channels, pids
-        self.host, self.processes, self.placement, self.essential = host, processes, placement, essential
+        self.host, self.processes, self.essential = host, processes, essential
         self.store: TCPStore | None = None
         self.poison: Callable[[], None] = lambda: None
         self.threads: list[threading.Thread] = []  # once all are ready
         self.answers: SimpleQueue[Sampled | None] = SimpleQueue()  # None: there are no more
-        self.closed = False
+        self.closed, self.ends = False, ExitStack()
+        if placement is not None:
+            self.ends.callback(placement.close)
 
     def join(self, config: Config, memories: Sequence[Memory], device: torch.device) -> Axes:
         """Tell all ranks what was decided, for each stage's, and connect with them; returns what they share.
@@ -182,8 +185,7 @@ class Ranks:
             channel.sock.close()
         if self.seat.segment is not None:
             os.close(self.seat.segment)
-        if self.placement is not None:
-            self.placement.close()
+        self.ends.close()
         for process in self.processes:
             if not self.threads:  # it may be loading modules still, and would notice only after that
                 process.kill()

@@ -1,5 +1,6 @@
 """What a machine offers: facts, measured once. Knows no model and no engine."""
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -16,4 +17,5 @@ class Platform:
     available_bytes: int  # when the platform was detected
     attention_order: tuple[str, ...]  # backends, the best first
     num_threads: int
-    num_nodes: int = 1  # of memory (NUMA), that the threads are on
+    num_nodes: int = 1  # of memory (NUMA), that all threads are on
+    processors: Set[int] = frozenset()  # those of a memory node, if this rank's threads stay on one

@@ -4,12 +4,13 @@ import ctypes
 import math
 import os
 import platform
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import torch
 
 from quire.kernels.cpu import native
+from quire.log import logger
 from quire.platforms.base import Platform
 
 UNLIMITED = 1 << 60  # version 1 control groups say "no limit" with a number about this large
@@ -17,6 +18,7 @@ GROUPS = (  # (limit, usage), versions 2 and 1
     ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
     ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+NODES = Path("/sys/devices/system/node")
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:
@@ -46,10 +48,36 @@ def cores(allowed: Set[int], root: Path = Path("/")) -> int:
     return max(1, min(len(found), _most_time(root)))
 
 
-def nodes(allowed: Set[int], root: Path = Path("/")) -> int:
-    """Memory nodes (NUMA) that these processors belong to."""
-    lists = (path.read_text() for path in (root / "sys/devices/system/node").glob("node[0-9]*/cpulist"))
-    return max(1, sum(not allowed.isdisjoint(_processors(text)) for text in lists))
+def nodes(allowed: Set[int]) -> list[frozenset[int]]:
+    """Which of these processors each memory node (NUMA) has that has any, in the order of their lowest."""
+    lists = (path.read_text() for path in NODES.glob("node[0-9]*/cpulist"))
+    found = (frozenset(allowed & _processors(text)) for text in lists)
+    return sorted(filter(None, found), key=min) or [frozenset(allowed)]
+
+
+def home(found: Sequence[Set[int]], index: int, count: int) -> Set[int]:
+    """The memory node of one of this machine's `count` ranks; none if nodes cannot be shared out evenly among them.
+
+    Nothing is gained by threads that stay on one processor each (docs/log.md). Where there are more nodes than ranks,
+    weights lie on all of them, since all threads pack them.
+    """
+    told = "OMP_PROC_BIND" in os.environ or "OMP_PLACES" in os.environ or "GOMP_CPU_AFFINITY" in os.environ
+    alike = len(found) > 1 and len({len(node) for node in found}) == 1 and count % len(found) == 0
+    return found[index * len(found) // count] if alike and not told else frozenset()
+
+
+def stay_on(processors: Set[int]) -> None:
+    """This thread, and those with which it computes, run on no others from now on; memory comes from their node."""
+    try:
+        os.sched_setaffinity(0, processors)
+    except OSError as error:
+        logger.warning("threads do not stay on their memory node: %s", error)
+        return
+    library, _ = native.load()
+    if library is not None:
+        mask = sum(1 << processor for processor in processors)
+        words = mask.to_bytes((max(processors) // 64 + 1) * 8, "little")
+        library.quire_stay(words, ctypes.c_int64(len(words)), ctypes.c_int64(torch.get_num_threads()))
 
 
 def return_memory() -> None:
@@ -80,10 +108,11 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def detect() -> Platform:
-    """This machine's CPU."""
+def detect(index: int = 0, count: int = 1) -> Platform:
+    """This machine's CPU, as one of `count` ranks has it."""
     total, available = memory()
     allowed = os.sched_getaffinity(0)
+    found = nodes(allowed)
     told = "OMP_NUM_THREADS" in os.environ
     fast_bf16 = native.isa() > native.BASELINE or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return Platform(
@@ -94,5 +123,6 @@ def detect() -> Platform:
         available_bytes=available,
         attention_order=("cpu", "reference"),
         num_threads=torch.get_num_threads() if told else cores(allowed),
-        num_nodes=nodes(allowed),
+        num_nodes=len(found),
+        processors=home(found, index, count),
     )

@@ -7,17 +7,17 @@ from quire.platforms import cpu, cuda
 from quire.platforms.base import Platform
 
 
-def detect(device: str = "auto") -> Platform:
-    """The platform for `device`: auto (a GPU if there is one), cpu, cuda or cuda:N.
+def detect(device: str = "auto", index: int = 0, count: int = 1) -> Platform:
+    """The platform for `device`: auto (a GPU if there is one), cpu, cuda or cuda:N. A CPU is shared by `count` ranks.
 
     Raises:
         ConfigError: the device is unknown or absent.
     """
     if device == "auto":
-        return cuda.detect() if torch.cuda.is_available() else cpu.detect()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        return cpu.detect()
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not (index.isdigit() or device == "cuda"):
+        return cpu.detect(index, count)
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not (number.isdigit() or device == "cuda"):
         raise ConfigError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
-    return cuda.detect(int(index) if index else None)
+    return cuda.detect(int(number) if number else None)

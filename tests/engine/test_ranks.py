@@ -266,6 +266,39 @@ def test_ranks_end_with_the_callers_process(folders: dict[str, Path], ends: str)
     wait_for(lambda: not is_alive(pid))
 
 
+STAYING = """
+import os, sys
+from pathlib import Path
+from quire.config import Config
+from quire.engine.build import build_core
+from quire.engine.ranks import fork
+from quire.platforms import cpu
+cpu.NODES = Path(sys.argv[2])
+config = Config(model=sys.argv[1], device="cpu", num_threads=2, tensor_parallel_size=2, kv_cache_memory_bytes=2**20)
+ranks = fork(config)
+parts = build_core(config, offline=True, ranks=ranks)
+print(*(min(os.sched_getaffinity(pid)) for pid in (0, *ranks.pids)), parts.summary.partition("on ")[2])
+ranks.close()
+print(*sorted(os.sched_getaffinity(0)))
+"""
+
+
+def test_each_rank_stays_on_a_memory_node(folders: dict[str, Path], tmp_path: Path) -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) != 2:
+        pytest.skip("needs two processors, as a node each")
+    for i, processor in enumerate(allowed):
+        (tmp_path / f"node{i}").mkdir()
+        (tmp_path / f"node{i}" / "cpulist").write_text(f"{processor}\n")
+    command = [sys.executable, "-c", STAYING, str(folders["Qwen3"]), str(tmp_path)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    own = " ".join(map(str, allowed))
+    assert run[0].startswith(
+        f"{own} cpu (2 threads, 2 memory nodes, of which each rank stays on one) by 2 ranks"
+    )
+    assert run[1] == own
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -16,7 +16,7 @@ native.__file__ = {folder!r} + "/native.py"
 from quire.attention.select import select
 from quire.kernels import ops
 assert native.isa() == 0 and native.library() is None
-assert list(ops.rms_norm.kernels) == []
+assert "cpu" not in {{device for device, _ in ops.rms_norm.kernels}}
 print(select(("cpu", "reference"), torch.float32, torch.device("cpu")).name)
 print(ops.rms_norm(torch.tensor([[3.0, 4.0]]), None, 0.0).norm().item())
 """

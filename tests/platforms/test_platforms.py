@@ -10,7 +10,8 @@ import torch
 
 from quire.errors import ConfigError
 from quire.kernels.cpu import native
-from quire.platforms.cpu import cores, memory, nodes, return_memory
+from quire.platforms import cpu
+from quire.platforms.cpu import cores, home, memory, nodes, return_memory, stay_on
 from quire.platforms.detect import detect
 
 GIB = 2**30
@@ -86,11 +87,65 @@ def test_threads_are_physical_cores_that_may_be_used(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(allowed))
     root = machine(topology(tmp_path), {"sys/fs/cgroup/cpu.max": quota + "\n"})
-    assert (cores(set(allowed), root), nodes(set(allowed), root)) == want
+    monkeypatch.setattr(cpu, "NODES", root / "sys/devices/system/node")
+    assert (cores(set(allowed), root), len(nodes(set(allowed)))) == want
 
 
-def test_unknown_cores_are_processors(tmp_path: Path) -> None:
-    assert cores({0}, tmp_path) == 1 and nodes({0}, tmp_path) == 1
+def test_unknown_cores_are_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "NODES", tmp_path)
+    assert cores({0}, tmp_path) == 1 and nodes({0}) == [{0}]
+
+
+FIRST, SECOND = {0, 1, 4, 5}, {2, 3, 6, 7}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "count", "want"),
+    [
+        (range(8), 1, [set()]),
+        (range(8), 2, [FIRST, SECOND]),
+        (range(8), 3, [set()] * 3),
+        (range(8), 4, [FIRST, FIRST, SECOND, SECOND]),
+        (range(4), 2, [{0, 1}, {2, 3}]),
+        (range(3), 2, [set()] * 2),  # one node would have more to do
+        ((0, 4), 2, [set()] * 2),
+    ],
+)
+def test_ranks_are_at_home_on_memory_nodes_they_share_out_evenly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: Sequence[int], count: int, want: list[set[int]]
+) -> None:
+    monkeypatch.setattr(cpu, "NODES", topology(tmp_path) / "sys/devices/system/node")
+    found = nodes(set(allowed))
+    assert [home(found, i, count) for i in range(count)] == want
+    monkeypatch.setenv("OMP_PROC_BIND", "true")  # then OpenMP sees to that
+    assert not any(home(found, i, count) for i in range(count))
+
+
+@pytest.mark.skipif(native.load()[0] is None, reason="the C++ kernels are not built")
+def test_all_threads_that_compute_stay() -> None:
+    def staying(processor: int) -> int:
+        tasks = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+        return sum(os.sched_getaffinity(task) == {processor} for task in tasks)
+
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    if len(before) < 2:
+        pytest.skip("needs two processors")
+    try:
+        torch.set_num_threads(2)
+        one, other = sorted(before)[:2]
+        stay_on({other})
+        assert staying(one) == 0 and staying(other) == 2
+        stay_on({one})
+        assert staying(one) == 2 and staying(other) == 0
+    finally:
+        stay_on(before)
+        torch.set_num_threads(threads)
+    assert staying(one) == staying(other) == 0
+
+
+def test_who_may_not_choose_processors_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    stay_on({1000})
+    assert "threads do not stay" in caplog.text
 
 
 def test_who_says_how_many_threads_is_right(monkeypatch: pytest.MonkeyPatch) -> None:

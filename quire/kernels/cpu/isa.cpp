@@ -41,7 +41,7 @@ uint32_t amd_family() {
 const bool FETCHES_AHEAD = amd_family() > 0, ASKS_FAR = FETCHES_AHEAD && amd_family() < 0x1a;
 
 // The version of all functions' arguments; native.py refuses a library that was built from another one.
-extern "C" int32_t quire_abi() { return 19; }
+extern "C" int32_t quire_abi() { return 20; }
 
 extern "C" int32_t quire_isa() {
 #if defined(QUIRE_X86)
