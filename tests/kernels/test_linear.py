@@ -48,8 +48,11 @@ def test_every_tile_computes_the_same(num_rows: int, tile: Tile) -> None:
     gated, plain = weight_of(2 * OUTPUTS), weight_of(OUTPUTS)
     got = torch.empty(num_rows, OUTPUTS, device=DEVICE)
     multiply(x, gated, got, bias=bias, scale=scale, act="silu", tile=tile)
-    want = reference.normed_act_mul.reference(x, scale, gated.data, bias, "silu")
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    exact_scale = RowScale(scale.squares.double(), scale.eps)
+    want = reference.normed_act_mul.reference(
+        x.double(), exact_scale, gated.data.double(), bias.double(), "silu"
+    )
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     norm = RmsNorm(draw(OUTPUTS, seed=5), 1e-6, 1.0)
     into = Into(draw(num_rows, OUTPUTS, seed=4), torch.empty_like(got), norm)
     squares = multiply(x, plain, got, into=into, tile=tile)
