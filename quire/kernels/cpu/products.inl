@@ -151,9 +151,9 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// GCC's own says that it reads 8 bytes of it.
+// As _tile_loadconfig, of which GCC says that it reads 8 bytes.
 static inline void use_tiles(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config)); }
 
-// Everything written so far is in memory. GCC's loads of tiles do not say that they read it.
+// What was written so far is in memory from here on. GCC does not say of _tile_loadd that it reads any.
 static inline void finish_writes() { __asm__ volatile("" ::: "memory"); }
 #endif
