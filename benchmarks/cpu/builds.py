@@ -21,8 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.cpu.kernels import names, pack  # noqa: E402
 from quire.kernels import ops  # noqa: E402
-from quire.kernels.cpu.calls import LAYOUTS, Kernel, Memory, Step, kernel, record  # noqa: E402
+from quire.kernels.cpu.calls import Kernel, Memory, Step, record  # noqa: E402
 from quire.kernels.cpu.native import ABI, load  # noqa: E402
 
 SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072))  # outputs, inputs
@@ -31,12 +32,6 @@ KINDS = ("bfloat16", "int8", "int4")
 HUGE_PAGE, MADV_COLLAPSE = 2 << 20, 25  # bytes; linux/mman.h
 
 Run = Callable[[], object]
-
-
-def pack(weight: torch.Tensor, kind: str) -> Any:
-    if kind == "bfloat16":
-        return ops.pack_linear(weight)
-    return ops.quantize_linear(weight, int(kind.removeprefix("int")))
 
 
 def collapse(data: torch.Tensor) -> None:
@@ -49,9 +44,8 @@ def collapse(data: torch.Tensor) -> None:
 
 def replayed(library: ctypes.CDLL, step: Step) -> Run:
     """All calls of a step, made by a library."""
-    names = {kernel(name).address: name for name in LAYOUTS}
-    other = Step({})
-    other.calls = [(Kernel(library, names[address]).address, args) for address, args in step.calls]
+    named, other = names(), Step({})
+    other.calls = [(Kernel(library, named[address]).address, args) for address, args in step.calls]
     return other.replay
 
 

@@ -35,13 +35,19 @@ SEQUENCES = (1, 8, 32)
 KINDS = ("float32", "bfloat16", "int8", "int4")
 
 
+def pack(weight: torch.Tensor, kind: str) -> Any:
+    return ops.quantize_linear(weight, int(kind[3:])) if kind.startswith("int") else ops.pack_linear(weight)
+
+
+def names() -> dict[int, str]:
+    """Of the kernels in the library that is installed, by address."""
+    return {kernel(name).address: name for name in LAYOUTS}
+
+
 def weights(kind: str) -> tuple[torch.dtype, list[Any]]:
     """(Type of the inputs, packed weights)."""
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    plain = (torch.randn(OUTPUTS, INPUTS).to(dtype) for _ in range(NUM_WEIGHTS))
-    if kind.startswith("int"):
-        return dtype, [ops.quantize_linear(weight, int(kind.removeprefix("int"))) for weight in plain]
-    return dtype, [ops.pack_linear(weight) for weight in plain]
+    return dtype, [pack(torch.randn(OUTPUTS, INPUTS).to(dtype), kind) for _ in range(NUM_WEIGHTS)]
 
 
 def products(kind: str) -> Iterator[str]:
@@ -60,9 +66,9 @@ def products(kind: str) -> Iterator[str]:
 
 def calls(step: Step) -> Counter[str]:
     """Milliseconds by kernel."""
-    names = {kernel(name).address: name.removeprefix("quire_") for name in LAYOUTS}
+    named = names()
     made = [
-        (names[address], ctypes.CFUNCTYPE(None, ctypes.c_char_p)(address), args)
+        (named[address].removeprefix("quire_"), ctypes.CFUNCTYPE(None, ctypes.c_char_p)(address), args)
         for address, args in step.calls
     ]
     rounds = []

@@ -91,6 +91,8 @@ class Ranks:
         self.closed, self.ends = False, ExitStack()
         if placement is not None:
             self.ends.callback(placement.close)
+        if seat.segment is not None:
+            self.ends.callback(os.close, seat.segment)
 
     def join(self, config: Config, memories: Sequence[Memory], device: torch.device) -> Axes:
         """Tell all ranks what was decided, for each stage's, and connect with them; returns what they share.
@@ -183,8 +185,6 @@ class Ranks:
             thread.join()
         for channel in self.channels:
             channel.sock.close()
-        if self.seat.segment is not None:
-            os.close(self.seat.segment)
         self.ends.close()
         for process in self.processes:
             if not self.threads:  # it may be loading modules still, and would notice only after that

@@ -8,7 +8,10 @@ from quire.platforms.base import Platform
 
 
 def detect(device: str = "auto", index: int = 0, count: int = 1) -> Platform:
-    """The platform for `device`: auto (a GPU if there is one), cpu, cuda or cuda:N. A CPU is shared by `count` ranks.
+    """The platform for `device`: auto (a GPU if there is one), cpu, cuda or cuda:N.
+
+    Args:
+        index: of this rank among the `count` ranks that share a CPU.
 
     Raises:
         ConfigError: the device is unknown or absent.

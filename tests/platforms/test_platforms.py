@@ -97,6 +97,7 @@ def test_unknown_cores_are_processors(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 FIRST, SECOND = {0, 1, 4, 5}, {2, 3, 6, 7}
+OF_OPENMP = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,18 @@ def test_ranks_are_at_home_on_memory_nodes_they_share_out_evenly(
 ) -> None:
     monkeypatch.setattr(cpu, "NODES", topology(tmp_path) / "sys/devices/system/node")
     found = nodes(set(allowed))
+    for name in OF_OPENMP:
+        monkeypatch.delenv(name, raising=False)
     assert [home(found, i, count) for i in range(count)] == want
-    monkeypatch.setenv("OMP_PROC_BIND", "true")  # then OpenMP sees to that
-    assert not any(home(found, i, count) for i in range(count))
+
+
+@pytest.mark.parametrize("name", OF_OPENMP)
+def test_who_says_where_threads_run_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in OF_OPENMP:
+        monkeypatch.delenv(other, raising=False)
+    assert home([FIRST, SECOND], 1, 2) == SECOND
+    monkeypatch.setenv(name, "0")
+    assert not home([FIRST, SECOND], 1, 2)
 
 
 @pytest.mark.skipif(native.load()[0] is None, reason="the C++ kernels are not built")
