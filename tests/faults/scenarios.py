@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quire.engine.journal import BEYOND
 from tests.faults.client import Answer, Body, Load, ask, compare, get, streams
 from tests.faults.injection import Fault, marked
 from tests.faults.server import Server, serving, until
@@ -75,18 +76,23 @@ async def killed(
     seed: int = 0,
     is_right: Callable[[Answer], bool] = lambda _: True,
 ) -> Report:
-    """SIGKILL of the engine at random points of many streams. `options`: more of the server's."""
+    """SIGKILL of the engine at random points of many streams. `options`: more of the server's.
+
+    Everybody gets beyond one kill before the next, or would be on trial then, as a suspect; so steps are slow enough
+    for this process to see how far they are, even where others want its core.
+    """
     report = Report("1", f"engine killed {num_kills} times under {len(bodies)} streams")
-    async with serving(folder, *options) as server:
+    async with serving(folder, *options, step_s=0.01) as server:
         want = await undisturbed(server, bodies)
         assert all(map(is_right, want))
-        num_tokens = sum(len(tokens) for answer in want for tokens in answer.tokens.values())
-        points = random.Random(seed).sample(range(1, num_tokens * 3 // 4), num_kills)
-        load = Load(server.url, bodies)
+        outputs = [tokens for answer in want for tokens in answer.tokens.values()]
+        points = random.Random(seed).sample(range(1, sum(map(len, outputs)) * 3 // 4), num_kills)
+        load, beyond = Load(server.url, bodies), 0
         for point in sorted(points):
-            await load.tokens(point)
+            await load.tokens(max(point, beyond))
             assert not load.is_over
             report.recoveries_s.append(await recover(server, load, to_engine(server, signal.SIGKILL)))
+            beyond = load.num_tokens + 2 * BEYOND * len(outputs)
         report.compare(await load.answers(), want)
         report.num_restarts = await server.num_restarts()
         assert report.num_restarts == num_kills
