@@ -1,6 +1,7 @@
 """Settings of every test: no network, this checkout in the processes that tests start, Triton without a GPU."""
 
 import os
+import signal
 from pathlib import Path
 
 if (
@@ -11,6 +12,8 @@ if (
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# A shell's background job ignores it, and so would the servers that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))

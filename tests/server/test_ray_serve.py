@@ -128,7 +128,7 @@ def test_two_replicas_of_two_ranks_stream(cluster: Any, url: str) -> None:
 
         for _ in range(10):  # a stream may end before the other one comes
             texts += pool.map(stream, range(2))
-            if num_generated(client) in range(200, 200 * len(texts), 200):  # the others are not this replica's
+            if 0 < num_generated(client) < 200 * len(texts):  # what is missing is another replica's
                 break
         else:
             pytest.fail("one replica answers all")
