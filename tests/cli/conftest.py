@@ -2,7 +2,6 @@
 
 import io
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,11 +27,6 @@ class Done:
 
 
 Quire = Callable[..., Done]
-
-
-def heed_interrupts() -> None:
-    """A shell's background jobs, such as this test run may be, ignore them, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from quire import __version__
 from quire.cli.main import main
 from quire.cli.options import same_dashes, whole
 from quire.models.catalog import rows
-from tests.cli.conftest import COMMAND, Quire, heed_interrupts
+from tests.cli.conftest import COMMAND, Quire
+from tests.processes import started
 
 
 def test_version(process: Quire) -> None:
@@ -111,29 +112,25 @@ def test_what_is_no_whole_number(text: str) -> None:
 
 
 def test_interrupting_is_quiet(tiny: str) -> None:
-    with subprocess.Popen(
+    with started(
         [*COMMAND, "chat", tiny, "--max-tokens", "4"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_interrupts,
     ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
         process.stdin.write("hello\n")
         process.stdin.flush()
         assert process.stdout.readline()  # it has answered, so it waits for the next line
         process.send_signal(signal.SIGINT)
         errors = process.stderr.read()
-    assert process.returncode == 130
+        assert process.wait(60) == 130
     assert "Traceback" not in errors
 
 
 def test_a_closed_pipe_is_quiet(tiny: str) -> None:
     read, write = os.pipe()
-    with subprocess.Popen(
+    with started(
         [*COMMAND, "run", tiny, "hello", "--max-tokens", "2000", "--ignore-eos"],
         stdout=write,
         stderr=subprocess.PIPE,
@@ -142,8 +139,7 @@ def test_a_closed_pipe_is_quiet(tiny: str) -> None:
         os.close(write)
         assert os.read(read, 1)
         os.close(read)
-        assert process.stderr is not None
         errors = process.stderr.read()
-    assert process.returncode == 1
+        assert process.wait(60) == 1
     assert "Traceback" not in errors
     assert "Broken pipe" not in errors

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import COMMAND, heed_interrupts
+from tests.cli.conftest import COMMAND
 
 ROOT = Path(__file__).parent.parent.parent
 SWALLOWS = """
@@ -51,7 +51,6 @@ def test_a_signal_ends_it(tmp_path: Path, tiny: str, name: str, kind: str, code:
         capture_output=True,
         text=True,
         timeout=60,
-        preexec_fn=heed_interrupts,
         check=False,
     )
     assert (done.stdout, done.returncode) == ("importing", code)

@@ -20,6 +20,7 @@ from quire.engine.node import GONE_S, LEADER_GONE
 from quire.engine.service import Status
 from tests.engine.test_ranks import GREEDY, PATIENCE_S, TWO, is_alive, llm, pids, ranks_of, wait_for
 from tests.engine.test_remote import all_streams, collect, in_a_loop, running
+from tests.processes import started
 
 ONLY_ROOT = "network namespaces are made by root, with the program ip, on Linux"
 DEMO = Path("demo")
@@ -61,11 +62,8 @@ def command(config: Config, node_rank: int) -> list[str]:
 @contextmanager
 def node(config: Config, *before: str) -> Iterator[subprocess.Popen[bytes]]:
     """Machine 1, by the command that a user would give there."""
-    with subprocess.Popen([*before, *command(config, 1)]) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with started([*before, *command(config, 1)]) as process:
+        yield process
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -219,12 +217,12 @@ def test_torchrun_starts_the_ranks(two: Config) -> None:
     """Two processes of one rank each, of which the first serves."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [*torchrun, "--no-python", *command(replace(two, distributed_executor_backend="env"), 0)]
-    with subprocess.Popen([*words, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
+    with started([*words, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
         try:
             url = next(line for line in process.stdout if line.startswith("Listening")).split()[2].strip(";")
             body = {"model": "demo", "prompt": "hello", "max_tokens": 5, "temperature": 0}
             answer = httpx.post(f"{url}/completions", json=body, timeout=60).json()
             assert answer["usage"]["completion_tokens"] == 5
         finally:
-            process.terminate()
+            process.terminate()  # not killed: its ranks end with it
+            process.wait(PATIENCE_S)

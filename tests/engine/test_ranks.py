@@ -30,6 +30,7 @@ from quire.scheduler.near import Extent
 from quire.types import OutputKind, SamplingParams
 from tests.engine.test_remote import CONFIG, all_streams, collect, in_a_loop, running
 from tests.models.cases import BY_NAME, build_hf
+from tests.processes import started
 
 SMALL = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, "disable_log_stats": True}
 TWO = replace(CONFIG, dtype="float32", tensor_parallel_size=2)
@@ -256,7 +257,7 @@ if sys.argv[2] == "waits":
 def test_ranks_end_with_the_callers_process(folders: dict[str, Path], ends: str) -> None:
     """That of one that forgot to close its LLM, and of one that was killed."""
     command = [sys.executable, "-c", SCRIPT, str(folders["Qwen3"]), ends]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with started(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         if ends == "waits":

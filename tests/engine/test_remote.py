@@ -21,6 +21,7 @@ from quire.engine.service import Status
 from quire.errors import CapacityError, ConfigError, EngineCrash, EngineDead, InvalidRequest, ModelError
 from quire.types import OutputKind, RequestOutput, SamplingParams
 from tests.engine.faulty_group import COMPUTES, DIES, HANGS
+from tests.processes import started
 
 CONFIG = Config(
     model="demo", device="cpu", num_threads=1, kv_cache_memory_bytes=2**24, disable_log_stats=True
@@ -379,7 +380,7 @@ SLOW = pytest.mark.slow
 def test_nothing_outlives_the_frontend(number: int, num_lines: int) -> None:
     """It gets the signal while its nursery loads, when it is ready, or amid a stream."""
     command = [sys.executable, "-c", FRONTEND]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as frontend:
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as frontend:
         lines = [frontend.stdout.readline() for _ in range(num_lines)]
         watched = [os.pidfd_open(int(line)) for line in lines[:2]]
         frontend.send_signal(number)

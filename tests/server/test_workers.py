@@ -25,6 +25,7 @@ from quire.server.run import listen_several
 from quire.server.settings import ServerSettings
 from quire.server.workers import WATCH_S, Workers
 from tests.engine.faulty_group import DIES
+from tests.processes import started
 from tests.server.conftest import FRANCE, PARIS
 from tests.server.served import COMMAND, OPTIONS, gone, serve
 
@@ -291,8 +292,9 @@ async def streaming(url: str, count: int) -> AsyncIterator[list[asyncio.Task[str
 
     async with httpx.AsyncClient(timeout=60) as client:
         tasks = [asyncio.create_task(one(client)) for _ in range(count)]
-        for _ in tasks:
-            await begun.get()
+        async with asyncio.timeout(60):
+            for _ in tasks:
+                await begun.get()
         yield tasks
 
 
@@ -373,16 +375,14 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(words: list[str], message: s
 def test_a_signal_while_they_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with (tmp_path / "log").open("w") as log:
-        command = [*COMMAND, "demo", *OPTIONS, "--api-server-count", "2", "--port", str(port)]
-        process = subprocess.Popen(command, stderr=log)
-    with process:
+    command = [*COMMAND, "demo", *OPTIONS, "--api-server-count", "2", "--port", str(port)]
+    with (tmp_path / "log").open("w") as log, started(command, stderr=log) as process:
         while True:  # one that is up already answers
             try:
                 assert httpx.get(f"http://127.0.0.1:{port}/livez").text == "ok"
                 break
             except httpx.ConnectError:
-                pass
+                assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
     assert (tmp_path / "log").read_text() == ""
