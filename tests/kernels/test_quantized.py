@@ -1,5 +1,7 @@
 """Products with weights of 8 and 4 bits: as the reference computes them, whoever else is in the batch."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ BUILT = native.load()[0] is not None
 native_only = pytest.mark.skipif(not BUILT, reason="the C++ kernels are not built")
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [(64, 64), (70, 200), (130, 1024), (1, 33), (200, 320)]
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 ROWS = (1, 2, 3, 4, 5, 7, 17, 100)
 
 
@@ -111,3 +114,26 @@ def test_without_a_kernel_the_reference_takes_its_own_form() -> None:
     torch.testing.assert_close(got, ops.linear(x, plain, None))
     want = x @ dense(plain).T  # whose inputs are not rounded
     assert (got - want).norm() < 0.01 * want.norm()
+
+
+def flags(address: int) -> list[str]:
+    """What the system knows of the memory there."""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0]:
+            begin, end = (int(word, 16) for word in words[0].split("-"))
+            found = begin <= address < end
+        elif found and words[0] == "VmFlags:":
+            return words[1:]
+    return []
+
+
+@native_only
+@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="this system has no huge pages")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_system_may_make_huge_pages_of_weights(bits: int) -> None:
+    weight = torch.zeros(2048, 2048, dtype=torch.bfloat16)
+    data = (ops.pack_linear(weight) if bits == 16 else ops.quantize_linear(weight, bits)).data
+    known = flags(data.data_ptr() + data.nbytes // 2)
+    assert not known or "hg" in known

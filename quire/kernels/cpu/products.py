@@ -5,8 +5,10 @@ operations by what these would have rounded in between. Whether it is does not d
 """
 
 import ctypes
+import mmap
+import sys
 from collections.abc import Callable
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -222,6 +224,7 @@ def _register_weights(library: ctypes.CDLL, machine: Callable[[], Machine]) -> N
         weight, bf16 = weight.contiguous(), weight.dtype is torch.bfloat16
         pointers = (weight.data_ptr(), data.data_ptr())
         library.quire_pack_linear(machine().threads, bf16, *pointers, outputs, inputs, units, groups)
+        _ask_for_huge_pages(data)
         return PackedWeight(data, groups, outputs, inputs)
 
     @quantize_linear.on("cpu", *BOTH)
@@ -238,7 +241,16 @@ def _register_weights(library: ctypes.CDLL, machine: Callable[[], Machine]) -> N
             *(*machine(), weight.dtype is torch.bfloat16, bits),
             *(data.data_ptr(), scales.data_ptr(), weight.data_ptr(), outputs, inputs, padded),
         )
+        _ask_for_huge_pages(data)
         return PackedQuantized(data, scales, outputs, inputs, padded, bits)
+
+
+def _ask_for_huge_pages(data: Tensor) -> None:
+    """The system makes them of what is written already bit by bit, in the background; loading would wait for them."""
+    if sys.platform == "linux":
+        begin = data.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = data.data_ptr() + data.nbytes - begin
+        ctypes.CDLL(None).madvise(c_void_p(begin), c_size_t(size), mmap.MADV_HUGEPAGE)
 
 
 def _register_products(machine: Callable[[], Machine]) -> None:
