@@ -8,6 +8,7 @@ import pytest
 
 from quire.cli.main import main
 from tests.cli.conftest import COMMAND, Quire
+from tests.processes import started
 
 GREEDY = ("--temperature", "0", "--max-tokens", "64")
 QUESTION = "What is the capital of France?"
@@ -41,11 +42,10 @@ def test_a_system_prompt(quire: Quire) -> None:
 
 def test_a_terminal_is_told_what_to_ask() -> None:
     terminal, theirs = pty.openpty()
-    done = subprocess.Popen(
-        [*COMMAND, "demo"], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    os.write(terminal, b"/quit\n")
-    out, errors = done.communicate()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with started([*COMMAND, "demo"], stdin=theirs, text=True, **pipes) as done:
+        os.write(terminal, b"/quit\n")
+        out, errors = done.communicate(timeout=60)
     os.close(theirs)
     os.close(terminal)
     assert (done.returncode, out) == (0, "")
