@@ -135,5 +135,4 @@ def flags(address: int) -> list[str]:
 def test_the_system_may_make_huge_pages_of_weights(bits: int) -> None:
     weight = torch.zeros(2048, 2048, dtype=torch.bfloat16)
     data = (ops.pack_linear(weight) if bits == 16 else ops.quantize_linear(weight, bits)).data
-    known = flags(data.data_ptr() + data.nbytes // 2)
-    assert not known or "hg" in known
+    assert "hg" in flags(data.data_ptr() + data.nbytes // 2)

@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
+
+from tests.processes import started
 
 COMMAND = [sys.executable, "-m", "quire.cli.main", "serve"]
 OPTIONS = ["--port", "0", "--device", "cpu", "--kv-cache-memory-bytes", "64M"]
@@ -45,15 +49,11 @@ class Served:
 
 @contextmanager
 def serve(log: Path, *options: str, **environment: str) -> Iterator[Served]:
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [*COMMAND, "demo", *OPTIONS, *options],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, **environment},
-        )
-    try:
+    command, env = [*COMMAND, "demo", *OPTIONS, *options], {**os.environ, **environment}
+    with (
+        log.open("w") as errors,
+        started(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env) as process,
+    ):
         greeting = []
         for line in process.stdout:
             greeting.append(line.rstrip("\n"))
@@ -62,10 +62,22 @@ def serve(log: Path, *options: str, **environment: str) -> Iterator[Served]:
         else:
             pytest.fail(log.read_text())
         yield Served(process, greeting, log, log.read_text())
-    finally:
-        process.kill()
-        process.wait(60)
-        process.stdout.close()
+
+
+def interrupted_at_once(log: Path, path: str, *options: str) -> tuple[str, int]:
+    """What a server's first answer says, which is that of `path`; and its exit code after SIGINT then."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [*COMMAND, "demo", *OPTIONS, "--port", str(port), *options]
+    with log.open("w") as errors, started(command, stderr=errors) as process:
+        while True:
+            try:
+                said = httpx.get(f"http://127.0.0.1:{port}{path}").text
+                break
+            except httpx.ConnectError:
+                assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        return said, process.wait(60)
 
 
 def gone(pids: list[int]) -> bool:

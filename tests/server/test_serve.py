@@ -13,10 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.processes import started
 from tests.server.conftest import PARIS
 from tests.server.raw import connect
-from tests.server.served import COMMAND, OPTIONS, Served, gone, serve
+from tests.server.served import COMMAND, OPTIONS, Served, gone, interrupted_at_once, serve
 
 MAX_LINES = 25
 LISTENS = "0A"  # as /proc/net/tcp writes it
@@ -108,18 +107,8 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
 
 
 def test_a_signal_while_it_starts(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [*COMMAND, "demo", *OPTIONS, "--port", str(port)]
-    with (tmp_path / "log").open("w") as errors, started(command, stderr=errors) as process:
-        while True:  # probes are answered before the engine is there
-            try:
-                assert httpx.get(f"http://127.0.0.1:{port}/startupz").text == "starting"
-                break
-            except httpx.ConnectError:
-                assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+    """Probes are answered before the engine is there."""
+    assert interrupted_at_once(tmp_path / "log", "/startupz") == ("starting", 130)
     assert (tmp_path / "log").read_text() == ""
 
 

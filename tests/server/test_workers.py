@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,9 +24,8 @@ from quire.server.run import listen_several
 from quire.server.settings import ServerSettings
 from quire.server.workers import WATCH_S, Workers
 from tests.engine.faulty_group import DIES
-from tests.processes import started
 from tests.server.conftest import FRANCE, PARIS
-from tests.server.served import COMMAND, OPTIONS, gone, serve
+from tests.server.served import COMMAND, OPTIONS, gone, interrupted_at_once, serve
 
 CONFIG = Config(
     model="demo", device="cpu", num_threads=1, kv_cache_memory_bytes=2**24, disable_log_stats=True
@@ -373,16 +371,6 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(words: list[str], message: s
 
 
 def test_a_signal_while_they_start(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [*COMMAND, "demo", *OPTIONS, "--api-server-count", "2", "--port", str(port)]
-    with (tmp_path / "log").open("w") as log, started(command, stderr=log) as process:
-        while True:  # one that is up already answers
-            try:
-                assert httpx.get(f"http://127.0.0.1:{port}/livez").text == "ok"
-                break
-            except httpx.ConnectError:
-                assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+    """One that is up already answers."""
+    assert interrupted_at_once(tmp_path / "log", "/livez", "--api-server-count", "2") == ("ok", 130)
     assert (tmp_path / "log").read_text() == ""
